@@ -1,0 +1,96 @@
+"""From a typed `main(...)` to a command: flags, `--config FILE`, `--help`, errors of one line. The only file that
+knows jsonargparse."""
+
+import dataclasses
+import difflib
+import errno
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lit_gpt.errors import InputError
+
+DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
+def run(main: Callable[..., None]) -> None:
+    """Parses the command line into the parameters of `main`, and calls it.
+
+    What the user can mend (an InputError, a flag, a file that cannot be opened, a full disk) ends in one line on
+    stderr and status 2. Anything else is a bug and keeps its traceback.
+    """
+    try:
+        settings = parse(main, sys.argv[1:])
+        main(**settings)
+    except InputError as error:
+        fail(str(error))
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            fail(f"{error.strerror}{f': {error.filename}' if error.filename else ''}. Free some space and run again.")
+        if error.filename is None:
+            raise
+        fail(f"{error.strerror}: {error.filename}")
+    except KeyboardInterrupt:
+        fail("Interrupted.", status=130)
+
+
+def fail(line: str, status: int = 2) -> None:
+    sys.stdout.flush()
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def parse(main: Callable[..., None], args: list[str]) -> dict[str, Any]:
+    """The arguments of `main` that the command line, and the file after `--config`, ask for."""
+    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a field's docstring is its help
+    summary = (main.__doc__ or "").split("\n    Args:")[0].strip()
+    parser = ArgumentParser(exit_on_error=False, description=summary)
+    parser.add_argument("--config", action="config", help="A YAML file of settings, such as a run's hyperparameters.yaml")
+    parser.add_function_arguments(main, as_group=False, sub_configs=False)
+    try:
+        settings = vars(parser.instantiate(parser.parse_args(args)))
+    except ArgumentError as error:
+        known = [option for action in parser._actions for option in action.option_strings]
+        raise InputError(explain(str(error), known)) from None
+    settings.pop("config", None)
+    return settings
+
+
+def explain(message: str, known: list[str]) -> str:
+    """jsonargparse's message in one line, with the nearest flag where one was mistyped."""
+    line = re.sub(r"\s+", " ", message.removeprefix("Parser key ")).strip().rstrip(".")
+    unknown = re.search(r"unrecognized arguments: (\S+)", line)
+    near = difflib.get_close_matches(unknown[1].split("=")[0], known, n=1) if unknown else []
+    return f"{line}. {f'Did you mean {near[0]}?' if near else 'See --help.'}"
+
+
+def command() -> str:
+    """The command line as it can be typed again."""
+    return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+
+
+def save_hyperparameters(path: Path, settings: dict[str, Any]) -> None:
+    """Writes the arguments of a `main` such that `--config path` repeats the run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"# {command()}\n{as_yaml(settings)}", encoding="utf-8")
+
+
+def as_yaml(settings: dict[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump({key: plain(value) for key, value in settings.items()}, sort_keys=False, allow_unicode=True)
+
+
+def plain(value: Any) -> Any:
+    """A setting as YAML knows it: dataclasses as mappings, paths as text."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,132 @@
+"""The shape of a model. No torch here: a config can be read, printed and compared on any machine."""
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from lit_gpt import families
+from lit_gpt.errors import InputError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything `model.py` needs to build a GPT: the sizes, and which classes to build it from.
+
+        n_head = 4, n_query_groups = 4        n_query_groups = 2              n_query_groups = 1
+        multi-head attention                  grouped-query attention         multi-query attention
+        v v v v                               v   v                           v
+        k k k k                               k   k                           k
+        | | | |                               |\\  |\\                          |\\\\__
+        q q q q                               q q q q                         q q q q
+    """
+
+    name: str = ""
+    family: str = "llama"
+    """The file in `lit_gpt/families/` that knows the names of the checkpoint's tensors."""
+    block_size: int = 2048
+    """The longest record, in tokens."""
+    vocab_size: int = 32000
+    """Rows of the embedding. Some checkpoints pad it beyond what the tokenizer uses."""
+    n_layer: int = 16
+    n_head: int = 32
+    n_embd: int = 4096
+    n_query_groups: int | None = None
+    """Heads of keys and values. None is one for each query head."""
+    head_size: int | None = None
+    """None is n_embd / n_head."""
+    intermediate_size: int | None = None
+    """Width of the MLP. None is 4 n_embd."""
+    block: str = "sequential"
+    norm: str = "RMSNorm"
+    norm_eps: float = 1e-5
+    mlp: str = "LLaMAMLP"
+    attn_bias: bool = False
+    """Of q, k and v."""
+    proj_bias: bool = False
+    """Of the attention's output projection."""
+    mlp_bias: bool = False
+    lm_head_bias: bool = False
+    rotary_percentage: float = 1.0
+    """The share of each head that is rotated."""
+    rope_base: float = 10000
+    rope_scaling: dict[str, Any] | None = None
+    """How positions are stretched, in Hugging Face's words: {"rope_type": "llama3", "factor": 8.0, ...}."""
+    tie_embeddings: bool = False
+    """Whether the head is the embedding, one tensor."""
+
+    def __post_init__(self) -> None:
+        derived = {
+            "n_query_groups": self.n_query_groups or self.n_head,
+            "head_size": self.head_size or self.n_embd // self.n_head,
+            "intermediate_size": self.intermediate_size or 4 * self.n_embd,
+        }
+        for key, value in derived.items():
+            object.__setattr__(self, key, value)  # the instance is frozen for everybody else
+        if self.n_head % self.n_query_groups:
+            raise InputError(f"{self.n_head} query heads cannot share {self.n_query_groups} groups of keys and values.")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return self.vocab_size
+
+    @property
+    def rope_n_elem(self) -> int:
+        """How many elements of a head are rotated."""
+        return int(self.rotary_percentage * self.head_size)
+
+    @classmethod
+    def from_name(cls, name: str, **overrides: Any) -> "Config":
+        """A published model's config, by its repository `org/name` or by `name` alone.
+
+        Raises:
+            InputError: no such name; the nearest ones are listed.
+        """
+        family, sizes = families.by_name(name)
+        return cls(**{"name": name.split("/")[-1], "family": family} | sizes | overrides)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint_dir: Path, **overrides: Any) -> "Config":
+        """Reads `lit_config.json`, or what Hugging Face's `config.json` says.
+
+        Raises:
+            InputError: neither is there, or it describes an architecture that no family knows.
+        """
+        checkpoint_dir = Path(checkpoint_dir)
+        ours, theirs = checkpoint_dir / "lit_config.json", checkpoint_dir / "config.json"
+        if ours.is_file():
+            known = {field.name for field in fields(cls)}
+            settings = {key: value for key, value in read_json(ours).items() if key in known}
+        elif theirs.is_file():
+            family, settings = families.from_hf(read_json(theirs), theirs)
+            settings |= {"name": checkpoint_dir.name, "family": family}
+        else:
+            raise InputError(
+                f"{checkpoint_dir} is no checkpoint: it has no config.json."
+                " `python scripts/download_sample.py` fetches a small one."
+            )
+        return cls(**settings | overrides)
+
+    def save(self, checkpoint_dir: Path) -> None:
+        text = json.dumps(asdict(self), indent=2)
+        (checkpoint_dir / "lit_config.json").write_text(text + "\n", encoding="utf-8")
+
+    def replace(self, **changes: Any) -> "Config":
+        return replace(self, **changes)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file.
+
+    Raises:
+        InputError: it is missing, not JSON, or no mapping.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing.") from None
+    except ValueError as error:  # also what is not UTF-8
+        raise InputError(f"{path} is not readable as JSON ({error}). Copy or download it again.") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__} where a JSON object is expected.")
+    return content

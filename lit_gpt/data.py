@@ -1,0 +1,372 @@
+"""From records to trained tokens: `prepare` writes them to disk once, `Dataset` maps them into memory, and
+`micro_batches` lays the records of an optimizer step end to end.
+
+On disk a prepared folder holds flat arrays, one entry per token or per record, and meta.json, which says what they are:
+
+    tokens.bin    uint16 or uint32 (n_tokens)    every record's tokens, end to end
+    trained.bin   uint8 (n_tokens)               what the loss counts: 1 the answers, 2 a prompt that is trained too, else 0
+    ends.bin      int64 (n_records)              where each record ends in the two above
+    split.bin     uint8 (n_records)              0 training, 1 validation
+"""
+
+import csv
+import hashlib
+import io
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from lit_gpt.config import Config, read_json
+from lit_gpt.errors import InputError
+from lit_gpt.files import new_folder
+from lit_gpt.layout import Layout
+from lit_gpt.prompts import STYLES, Rendered, default_style
+from lit_gpt.tokenizer import Encoded, Tokenizer
+
+FILES = {"tokens": None, "trained": np.uint8, "ends": np.int64, "split": np.uint8}  # tokens: meta.json says
+TRAIN, VAL = 0, 1  # in split.bin
+ANSWER, PROMPT = 1, 2  # in trained.bin
+
+
+@dataclass(frozen=True)
+class DataArgs:
+    """How records become tokens."""
+
+    prompt_style: Literal["auto", "alpaca", "chat"] = "auto"
+    """The text around a record. auto is the checkpoint's chat template where it has one, else alpaca."""
+    mask_prompt: bool = True
+    """Train on the answers only. False trains on the prompts too."""
+    max_seq_length: int | None = None
+    """The longest record, in tokens. None is what the model can read."""
+    too_long: Literal["drop", "cut_prompt", "error"] = "drop"
+    """What to do with longer ones: leave them out, cut their prompt from the left, or stop. Answers are never cut."""
+    val_fraction: float = 0.05
+    """Share of the distinct prompts that is set aside for validation, where the records name no split themselves."""
+    seed: int = 42
+    """Decides which prompts are set aside."""
+
+
+def prepare(records: Iterable[dict[str, Any]], checkpoint_dir: Path, data_dir: Path, args: DataArgs) -> None:
+    """Writes `records` to `data_dir` as tokens of the checkpoint's tokenizer, and prints what became of them.
+
+    A record has the keys instruction, input (optional) and output, and may say `split`: "train" or "val". The folder
+    appears under its name when it is complete.
+
+    Raises:
+        InputError: a record without these keys, no usable record, or a `data_dir` that holds something else.
+    """
+    tokenizer = Tokenizer(checkpoint_dir)
+    config = Config.from_checkpoint(checkpoint_dir)
+    if data_dir.exists() and not (data_dir / "meta.json").is_file() and any(data_dir.iterdir()):
+        raise InputError(f"{data_dir} exists and holds no prepared data. Name another --data_dir.")
+    style = default_style(tokenizer) if args.prompt_style == "auto" else args.prompt_style
+    limit = min(args.max_seq_length or config.block_size, config.block_size)
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+
+    counts: Counter[str] = Counter()
+    ends, splits, prompts = [], [], []
+    with new_folder(data_dir) as partial:
+        with open(partial / "tokens.bin", "wb") as tokens_file, open(partial / "trained.bin", "wb") as trained_file:
+            checked = (check(record, number, counts) for number, record in enumerate(records, start=1))
+            for chunk in chunks((record for record in checked if record is not None), 1000):
+                rendered = [STYLES[style](record, tokenizer) for record in chunk]
+                encoded = tokenizer.encode_batch([text for text, _ in rendered])
+                for record, text, tokens in zip(chunk, rendered, encoded, strict=True):
+                    ids, trained = mark_trained(text, tokens, tokenizer)
+                    prompt = ids[: trained.index(ANSWER)]
+                    if not args.mask_prompt:
+                        trained = [mark or PROMPT for mark in trained]
+                    ids, trained = fit_length(ids, trained, len(prompt), limit, args.too_long, counts)
+                    if not ids:
+                        continue
+                    tokens_file.write(np.asarray(ids, dtype).tobytes())
+                    trained_file.write(np.asarray(trained, np.uint8).tobytes())
+                    ends.append(len(ids) + (ends[-1] if ends else 0))
+                    splits.append(record.get("split"))
+                    prompts.append(hashlib.sha256(f"{args.seed} {prompt}".encode()).digest()[:8])
+        if not ends:
+            raise InputError(f"No record is left to train on: {describe(counts) or 'there was none'}.")
+        split = choose_split(splits, prompts, args.val_fraction)
+        np.asarray(ends, np.int64).tofile(partial / "ends.bin")
+        split.tofile(partial / "split.bin")
+        trained_tokens = int(np.count_nonzero(np.memmap(partial / "trained.bin", np.uint8, "r")))
+        meta = {
+            "tokens_dtype": np.dtype(dtype).name,
+            "n_records": len(ends),
+            "n_tokens": ends[-1],
+            "n_trained": trained_tokens,
+            "n_val": int(split.sum()),
+            "longest": int(np.diff(ends, prepend=0).max()),
+            "left_out": dict(counts),
+            "prompt_style": style,
+            "tokenizer": tokenizer.fingerprint,
+            "checkpoint": str(checkpoint_dir),
+            "settings": asdict(args),
+        }
+        (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    report(Dataset(data_dir, "train"), tokenizer, meta, data_dir)
+
+
+def check(record: dict[str, Any], number: int, counts: Counter[str]) -> dict[str, Any] | None:
+    """The record, or None for one with nothing to learn."""
+    missing = [key for key in ("instruction", "output") if key not in record]
+    if missing:
+        raise InputError(
+            f"Record {number} has no {' and no '.join(missing)}; it has {', '.join(map(str, record)) or 'nothing'}."
+            " Expected are instruction, input (optional) and output."
+        )
+    wrong = [key for key in ("instruction", "input", "output") if not isinstance(record.get(key) or "", str)]
+    if wrong:
+        raise InputError(f"Record {number}: {wrong[0]} is a {type(record[wrong[0]]).__name__}, expected text.")
+    if not (record["instruction"] or "").strip() or not (record["output"] or "").strip():
+        counts["empty instruction or output"] += 1
+        return None
+    return record
+
+
+def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    return iter(lambda: list(itertools.islice(iterator, size)), [])
+
+
+def mark_trained(rendered: Rendered, encoded: Encoded, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids of a record and whether each is trained: every answer, up to and with its first stop token.
+
+    A token that lies across the beginning of an answer belongs to the prompt. What follows the last stop token (a
+    template's closing newline) is cut; a record that has no stop token there gets one.
+    """
+    ids, trained = list(encoded.ids), [0] * len(encoded.ids)
+    position, last = 0, 0
+    for start, end in rendered.turns:
+        while position < len(ids) and token_start(encoded, position) < start:
+            position += 1
+        while position < len(ids) and encoded.offsets[position][0] < end:
+            trained[position], last = ANSWER, position
+            position += 1
+            if ids[last] in tokenizer.stop_ids:
+                break
+    ids, trained = ids[: last + 1], trained[: last + 1]
+    if ids[-1] not in tokenizer.stop_ids:
+        ids.append(tokenizer.eos_id)
+        trained.append(ANSWER)
+    return ids, trained
+
+
+def token_start(encoded: Encoded, i: int) -> int:
+    """Where a token begins. Some tokenizers trim spaces from the offsets: then it is where the one before ended."""
+    return min(encoded.offsets[i][0], encoded.offsets[i - 1][1]) if i else encoded.offsets[i][0]
+
+
+def fit_length(
+    ids: list[int], trained: list[int], prompt: int, limit: int, too_long: str, counts: Counter[str]
+) -> tuple[list[int], list[int]]:
+    """A record of at most `limit` tokens that still has its whole answer, or nothing."""
+    excess = len(ids) - limit
+    if excess <= 0:
+        return ids, trained
+    if too_long == "error":
+        raise InputError(f"A record has {len(ids)} tokens, more than {limit}. See --data.too_long and --data.max_seq_length.")
+    if too_long == "cut_prompt" and excess < prompt:
+        counts["prompt cut"] += 1
+        return ids[excess:], trained[excess:]
+    counts["too long, dropped"] += 1
+    return [], []
+
+
+def choose_split(splits: list[str | None], prompts: list[bytes], val_fraction: float) -> np.ndarray:
+    """0 or 1 per record: what it says itself, else by its prompt, so that no prompt is on both sides."""
+    named = {"train": TRAIN, "val": VAL}
+    unknown = {split for split in splits if split is not None and split not in named}
+    if unknown:
+        raise InputError(f"A record says split {unknown.pop()!r}, expected train or val.")
+    distinct = sorted({prompt for prompt, split in zip(prompts, splits, strict=True) if split is None})
+    n_val = round(val_fraction * len(distinct))
+    if 0 < val_fraction and n_val == 0 and len(distinct) > 1 and "val" not in splits:
+        n_val = 1
+    val = set(distinct[:n_val])  # the prompts are hashes: in their order, any first part is a random one
+    sides = [named[split] if split else int(prompt in val) for split, prompt in zip(splits, prompts, strict=True)]
+    return np.asarray(sides, np.uint8)
+
+
+def describe(counts: Counter[str]) -> str:
+    return ", ".join(f"{number:,} {what}" for what, number in counts.items())
+
+
+def report(dataset: "Dataset", tokenizer: Tokenizer, meta: dict[str, Any], data_dir: Path) -> None:
+    """Prints the counts, and one record as the model will see it: the trained part in green, or between arrows."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(
+        f"{data_dir}: {meta['n_records'] - meta['n_val']:,} training and {meta['n_val']:,} validation records,"
+        f" {meta['n_tokens']:,} tokens, of which {meta['n_trained']:,} are trained; the longest record has"
+        f" {meta['longest']:,}. Prompt style {meta['prompt_style']}. Left out: {describe(Counter(meta['left_out'])) or 'nothing'}."
+    )
+    if not len(dataset):
+        return
+    ids, trained = dataset[0]
+    text = Text()
+    for on, group in itertools.groupby(zip(ids.tolist(), trained.tolist(), strict=True), key=lambda pair: pair[1]):
+        tokens = [token for token, _ in group]
+        part = tokenizer.decode_with_special(tokens)
+        text.append(part if console.is_terminal or not on else f"→{part}←", style="green" if on else "dim")
+    console.print("The first training record; what is trained is", "green:" if console.is_terminal else "between arrows:")
+    console.print(text)
+
+
+class Dataset:
+    """The training or the validation records of a prepared folder, mapped into memory."""
+
+    def __init__(self, data_dir: Path, split: Literal["train", "val"]) -> None:
+        """Raises InputError where the folder was not written by `prepare`, or files of it are damaged."""
+        data_dir = Path(data_dir)
+        if not (data_dir / "meta.json").is_file():
+            raise InputError(f"{data_dir} holds no prepared data. Run one of scripts/prepare_*.py with --data_dir {data_dir}.")
+        self.meta = read_json(data_dir / "meta.json")
+        arrays = {}
+        for name, dtype in FILES.items():
+            path, dtype = data_dir / f"{name}.bin", np.dtype(dtype or self.meta["tokens_dtype"])
+            size = self.meta["n_tokens" if name in ("tokens", "trained") else "n_records"] * dtype.itemsize
+            if not path.is_file() or path.stat().st_size != size:
+                found = f"{path.stat().st_size:,} bytes" if path.is_file() else "nothing"
+                raise InputError(f"{path} should have {size:,} bytes and has {found}. Prepare the data again.")
+            arrays[name] = np.memmap(path, dtype, "r")
+        self.tokens, self.trained, self.ends = arrays["tokens"], arrays["trained"], arrays["ends"]
+        self.records = np.flatnonzero(arrays["split"] == (VAL if split == "val" else TRAIN))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of record i, (T,) int64, and whether each is trained, (T,) bool."""
+        part = slice(*self.span(i))
+        return torch.from_numpy(self.tokens[part].astype(np.int64)), torch.from_numpy(self.trained[part].astype(bool))
+
+    def question(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Record i as its prompt, up to the first answer, and the rest."""
+        ids, _ = self[i]
+        start, end = self.span(i)
+        prompt = int(np.argmax(self.trained[start:end] == ANSWER))
+        return ids[:prompt], ids[prompt:]
+
+    def span(self, i: int) -> tuple[int, int]:
+        record = self.records[i]
+        return (int(self.ends[record - 1]) if record else 0), int(self.ends[record])
+
+    def length(self, i: int) -> int:
+        start, end = self.span(i)
+        return end - start
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raises InputError where another tokenizer wrote these tokens."""
+        if self.meta["tokenizer"] != tokenizer.fingerprint:
+            raise InputError(
+                f"The data were prepared for the tokenizer of {self.meta['checkpoint']}, which is not this checkpoint's."
+                " Prepare them again with this --checkpoint_dir."
+            )
+
+
+def step_records(n_records: int, step: int, global_batch_size: int, seed: int) -> list[int]:
+    """The records of optimizer step `step`, counted from 0. Every epoch sees each record once, in a new order.
+
+    A function of the step alone: a resumed run needs to remember nothing.
+    """
+    steps_per_epoch = -(-n_records // global_batch_size)
+    epoch, within = divmod(step, steps_per_epoch)
+    order = np.random.default_rng((seed, epoch)).permutation(n_records)
+    return order[within * global_batch_size : (within + 1) * global_batch_size].tolist()
+
+
+def micro_batches(
+    dataset: Dataset, records: Sequence[int], micro_batch_size: int, rank: int = 0, world_size: int = 1
+) -> list[tuple[torch.Tensor, Layout]]:
+    """This rank's share of `records` as (tokens (1, T), layout) pairs.
+
+    Every rank gets the same number of pairs, since unequal numbers would deadlock; one without records gets an empty
+    one: a single token and no target. Long and short records are dealt out so that the pairs are of similar length.
+    """
+    passes = -(-(-(-len(records) // world_size)) // micro_batch_size)
+    mine = sorted(records, key=lambda i: (-dataset.length(i), i))[rank::world_size]
+    empty = (torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool))
+    return [Layout.end_to_end([dataset[i] for i in mine[turn::passes]] or [empty]) for turn in range(passes)]
+
+
+def read_json_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Records of a .json file (a list of objects) or a .jsonl file (an object per line).
+
+    Raises:
+        InputError: not UTF-8, not JSON, or not objects; with the line.
+    """
+    with open_text(path) as file:
+        try:
+            if path.suffix == ".jsonl":
+                numbered = ((number, json.loads(line)) for number, line in enumerate(file, 1) if line.strip())
+            else:
+                content = json.load(file)
+                if not isinstance(content, list):
+                    raise InputError(f"{path} holds a {type(content).__name__}, expected a list of records.")
+                numbered = enumerate(content, 1)
+            for number, record in numbered:
+                if not isinstance(record, dict):
+                    raise InputError(f"{path}: record {number} is a {type(record).__name__}, expected an object with keys.")
+                yield record
+        except json.JSONDecodeError as error:
+            hint = " If it has an object per line, name it .jsonl." if "Extra data" in error.msg else ""
+            raise InputError(f"{path} is not JSON: {error}.{hint}") from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
+
+
+def read_csv_records(path: Path) -> Iterator[dict[str, str]]:
+    """Records of a CSV file with a header line. Everything is text: 'NA' stays 'NA'.
+
+    Raises:
+        InputError: not UTF-8, no header, or a row with more or fewer fields than the header.
+    """
+    with open_text(path, newline="") as file:
+        try:
+            reader = csv.reader(file, strict=True)
+            header = next(reader, None)
+            if not header:
+                raise InputError(f"{path} is empty, expected a header line such as instruction,input,output.")
+            for row in filter(None, reader):
+                if len(row) != len(header):
+                    raise InputError(f"{path}, line {reader.line_num}: {len(row)} fields, but the header names {len(header)}.")
+                yield dict(zip(header, row, strict=True))
+        except csv.Error as error:
+            raise InputError(f"{path}, line {reader.line_num}: {error}. Fields with line breaks must be quoted.") from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
+
+
+def open_text(path: Path, newline: str | None = None) -> io.TextIOBase:
+    if not path.is_file():
+        raise InputError(f"{path} is missing." if not path.exists() else f"{path} is no file.")
+    csv.field_size_limit(2**31 - 1)  # the default refuses documents of over 128 KiB
+    return open(path, encoding="utf-8-sig", newline=newline)
+
+
+def rename_keys(records: Iterable[dict[str, Any]], names: dict[str, str], path: Path) -> Iterator[dict[str, Any]]:
+    """Records under our keys: {"instruction": "question", "output": "answer"} reads a file of questions and answers.
+
+    Raises:
+        InputError: a record lacks a column that is needed; says which it has.
+    """
+    for record in records:
+        missing = [theirs for ours, theirs in names.items() if theirs not in record and ours != "input"]
+        if missing:
+            raise InputError(
+                f"{path} has no {' and no '.join(map(repr, missing))}; it has {', '.join(map(str, record)) or 'nothing'}."
+                f" Name its columns with {' '.join(f'--{ours}_key' for ours in names)}."
+            )
+        yield {ours: record.get(theirs, "") for ours, theirs in names.items()} | (
+            {"split": record["split"]} if record.get("split") in ("train", "val") else {}
+        )

@@ -1,0 +1,122 @@
+"""Where a run happens: devices, precision, processes. The only file that says "cuda", "mps" or "ddp"."""
+
+import resource
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from lit_gpt.errors import InputError
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric  # importing it takes over 4 s: where it is used, and only there
+
+Precision = Literal["auto", "bf16-true", "bf16-mixed", "16-true", "16-mixed", "32-true"]
+LoggerName = Literal["tensorboard", "wandb"]
+
+
+def accelerator() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def default_device() -> torch.device:
+    return torch.device(accelerator())
+
+
+def resolve_precision(precision: Precision) -> str:
+    """`auto` is bf16-true on a GPU that computes in bfloat16, else 32-true: bfloat16 on a CPU can be 100 times slower."""
+    if precision != "auto":
+        return precision
+    return "bf16-true" if accelerator() == "cuda" and torch.cuda.is_bf16_supported(False) else "32-true"
+
+
+def weight_dtype(precision: Precision) -> torch.dtype:
+    """What the loader stores frozen weights in. Mixed precision keeps them in float32 and casts as it computes."""
+    return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(resolve_precision(precision), torch.float32)
+
+
+def launch(
+    devices: int = 1,
+    precision: Precision = "auto",
+    seed: int = 0,
+    logger: LoggerName | None = None,
+    log_dir: str = "out",
+) -> "Fabric":
+    """Starts the processes of a run, one per device, each with the same seed.
+
+    Raises:
+        InputError: there are fewer devices, or the logger is not installed.
+    """
+    from lightning.fabric import Fabric
+
+    kind = accelerator()
+    if kind == "cuda" and devices > torch.cuda.device_count():
+        raise InputError(f"--devices {devices}, but this machine has {torch.cuda.device_count()} GPUs.")
+    if kind == "mps" and devices > 1:
+        raise InputError(f"--devices {devices}, but PyTorch drives one Apple GPU only.")
+    fabric = Fabric(
+        accelerator=kind,
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        plugins=[precision_plugin(resolve_precision(precision), kind)],
+        loggers=make_loggers(logger, log_dir),
+    )
+    fabric.launch()
+    torch.manual_seed(seed)
+    return fabric
+
+
+def precision_plugin(precision: str, kind: str) -> Any:
+    """Fabric's precision, but it casts no module: the loader has decided every tensor's dtype.
+
+    Under bf16-true Fabric would cast float32 adapters, whose small updates would be rounded away, and the rotary
+    frequencies, which would put the cosine of position 1,000 off by 0.43.
+    """
+    from lightning.fabric.plugins import MixedPrecision
+    from lightning.fabric.plugins import Precision as FullPrecision
+
+    class AsLoaded(FullPrecision):
+        def convert_module(self, module: torch.nn.Module) -> torch.nn.Module:
+            return module
+
+    class Mixed(MixedPrecision):
+        def convert_input(self, data: Any) -> Any:
+            return data  # tokens and a Layout: integers
+
+    class Scaled(Mixed):
+        """float16 weights and float32 adapters: nothing is autocast, but the loss is scaled."""
+
+        def forward_context(self) -> Any:
+            return nullcontext()
+
+    if precision in ("16-mixed", "bf16-mixed"):
+        return Mixed(precision, kind)
+    return Scaled("16-mixed", kind) if precision == "16-true" else AsLoaded()
+
+
+def make_loggers(logger: LoggerName | None, log_dir: str) -> Sequence[Any]:
+    """metrics.csv is always written; these come on top."""
+    if logger is None:
+        return []
+    try:
+        if logger == "tensorboard":
+            from lightning.fabric.loggers import TensorBoardLogger
+
+            return [TensorBoardLogger(log_dir, name="tensorboard")]
+        from lightning.pytorch.loggers import WandbLogger
+
+        return [WandbLogger(save_dir=log_dir)]
+    except ModuleNotFoundError as error:
+        raise InputError(f"--logger {logger} needs a package that is not installed: {error}. pip install {logger}") from None
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory this run has held so far, in GB: of the GPU, or of the process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

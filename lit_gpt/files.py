@@ -1,0 +1,50 @@
+"""Folders that are either whole or not there."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Gives a hidden folder to write to, which takes the place of `folder` when the block ends without an error.
+
+    Killed or failed at any moment, the old content of `folder` is still whole: under its name, or, for an instant,
+    under `.NAME.old`, from where `recover` brings it back.
+    """
+    recover(folder)
+    partial, old = beside(folder)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in partial.rglob("*"):
+            sync(path)  # a rename must not reach the disk before the data
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        sync(folder.parent)
+    finally:
+        recover(folder)
+
+
+def recover(folder: Path) -> None:
+    """Clears away what a killed process left beside `folder`."""
+    partial, old = beside(folder)
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def beside(folder: Path) -> tuple[Path, Path]:
+    return folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

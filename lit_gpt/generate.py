@@ -1,0 +1,119 @@
+"""From a prompt to an answer: sampling, and the decoding loop."""
+
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
+
+import torch
+
+from lit_gpt.data import Dataset
+from lit_gpt.errors import InputError
+from lit_gpt.model import GPT
+from lit_gpt.tokenizer import Tokenizer
+
+
+class Answered(NamedTuple):
+    prompt: str
+    expected: str
+    answer: str
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """The next token (B, 1) from logits (B, V). Temperature 0 takes the likeliest.
+
+    top_k keeps the k likeliest; top_p the fewest likeliest that together have that probability
+    (https://arxiv.org/abs/1904.09751), after the temperature.
+    """
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        smallest = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if top_p is not None and top_p < 1:
+        values, order = logits.softmax(-1).sort(-1, descending=True)
+        beyond = values.cumsum(-1) - values >= top_p  # what comes before it already has enough; the first stays
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+@torch.inference_mode()
+def stream(
+    model: GPT,
+    idx: torch.Tensor,
+    max_returned_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_id: int | Collection[int] | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[int]:
+    """New tokens, one by one, until `idx` (T,) and they are `max_returned_tokens`. A token of `eos_id` ends it.
+
+    The stop token itself comes last.
+
+    Raises:
+        InputError: no room for a new token, or more than the model can read.
+    """
+    T = idx.size(0)
+    if not 0 < T < max_returned_tokens:
+        raise InputError(f"The prompt has {T} tokens and {max_returned_tokens} are asked for in all: no room for an answer.")
+    if max_returned_tokens > model.config.block_size:
+        raise InputError(
+            f"The prompt's {T} tokens and {max_returned_tokens - T} new ones exceed what the model can read,"
+            f" {model.config.block_size}. Shorten the prompt or lower --max_new_tokens."
+        )
+    stop = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
+    model.max_seq_length = max_returned_tokens  # a cache as long as the text
+    model.set_kv_cache(batch_size=1)
+    try:
+        input_pos = torch.arange(T, device=idx.device)
+        tokens = idx[None].long()
+        for _ in range(max_returned_tokens - T):
+            logits = model(tokens, input_pos)[:, -1]  # (1, V)
+            tokens = sample(logits, temperature, top_k, top_p, generator)  # (1, 1)
+            input_pos = input_pos[-1:] + 1
+            token = int(tokens)
+            yield token
+            if token in stop:
+                break
+    finally:
+        model.clear_kv_cache()
+        model.max_seq_length = model.config.block_size
+
+
+def generate(
+    model: GPT,
+    idx: torch.Tensor,
+    max_returned_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_id: int | Collection[int] | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """The prompt (T,) and what follows it, at most `max_returned_tokens` in all. See `stream`."""
+    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, eos_id=eos_id, generator=generator)
+    new = list(stream(model, idx, max_returned_tokens, **options))
+    return torch.cat((idx, torch.tensor(new, dtype=idx.dtype, device=idx.device)))
+
+
+def answers(model: GPT, tokenizer: Tokenizer, dataset: Dataset, n: int, max_new_tokens: int = 60) -> list[Answered]:
+    """The greedy answers to the first n prompts of a dataset."""
+    was_training, device = model.training, model.transformer.wte.weight.device
+    model.eval()
+    answered = []
+    for i in range(min(n, len(dataset))):
+        prompt, expected = dataset.question(i)
+        room = min(len(prompt) + max_new_tokens, model.config.block_size)
+        new = list(stream(model, prompt.to(device), room, temperature=0.0, eos_id=tokenizer.stop_ids))
+        answered.append(Answered(*(tokenizer.decode(ids).strip() for ids in (prompt, expected, new))))
+    model.train(was_training)
+    return answered

@@ -1,0 +1,375 @@
+"""GGUF files (llama.cpp's format) of the llama architecture, rewritten as Hugging Face checkpoint folders."""
+
+import json
+import math
+import shutil
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from lit_gpt.errors import InputError
+from lit_gpt.files import new_folder
+
+FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+# What cuts a text into words, per `tokenizer.ggml.pre`: each expression works on the pieces that the one before has
+# left. They are llama.cpp's, which normalizes nothing. Its Unicode is a little older than that of `tokenizers`: over
+# all of the first three planes, "default" cuts differently at U+1B4E, U+1B4F and U+1B7F, the others nowhere.
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+LLAMA3_WORDS = (
+    r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PRE_TOKENIZERS = {
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]"),
+    "gpt-2": (GPT2_WORDS,),
+    "llama-bpe": (LLAMA3_WORDS,),
+    "qwen2": (LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}"),),
+    "smollm": (r"\p{N}", GPT2_WORDS),
+}
+IGNORES_MERGES = {"llama-bpe"}  # a word that is a token is not taken apart, whatever the merges say
+ADDS_BOS = {"llama-bpe"}  # unless the file says otherwise
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # values of `tokenizer.ggml.token_type`: tokens taken out of a text first
+
+REQUIRED_KEYS = (
+    "llama.block_count", "llama.context_length", "llama.embedding_length", "llama.feed_forward_length",
+    "llama.attention.head_count", "llama.attention.layer_norm_rms_epsilon",
+    "tokenizer.ggml.pre", "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges",
+)  # fmt: skip
+# Any other key of the architecture that is not 0 means arithmetic that LlamaForCausalLM does not do.
+OPTIONAL_KEYS = (
+    "llama.attention.head_count_kv", "llama.attention.key_length", "llama.attention.value_length",
+    "llama.rope.freq_base", "llama.rope.dimension_count", "llama.rope.scaling.type", "llama.rope.scaling.factor",
+    "llama.rope.scaling.original_context_length", "llama.rope.scaling.finetuned", "llama.rope.scale_linear",
+    "llama.vocab_size", "llama.tensor_data_layout",
+)  # fmt: skip
+
+# Names there and here, and shapes: E embedding, Q and K heads times their size, F feed-forward, V vocabulary.
+LAYER_TENSORS = {
+    "attn_norm": ("input_layernorm", "E"),
+    "attn_q": ("self_attn.q_proj", "QE"),
+    "attn_k": ("self_attn.k_proj", "KE"),
+    "attn_v": ("self_attn.v_proj", "KE"),
+    "attn_output": ("self_attn.o_proj", "EQ"),
+    "ffn_norm": ("post_attention_layernorm", "E"),
+    "ffn_gate": ("mlp.gate_proj", "FE"),
+    "ffn_up": ("mlp.up_proj", "FE"),
+    "ffn_down": ("mlp.down_proj", "EF"),
+}
+OTHER_TENSORS = {
+    "token_embd": ("model.embed_tokens", "VE"),
+    "output_norm": ("model.norm", "E"),
+    "output": ("lm_head", "VE"),  # absent where it is the embedding
+}
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+def convert_gguf(gguf_path: Path, checkpoint_dir: Path, dtype: str = "float32") -> None:
+    """Writes the GGUF file as a Hugging Face checkpoint folder, which appears when it is complete."""
+    if checkpoint_dir.exists() and not (checkpoint_dir.is_dir() and not any(checkpoint_dir.iterdir())):
+        raise InputError(f"{checkpoint_dir} exists; expected no such folder. Remove it or change --checkpoint_dir.")
+    metadata, tensors = read_gguf(gguf_path)
+    check_metadata(metadata)
+    config = hf_config(metadata, tensors, dtype)
+    sources = tensor_sources(config)
+    check_tensors(sources, tensors)
+    special = special_ids(metadata)
+    tokenizer = build_tokenizer(metadata, special)
+    shapes = {name: shape for name, (_, shape) in sources.items()}
+    values = (hf_tensor(source, tensors[source], config) for source, _ in sources.values())
+    try:
+        with new_folder(checkpoint_dir) as folder:
+            write_safetensors(folder / "model.safetensors", shapes, dtype, values)
+            (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+            for name, document in json_files(config, metadata, special).items():
+                text = json.dumps(document, indent=2, ensure_ascii=False)
+                (folder / name).write_text(f"{text}\n", encoding="utf-8")
+    except OSError as error:
+        free = shutil.disk_usage(next(parent for parent in checkpoint_dir.absolute().parents if parent.exists())).free
+        size = sum(math.prod(shape) for shape in shapes.values()) * getattr(torch, dtype).itemsize
+        raise InputError(
+            f"Could not write {checkpoint_dir}: {error.strerror}. It needs {size / 1e9:.2f} GB, "
+            f"{free / 1e9:.2f} GB are free there. Free some space or change --checkpoint_dir."
+        ) from None
+
+
+def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metadata, and tensors that stay on disk until they are looked at."""
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise InputError("Reading GGUF files needs the package gguf. Type: pip install -e '.[sample]'") from None
+    if not path.is_file():
+        raise InputError(f"{path} is not a file; expected a .gguf file. Pass its path with --gguf_path.")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise InputError(f"{path} begins with {magic!r}; a GGUF file begins with b'GGUF'. Pass another --gguf_path.")
+    try:
+        reader = GGUFReader(path)
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise InputError(
+            f"{path} has {path.stat().st_size} bytes and is truncated, damaged, or of a newer version of GGUF "
+            f"({error}). Fetch the file again, or update the reader: pip install -U gguf"
+        ) from None
+    return metadata, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def check_metadata(metadata: dict[str, Any]) -> None:
+    """Refuses by name what a LlamaForCausalLM folder with a byte-level BPE tokenizer cannot express."""
+    architecture, tokenizer = metadata.get("general.architecture"), metadata.get("tokenizer.ggml.model")
+    if architecture != "llama":
+        raise InputError(f"The GGUF file's architecture is {architecture}; expected llama. Pass another --gguf_path.")
+    if tokenizer != "gpt2":
+        raise InputError(
+            f"The GGUF file's tokenizer is of the kind {tokenizer}; expected gpt2 (byte-level BPE), the one that "
+            "tokenizer.json repeats exactly. Use the model's Hugging Face folder instead."
+        )
+    missing = [key for key in REQUIRED_KEYS if key not in metadata]
+    if missing:
+        raise InputError(
+            f"The GGUF file has no {', '.join(missing)}. Make it again with llama.cpp's convert_hf_to_gguf.py."
+        )
+    if metadata.get("split.count", 1) > 1:
+        raise InputError(
+            f"The GGUF file is one of {metadata['split.count']} parts; expected a whole one. "
+            "Join them: llama-gguf-split --merge FIRST_PART WHOLE_FILE"
+        )
+    known = {*REQUIRED_KEYS, *OPTIONAL_KEYS}
+    foreign = [key for key, value in metadata.items() if key.startswith("llama.") and key not in known and value]
+    if foreign:
+        found = ", ".join(f"{key} = {metadata[key]}" for key in foreign)
+        raise InputError(f"The GGUF file has {found}; a plain llama has none. Use the model's Hugging Face folder.")
+
+
+def hf_config(metadata: dict[str, Any], tensors: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json, but for the special tokens."""
+
+    def number(key: str, default: float | None = None) -> Any:
+        value = metadata.get(f"llama.{key}", default)
+        if isinstance(value, list) and len(set(value)) == 1:  # one number per layer
+            value = value[0]
+        if not isinstance(value, int | float):
+            raise InputError(f"The GGUF file has llama.{key} = {value}; expected one number for all layers.")
+        return float(str(np.float32(value))) if isinstance(value, float) else value  # 1e-5, not 9.999999747378752e-06
+
+    heads, n_embd = number("attention.head_count"), number("embedding_length")
+    head_size = number("attention.key_length", n_embd // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if number(key, head_size) != head_size:
+            raise InputError(f"The GGUF file has llama.{key} = {number(key)}; expected the head size, {head_size}.")
+    rope_theta = number("rope.freq_base", 10000.0)
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
+        "hidden_size": n_embd,
+        "intermediate_size": number("feed_forward_length"),
+        "num_hidden_layers": number("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": number("attention.head_count_kv", heads),
+        "head_dim": head_size,
+        "hidden_act": "silu",
+        "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": number("context_length"),
+        "rope_theta": rope_theta,
+        "rope_scaling": rope_scaling(metadata, tensors, rope_theta, head_size),
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "torch_dtype": dtype,
+    }
+
+
+def rope_scaling(
+    metadata: dict[str, Any], tensors: dict[str, Any], rope_theta: float, head_size: int
+) -> dict[str, Any] | None:
+    """Nothing, linear, or Llama 3's, of which the file holds only what each frequency is divided by."""
+    factor = metadata.get("llama.rope.scaling.factor", metadata.get("llama.rope.scale_linear")) or 1.0
+    kind = metadata.get("llama.rope.scaling.type", "linear")
+    original = metadata.get("llama.rope.scaling.original_context_length", 8192)
+    if ROPE_FACTORS not in tensors and (kind == "none" or kind == "linear" and factor == 1.0):
+        return None
+    if ROPE_FACTORS not in tensors and kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+
+    if ROPE_FACTORS in tensors and (kind == "none" or factor == 1.0):
+        stored = tensors[ROPE_FACTORS].data
+        factor = float(stored.max())
+        low, high = 1.0, 4.0  # in every Llama 3.1, 3.2 and 3.3
+        turns = original / (2 * math.pi * rope_theta ** (np.arange(0, head_size, 2) / head_size))
+        smooth = np.clip((turns - low) / (high - low), 0, 1)
+        if len(stored) == len(smooth) and np.allclose(stored * ((1 - smooth) / factor + smooth), 1, atol=1e-4):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": original,
+            }
+        kind = ROPE_FACTORS
+    raise InputError(
+        f"The GGUF file scales its rotary positions by {kind}, factor {factor}; expected none, linear, or Llama 3's "
+        f"(from {original} positions, low_freq_factor 1, high_freq_factor 4). Use the model's Hugging Face folder."
+    )
+
+
+def special_ids(metadata: dict[str, Any]) -> dict[str, int]:
+    """The ids of the special tokens that the file names: bos, eos, unk, pad, the end of a turn, of a message."""
+    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot", "eom": "eom"}
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
+    ids = {name: id for name, id in ids.items() if id is not None}
+    n_tokens = len(metadata["tokenizer.ggml.tokens"])
+    outside = ", ".join(f"{name} = {id}" for name, id in ids.items() if id >= n_tokens)
+    if outside or "eos" not in ids:
+        raise InputError(
+            f"The GGUF file has {n_tokens} tokens and the special ones {outside or ids}; expected an eos token, and "
+            "ids below the number of tokens. Use the model's Hugging Face folder instead."
+        )
+    return ids
+
+
+def adds_bos(metadata: dict[str, Any], special: dict[str, int]) -> bool:
+    if metadata.get("tokenizer.ggml.add_eos_token"):
+        raise InputError("The GGUF file ends every text with an eos token. Use the model's Hugging Face folder instead.")
+    adds = metadata.get("tokenizer.ggml.add_bos_token", metadata["tokenizer.ggml.pre"] in ADDS_BOS)
+    if adds and "bos" not in special:
+        raise InputError("The GGUF file begins every text with a bos token, but has no tokenizer.ggml.bos_token_id.")
+    return adds
+
+
+def build_tokenizer(metadata: dict[str, Any], special: dict[str, int]) -> Tokenizer:
+    """tokenizer.json. Its tokens are compared with llama.cpp's in `tests/test_gguf.py`."""
+    kind, tokens = metadata["tokenizer.ggml.pre"], metadata["tokenizer.ggml.tokens"]
+    if kind not in PRE_TOKENIZERS:
+        raise InputError(
+            f"The GGUF file cuts texts into words in the way {kind} (tokenizer.ggml.pre); known are "
+            f"{', '.join(PRE_TOKENIZERS)}. Add it to PRE_TOKENIZERS in lit_gpt/gguf.py."
+        )
+    types, vocab = metadata["tokenizer.ggml.token_type"], {token: id for id, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    strange = [pair for pair in merges if len(pair) != 2 or not vocab.keys() >= {*pair, "".join(pair)}]
+    if len(vocab) != len(tokens) or len(types) != len(tokens) or strange:
+        raise InputError(
+            f"The GGUF file's tokenizer has {len(tokens)} tokens, of which {len(vocab)} differ, {len(types)} types and "
+            f"{len(strange)} merges of unknown tokens; expected three equal numbers and 0. Fetch the file again."
+        )
+
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=kind in IGNORES_MERGES))
+    cuts = [pre_tokenizers.Split(Regex(expression), behavior="isolated") for expression in PRE_TOKENIZERS[kind]]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, to_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=type != USER_DEFINED, normalized=False)
+            for token, type in zip(tokens, types, strict=True)
+            if type in (UNKNOWN, CONTROL, USER_DEFINED)
+        ]
+    )
+    if adds_bos(metadata, special):
+        bos = tokens[special["bos"]]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, special["bos"])]
+        )
+    return tokenizer
+
+
+def json_files(config: dict[str, Any], metadata: dict[str, Any], special: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """The other files of the folder by name."""
+    ends = list(dict.fromkeys(special[name] for name in ("eos", "eot", "eom") if name in special))
+    ids = {"bos": special.get("bos"), "eos": ends if len(ends) > 1 else ends[0]}
+    ids = {f"{name}_token_id": id for name, id in ids.items() if id is not None}
+    # Where config.json has it, transformers keeps the gradient from that row, and it often is the end of a turn.
+    pad = {"pad_token_id": special["pad"]} if "pad" in special else {}
+    names = [name for name in ("bos", "eos", "unk", "pad") if name in special]
+    template = metadata.get("tokenizer.chat_template")
+    return {
+        "config.json": config | ids,
+        "generation_config.json": ids | pad,
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **{f"{name}_token": metadata["tokenizer.ggml.tokens"][special[name]] for name in names},
+            "add_bos_token": adds_bos(metadata, special),
+            "model_max_length": config["max_position_embeddings"],
+            "clean_up_tokenization_spaces": False,
+            **({"chat_template": template} if template else {}),
+        },
+    }
+
+
+def tensor_sources(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Per tensor of the Hugging Face model: its name in the GGUF file and its shape."""
+    sizes = {
+        "E": config["hidden_size"],
+        "F": config["intermediate_size"],
+        "Q": config["num_attention_heads"] * config["head_dim"],
+        "K": config["num_key_value_heads"] * config["head_dim"],
+        "V": config["vocab_size"],
+    }
+    names = {name: hf for name, hf in OTHER_TENSORS.items() if name != "output" or not config["tie_word_embeddings"]}
+    for layer in range(config["num_hidden_layers"]):
+        for name, (hf_name, letters) in LAYER_TENSORS.items():
+            names[f"blk.{layer}.{name}"] = (f"model.layers.{layer}.{hf_name}", letters)
+    return {
+        f"{hf_name}.weight": (f"{name}.weight", tuple(sizes[letter] for letter in letters))
+        for name, (hf_name, letters) in names.items()
+    }
+
+
+def check_tensors(sources: dict[str, tuple[str, tuple[int, ...]]], tensors: dict[str, Any]) -> None:
+    """All that keeps the tensors from being read, before a byte is written."""
+    from gguf.quants import dequantize
+
+    expected = dict(sources.values())
+    problems = [f"{name} is missing" for name in expected if name not in tensors]
+    problems += [f"{name} is unknown" for name in tensors if name not in expected and name != ROPE_FACTORS]
+    for name in expected.keys() & tensors.keys():
+        found = tuple(tensors[name].shape.tolist()[::-1])  # the file counts the columns first
+        if found != expected[name]:
+            problems.append(f"{name} has the shape {found} instead of {expected[name]}")
+        try:
+            dequantize(tensors[name].data[:1], tensors[name].tensor_type)
+        except NotImplementedError:
+            problems.append(f"{name} is of the type {tensors[name].tensor_type.name}, which gguf cannot dequantize")
+    if problems:
+        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise InputError(f"The GGUF file is no plain llama: {'; '.join(sorted(problems)[:5])}{more}. Fetch it again.")
+
+
+def hf_tensor(name: str, stored: Any, config: dict[str, Any]) -> torch.Tensor:
+    """One tensor with Hugging Face's order of rows.
+
+    llama.cpp rotates the neighbours 2i and 2i + 1 of a head, Hugging Face i and i + head_size / 2.
+    """
+    from gguf.quants import dequantize
+
+    values = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy())
+    heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(name.split(".")[-2])
+    if heads:
+        pairs = values.view(config[heads], -1, 2, values.shape[-1])  # (H, size / 2, 2, E)
+        values = pairs.transpose(1, 2).reshape(values.shape)
+    return values.to(getattr(torch, config["torch_dtype"]))
+
+
+def write_safetensors(
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, tensors: Iterable[torch.Tensor]
+) -> None:
+    """A safetensors file, tensor by tensor: the library's own function wants all of them in memory."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * getattr(torch, dtype).itemsize
+        kind = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            file.write(tensor.flatten().view(torch.uint8).numpy().data)

@@ -1,0 +1,146 @@
+"""LoRA: learn a low-rank change to frozen linear layers. https://arxiv.org/abs/2106.09685
+
+    y = W x + (alpha / r) B A x        W (out, in) frozen, A (r, in) random, B (out, r) zero at the start
+
+`apply_lora` swaps layers of a built model in place. It does not ask what they are made of: nn.Linear gives LoRA, a
+quantized linear gives QLoRA. `merge_lora_weights` is its inverse and leaves a plain model behind.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lit_gpt.errors import InputError
+from lit_gpt.model import GPT
+from lit_gpt.replace import replace_modules
+
+PLACES = {  # field of LoRA -> the modules it names, below transformer.h.{layer} but for the head
+    "query": r"attn\.q",
+    "key": r"attn\.k",
+    "value": r"attn\.v",
+    "projection": r"attn\.proj",
+    "mlp": r"mlp\.\w+",
+    "head": r"lm_head",
+}
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """What to learn, and where."""
+
+    r: int = 8
+    """Rank of the change. The number of trained parameters grows with it; 8 to 64 is usual."""
+    alpha: float = 16
+    """The change is scaled by alpha / r, so that the learning rate can stay when the rank changes."""
+    dropout: float = 0.0
+    """Dropout on the input of the low-rank branch."""
+    query: bool = True
+    """Adapt the query projection."""
+    key: bool = False
+    """Adapt the key projection."""
+    value: bool = True
+    """Adapt the value projection."""
+    projection: bool = False
+    """Adapt the output projection of the attention."""
+    mlp: bool = False
+    """Adapt all linears of the MLP."""
+    head: bool = False
+    """Adapt the language model head."""
+    layers: int | list[int] | None = None
+    """Which blocks: None is all, 8 the last eight, [0, 5, 11] these. The head does not count as one."""
+
+    def __post_init__(self) -> None:
+        if self.r < 1 or not 0 <= self.dropout < 1:
+            raise InputError(f"lora.r is {self.r}, expected 1 or more; lora.dropout {self.dropout}, expected 0 to 1.")
+        if not any(getattr(self, place) for place in PLACES):
+            raise InputError(f"LoRA has nothing to adapt. Turn on at least one of {', '.join(PLACES)}.")
+
+    def matches(self, name: str, n_layer: int) -> bool:
+        """Whether the module called `name` is to be adapted."""
+        layer, path = re.fullmatch(r"(?:transformer\.h\.(\d+)\.)?(.+)", name).groups()
+        chosen = any(getattr(self, place) and re.fullmatch(pattern, path) for place, pattern in PLACES.items())
+        return chosen and (layer is None or int(layer) in self.blocks(n_layer))
+
+    def blocks(self, n_layer: int) -> range | list[int]:
+        """The adapted blocks of a model that has `n_layer`.
+
+        Raises:
+            InputError: the model has no such block.
+        """
+        if self.layers is None:
+            return range(n_layer)
+        blocks = range(n_layer - self.layers, n_layer) if isinstance(self.layers, int) else self.layers
+        if not blocks or not all(0 <= block < n_layer for block in blocks):
+            raise InputError(f"lora.layers is {self.layers}, but the model's blocks are 0 to {n_layer - 1}.")
+        return blocks
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear and the low-rank change to it. A and B are float32, whatever the linear is stored in."""
+
+    def __init__(self, linear: nn.Module, r: int, alpha: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.linear = linear
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scaling = alpha / r
+        self.dropout = nn.Dropout(dropout)
+        device = linear.weight.device
+        self.lora_A = nn.Parameter(torch.empty(r, linear.in_features, device=device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, device=device, dtype=torch.float32))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # what nn.Linear does to its own weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        low = self.scaling * F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (B, T, in) -> (B, T, r)
+        return self.linear(x).add_(F.linear(low, self.lora_B.to(x.dtype)))  # (B, T, out)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        """The wrapped linear with the change added to its weight: in float32, rounded once.
+
+        Its weight is a new parameter, so that a head that was tied to the embedding leaves the embedding alone.
+        """
+        weight = self.linear.weight
+        change = self.scaling * (self.lora_B @ self.lora_A)
+        wide = torch.promote_types(weight.dtype, change.dtype)
+        self.linear.weight = nn.Parameter((weight.to(wide) + change).to(weight.dtype), requires_grad=False)
+        return self.linear
+
+
+def apply_lora(model: GPT, lora: LoRA) -> list[str]:
+    """Wraps the linears that `lora` names, in place, and returns their names.
+
+    Raises:
+        InputError: the model has none of them, or already carries LoRA.
+    """
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise InputError("This model already carries LoRA: merge it first (`python scripts/merge_lora.py`).")
+
+    def wrap(name: str, module: nn.Module) -> nn.Module | None:
+        if hasattr(module, "in_features") and lora.matches(name, model.config.n_layer):
+            return LoRALinear(module, lora.r, lora.alpha, lora.dropout)
+        return None
+
+    names = replace_modules(model, wrap)
+    if not names:
+        raise InputError(f"{lora} matches no linear of {model.config.name}.")
+    return names
+
+
+def lora_filter(key: str, value: Any = None) -> bool:
+    """Whether a state dict key belongs to LoRA: these keys train and get saved."""
+    return key.rsplit(".", 1)[-1].startswith("lora_")
+
+
+def mark_only_lora_as_trainable(model: nn.Module) -> None:
+    for name, param in model.named_parameters():
+        param.requires_grad = lora_filter(name)
+
+
+def merge_lora_weights(model: nn.Module) -> list[str]:
+    """Puts a plain, merged linear back in the place of every LoRALinear, and returns their names."""
+    return replace_modules(model, lambda name, module: module.merged() if isinstance(module, LoRALinear) else None)

@@ -1,0 +1,289 @@
+"""The training loop. Every method runs this one: read it from top to bottom, and edit it.
+
+One turn of the loop is one optimizer step. The loss of a step is the mean over all the tokens it trains on, however
+they are spread over micro-batches and devices, so that accumulation and more devices change nothing but memory.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lit_gpt.data import Dataset, micro_batches, step_records
+from lit_gpt.device import peak_memory_gb
+from lit_gpt.errors import InputError
+from lit_gpt.log import Log, duration
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+    from lit_gpt.checkpoint import Checkpoints
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """The optimizer, the batch and the intervals."""
+
+    learning_rate: float = 3e-4
+    """Peak of the schedule: linear warmup, then half a cosine down to min_learning_rate at the last step."""
+    min_learning_rate: float = 0.0
+    """Where the schedule ends."""
+    warmup_steps: int = 10
+    """Optimizer steps until the peak."""
+    weight_decay: float = 0.01
+    """AdamW's, on matrices only."""
+    beta1: float = 0.9
+    """AdamW's memory of the gradient."""
+    beta2: float = 0.95
+    """AdamW's memory of its square."""
+    max_norm: float | None = 1.0
+    """Clip the gradient to this norm. None leaves it alone."""
+    global_batch_size: int = 16
+    """Records per optimizer step, over all devices."""
+    micro_batch_size: int = 4
+    """Records per forward pass on one device. Lower it when memory runs out; the result stays the same."""
+    epochs: int = 1
+    """How often to go through all records."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, even in the middle of an epoch."""
+    max_hours: float | None = None
+    """Stop after this much time, with everything saved to go on later."""
+    eval_interval: int = 50
+    """Optimizer steps between validations. There is one before the first step and one after the last, too."""
+    eval_records: int = 64
+    """Records of the validation data to use: always the same ones."""
+    patience: int | None = None
+    """Stop after this many validations in a row that were no better than the best."""
+    save_interval: int = 50
+    """Optimizer steps between saves of `last`. `best` is saved whenever the validation loss is the lowest so far."""
+    keep_steps: bool = False
+    """Keep the weights of every save in a folder of its own, step-000050 and so on."""
+    seed: int = 1337
+    """Of the order of the records, and of dropout."""
+
+    def __post_init__(self) -> None:
+        at_least_one = ("global_batch_size", "micro_batch_size", "epochs", "eval_interval", "eval_records", "save_interval")
+        for name in (*at_least_one, "max_steps", "patience"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"train.{name} is {value}, expected 1 or more.")
+
+    def steps(self, n_records: int) -> int:
+        """Optimizer steps of the whole run. The last one of an epoch takes what is left."""
+        steps = self.epochs * self.steps_per_epoch(n_records)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def steps_per_epoch(self, n_records: int) -> int:
+        return -(-n_records // self.global_batch_size)
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the weights and the optimizer, all that resuming needs."""
+
+    n_records: int
+    global_batch_size: int
+    seed: int
+    step: int = 0
+    """Optimizer steps done."""
+    best_val_loss: float = math.inf
+    evals_without_gain: int = 0
+
+
+def fit(
+    fabric: "Fabric",
+    model: nn.Module,
+    train_data: Dataset,
+    val_data: Dataset,
+    args: TrainArgs,
+    checkpoints: "Checkpoints",
+    resume: bool = False,
+    show_sample: Callable[[], list] | None = None,
+) -> Log:
+    """Trains the parameters of `model` that require a gradient, and saves `best` and `last`.
+
+    `show_sample()` gives answers (see `generate.answers`) to print after every validation.
+
+    Raises:
+        InputError: no data, or a loss that is not finite.
+    """
+    if not len(train_data):
+        raise InputError("There are no training records: all went to validation. Prepare the data with a smaller fraction.")
+    steps = args.steps(len(train_data))
+    optimizer = make_optimizer(model, args)
+    model, optimizer = fabric.setup(model, optimizer)
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+
+    progress = Progress(len(train_data), args.global_batch_size, args.seed)
+    if fabric.is_global_zero:
+        checkpoints.recover()
+    fabric.barrier()
+    saved = checkpoints.resume(optimizer) if resume else None
+    if saved is not None:
+        progress = continued(saved, progress)
+    log = Log(
+        checkpoints.out_dir, steps, first_step=progress.step, main_process=fabric.is_global_zero, loggers=fabric.loggers
+    )
+    log.note(
+        f"{sum(param.numel() for param in params):,} trained parameters. {steps - progress.step} steps of up to"
+        f" {args.global_batch_size} records; an epoch of {len(train_data):,} records is"
+        f" {args.steps_per_epoch(len(train_data))} steps."
+        + (f" Continuing after step {progress.step}." if progress.step else "")
+    )
+
+    started = time.perf_counter()
+    if progress.step == 0:
+        validate(fabric, model, val_data, args, progress, checkpoints, log, show_sample)
+    while progress.step < steps:
+        since = time.perf_counter()
+        # dropout is a function of the step and the rank: a resumed run has no random state to restore
+        torch.manual_seed((args.seed * 1_000_003 + progress.step) * 1_009 + fabric.global_rank)
+        lr = learning_rate(progress.step, steps, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        records = step_records(len(train_data), progress.step, args.global_batch_size, args.seed)
+        batches = micro_batches(train_data, records, args.micro_batch_size, fabric.global_rank, fabric.world_size)
+        counts = [sum(layout.n_targets for _, layout in batches), sum(layout.n_tokens for _, layout in batches)]
+        targets, tokens = fabric.all_reduce(torch.tensor(counts, device=fabric.device), reduce_op="sum").tolist()
+
+        loss = torch.zeros((), device=fabric.device)
+        for i, (idx, layout) in enumerate(batches):
+            with fabric.no_backward_sync(model, enabled=i < len(batches) - 1):
+                part = model(idx.to(fabric.device), layout=layout.to(fabric.device)) / targets
+                fabric.backward(part * fabric.world_size)  # the processes average their gradients; ours is a sum
+            loss += part.detach()
+        loss = fabric.all_reduce(loss, reduce_op="sum").item()
+        if not math.isfinite(loss):
+            raise InputError(
+                f"The loss of step {progress.step + 1} is {loss}. Lower --train.learning_rate, or choose another"
+                " --precision; nothing was saved after the last good step."
+            )
+        norm = clip(fabric, model, optimizer, args.max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        progress.step += 1
+
+        log.step(
+            progress.step,
+            epoch=progress.step / args.steps_per_epoch(len(train_data)),
+            loss=loss,
+            learning_rate=lr,
+            grad_norm=norm,
+            tokens=tokens,
+            trained_tokens=targets,
+            seconds=time.perf_counter() - since,
+            memory_gb=peak_memory_gb(fabric.device),
+        )
+        out_of_time = args.max_hours is not None and time.perf_counter() - started > args.max_hours * 3600
+        out_of_time = fabric.broadcast(out_of_time) if args.max_hours is not None else False
+        last = progress.step == steps or out_of_time
+        if progress.step % args.eval_interval == 0 or last:
+            validate(fabric, model, val_data, args, progress, checkpoints, log, show_sample)
+        out_of_patience = args.patience is not None and progress.evals_without_gain >= args.patience
+        if progress.step % args.save_interval == 0 or last or out_of_patience:
+            save(fabric, checkpoints, optimizer, progress, args)
+        if out_of_time or out_of_patience:
+            why = f"{args.max_hours} hours are over" if out_of_time else f"no gain in {args.patience} validations"
+            log.note(f"Stopped after step {progress.step} of {steps}: {why}.")
+            break
+    if not len(val_data) and fabric.is_global_zero:
+        checkpoints.save("best")  # nothing to judge by: the last is the best
+    per_step = [row["seconds"] for row in log.rows if row["seconds"] is not None]
+    if per_step:
+        epoch = sum(per_step) / len(per_step) * args.steps_per_epoch(len(train_data))
+        log.note(f"A whole epoch of {len(train_data):,} records takes {duration(epoch)} on this machine.")
+    log.close()
+    return log
+
+
+def make_optimizer(model: nn.Module, args: TrainArgs) -> torch.optim.Optimizer:
+    """AdamW. Norms and biases, which are vectors, do not decay."""
+    params = [param for param in model.parameters() if param.requires_grad]
+    groups = [
+        {"params": [param for param in params if param.ndim >= 2], "weight_decay": args.weight_decay},
+        {"params": [param for param in params if param.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=args.learning_rate, betas=(args.beta1, args.beta2)
+    )
+
+
+def learning_rate(step: int, steps: int, args: TrainArgs) -> float:
+    """Linear warmup to the peak, then half a cosine down. Steps count from 0, and the first one already learns."""
+    if step < args.warmup_steps:
+        return args.learning_rate * (step + 1) / args.warmup_steps
+    done = (step + 1 - args.warmup_steps) / max(1, steps - args.warmup_steps)  # 1 at the last step
+    low, high = args.min_learning_rate, args.learning_rate
+    return low + (high - low) * (1 + math.cos(math.pi * done)) / 2
+
+
+def clip(fabric: "Fabric", model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float | None) -> float | None:
+    """The gradient's norm before it is clipped; None where clipping is off."""
+    if max_norm is None:
+        return None
+    return fabric.clip_gradients(model, optimizer, max_norm=max_norm, error_if_nonfinite=False).item()
+
+
+def validate(
+    fabric: "Fabric",
+    model: nn.Module,
+    val_data: Dataset,
+    args: TrainArgs,
+    progress: Progress,
+    checkpoints: "Checkpoints",
+    log: Log,
+    show_sample: Callable[[], list] | None,
+) -> None:
+    """Measures the validation loss, keeps the weights if it is the best so far, and shows a sample."""
+    if len(val_data):
+        loss = evaluate(fabric, model, val_data, args)
+        log.val(progress.step, loss)
+        progress.evals_without_gain += 1
+        if loss < progress.best_val_loss:
+            progress.best_val_loss, progress.evals_without_gain = loss, 0
+            if fabric.is_global_zero:
+                checkpoints.save("best")
+    if show_sample is not None and fabric.is_global_zero:
+        for sample in show_sample():
+            log.note(f"{sample.prompt.strip().splitlines()[-1]} -> {sample.answer}")
+    fabric.barrier()
+
+
+@torch.no_grad()
+def evaluate(fabric: "Fabric", model: nn.Module, dataset: Dataset, args: TrainArgs) -> float:
+    """Mean loss per trained token over the first `eval_records` records, in nats."""
+    model.eval()
+    total = torch.zeros(2, device=fabric.device)
+    records = range(min(len(dataset), args.eval_records))
+    for idx, layout in micro_batches(dataset, records, args.micro_batch_size, fabric.global_rank, fabric.world_size):
+        total[0] += model(idx.to(fabric.device), layout=layout.to(fabric.device))
+        total[1] += layout.n_targets
+    model.train()
+    loss, targets = fabric.all_reduce(total, reduce_op="sum").tolist()
+    return loss / targets
+
+
+def save(
+    fabric: "Fabric", checkpoints: "Checkpoints", optimizer: torch.optim.Optimizer, progress: Progress, args: TrainArgs
+) -> None:
+    if fabric.is_global_zero:
+        checkpoints.save_state("last", optimizer, asdict(progress))
+        if args.keep_steps:
+            checkpoints.save(f"step-{progress.step:06d}")
+    fabric.barrier()
+
+
+def continued(saved: dict[str, Any], expected: Progress) -> Progress:
+    """The saved progress, if it belongs to these data and batches: otherwise records would be skipped or repeated."""
+    found = Progress(**saved)
+    for name in ("n_records", "global_batch_size", "seed"):
+        if getattr(found, name) != getattr(expected, name):
+            raise InputError(
+                f"The saved run had {name} {getattr(found, name)}, this one has {getattr(expected, name)}."
+                " Resume with the settings of hyperparameters.yaml, or start anew with --overwrite true."
+            )
+    return found

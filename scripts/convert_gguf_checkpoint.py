@@ -1,0 +1,26 @@
+"""Turns a GGUF file of the llama architecture into a Hugging Face checkpoint folder.
+
+    python scripts/convert_gguf_checkpoint.py --gguf_path model.gguf --checkpoint_dir checkpoints/org/name
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from lit_gpt.cli import run
+from lit_gpt.gguf import convert_gguf
+
+
+def main(gguf_path: Path, checkpoint_dir: Path, dtype: Literal["float32", "float16", "bfloat16"] = "float32") -> None:
+    """Writes a GGUF file (llama.cpp's format, llama architecture) as a Hugging Face checkpoint folder.
+
+    Args:
+        gguf_path: The file to read.
+        checkpoint_dir: The folder to write: model.safetensors, config.json and the tokenizer.
+        dtype: What the weights are stored as. Only float32 holds quantized values exactly.
+    """
+    convert_gguf(gguf_path, checkpoint_dir, dtype)
+    print(f"Wrote {checkpoint_dir}")
+
+
+if __name__ == "__main__":
+    run(main)

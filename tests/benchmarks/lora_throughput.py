@@ -1,0 +1,119 @@
+"""How many records per second LoRA trains on, here and in the peers, on the same records from the same start.
+
+    bash tests/benchmarks/setup_peers.sh                               # once
+    python tests/benchmarks/lora_throughput.py                         # the short records
+    python tests/benchmarks/lora_throughput.py --kind long --records_per_step 8
+
+Float32, rank 8 on query and value, AdamW, no dropout, clipping or activation checkpointing. Every optimizer step takes
+the same records in every program; its loss is the mean over all of the step's trained tokens, and must agree. Each
+program first tries its settings and micro-batch sizes on one step and keeps the fastest. Then the programs, freshly
+started, take turns on an otherwise idle machine.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+from records import describe, make_records
+from safetensors.numpy import save_file
+from worker import RANK, Worker, benchmark_arguments, check_quiet, machine, print_table, spread
+
+SETTINGS = {"ours": ["packed"], "hf": ["lean", "flat", "trainer"], "litgpt": ["chunked", "whole"]}
+
+
+def calibrate(program: str, args: argparse.Namespace, work_dir: Path) -> tuple[str, int]:
+    """The fastest setting and micro-batch size, by one step each. Larger ones are not tried once they get slower."""
+    seconds: dict[tuple[str, int], float] = {}
+    with Worker(program, "lora", args, work_dir) as worker:
+        for setting in SETTINGS[program]:
+            for size in args.micro_batch_sizes:
+                question = {"setting": setting, "micro_batch": size, "first": 0, "steps": 1, "update": False}
+                if not seconds:
+                    worker.ask(**question)  # warm up
+                seconds[setting, size] = worker.ask(**question)["seconds"]
+                print(f"    {program} {setting} {size}: {seconds[setting, size]:.2f} s", flush=True)
+                best_before = [t for (other, _), t in seconds.items() if other == setting][:-1]
+                if best_before and seconds[setting, size] > 1.25 * min(best_before):
+                    break
+    return min(seconds, key=seconds.__getitem__)
+
+
+def write_inputs(args: argparse.Namespace, work_dir: Path) -> None:
+    if args.data:
+        records = [json.loads(line) for line in args.data.read_text().splitlines()]
+    else:
+        records = make_records(args.checkpoint_dir, args.kind, args.rounds * args.steps * args.records_per_step)
+    (work_dir / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    print(f"{args.data or args.kind}: {describe(records)}")
+    config = json.loads((args.checkpoint_dir / "config.json").read_text())
+    width, chance = config["hidden_size"], np.random.default_rng(0)
+    start = {
+        f"{layer}.{place}": chance.uniform(-(width**-0.5), width**-0.5, (RANK, width)).astype(np.float32)
+        for layer in range(config["num_hidden_layers"])
+        for place in ("query", "value")
+    }
+    save_file(start, work_dir / "lora.safetensors")
+
+
+def main() -> None:
+    parser = benchmark_arguments("Throughput of LoRA training next to litgpt and transformers + peft.")
+    parser.add_argument("--records_per_step", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps per round")
+    parser.add_argument("--micro_batch_sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--settings", nargs="+", default=[], help="instead of trying, as in hf=lean:2 litgpt=chunked:1")
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="largest relative difference between losses")
+    args = parser.parse_args()
+    check_quiet(args.force)
+    print(machine())
+
+    with tempfile.TemporaryDirectory(prefix="lora_throughput.") as folder, ExitStack() as running:
+        work_dir = Path(folder)
+        write_inputs(args, work_dir)
+        chosen = {}
+        for program, _, setting in (given.partition("=") for given in args.settings):
+            chosen[program] = (setting.split(":")[0], int(setting.split(":")[1]))
+        for program in args.programs:
+            chosen[program] = chosen.get(program) or calibrate(program, args, work_dir)
+
+        workers = {program: running.enter_context(Worker(program, "lora", args, work_dir)) for program in args.programs}
+        ask = {program: dict(zip(("setting", "micro_batch"), chosen[program], strict=True)) for program in workers}
+        for program, worker in workers.items():
+            worker.ask(**ask[program], first=0, steps=1, update=False)  # warm up
+        answers = {program: [] for program in workers}
+        for i in range(args.rounds):
+            for program, worker in workers.items():
+                answer = worker.ask(**ask[program], first=i * args.steps, steps=args.steps, update=True)
+                answers[program].append(answer)
+        about = {program: worker.about for program, worker in workers.items()}
+
+    losses = np.array([[loss for answer in answers[program] for loss in answer["losses"]] for program in answers])
+    differences = np.ptp(losses, axis=0) / losses.min(axis=0)
+    report(args, answers, chosen, about)
+    print(f"loss from {losses[0, 0]:.4f} to {losses[0, -1]:.4f} in {losses.shape[1]} steps")
+    print(f"largest relative difference between the programs' losses of a step: {differences.max():.1e}")
+    if args.out:
+        args.out.write_text(json.dumps({"chosen": chosen, "about": about, "answers": answers}, indent=1))
+    if differences.max() > args.tolerance:
+        sys.exit(f"The losses differ by more than {args.tolerance}: the programs do not train on the same thing.")
+
+
+def report(args: argparse.Namespace, answers: dict, chosen: dict, about: dict) -> None:
+    speed = {p: [answer["records"] / answer["seconds"] for answer in answers[p]] for p in answers}
+    tokens = {p: [answer["tokens"] / answer["seconds"] for answer in answers[p]] for p in answers}
+    peers = [statistics.median(speed[p]) for p in answers if p != "ours"]
+    rows = [["", "setting", "micro-batch", "records/s", "tokens/s", "of the faster peer", "peak GiB", "versions"]]
+    for p in answers:
+        ratio = f"{statistics.median(speed[p]) / max(peers):.2f}" if peers else "-"
+        peak = f"{max(answer['peak_gb'] for answer in answers[p]):.2f}"
+        versions = ", ".join(f"{name} {number}" for name, number in about[p]["versions"].items())
+        rows.append([p, chosen[p][0], str(chosen[p][1]), spread(speed[p], 2), spread(tokens[p], 0), ratio, peak, versions])
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,18 +1,19 @@
 """Fine-tune with LoRA.
 
-    python finetune/lora.py --checkpoint_dir checkpoints/sample/SmolLM2-135M-Instruct-Q4_1 --data_dir data/docstrings
-    python finetune/lora.py --lora.r 16 --lora.mlp true --train.learning_rate 2e-4
-    python finetune/lora.py --config finetune/recipes/quickstart.yaml
-    python finetune/lora.py --devices 2
+python finetune/lora.py --checkpoint_dir checkpoints/sample/SmolLM2-135M-Instruct-Q4_1 --data_dir data/docstrings
+python finetune/lora.py --lora.r 16 --lora.mlp true --train.learning_rate 2e-4
+python finetune/lora.py --config finetune/recipes/quickstart.yaml
+python finetune/lora.py --devices 2
 """
 
 from pathlib import Path
 
 from lit_gpt import Config, Tokenizer
-from lit_gpt.checkpoint import Checkpoints, build_model, claim_out_dir, describe, load_weights
+from lit_gpt.checkpoint import build_model, load_weights
 from lit_gpt.cli import command, run, save_hyperparameters
 from lit_gpt.data import Dataset
-from lit_gpt.device import LoggerName, Precision, launch, resolve_precision, weight_dtype
+from lit_gpt.device import LoggerName, Precision, launch, weight_dtype
+from lit_gpt.finetuned import Checkpoints, claim_out_dir, describe
 from lit_gpt.generate import answers
 from lit_gpt.log import finish
 from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable

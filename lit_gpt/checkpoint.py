@@ -1,45 +1,27 @@
-"""Weights on disk: reading a checkpoint folder into a model, and saving what a run has trained.
-
-`METHODS` is the list of fine-tuning methods: how each changes a model, and which keys it trains and saves.
-"""
+"""Checkpoint folders: reading their tensors into a model, one at a time, and writing them in either format."""
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from lit_gpt.config import Config, read_json
-from lit_gpt.convert import to_lit
+from lit_gpt.convert import to_hf, to_lit
 from lit_gpt.errors import InputError
-from lit_gpt.files import new_folder, recover
-from lit_gpt.lora import LoRA, apply_lora, lora_filter
+from lit_gpt.files import new_folder
 from lit_gpt.model import GPT
-from lit_gpt.tokenizer import Tokenizer
 
-
-@dataclass(frozen=True)
-class Method:
-    settings: type
-    apply: Callable[[GPT, Any], list[str]]
-    filter: Callable[[str, Any], bool]
-
-
-# what a run writes into its out_dir
-RUN_FILES = ("last", "best", "step-*", ".*.partial", ".*.old", "metrics.csv", "hyperparameters.yaml", "report.md")
-RUN_FILES += ("loss.png", "tensorboard", "wandb")
-
-METHODS = {"lora": Method(LoRA, apply_lora, lora_filter)}
-
-
-# --- reading a checkpoint folder -------------------------------------------------------------------------------------
+# what belongs to a checkpoint besides its weights
+COMPANIONS = (
+    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "LICENSE*",
+)  # fmt: skip
+FINGERPRINT = "lit_gpt.fingerprint"  # in a safetensors header, where a copy says what it is a copy of
+MAX_SHARD = 4 * 10**9  # bytes; a larger model is written as several files
 
 
 def build_model(config: Config) -> GPT:
@@ -71,34 +53,54 @@ def load_weights(
         InputError: files are missing or damaged, tensors are missing, superfluous, of another shape or not finite. All
             that is wrong with the tensors is said at once.
     """
-    checkpoint_dir, config = Path(checkpoint_dir), model.config
+    checkpoint_dir = Path(checkpoint_dir)
+    digests = {}
+    for name, tensor in checked_tensors(model, checkpoint_dir):
+        assign(model, name, tensor.to(dtype=dtype or tensor.dtype, device=device))
+        digests[name] = digest(name, tensor)
+    if model.config.tie_embeddings:
+        model.lm_head.weight = model.transformer.wte.weight
+    model.to(device)  # what is not in the files: the rotary frequencies
+    return read_metadata(weight_files(checkpoint_dir)[0]).get(FINGERPRINT) or fingerprint(digests)
+
+
+def checked_tensors(model: GPT, checkpoint_dir: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """A checkpoint's tensors under our names, in file order, if they are those that `model` has.
+
+    Raises:
+        InputError: see `load_weights`; after the last tensor.
+    """
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-    seen, problems, digests = set(), [], {}
     files = weight_files(checkpoint_dir)
-    converted = files[0].name.startswith("lit_model")
+    seen, problems = set(), []
     for name, tensor in read_tensors(files):
         try:
-            ours = [(name, tensor)] if converted else to_lit(name, tensor, config)
+            ours = [(name, tensor)] if is_converted(files) else to_lit(name, tensor, model.config)
         except KeyError:
-            problems.append(f"{name} is in no {config.family} model")
+            problems.append(f"{name} is in no {model.config.family} model")
             continue
         for key, value in ours:
-            if tuple(value.shape) != shapes.get(key):
-                problems.append(f"{name} has shape {list(value.shape)}, config.json says {list(shapes.get(key, ()))}")
+            seen.add(key)
+            if key not in shapes:
+                problems.append(f"{name} has no place in a model of {model.config.n_layer} layers")
+            elif tuple(value.shape) != shapes[key]:
+                problems.append(f"{name} has shape {list(value.shape)}, the config says {list(shapes[key])}")
             elif not is_finite(value):
                 problems.append(f"{name} holds NaN or infinite values")
             else:
-                assign(model, key, value.to(dtype=dtype or value.dtype, device=device))
-                digests[key] = digest(key, value)
-            seen.add(key)
-    problems += [f"{key} is missing" for key in shapes if key not in seen]
+                yield key, value
+    missing = [key if is_converted(files) else to_hf(key, model.config) for key in shapes if key not in seen]
+    problems += [f"{name} is missing" for name in missing]
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise InputError(f"{checkpoint_dir}: {'; '.join(problems[:5])}{more}. Download or convert the checkpoint again.")
-    if config.tie_embeddings:
-        model.lm_head.weight = model.transformer.wte.weight
-    model.to(device)  # what is not in the files: the rotary frequencies
-    return read_metadata(files[0]).get("lit_gpt.fingerprint") or fingerprint(digests)
+        raise InputError(
+            f"{checkpoint_dir}: {'; '.join(problems[:5])}{more}. Download or convert the checkpoint again."
+        )
+
+
+def is_converted(files: list[Path]) -> bool:
+    """Whether these are our own names and layout."""
+    return files[0].name.startswith("lit_model")
 
 
 def weight_files(checkpoint_dir: Path) -> list[Path]:
@@ -189,166 +191,81 @@ def fingerprint(digests: dict[str, str]) -> str:
     return hashlib.sha256("\n".join(digests[name] for name in sorted(digests)).encode()).hexdigest()
 
 
-# --- what a run has trained ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Finetuned:
-    """What stands in the header of a file of trained weights: all that is needed to use it."""
-
-    method: str
-    settings: dict[str, Any]
-    checkpoint_dir: str
-    base: str
-    """Fingerprint of the base model."""
-    tokenizer: str
-    prompt_style: str
-
-
-class Checkpoints:
-    """The folders `last` and `best` of a run.
-
-    Both hold the trained weights with all that is needed to use them, `last` also what is needed to train on.
-    """
-
-    def __init__(self, out_dir: Path, model: GPT, description: Finetuned) -> None:
-        self.out_dir, self.model, self.description = out_dir, model, description
-        self.keep = partial(METHODS[description.method].filter)
-
-    def save(self, name: str) -> None:
-        with new_folder(self.out_dir / name) as folder:
-            self.write_weights(folder)
-
-    def save_state(self, name: str, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
-        """Saves the weights, and with them the optimizer and `progress`, which is JSON."""
-        with new_folder(self.out_dir / name) as folder:
-            self.write_weights(folder)
-            tensors, rest = flatten(optimizer.state_dict())
-            metadata = {"optimizer": json.dumps(rest), "progress": json.dumps(progress)}
-            save_tensors(tensors, folder / "state.safetensors", metadata)
-
-    def write_weights(self, folder: Path) -> None:
-        weights = {key: value for key, value in self.model.state_dict().items() if self.keep(key, value)}
-        header = {"lit_gpt": json.dumps(asdict(self.description))}
-        save_tensors(weights, folder / f"{self.description.method}.safetensors", header)
-
-    def recover(self) -> None:
-        for name in ("last", "best"):
-            recover(self.out_dir / name)
-
-    def resume(self, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-        """Puts the last state back into the model and the optimizer, and returns the progress; None if there is none."""
-        last = self.out_dir / "last"
-        if not (last / "state.safetensors").is_file():
-            return None
-        found = read_description(last)
-        if found != self.description:
-            changed = [key for key, value in asdict(found).items() if value != asdict(self.description)[key]]
-            raise InputError(f"{last} was trained with another {' and '.join(changed)}. Use the settings of that run.")
-        load_trained(self.model, last, found.method)
-        metadata = read_metadata(last / "state.safetensors")
-        tensors = dict(read_tensors([last / "state.safetensors"]))
-        optimizer.load_state_dict(unflatten(tensors, json.loads(metadata["optimizer"])))
-        return json.loads(metadata["progress"])
-
-
-def flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimizer's state dict as tensors by name, and the rest, which JSON can hold."""
-    tensors = {f"{i}.{key}": v for i, entry in state["state"].items() for key, v in entry.items() if torch.is_tensor(v)}
-    return tensors, {"param_groups": state["param_groups"]}
-
-
-def unflatten(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
-    return {"state": state} | rest
-
-
-def claim_out_dir(out_dir: Path, resume: bool, overwrite: bool) -> None:
-    """Makes `out_dir` this run's. Of several processes only the first looks, since it soon writes there.
+def convert(checkpoint_dir: Path, out_dir: Path, hugging_face: bool, dtype: torch.dtype | None = None) -> None:
+    """Copies a checkpoint in our names or in Hugging Face's, tensor by tensor. The fingerprint goes with it.
 
     Raises:
-        InputError: it holds a run, and neither flag says what to do with it.
+        InputError: see `load_weights`.
     """
-    if int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) > 0:
-        return
-    if resume and overwrite:
-        raise InputError("--resume true continues the run and --overwrite true replaces it: choose one.")
-    if out_dir.exists() and not out_dir.is_dir():
-        raise InputError(f"{out_dir} is a file, expected a folder.")
-    if overwrite and out_dir.is_dir():
-        for name in RUN_FILES:  # and nothing else: the folder may be somebody's home
-            for path in out_dir.glob(name):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not resume and out_dir.is_dir() and any(out_dir.iterdir()):
-        raise InputError(
-            f"{out_dir} is not empty. Continue the run in it with --resume true, replace it with --overwrite true, or name"
-            " another --out_dir."
-        )
-    out_dir.mkdir(parents=True, exist_ok=True)
-
-
-def read_description(finetuned_dir: Path) -> Finetuned:
-    """What was trained into this folder."""
-    file = finetuned_file(finetuned_dir)
-    header = read_metadata(file).get("lit_gpt")
-    if header is None:
-        raise InputError(f"{file} does not say what it is: it was not written by this toolkit.")
-    return Finetuned(**json.loads(header))
-
-
-def finetuned_file(finetuned_dir: Path) -> Path:
-    """The file of trained weights: in this folder, or in `best` of a run's."""
-    for folder in (finetuned_dir, finetuned_dir / "best"):
-        recover(folder)
-        for method in METHODS:
-            if (folder / f"{method}.safetensors").is_file():
-                return folder / f"{method}.safetensors"
-    names = " or ".join(f"{method}.safetensors" for method in METHODS)
-    raise InputError(f"{finetuned_dir} holds nothing trained: expected {names} in it or in its folder best.")
-
-
-def load_finetuned(
-    checkpoint_dir: Path | None,
-    finetuned_dir: Path,
-    dtype: torch.dtype | None = None,
-    device: torch.device | None = None,
-) -> tuple[GPT, Finetuned]:
-    """A base model with what was trained on it, unmerged. `checkpoint_dir` None is the base it was trained on.
-
-    Raises:
-        InputError: another base, or keys that do not fit it.
-    """
-    description = read_description(finetuned_dir)
-    checkpoint_dir = Path(checkpoint_dir or description.checkpoint_dir)
     model = build_model(Config.from_checkpoint(checkpoint_dir))
-    base = load_weights(model, checkpoint_dir, dtype, device)
-    if base != description.base:
-        raise InputError(
-            f"{finetuned_dir} was trained on another base than {checkpoint_dir}: on {description.checkpoint_dir}."
-        )
-    method = METHODS[description.method]
-    method.apply(model, method.settings(**description.settings))
-    load_trained(model, finetuned_dir, description.method)
-    return model.eval(), description
+    files = weight_files(checkpoint_dir)
+    # a pass of its own, since it stands in the header; files are mapped into memory, so it reads little of them
+    own = read_metadata(files[0]).get(FINGERPRINT) or fingerprint(
+        {name: digest(name, tensor) for name, tensor in checked_tensors(model, checkpoint_dir)}
+    )
+    tensors = ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in checked_tensors(model, checkpoint_dir))
+    write_checkpoint(tensors, model.config, checkpoint_dir, out_dir, hugging_face, {FINGERPRINT: own})
 
 
-def load_trained(model: GPT, finetuned_dir: Path, method: str) -> None:
-    """Puts trained weights into a model that the method has been applied to. Every key must fit, both ways."""
-    file = finetuned_file(finetuned_dir)
-    expected = {key: value for key, value in model.state_dict(keep_vars=True).items() if METHODS[method].filter(key, value)}
-    found = dict(read_tensors([file]))
-    unfit = sorted(expected.keys() ^ found.keys())
-    unfit += [key for key in expected.keys() & found.keys() if expected[key].shape != found[key].shape]
-    if unfit:
-        raise InputError(f"{file} does not fit this model: {', '.join(unfit[:5])}.")
-    with torch.no_grad():
-        for key, value in found.items():
-            expected[key].copy_(value)
+def save_hf(model: GPT, source: Path, out_dir: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes a model as a Hugging Face folder. `source` is the folder it came from: its tokenizer goes along.
+
+    A head that no longer is the embedding (a LoRA on it was merged) is written too, and config.json says so.
+    """
+    untied = model.config.tie_embeddings and model.lm_head.weight is not model.transformer.wte.weight
+    config = model.config.replace(tie_embeddings=False) if untied else model.config
+    tensors = ((name, param.to(dtype or param.dtype)) for name, param in model.named_parameters())
+    write_checkpoint(tensors, config, source, out_dir, True, {})
 
 
-def describe(method: str, settings: Any, checkpoint_dir: Path, base: str, prompt_style: str) -> Finetuned:
-    tokenizer = Tokenizer(checkpoint_dir).fingerprint
-    return Finetuned(method, asdict(settings), str(checkpoint_dir), base, tokenizer, prompt_style)
+def write_checkpoint(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    config: Config,
+    source: Path,
+    out_dir: Path,
+    hugging_face: bool,
+    metadata: dict[str, str],
+) -> None:
+    """Writes tensors, under our names, to files of at most MAX_SHARD bytes, and the companions of `source` with them."""
+    if out_dir.exists() and any(out_dir.iterdir()):
+        raise InputError(f"{out_dir} is not empty. Name another folder, or delete it first.")
+    stem = "model" if hugging_face else "lit_model"
+    with new_folder(out_dir) as folder:
+        shards: list[list[str]] = []
+        shard, dtypes, total = {}, set(), 0
+
+        def flush() -> None:
+            save_tensors(shard, folder / f"{stem}-{len(shards)}.safetensors", metadata)
+            shards.append(list(shard))
+            shard.clear()
+
+        for name, tensor in tensors:
+            if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > MAX_SHARD:
+                flush()
+            shard[to_hf(name, config) if hugging_face else name] = tensor
+            dtypes.add(str(tensor.dtype).removeprefix("torch."))
+            total += tensor.nbytes
+        flush()
+        if len(shards) == 1:
+            (folder / f"{stem}-0.safetensors").rename(folder / f"{stem}.safetensors")
+        else:
+            names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+            for i, name in enumerate(names):
+                (folder / f"{stem}-{i}.safetensors").rename(folder / name)
+            index = {"metadata": {"total_size": total}}
+            index["weight_map"] = {key: name for name, keys in zip(names, shards) for key in keys}
+            (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+        copy_companions(source, folder, config, dtypes.pop() if len(dtypes) == 1 else None)
+        if not hugging_face:
+            config.save(folder)
+
+
+def copy_companions(source: Path, folder: Path, config: Config, dtype: str | None) -> None:
+    """Copies the tokenizer and the settings; config.json says what the weights now are."""
+    for pattern in COMPANIONS:
+        for path in source.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
+    hf = read_json(source / "config.json") | {"tie_word_embeddings": config.tie_embeddings}
+    if dtype is not None:
+        hf["dtype" if "dtype" in hf else "torch_dtype"] = dtype
+    (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")

@@ -13,12 +13,12 @@ from lit_gpt.errors import InputError
 class Config:
     """Everything `model.py` needs to build a GPT: the sizes, and which classes to build it from.
 
-        n_head = 4, n_query_groups = 4        n_query_groups = 2              n_query_groups = 1
-        multi-head attention                  grouped-query attention         multi-query attention
-        v v v v                               v   v                           v
-        k k k k                               k   k                           k
-        | | | |                               |\\  |\\                          |\\\\__
-        q q q q                               q q q q                         q q q q
+    n_head = 4, n_query_groups = 4        n_query_groups = 2              n_query_groups = 1
+    multi-head attention                  grouped-query attention         multi-query attention
+    v v v v                               v   v                           v
+    k k k k                               k   k                           k
+    | | | |                               |\\  |\\                          |\\\\__
+    q q q q                               q q q q                         q q q q
     """
 
     name: str = ""

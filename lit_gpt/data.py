@@ -9,9 +9,7 @@ On disk a prepared folder holds flat arrays, one entry per token or per record, 
     split.bin     uint8 (n_records)              0 training, 1 validation
 """
 
-import csv
 import hashlib
-import io
 import itertools
 import json
 from collections import Counter
@@ -27,7 +25,7 @@ from lit_gpt.config import Config, read_json
 from lit_gpt.errors import InputError
 from lit_gpt.files import new_folder
 from lit_gpt.layout import Layout
-from lit_gpt.prompts import STYLES, Rendered, default_style
+from lit_gpt.prompts import STYLES, Rendered, StyleName, style_name
 from lit_gpt.tokenizer import Encoded, Tokenizer
 
 FILES = {"tokens": None, "trained": np.uint8, "ends": np.int64, "split": np.uint8}  # tokens: meta.json says
@@ -39,8 +37,15 @@ ANSWER, PROMPT = 1, 2  # in trained.bin
 class DataArgs:
     """How records become tokens."""
 
-    prompt_style: Literal["auto", "alpaca", "chat"] = "auto"
-    """The text around a record. auto is the checkpoint's chat template where it has one, else alpaca."""
+    instruction_key: str = "instruction"
+    """Where a record holds its instruction: a key of JSON, a column of CSV."""
+    input_key: str = "input"
+    """What the instruction is to work on. Records may lack it."""
+    output_key: str = "output"
+    """The answer."""
+    prompt_style: StyleName = "auto"
+    """The text around a record. auto is the checkpoint's chat template where it has one, else alpaca. none is
+    the bare texts, one after the other."""
     mask_prompt: bool = True
     """Train on the answers only. False trains on the prompts too."""
     max_seq_length: int | None = None
@@ -56,8 +61,8 @@ class DataArgs:
 def prepare(records: Iterable[dict[str, Any]], checkpoint_dir: Path, data_dir: Path, args: DataArgs) -> None:
     """Writes `records` to `data_dir` as tokens of the checkpoint's tokenizer, and prints what became of them.
 
-    A record has the keys instruction, input (optional) and output, and may say `split`: "train" or "val". The folder
-    appears under its name when it is complete.
+    A record has the keys that `args` names, instruction, input (optional) and output, and may say `split`: "train" or
+    "val". The folder appears under its name when it is complete.
 
     Raises:
         InputError: a record without these keys, no usable record, or a `data_dir` that holds something else.
@@ -66,7 +71,7 @@ def prepare(records: Iterable[dict[str, Any]], checkpoint_dir: Path, data_dir: P
     config = Config.from_checkpoint(checkpoint_dir)
     if data_dir.exists() and not (data_dir / "meta.json").is_file() and any(data_dir.iterdir()):
         raise InputError(f"{data_dir} exists and holds no prepared data. Name another --data_dir.")
-    style = default_style(tokenizer) if args.prompt_style == "auto" else args.prompt_style
+    style = style_name(args.prompt_style, tokenizer)
     limit = min(args.max_seq_length or config.block_size, config.block_size)
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
 
@@ -74,7 +79,7 @@ def prepare(records: Iterable[dict[str, Any]], checkpoint_dir: Path, data_dir: P
     ends, splits, prompts = [], [], []
     with new_folder(data_dir) as partial:
         with open(partial / "tokens.bin", "wb") as tokens_file, open(partial / "trained.bin", "wb") as trained_file:
-            checked = (check(record, number, counts) for number, record in enumerate(records, start=1))
+            checked = (check(record, number, args, counts) for number, record in enumerate(records, start=1))
             for chunk in chunks((record for record in checked if record is not None), 1000):
                 rendered = [STYLES[style](record, tokenizer) for record in chunk]
                 encoded = tokenizer.encode_batch([text for text, _ in rendered])
@@ -89,7 +94,7 @@ def prepare(records: Iterable[dict[str, Any]], checkpoint_dir: Path, data_dir: P
                     tokens_file.write(np.asarray(ids, dtype).tobytes())
                     trained_file.write(np.asarray(trained, np.uint8).tobytes())
                     ends.append(len(ids) + (ends[-1] if ends else 0))
-                    splits.append(record.get("split"))
+                    splits.append(record["split"])
                     prompts.append(hashlib.sha256(f"{args.seed} {prompt}".encode()).digest()[:8])
         if not ends:
             raise InputError(f"No record is left to train on: {describe(counts) or 'there was none'}.")
@@ -114,21 +119,23 @@ def prepare(records: Iterable[dict[str, Any]], checkpoint_dir: Path, data_dir: P
     report(Dataset(data_dir, "train"), tokenizer, meta, data_dir)
 
 
-def check(record: dict[str, Any], number: int, counts: Counter[str]) -> dict[str, Any] | None:
-    """The record, or None for one with nothing to learn."""
-    missing = [key for key in ("instruction", "output") if key not in record]
+def check(record: dict[str, Any], number: int, args: DataArgs, counts: Counter[str]) -> dict[str, Any] | None:
+    """The record under our own keys; None for one with nothing to learn."""
+    keys = {"instruction": args.instruction_key, "input": args.input_key, "output": args.output_key}
+    missing = [key for ours, key in keys.items() if key not in record and ours != "input"]
     if missing:
         raise InputError(
             f"Record {number} has no {' and no '.join(missing)}; it has {', '.join(map(str, record)) or 'nothing'}."
-            " Expected are instruction, input (optional) and output."
+            " Name its keys with --data.instruction_key, --data.input_key and --data.output_key."
         )
-    wrong = [key for key in ("instruction", "input", "output") if not isinstance(record.get(key) or "", str)]
-    if wrong:
-        raise InputError(f"Record {number}: {wrong[0]} is a {type(record[wrong[0]]).__name__}, expected text.")
-    if not (record["instruction"] or "").strip() or not (record["output"] or "").strip():
+    ours = {name: record.get(key) or "" for name, key in keys.items()}
+    for name, value in ours.items():
+        if not isinstance(value, str):
+            raise InputError(f"Record {number}: {keys[name]} is a {type(value).__name__}, expected text.")
+    if not ours["instruction"].strip() or not ours["output"].strip():
         counts["empty instruction or output"] += 1
         return None
-    return record
+    return ours | {"split": record.get("split")}
 
 
 def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -172,7 +179,9 @@ def fit_length(
     if excess <= 0:
         return ids, trained
     if too_long == "error":
-        raise InputError(f"A record has {len(ids)} tokens, more than {limit}. See --data.too_long and --data.max_seq_length.")
+        raise InputError(
+            f"A record has {len(ids)} tokens, more than {limit}. See --data.too_long and --data.max_seq_length."
+        )
     if too_long == "cut_prompt" and excess < prompt:
         counts["prompt cut"] += 1
         return ids[excess:], trained[excess:]
@@ -218,7 +227,9 @@ def report(dataset: "Dataset", tokenizer: Tokenizer, meta: dict[str, Any], data_
         tokens = [token for token, _ in group]
         part = tokenizer.decode_with_special(tokens)
         text.append(part if console.is_terminal or not on else f"→{part}←", style="green" if on else "dim")
-    console.print("The first training record; what is trained is", "green:" if console.is_terminal else "between arrows:")
+    console.print(
+        "The first training record; what is trained is", "green:" if console.is_terminal else "between arrows:"
+    )
     console.print(text)
 
 
@@ -229,7 +240,9 @@ class Dataset:
         """Raises InputError where the folder was not written by `prepare`, or files of it are damaged."""
         data_dir = Path(data_dir)
         if not (data_dir / "meta.json").is_file():
-            raise InputError(f"{data_dir} holds no prepared data. Run one of scripts/prepare_*.py with --data_dir {data_dir}.")
+            raise InputError(
+                f"{data_dir} holds no prepared data. Run one of scripts/prepare_*.py with --data_dir {data_dir}."
+            )
         self.meta = read_json(data_dir / "meta.json")
         arrays = {}
         for name, dtype in FILES.items():
@@ -297,76 +310,3 @@ def micro_batches(
     mine = sorted(records, key=lambda i: (-dataset.length(i), i))[rank::world_size]
     empty = (torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool))
     return [Layout.end_to_end([dataset[i] for i in mine[turn::passes]] or [empty]) for turn in range(passes)]
-
-
-def read_json_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a .json file (a list of objects) or a .jsonl file (an object per line).
-
-    Raises:
-        InputError: not UTF-8, not JSON, or not objects; with the line.
-    """
-    with open_text(path) as file:
-        try:
-            if path.suffix == ".jsonl":
-                numbered = ((number, json.loads(line)) for number, line in enumerate(file, 1) if line.strip())
-            else:
-                content = json.load(file)
-                if not isinstance(content, list):
-                    raise InputError(f"{path} holds a {type(content).__name__}, expected a list of records.")
-                numbered = enumerate(content, 1)
-            for number, record in numbered:
-                if not isinstance(record, dict):
-                    raise InputError(f"{path}: record {number} is a {type(record).__name__}, expected an object with keys.")
-                yield record
-        except json.JSONDecodeError as error:
-            hint = " If it has an object per line, name it .jsonl." if "Extra data" in error.msg else ""
-            raise InputError(f"{path} is not JSON: {error}.{hint}") from None
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
-
-
-def read_csv_records(path: Path) -> Iterator[dict[str, str]]:
-    """Records of a CSV file with a header line. Everything is text: 'NA' stays 'NA'.
-
-    Raises:
-        InputError: not UTF-8, no header, or a row with more or fewer fields than the header.
-    """
-    with open_text(path, newline="") as file:
-        try:
-            reader = csv.reader(file, strict=True)
-            header = next(reader, None)
-            if not header:
-                raise InputError(f"{path} is empty, expected a header line such as instruction,input,output.")
-            for row in filter(None, reader):
-                if len(row) != len(header):
-                    raise InputError(f"{path}, line {reader.line_num}: {len(row)} fields, but the header names {len(header)}.")
-                yield dict(zip(header, row, strict=True))
-        except csv.Error as error:
-            raise InputError(f"{path}, line {reader.line_num}: {error}. Fields with line breaks must be quoted.") from None
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
-
-
-def open_text(path: Path, newline: str | None = None) -> io.TextIOBase:
-    if not path.is_file():
-        raise InputError(f"{path} is missing." if not path.exists() else f"{path} is no file.")
-    csv.field_size_limit(2**31 - 1)  # the default refuses documents of over 128 KiB
-    return open(path, encoding="utf-8-sig", newline=newline)
-
-
-def rename_keys(records: Iterable[dict[str, Any]], names: dict[str, str], path: Path) -> Iterator[dict[str, Any]]:
-    """Records under our keys: {"instruction": "question", "output": "answer"} reads a file of questions and answers.
-
-    Raises:
-        InputError: a record lacks a column that is needed; says which it has.
-    """
-    for record in records:
-        missing = [theirs for ours, theirs in names.items() if theirs not in record and ours != "input"]
-        if missing:
-            raise InputError(
-                f"{path} has no {' and no '.join(map(repr, missing))}; it has {', '.join(map(str, record)) or 'nothing'}."
-                f" Name its columns with {' '.join(f'--{ours}_key' for ours in names)}."
-            )
-        yield {ours: record.get(theirs, "") for ours, theirs in names.items()} | (
-            {"split": record["split"]} if record.get("split") in ("train", "val") else {}
-        )

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric  # importing it takes over 4 s: where it is used, and only there
 
 Precision = Literal["auto", "bf16-true", "bf16-mixed", "16-true", "16-mixed", "32-true"]
+DType = Literal["float32", "bfloat16", "float16"]
 LoggerName = Literal["tensorboard", "wandb"]
 
 
@@ -37,6 +38,10 @@ def resolve_precision(precision: Precision) -> str:
 def weight_dtype(precision: Precision) -> torch.dtype:
     """What the loader stores frozen weights in. Mixed precision keeps them in float32 and casts as it computes."""
     return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(resolve_precision(precision), torch.float32)
+
+
+def as_dtype(dtype: DType | None) -> torch.dtype | None:
+    return None if dtype is None else getattr(torch, dtype)
 
 
 def launch(
@@ -111,7 +116,9 @@ def make_loggers(logger: LoggerName | None, log_dir: str) -> Sequence[Any]:
 
         return [WandbLogger(save_dir=log_dir)]
     except ModuleNotFoundError as error:
-        raise InputError(f"--logger {logger} needs a package that is not installed: {error}. pip install {logger}") from None
+        raise InputError(
+            f"--logger {logger} needs a package that is not installed: {error}. pip install {logger}"
+        ) from None
 
 
 def peak_memory_gb(device: torch.device) -> float:

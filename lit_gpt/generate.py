@@ -63,7 +63,9 @@ def stream(
     """
     T = idx.size(0)
     if not 0 < T < max_returned_tokens:
-        raise InputError(f"The prompt has {T} tokens and {max_returned_tokens} are asked for in all: no room for an answer.")
+        raise InputError(
+            f"The prompt has {T} tokens and {max_returned_tokens} are asked for in all: no room for an answer."
+        )
     if max_returned_tokens > model.config.block_size:
         raise InputError(
             f"The prompt's {T} tokens and {max_returned_tokens - T} new ones exceed what the model can read,"

@@ -312,7 +312,9 @@ def show_answers(answers: list[Answer]) -> None:
         console.print(table)
 
 
-def finish(log: Log, out_dir: Path, title: str, command: str, settings: dict, before: Sequence, after: Sequence) -> None:
+def finish(
+    log: Log, out_dir: Path, title: str, command: str, settings: dict, before: Sequence, after: Sequence
+) -> None:
     """Prints the answers before and after, writes the report, and says where everything is."""
     answers = [(old.prompt, old.expected, old.answer, new.answer) for old, new in zip(before, after, strict=True)]
     show_answers(answers)

@@ -217,7 +217,9 @@ class KVCache(nn.Module):
 
     def forward(self, input_pos: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores new keys and values (B, ng, T, hs), returns all of them (B, ng, S, hs)."""
-        return self.k.index_copy_(2, input_pos, k.to(self.k.dtype)), self.v.index_copy_(2, input_pos, v.to(self.v.dtype))
+        return self.k.index_copy_(2, input_pos, k.to(self.k.dtype)), self.v.index_copy_(
+            2, input_pos, v.to(self.v.dtype)
+        )
 
 
 def rope_theta(config: Config) -> torch.Tensor:

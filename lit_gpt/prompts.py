@@ -9,7 +9,7 @@ import functools
 import json
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lit_gpt.errors import InputError
 from lit_gpt.tokenizer import Tokenizer
@@ -97,9 +97,20 @@ def compile_template(source: str) -> Any:
     return environment.from_string(source)
 
 
-STYLES: dict[str, Callable[[dict[str, Any], Tokenizer], Rendered]] = {"alpaca": alpaca, "chat": chat}
+def none(record: dict[str, Any], tokenizer: Tokenizer) -> Rendered:
+    """The bare text, to be continued."""
+    prompt = record["instruction"] + record.get("input", "")
+    text = prompt + record.get("output", "")
+    return Rendered(text, [(len(prompt), len(text))] if "output" in record else [])
 
 
-def default_style(tokenizer: Tokenizer) -> str:
-    """The checkpoint's own chat template where it has one."""
-    return "chat" if tokenizer.chat_template else "alpaca"
+Style = Callable[[dict[str, Any], Tokenizer], Rendered]
+StyleName = Literal["auto", "alpaca", "chat", "none"]
+STYLES: dict[str, Style] = {"alpaca": alpaca, "chat": chat, "none": none}
+
+
+def style_name(name: StyleName, tokenizer: Tokenizer, trained: str | None = None) -> str:
+    """What `auto` means: the style that was trained, else the chat template where there is one, else alpaca."""
+    if name == "auto":
+        return trained or ("chat" if tokenizer.chat_template else "alpaca")
+    return name

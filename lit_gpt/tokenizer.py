@@ -35,7 +35,9 @@ class Tokenizer:
             elif (folder / "tokenizer.model").is_file():
                 self.backend, adds_bos = "sentencepiece", self.load_sentencepiece(folder / "tokenizer.model")
             else:
-                raise InputError(f"{folder} has no tokenizer.json and no tokenizer.model. Download the checkpoint again.")
+                raise InputError(
+                    f"{folder} has no tokenizer.json and no tokenizer.model. Download the checkpoint again."
+                )
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"The tokenizer in {folder} cannot be read ({error}). Download it again.") from None
 
@@ -44,7 +46,9 @@ class Tokenizer:
         if self.eos_id is None:
             raise InputError(f"{folder} names no eos_token: tokenizer_config.json or generation_config.json must.")
         stops = generation.get("eos_token_id")
-        self.stop_ids = frozenset([self.eos_id, *(stops if isinstance(stops, list) else [stops] if stops is not None else [])])
+        self.stop_ids = frozenset(
+            [self.eos_id, *(stops if isinstance(stops, list) else [stops] if stops is not None else [])]
+        )
         self.use_bos = self.bos_id is not None and settings.get("add_bos_token", adds_bos(self.bos_id))
         self.chat_template = read_chat_template(folder, settings)
 
@@ -100,7 +104,9 @@ class Tokenizer:
         else:
             protos = self.processor.encode(list(texts), out_type="immutable_proto")
             encoded = [Encoded([p.id for p in e.pieces], [(p.begin, p.end) for p in e.pieces]) for e in protos]
-        return [self.with_bos(text, e) if self.needs_bos(text, bos) else e for text, e in zip(texts, encoded, strict=True)]
+        return [
+            self.with_bos(text, e) if self.needs_bos(text, bos) else e for text, e in zip(texts, encoded, strict=True)
+        ]
 
     def needs_bos(self, text: str, bos: bool | None) -> bool:
         if bos is None:

@@ -21,7 +21,7 @@ from lit_gpt.log import Log, duration
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-    from lit_gpt.checkpoint import Checkpoints
+    from lit_gpt.finetuned import Checkpoints
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,14 @@ class TrainArgs:
     """Of the order of the records, and of dropout."""
 
     def __post_init__(self) -> None:
-        at_least_one = ("global_batch_size", "micro_batch_size", "epochs", "eval_interval", "eval_records", "save_interval")
+        at_least_one = (
+            "global_batch_size",
+            "micro_batch_size",
+            "epochs",
+            "eval_interval",
+            "eval_records",
+            "save_interval",
+        )
         for name in (*at_least_one, "max_steps", "patience"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"train.{name} is {value}, expected 1 or more.")
@@ -111,7 +118,9 @@ def fit(
         InputError: no data, or a loss that is not finite.
     """
     if not len(train_data):
-        raise InputError("There are no training records: all went to validation. Prepare the data with a smaller fraction.")
+        raise InputError(
+            "There are no training records: all went to validation. Prepare the data with a smaller fraction."
+        )
     steps = args.steps(len(train_data))
     optimizer = make_optimizer(model, args)
     model, optimizer = fabric.setup(model, optimizer)

@@ -1,6 +1,6 @@
 """Turns a GGUF file of the llama architecture into a Hugging Face checkpoint folder.
 
-    python scripts/convert_gguf_checkpoint.py --gguf_path model.gguf --checkpoint_dir checkpoints/org/name
+python scripts/convert_gguf_checkpoint.py --gguf_path model.gguf --checkpoint_dir checkpoints/org/name
 """
 
 from pathlib import Path

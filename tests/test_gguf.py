@@ -360,6 +360,8 @@ def test_files_that_are_no_gguf_file(tmp_path: Path) -> None:
     refused(path, "begins with b''")
     path.write_bytes(b"PK\3\4" * 100)
     refused(path, "begins with b'PK", "--gguf_path")
+    path.write_bytes(b"GGUF\0\0\0\3" * 100)
+    refused(path, "version", "little-endian")
 
 
 def test_truncated_and_damaged_files(tmp_path: Path) -> None:
@@ -368,8 +370,8 @@ def test_truncated_and_damaged_files(tmp_path: Path) -> None:
     content = path.read_bytes()
     for length in [*range(4, 2000, 37), *range(2000, len(content), 20011), len(content) - 1]:
         path.write_bytes(content[:length])
-        refused(path, f"has {length} bytes and is truncated", "Fetch the file again")
-    for at in range(4, 120):  # the counts and the first keys
+        refused(path, f"has {length} bytes and is truncated", "Fetch it again")
+    for at in range(4, 150):  # the version, the counts, the first keys and their lengths
         path.write_bytes(content[:at] + b"\xff" + content[at + 1 :])
         refused(path)
 

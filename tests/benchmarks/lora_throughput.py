@@ -29,17 +29,22 @@ SETTINGS = {"ours": ["packed"], "hf": ["lean", "flat", "trainer"], "litgpt": ["c
 def calibrate(program: str, args: argparse.Namespace, work_dir: Path) -> tuple[str, int]:
     """The fastest setting and micro-batch size, by one step each. Larger ones are not tried once they get slower."""
     seconds: dict[tuple[str, int], float] = {}
+    losses: list[float] = []
     with Worker(program, "lora", args, work_dir) as worker:
         for setting in SETTINGS[program]:
             for size in args.micro_batch_sizes:
                 question = {"setting": setting, "micro_batch": size, "first": 0, "steps": 1, "update": False}
                 if not seconds:
                     worker.ask(**question)  # warm up
-                seconds[setting, size] = worker.ask(**question)["seconds"]
-                print(f"    {program} {setting} {size}: {seconds[setting, size]:.2f} s", flush=True)
+                answer = worker.ask(**question)
+                seconds[setting, size] = answer["seconds"]
+                losses += answer["losses"]
+                print(f"    {program} {setting} {size}: {answer['seconds']:.2f} s, loss {losses[-1]:.6f}", flush=True)
                 best_before = [t for (other, _), t in seconds.items() if other == setting][:-1]
                 if best_before and seconds[setting, size] > 1.25 * min(best_before):
                     break
+    if max(losses) / min(losses) - 1 > args.tolerance:
+        sys.exit(f"The settings of {program} do not compute the same loss.")
     return min(seconds, key=seconds.__getitem__)
 
 
@@ -111,7 +116,9 @@ def report(args: argparse.Namespace, answers: dict, chosen: dict, about: dict) -
         ratio = f"{statistics.median(speed[p]) / max(peers):.2f}" if peers else "-"
         peak = f"{max(answer['peak_gb'] for answer in answers[p]):.2f}"
         versions = ", ".join(f"{name} {number}" for name, number in about[p]["versions"].items())
-        rows.append([p, chosen[p][0], str(chosen[p][1]), spread(speed[p], 2), spread(tokens[p], 0), ratio, peak, versions])
+        rows.append(
+            [p, chosen[p][0], str(chosen[p][1]), spread(speed[p], 2), spread(tokens[p], 0), ratio, peak, versions]
+        )
     print_table(rows)
 
 

@@ -200,7 +200,9 @@ def check_quiet(force: bool) -> None:
 
 
 def machine() -> str:
-    models = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    models = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{models[0]}, {os.cpu_count()} cores, {gib:.0f} GiB, {platform.system()} {platform.release()}"
 

@@ -1,0 +1,219 @@
+"""What runs have trained: the folders `last` and `best`, and using them again.
+
+`METHODS` is the list of fine-tuning methods: how each changes a model, and which keys it trains and saves.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_gpt.checkpoint import build_model, load_model, load_weights, read_metadata, read_tensors, save_tensors
+from lit_gpt.config import Config
+from lit_gpt.errors import InputError
+from lit_gpt.files import new_folder, recover
+from lit_gpt.lora import LoRA, apply_lora, lora_filter
+from lit_gpt.model import GPT
+from lit_gpt.tokenizer import Tokenizer
+
+SAMPLE = Path("checkpoints/sample/SmolLM2-135M-Instruct-Q4_1")  # what scripts/download_sample.py writes
+
+# what a run writes into its out_dir
+RUN_FILES = ("last", "best", "step-*", ".*.partial", ".*.old", "metrics.csv", "hyperparameters.yaml", "report.md")
+RUN_FILES += ("loss.png", "tensorboard", "wandb")
+
+
+@dataclass(frozen=True)
+class Method:
+    settings: type
+    apply: Callable[[GPT, Any], list[str]]
+    filter: Callable[[str, Any], bool]
+
+
+METHODS = {"lora": Method(LoRA, apply_lora, lora_filter)}
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What stands in the header of a file of trained weights: all that is needed to use it."""
+
+    method: str
+    settings: dict[str, Any]
+    checkpoint_dir: str
+    base: str
+    """Fingerprint of the base model."""
+    tokenizer: str
+    prompt_style: str
+
+
+class Checkpoints:
+    """The folders `last` and `best` of a run.
+
+    Both hold the trained weights with all that is needed to use them, `last` also what is needed to train on.
+    """
+
+    def __init__(self, out_dir: Path, model: GPT, description: Finetuned) -> None:
+        self.out_dir, self.model, self.description = out_dir, model, description
+        self.keep = METHODS[description.method].filter
+
+    def save(self, name: str) -> None:
+        with new_folder(self.out_dir / name) as folder:
+            self.write_weights(folder)
+
+    def save_state(self, name: str, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
+        """Saves the weights, and with them the optimizer and `progress`, which is JSON."""
+        with new_folder(self.out_dir / name) as folder:
+            self.write_weights(folder)
+            tensors, rest = flatten(optimizer.state_dict())
+            metadata = {"optimizer": json.dumps(rest), "progress": json.dumps(progress)}
+            save_tensors(tensors, folder / "state.safetensors", metadata)
+
+    def write_weights(self, folder: Path) -> None:
+        weights = {key: value for key, value in self.model.state_dict().items() if self.keep(key, value)}
+        header = {"lit_gpt": json.dumps(asdict(self.description))}
+        save_tensors(weights, folder / f"{self.description.method}.safetensors", header)
+
+    def recover(self) -> None:
+        for name in ("last", "best"):
+            recover(self.out_dir / name)
+
+    def resume(self, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """Puts the last state back into the model and the optimizer, and returns the progress; None if there is none."""
+        last = self.out_dir / "last"
+        if not (last / "state.safetensors").is_file():
+            return None
+        found = read_description(last)
+        if found != self.description:
+            changed = [key for key, value in asdict(found).items() if value != asdict(self.description)[key]]
+            raise InputError(f"{last} was trained with another {' and '.join(changed)}. Use the settings of that run.")
+        load_trained(self.model, last, found.method)
+        metadata = read_metadata(last / "state.safetensors")
+        tensors = dict(read_tensors([last / "state.safetensors"]))
+        optimizer.load_state_dict(unflatten(tensors, json.loads(metadata["optimizer"])))
+        return json.loads(metadata["progress"])
+
+
+def flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """An optimizer's state dict as tensors by name, and the rest, which JSON can hold."""
+    tensors = {f"{i}.{key}": v for i, entry in state["state"].items() for key, v in entry.items() if torch.is_tensor(v)}
+    return tensors, {"param_groups": state["param_groups"]}
+
+
+def unflatten(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = tensor
+    return {"state": state} | rest
+
+
+def claim_out_dir(out_dir: Path, resume: bool, overwrite: bool) -> None:
+    """Makes `out_dir` this run's. Of several processes only the first looks, since it soon writes there.
+
+    Raises:
+        InputError: it holds a run, and neither flag says what to do with it.
+    """
+    if int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) > 0:
+        return
+    if resume and overwrite:
+        raise InputError("--resume true continues the run and --overwrite true replaces it: choose one.")
+    if out_dir.exists() and not out_dir.is_dir():
+        raise InputError(f"{out_dir} is a file, expected a folder.")
+    if overwrite and out_dir.is_dir():
+        for name in RUN_FILES:  # and nothing else: the folder may be somebody's home
+            for path in out_dir.glob(name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not resume and out_dir.is_dir() and any(out_dir.iterdir()):
+        raise InputError(
+            f"{out_dir} is not empty. Continue the run in it with --resume true, replace it with --overwrite true, or name"
+            " another --out_dir."
+        )
+    out_dir.mkdir(parents=True, exist_ok=True)
+
+
+def read_description(finetuned_dir: Path) -> Finetuned:
+    """What was trained into this folder."""
+    file = finetuned_file(finetuned_dir)
+    header = read_metadata(file).get("lit_gpt")
+    if header is None:
+        raise InputError(f"{file} does not say what it is: it was not written by this toolkit.")
+    return Finetuned(**json.loads(header))
+
+
+def finetuned_file(finetuned_dir: Path) -> Path:
+    """The file of trained weights: in this folder, or in `best` of a run's."""
+    for folder in (finetuned_dir, finetuned_dir / "best"):
+        recover(folder)
+        for method in METHODS:
+            if (folder / f"{method}.safetensors").is_file():
+                return folder / f"{method}.safetensors"
+    names = " or ".join(f"{method}.safetensors" for method in METHODS)
+    raise InputError(f"{finetuned_dir} holds nothing trained: expected {names} in it or in its folder best.")
+
+
+def load_for_use(
+    checkpoint_dir: Path | None, finetuned_dir: Path | None, dtype: torch.dtype | None, device: torch.device | None
+) -> tuple[GPT, Tokenizer, str | None]:
+    """A model, its tokenizer, and the prompt style it was fine-tuned with, if it was.
+
+    `checkpoint_dir` None is the base of what was fine-tuned, or the sample model. What was trained stays unmerged.
+
+    Raises:
+        InputError: see `load_finetuned` and `load_weights`.
+    """
+    if finetuned_dir is None:
+        checkpoint_dir = checkpoint_dir or SAMPLE
+        return load_model(checkpoint_dir, dtype, device), Tokenizer(checkpoint_dir), None
+    model, description = load_finetuned(checkpoint_dir, finetuned_dir, dtype, device)
+    return model, Tokenizer(checkpoint_dir or description.checkpoint_dir), description.prompt_style
+
+
+def load_finetuned(
+    checkpoint_dir: Path | None,
+    finetuned_dir: Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> tuple[GPT, Finetuned]:
+    """A base model with what was trained on it, unmerged. `checkpoint_dir` None is the base it was trained on.
+
+    Raises:
+        InputError: another base, or keys that do not fit it.
+    """
+    description = read_description(finetuned_dir)
+    checkpoint_dir = Path(checkpoint_dir or description.checkpoint_dir)
+    model = build_model(Config.from_checkpoint(checkpoint_dir))
+    base = load_weights(model, checkpoint_dir, dtype, device)
+    if base != description.base:
+        raise InputError(
+            f"{finetuned_dir} was trained on another base than {checkpoint_dir}: on {description.checkpoint_dir}."
+        )
+    method = METHODS[description.method]
+    method.apply(model, method.settings(**description.settings))
+    load_trained(model, finetuned_dir, description.method)
+    return model.eval(), description
+
+
+def load_trained(model: GPT, finetuned_dir: Path, method: str) -> None:
+    """Puts trained weights into a model that the method has been applied to. Every key must fit, both ways."""
+    file = finetuned_file(finetuned_dir)
+    expected = {
+        key: value for key, value in model.state_dict(keep_vars=True).items() if METHODS[method].filter(key, value)
+    }
+    found = dict(read_tensors([file]))
+    unfit = sorted(expected.keys() ^ found.keys())
+    unfit += [key for key in expected.keys() & found.keys() if expected[key].shape != found[key].shape]
+    if unfit:
+        raise InputError(f"{file} does not fit this model: {', '.join(unfit[:5])}.")
+    with torch.no_grad():
+        for key, value in found.items():
+            expected[key].copy_(value)
+
+
+def describe(method: str, settings: Any, checkpoint_dir: Path, base: str, prompt_style: str) -> Finetuned:
+    tokenizer = Tokenizer(checkpoint_dir).fingerprint
+    return Finetuned(method, asdict(settings), str(checkpoint_dir), base, tokenizer, prompt_style)

@@ -1,0 +1,44 @@
+"""lit_gpt: records laid end to end, micro_batch of them in one forward pass."""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from safetensors.torch import load_file
+from worker import ALPHA, RANK, Record, decoder, serve, trainer
+
+from lit_gpt.checkpoint import load_model
+from lit_gpt.generate import generate
+from lit_gpt.layout import Layout
+from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
+
+
+def lora(args: argparse.Namespace) -> Callable[[dict], dict]:
+    model = load_model(args.checkpoint_dir, torch.float32)
+    apply_lora(model, LoRA(r=RANK, alpha=ALPHA, dropout=0.0, query=True, value=True))
+    mark_only_lora_as_trainable(model)
+    start = load_file(args.work_dir / "lora.safetensors")
+    with torch.no_grad():
+        for layer, block in enumerate(model.transformer.h):
+            block.attn.q.lora_A.copy_(start[f"{layer}.query"])
+            block.attn.v.lora_A.copy_(start[f"{layer}.value"])
+
+    def micro_batch_loss(records: list[Record], setting: str, trained: int) -> torch.Tensor:
+        idx, layout = Layout.end_to_end([(torch.tensor(r.ids), torch.tensor(r.trained)) for r in records])
+        return model(idx, layout=layout) / trained
+
+    model.train()
+    return trainer(args, [param for param in model.parameters() if param.requires_grad], micro_batch_loss)
+
+
+def decode(args: argparse.Namespace) -> Callable[[dict], dict]:
+    model = load_model(args.checkpoint_dir, torch.float32)
+
+    def continued(prompt: torch.Tensor, new_tokens: int, setting: str) -> torch.Tensor:
+        return generate(model, prompt, len(prompt) + new_tokens, temperature=0.0)[len(prompt) :]
+
+    return decoder(continued)
+
+
+if __name__ == "__main__":
+    serve({"lora": lora, "decode": decode}, [])

@@ -1,0 +1,60 @@
+"""Fixtures of several test files: the sample model, and tiny random models made with transformers."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SAMPLE_DIR = ROOT / "checkpoints/sample/SmolLM2-135M-Instruct-Q4_1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask the hub for anything
+torch.set_num_threads(1)  # tiny models; several workers share the cores
+
+
+@pytest.fixture(scope="session")
+def sample_dir() -> Path:
+    """The real sample checkpoint, as `scripts/download_sample.py` writes it."""
+    if not (SAMPLE_DIR / "model.safetensors").is_file():
+        script = [sys.executable, str(ROOT / "scripts/download_sample.py"), "--checkpoint_dir", str(SAMPLE_DIR)]
+        subprocess.run(script, check=True)
+    return SAMPLE_DIR
+
+
+def make_tiny(folder: Path, sample_dir: Path, **changes) -> Path:
+    """A random two-layer Llama with the sample's tokenizer, as transformers saves it. Weights of a useful size."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = dict(
+        vocab_size=49152,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**settings | changes)).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(sample_dir / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory, sample_dir) -> Path:
+    """An untied tiny checkpoint. Treat it as read-only."""
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "checkpoint", sample_dir)
+
+
+@pytest.fixture(scope="session")
+def tied_dir(tmp_path_factory, sample_dir) -> Path:
+    """A tiny checkpoint whose head is its embedding. Treat it as read-only."""
+    return make_tiny(tmp_path_factory.mktemp("tied") / "checkpoint", sample_dir, tie_word_embeddings=True)

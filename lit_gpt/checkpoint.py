@@ -226,7 +226,7 @@ def write_checkpoint(
     hugging_face: bool,
     metadata: dict[str, str],
 ) -> None:
-    """Writes tensors, under our names, to files of at most MAX_SHARD bytes, and the companions of `source` with them."""
+    """Writes tensors, given under our names, to files of at most MAX_SHARD bytes, with the companions of `source`."""
     if out_dir.exists() and any(out_dir.iterdir()):
         raise InputError(f"{out_dir} is not empty. Name another folder, or delete it first.")
     stem = "model" if hugging_face else "lit_model"

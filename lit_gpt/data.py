@@ -4,7 +4,7 @@
 On disk a prepared folder holds flat arrays, one entry per token or per record, and meta.json, which says what they are:
 
     tokens.bin    uint16 or uint32 (n_tokens)    every record's tokens, end to end
-    trained.bin   uint8 (n_tokens)               what the loss counts: 1 the answers, 2 a prompt that is trained too, else 0
+    trained.bin   uint8 (n_tokens)               what the loss counts: 1 answers, 2 prompts if trained too, else 0
     ends.bin      int64 (n_records)              where each record ends in the two above
     split.bin     uint8 (n_records)              0 training, 1 validation
 """
@@ -12,6 +12,7 @@ On disk a prepared folder holds flat arrays, one entry per token or per record, 
 import hashlib
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -217,7 +218,8 @@ def report(dataset: "Dataset", tokenizer: Tokenizer, meta: dict[str, Any], data_
     console.print(
         f"{data_dir}: {meta['n_records'] - meta['n_val']:,} training and {meta['n_val']:,} validation records,"
         f" {meta['n_tokens']:,} tokens, of which {meta['n_trained']:,} are trained; the longest record has"
-        f" {meta['longest']:,}. Prompt style {meta['prompt_style']}. Left out: {describe(Counter(meta['left_out'])) or 'nothing'}."
+        f" {meta['longest']:,}. Prompt style {meta['prompt_style']}."
+        f" Left out or cut: {describe(Counter(meta['left_out'])) or 'nothing'}."
     )
     if not len(dataset):
         return
@@ -282,7 +284,7 @@ class Dataset:
         """Raises InputError where another tokenizer wrote these tokens."""
         if self.meta["tokenizer"] != tokenizer.fingerprint:
             raise InputError(
-                f"The data were prepared for the tokenizer of {self.meta['checkpoint']}, which is not this checkpoint's."
+                f"The data were prepared for the tokenizer of {self.meta['checkpoint']}, not for this checkpoint's."
                 " Prepare them again with this --checkpoint_dir."
             )
 
@@ -306,7 +308,7 @@ def micro_batches(
     Every rank gets the same number of pairs, since unequal numbers would deadlock; one without records gets an empty
     one: a single token and no target. Long and short records are dealt out so that the pairs are of similar length.
     """
-    passes = -(-(-(-len(records) // world_size)) // micro_batch_size)
+    passes = math.ceil(math.ceil(len(records) / world_size) / micro_batch_size)
     mine = sorted(records, key=lambda i: (-dataset.length(i), i))[rank::world_size]
     empty = (torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool))
     return [Layout.end_to_end([dataset[i] for i in mine[turn::passes]] or [empty]) for turn in range(passes)]

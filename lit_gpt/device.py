@@ -29,7 +29,7 @@ def default_device() -> torch.device:
 
 
 def resolve_precision(precision: Precision) -> str:
-    """`auto` is bf16-true on a GPU that computes in bfloat16, else 32-true: bfloat16 on a CPU can be 100 times slower."""
+    """`auto` is bf16-true on a GPU that has it, else 32-true: bfloat16 on a CPU can be 100 times slower."""
     if precision != "auto":
         return precision
     return "bf16-true" if accelerator() == "cuda" and torch.cuda.is_bf16_supported(False) else "32-true"

@@ -83,7 +83,7 @@ class Checkpoints:
             recover(self.out_dir / name)
 
     def resume(self, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-        """Puts the last state back into the model and the optimizer, and returns the progress; None if there is none."""
+        """Puts the last state back into the model and the optimizer; returns the progress, or None without a state."""
         last = self.out_dir / "last"
         if not (last / "state.safetensors").is_file():
             return None
@@ -130,8 +130,8 @@ def claim_out_dir(out_dir: Path, resume: bool, overwrite: bool) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     if not resume and out_dir.is_dir() and any(out_dir.iterdir()):
         raise InputError(
-            f"{out_dir} is not empty. Continue the run in it with --resume true, replace it with --overwrite true, or name"
-            " another --out_dir."
+            f"{out_dir} is not empty. Continue the run in it with --resume true, replace it with --overwrite true,"
+            " or name another --out_dir."
         )
     out_dir.mkdir(parents=True, exist_ok=True)
 

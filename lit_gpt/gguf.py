@@ -112,7 +112,7 @@ class StoredTensor:
     rows: np.ndarray
 
     def dequantize(self, n_rows: int | None = None) -> np.ndarray:
-        """The first rows, or all, as float32. NotImplementedError where gguf does not know how."""
+        """The first rows, or all, as a float32 matrix. NotImplementedError where gguf does not know how."""
         from gguf.quants import dequantize
 
         return dequantize(self.rows[:n_rows], self.kind)
@@ -178,8 +178,8 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
         for name, shape, kind, begin in table:
             kind = gguf.GGMLQuantizationType(kind)
             block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
-            row_shape = (*shape[:-1], shape[-1] // block * n_bytes)
-            tensors[name] = StoredTensor(shape, kind, data[begin : begin + math.prod(row_shape)].reshape(row_shape))
+            n_rows, row = math.prod(shape[:-1]), shape[-1] // block * n_bytes
+            tensors[name] = StoredTensor(shape, kind, data[begin : begin + n_rows * row].reshape(n_rows, row))
     except (struct.error, KeyError, ValueError, IndexError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(
             f"{path} has {len(content)} bytes and is truncated or damaged (byte {cursor.at}: {error}). Fetch it again."
@@ -238,6 +238,9 @@ def hf_config(metadata: dict[str, Any], tensors: dict[str, StoredTensor], dtype:
     for key in ("attention.value_length", "rope.dimension_count"):
         if number(key, head_size) != head_size:
             raise InputError(f"The GGUF file has llama.{key} = {number(key)}; expected the head size, {head_size}.")
+    n_layer = number("block_count")
+    if n_layer > len(tensors):
+        raise InputError(f"The GGUF file has {len(tensors)} tensors for {n_layer} layers. Fetch it again.")
     rope_theta = number("rope.freq_base", 10000.0)
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -245,7 +248,7 @@ def hf_config(metadata: dict[str, Any], tensors: dict[str, StoredTensor], dtype:
         "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
         "hidden_size": n_embd,
         "intermediate_size": number("feed_forward_length"),
-        "num_hidden_layers": number("block_count"),
+        "num_hidden_layers": n_layer,
         "num_attention_heads": heads,
         "num_key_value_heads": number("attention.head_count_kv", heads),
         "head_dim": head_size,
@@ -274,7 +277,7 @@ def rope_scaling(
         return {"rope_type": "linear", "factor": factor}
 
     if ROPE_FACTORS in tensors and (kind == "none" or factor == 1.0):
-        stored = tensors[ROPE_FACTORS].dequantize()
+        stored = tensors[ROPE_FACTORS].dequantize().ravel()
         factor = float(stored.max())
         low, high = 1.0, 4.0  # in every Llama 3.1, 3.2 and 3.3
         turns = original / (2 * math.pi * rope_theta ** (np.arange(0, head_size, 2) / head_size))
@@ -421,7 +424,7 @@ def hf_tensor(name: str, stored: StoredTensor, config: dict[str, Any]) -> torch.
 
     llama.cpp rotates the neighbours 2i and 2i + 1 of a head, Hugging Face i and i + head_size / 2.
     """
-    values = torch.from_numpy(stored.dequantize().copy())
+    values = torch.from_numpy(stored.dequantize().reshape(stored.shape).copy())
     heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(name.split(".")[-2])
     if heads:
         pairs = values.view(config[heads], -1, 2, values.shape[-1])  # (H, size / 2, 2, E)

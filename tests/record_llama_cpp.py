@@ -37,7 +37,8 @@ WRITTEN = [
     "Привет, мир! Γειά σου Κόσμε. שלום עולם. مرحبا بالعالم. नमस्ते दुनिया। สวัสดีชาวโลก",
     "你好，世界！今天是2024年。こんにちは、世界。カタカナ ｶﾅ 안녕하세요 세계",
     "😀 👩\u200d👩\u200d👧\u200d👦 🇫🇷 🏴\U000e0067\U000e0062\U000e007f ❤\ufe0f 👍🏽 1\ufe0f\u20e3 𝔘𝔫𝔦 𐍈 \U0001f9ff",
-    "$100 + €20 = £? a<b>c a^b ~x|y `code` #tag @user http://a.b/c?d=e&f=g#h user_name __init__ --flag -- … “quotes” «»",
+    "12 123 1234 12345, 12.123 unmergeable unmergeables",
+    "$100 + €20 = £? a<b>c a^b ~x|y `code` #tag @user http://a.b/c?d=e&f=g#h user_name __init__ --flag … “quotes” «»",
     "!!!??? ...\n//!\r\n/* x */ ;;\n{}()[]<>\n\n===\n---\n\n\n***",
     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
     "a<|im_end|>b <|im_end|> c<|im_end|>  <|endoftext|><|endoftext|>\n<repo_name>x<file_sep>\n<|im_start",
@@ -85,7 +86,9 @@ def vocabulary(sample_dir: Path, kind: str) -> dict[str, Any]:
     document = json.loads((sample_dir / "tokenizer.json").read_text(encoding="utf-8"))
     vocab, merges = document["model"]["vocab"], document["model"]["merges"]
     special = {token["content"] for token in document["added_tokens"]}
-    tokens = sorted(vocab, key=vocab.get)[:N_TOKENS]
+    merges = [" ".join(pair) for pair in merges if vocab["".join(pair)] < N_TOKENS] + ["1 2", "12 3"]
+    # The sample has no numbers of several digits, and no token that its merges do not lead to.
+    tokens = sorted(vocab, key=vocab.get)[:N_TOKENS] + ["12", "123", "Ġunmergeable"]
     return {
         "llama.block_count": 0,
         "llama.context_length": 128,
@@ -97,7 +100,7 @@ def vocabulary(sample_dir: Path, kind: str) -> dict[str, Any]:
         "tokenizer.ggml.pre": kind,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [3 if token in special else 1 for token in tokens],
-        "tokenizer.ggml.merges": [" ".join(pair) for pair in merges if vocab["".join(pair)] < N_TOKENS],
+        "tokenizer.ggml.merges": merges,
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
     }

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/records.py OUT.jsonl --checkpoint_dir DIR --kind short
 
-short: one docstring, 40 to 250 tokens. chat: the same inside SmolLM2's chat template, whose opening all records share.
+short: one docstring, 50 to 250 tokens. chat: the same inside SmolLM2's chat template, whose opening all records share.
 long: several docstrings one after the other, 500 to 1,000 tokens.
 """
 
@@ -41,7 +41,7 @@ def make_records(checkpoint_dir: Path, kind: str, count: int) -> list[dict]:
     before, between, after = (encode(x) for x in (OPENING, "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"))
     records, ids, wanted = [], [], 0
     for text in texts:
-        wanted = wanted or (chance.randint(500, 1000) if kind == "long" else 40)
+        wanted = wanted or (chance.randint(500, 1000) if kind == "long" else 50)
         ids += encode(("\n\n" if ids else "") + text)
         if len(ids) < wanted:
             ids = ids if kind == "long" else []

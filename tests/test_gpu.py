@@ -1,0 +1,73 @@
+"""What needs an NVIDIA device. Run with `bash scripts/test.sh --gpu`; it prints a page of results to paste.
+
+bf16-true is what users run, and the rest of the suite only sees it on tiny models on a CPU.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from lit_gpt.checkpoint import load_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA device"),
+]
+
+
+def say(line: str) -> None:
+    print(f"\n  {line}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def machine() -> None:
+    if torch.cuda.is_available():
+        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        say(f"torch {torch.__version__}, CUDA {torch.version.cuda}, {names}")
+
+
+def test_bf16_logits_are_as_good_as_those_of_transformers(sample_dir) -> None:
+    from transformers import AutoModelForCausalLM
+
+    idx = torch.randint(0, 49152, (1, 2000), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    device = torch.device("cuda")
+    with torch.no_grad():
+        exact = load_model(sample_dir, torch.float32, device)(idx)
+        ours = load_model(sample_dir, torch.bfloat16, device)(idx).float()
+        theirs = AutoModelForCausalLM.from_pretrained(sample_dir, dtype=torch.bfloat16).to(device)(idx).logits.float()
+    errors = [(logits - exact)[:, 1000:].abs().mean().item() for logits in (ours, theirs)]
+    say(f"mean error of bf16 logits beyond position 1,000: ours {errors[0]:.4f}, transformers {errors[1]:.4f}")
+    assert errors[0] < 1.5 * errors[1]
+
+
+@pytest.fixture(scope="module")
+def docstrings(tmp_path_factory, sample_dir):
+    data_dir = tmp_path_factory.mktemp("data") / "docstrings"
+    command = [sys.executable, ROOT / "scripts/prepare_docstrings.py"]
+    subprocess.run([*command, "--checkpoint_dir", sample_dir, "--data_dir", data_dir], check=True, capture_output=True)
+    return data_dir
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "32-true"])
+def test_lora_learns(sample_dir, docstrings, tmp_path, devices: int, precision: str) -> None:
+    if devices > torch.cuda.device_count():
+        pytest.skip(f"{devices} GPUs")
+    command = [sys.executable, ROOT / "finetune/lora.py", "--checkpoint_dir", sample_dir, "--data_dir", docstrings]
+    command += ["--out_dir", tmp_path / "out", "--precision", precision, "--devices", str(devices), "--n_answers", "1"]
+    command += ["--train.max_steps", "30", "--train.learning_rate", "2e-3"]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    from lit_gpt.log import read_metrics
+
+    rows = read_metrics(tmp_path / "out/metrics.csv")
+    vals = [row["val_loss"] for row in rows if row["val_loss"] is not None]
+    steps = [row for row in rows if row["loss"] is not None][5:]
+    speed = sum(row["tokens"] for row in steps) / sum(row["seconds"] for row in steps)
+    say(
+        f"LoRA, {precision}, {devices} GPU: first step loss {rows[1]['loss']:.4f}, validation {vals[0]:.4f} ->"
+        f" {vals[-1]:.4f}, {speed:,.0f} tokens/s, peak {max(row['memory_gb'] for row in steps):.2f} GB"
+    )
+    assert vals[-1] < vals[0] - 0.5

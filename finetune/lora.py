@@ -25,7 +25,7 @@ def main(
     data_dir: Path = Path("data/docstrings"),
     out_dir: Path = Path("out/lora/docstrings"),
     lora: LoRA = LoRA(r=8, alpha=16, dropout=0.0, query=True, value=True),
-    train: TrainArgs = TrainArgs(learning_rate=1e-3, global_batch_size=16, micro_batch_size=4, epochs=1),
+    train: TrainArgs = TrainArgs(learning_rate=1e-3, global_batch_size=16, micro_batch_size=16, epochs=1),
     precision: Precision = "auto",
     devices: int = 1,
     resume: bool = False,

@@ -301,7 +301,12 @@ def step_records(n_records: int, step: int, global_batch_size: int, seed: int) -
 
 
 def micro_batches(
-    dataset: Dataset, records: Sequence[int], micro_batch_size: int, rank: int = 0, world_size: int = 1
+    dataset: Dataset,
+    records: Sequence[int],
+    micro_batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    share_prefixes: bool = False,
 ) -> list[tuple[torch.Tensor, Layout]]:
     """This rank's share of `records` as (tokens (1, T), layout) pairs.
 
@@ -311,4 +316,5 @@ def micro_batches(
     passes = math.ceil(math.ceil(len(records) / world_size) / micro_batch_size)
     mine = sorted(records, key=lambda i: (-dataset.length(i), i))[rank::world_size]
     empty = (torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool))
-    return [Layout.end_to_end([dataset[i] for i in mine[turn::passes]] or [empty]) for turn in range(passes)]
+    turns = ([dataset[i] for i in mine[turn::passes]] or [empty] for turn in range(passes))
+    return [Layout.end_to_end(turn, share_prefixes) for turn in turns]

@@ -171,14 +171,17 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, view: View) -> tor
         return F.scaled_dot_product_attention(q, k, v, attn_mask=view, is_causal=view is None, enable_gqa=True)
     # split, not slices: the backward of many slices writes as many full-length gradients, that of split only one
     lengths = [segment.length for segment in view.segments]
+    qs, ks, vs = (x.split(lengths, dim=2) for x in (q, k, v))
+    at = {segment.start: i for i, segment in enumerate(view.segments)}  # a prefix is a segment, too
     out = []
-    for segment, qs, ks, vs in zip(view.segments, q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2)):
-        mask = None
-        if segment.prefix_length:
-            ks = torch.cat((k.narrow(2, segment.prefix_start, segment.prefix_length), ks), dim=2)
-            vs = torch.cat((v.narrow(2, segment.prefix_start, segment.prefix_length), vs), dim=2)
-            mask = torch.ones(qs.size(2), ks.size(2), dtype=torch.bool, device=q.device).tril(segment.prefix_length)
-        out.append(F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, is_causal=mask is None, enable_gqa=True))
+    for i, segment in enumerate(view.segments):
+        if segment.prefix_length == 0:
+            out.append(F.scaled_dot_product_attention(qs[i], ks[i], vs[i], is_causal=True, enable_gqa=True))
+        else:
+            p = at[segment.prefix_start]
+            keys, values = torch.cat((ks[p], ks[i]), dim=2), torch.cat((vs[p], vs[i]), dim=2)
+            mask = view.mask_of(segment)
+            out.append(F.scaled_dot_product_attention(qs[i], keys, values, attn_mask=mask, enable_gqa=True))
     return torch.cat(out, dim=2)
 
 

@@ -1,7 +1,7 @@
 """Continue a prompt, or answer it with what was fine-tuned.
 
     python generate/base.py --prompt "What is the capital of France?"
-    python generate/base.py --finetuned out/lora/docstrings --prompt "What does the function `textwrap.dedent` do?"
+    python generate/base.py --finetuned out/lora/docstrings --prompt 'What does the function `textwrap.dedent` do?'
 
 The answer goes to stdout as it is made, everything else to stderr.
 """

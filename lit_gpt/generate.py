@@ -8,11 +8,13 @@ import torch
 from lit_gpt.data import Dataset
 from lit_gpt.errors import InputError
 from lit_gpt.model import GPT
+from lit_gpt.prompts import STYLES
 from lit_gpt.tokenizer import Tokenizer
 
 
 class Answered(NamedTuple):
-    prompt: str
+    question: str
+    """The prompt without what the style puts around it."""
     expected: str
     answer: str
 
@@ -116,6 +118,15 @@ def answers(model: GPT, tokenizer: Tokenizer, dataset: Dataset, n: int, max_new_
         prompt, expected = dataset.question(i)
         room = min(len(prompt) + max_new_tokens, model.config.block_size)
         new = list(stream(model, prompt.to(device), room, temperature=0.0, eos_id=tokenizer.stop_ids))
-        answered.append(Answered(*(tokenizer.decode(ids).strip() for ids in (prompt, expected, new))))
+        texts = tokenizer.decode(expected), tokenizer.decode(new)
+        answered.append(Answered(bare_question(prompt, tokenizer, dataset), *(text.strip() for text in texts)))
     model.train(was_training)
     return answered
+
+
+def bare_question(prompt: torch.Tensor, tokenizer: Tokenizer, dataset: Dataset) -> str:
+    """A prompt for people to read: without the template around it."""
+    mark = "\x00"
+    around = STYLES[dataset.meta["prompt_style"]]({"instruction": mark}, tokenizer).text
+    before, _, after = around.partition(mark)
+    return tokenizer.decode_with_special(prompt.tolist()).removeprefix(before).removesuffix(after).strip()

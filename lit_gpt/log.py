@@ -316,7 +316,7 @@ def finish(
     log: Log, out_dir: Path, title: str, command: str, settings: dict, before: Sequence, after: Sequence
 ) -> None:
     """Prints the answers before and after, writes the report, and says where everything is."""
-    answers = [(old.prompt, old.expected, old.answer, new.answer) for old, new in zip(before, after, strict=True)]
+    answers = [(old.question, old.expected, old.answer, new.answer) for old, new in zip(before, after, strict=True)]
     show_answers(answers)
     path = write_report(out_dir, title=title, command=command, settings=settings, facts=log.facts(), answers=answers)
     print(f"Report: {path}. Weights: {out_dir / 'best'} (lowest validation loss), {out_dir / 'last'}.")

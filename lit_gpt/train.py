@@ -271,7 +271,7 @@ def validate(
                 checkpoints.save("best")
     if show_sample is not None and fabric.is_global_zero:
         for sample in show_sample():
-            log.note(f"{sample.prompt.strip().splitlines()[-1]} -> {sample.answer}")
+            log.note(f"{sample.question}\n    -> {sample.answer}")
     fabric.barrier()
 
 

@@ -15,8 +15,8 @@ from lit_gpt.data import Dataset
 from lit_gpt.device import LoggerName, Precision, launch, weight_dtype
 from lit_gpt.finetuned import Checkpoints, claim_out_dir, describe
 from lit_gpt.generate import answers
-from lit_gpt.log import finish
 from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
+from lit_gpt.report import finish
 from lit_gpt.train import TrainArgs, fit
 
 

@@ -161,6 +161,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[st
     try:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, file, {"format": "pt"} | metadata)
+        file.chmod(file.parent.stat().st_mode & 0o666)  # the library leaves it to its owner alone
     except SafetensorError as error:  # its way to report a full disk
         raise InputError(f"{file} could not be written ({first_line(error)}). Free some space and run again.") from None
 

@@ -4,6 +4,7 @@ knows jsonargparse."""
 import dataclasses
 import difflib
 import errno
+import gc
 import os
 import re
 import shlex
@@ -46,6 +47,7 @@ def fail(line: str, status: int = 2) -> None:
 
 def parse(main: Callable[..., None], args: list[str]) -> dict[str, Any]:
     """The arguments of `main` that the command line, and the file after `--config`, ask for."""
+    gc.freeze()  # torch's million objects stay for good; looking through them costs --help 0.2 s
     from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a field's docstring is its help
@@ -78,7 +80,11 @@ def command() -> str:
 
 
 def save_hyperparameters(path: Path, settings: dict[str, Any]) -> None:
-    """Writes the arguments of a `main` such that `--config path` repeats the run."""
+    """Writes the arguments of a `main` such that `--config path` repeats the run.
+
+    `resume` and `overwrite` are left out: they say what to do with a folder, and have to be asked for each time.
+    """
+    settings = {name: value for name, value in settings.items() if name not in ("resume", "overwrite")}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"# {command()}\n{as_yaml(settings)}", encoding="utf-8")
 

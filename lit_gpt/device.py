@@ -1,6 +1,5 @@
 """Where a run happens: devices, precision, processes. The only file that says "cuda", "mps" or "ddp"."""
 
-import resource
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -125,5 +124,7 @@ def peak_memory_gb(device: torch.device) -> float:
     """The most memory this run has held so far, in GB: of the GPU, or of the process where there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource  # Windows has no such module
+
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -4,12 +4,14 @@ One turn of the loop is one optimizer step. The loss of a step is the mean over 
 they are spread over micro-batches and devices, so that accumulation and more devices change nothing but memory.
 """
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -94,13 +96,19 @@ class TrainArgs:
 class Progress:
     """Where a run stands; with the weights and the optimizer, all that resuming needs."""
 
-    n_records: int
+    data: str
+    """Fingerprint of the training records."""
     global_batch_size: int
     seed: int
     step: int = 0
     """Optimizer steps done."""
     best_val_loss: float = math.inf
     evals_without_gain: int = 0
+    scaler: dict[str, Any] = field(default_factory=dict)
+    """The scale of the loss under 16-true and 16-mixed; empty under the others."""
+
+    def out_of_patience(self, patience: int | None) -> bool:
+        return patience is not None and self.evals_without_gain >= patience
 
 
 def fit(
@@ -129,13 +137,15 @@ def fit(
     model, optimizer = fabric.setup(model, optimizer)
     params = [param for group in optimizer.param_groups for param in group["params"]]
 
-    progress = Progress(len(train_data), args.global_batch_size, args.seed)
+    progress = Progress(data_fingerprint(train_data), args.global_batch_size, args.seed)
     if fabric.is_global_zero:
         checkpoints.recover()
     fabric.barrier()
     saved = checkpoints.resume(optimizer) if resume else None
     if saved is not None:
         progress = continued(saved, progress)
+        if progress.scaler:
+            fabric.strategy.precision.load_state_dict(progress.scaler)
     log = Log(
         checkpoints.out_dir, steps, first_step=progress.step, main_process=fabric.is_global_zero, loggers=fabric.loggers
     )
@@ -153,7 +163,7 @@ def fit(
     started = time.perf_counter()
     if progress.step == 0:
         validate(fabric, model, val_data, args, progress, checkpoints, log, show_sample)
-    while progress.step < steps:
+    while progress.step < steps and not progress.out_of_patience(args.patience):
         since = time.perf_counter()
         # dropout is a function of the step and the rank: a resumed run has no random state to restore
         torch.manual_seed((args.seed * 1_000_003 + progress.step) * 1_009 + fabric.global_rank)
@@ -175,11 +185,7 @@ def fit(
                 fabric.backward(part * fabric.world_size)  # the processes average their gradients; ours is a sum
             loss += part.detach()
         loss = fabric.all_reduce(loss, reduce_op="sum").item()
-        if not math.isfinite(loss):
-            raise InputError(
-                f"The loss of step {progress.step + 1} is {loss}. Lower --train.learning_rate, or choose another"
-                " --precision; nothing was saved after the last good step."
-            )
+        check_finite(loss, f"The loss of step {progress.step + 1}")
         norm = clip(fabric, model, optimizer, args.max_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -201,7 +207,7 @@ def fit(
         last = progress.step == steps or out_of_time
         if progress.step % args.eval_interval == 0 or last:
             validate(fabric, model, val_data, args, progress, checkpoints, log, show_sample)
-        out_of_patience = args.patience is not None and progress.evals_without_gain >= args.patience
+        out_of_patience = progress.out_of_patience(args.patience)
         if progress.step % args.save_interval == 0 or last or out_of_patience:
             save(fabric, checkpoints, optimizer, progress, args)
         if out_of_time or out_of_patience:
@@ -236,9 +242,10 @@ def has_dropout(model: nn.Module) -> bool:
 
 def learning_rate(step: int, steps: int, args: TrainArgs) -> float:
     """Linear warmup to the peak, then half a cosine down. Steps count from 0, and the first one already learns."""
-    if step < args.warmup_steps:
-        return args.learning_rate * (step + 1) / args.warmup_steps
-    done = (step + 1 - args.warmup_steps) / max(1, steps - args.warmup_steps)  # 1 at the last step
+    warmup = max(1, args.warmup_steps)  # without any, the first step is the peak; it may be the only one
+    if step < warmup:
+        return args.learning_rate * (step + 1) / warmup
+    done = (step + 1 - warmup) / (steps - warmup)  # 1 at the last step
     low, high = args.min_learning_rate, args.learning_rate
     return low + (high - low) * (1 + math.cos(math.pi * done)) / 2
 
@@ -264,6 +271,7 @@ def validate(
     if len(val_data):
         loss = evaluate(fabric, model, val_data, args)
         log.val(progress.step, loss)
+        check_finite(loss, f"The validation loss after step {progress.step}")
         progress.evals_without_gain += 1
         if loss < progress.best_val_loss:
             progress.best_val_loss, progress.evals_without_gain = loss, 0
@@ -294,20 +302,39 @@ def evaluate(fabric: "Fabric", model: nn.Module, dataset: Dataset, args: TrainAr
 def save(
     fabric: "Fabric", checkpoints: "Checkpoints", optimizer: torch.optim.Optimizer, progress: Progress, args: TrainArgs
 ) -> None:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if not all(torch.isfinite(param).all() for param in params):  # seen here, and not by the next step's loss
+        check_finite(math.nan, f"A trained weight after step {progress.step}")
+    progress.scaler = fabric.strategy.precision.state_dict()
     if fabric.is_global_zero:
-        checkpoints.save_state("last", optimizer, asdict(progress))
-        if args.keep_steps:
+        if args.keep_steps:  # before `last`: a run killed in between comes by here again
             checkpoints.save(f"step-{progress.step:06d}")
+        checkpoints.save_state("last", optimizer, asdict(progress))
     fabric.barrier()
+
+
+def check_finite(value: float, what: str) -> None:
+    if not math.isfinite(value):
+        raise InputError(
+            f"{what} is {value}. Lower --train.learning_rate, or choose another --precision; `last` and `best` are as"
+            " they were saved before."
+        )
+
+
+def data_fingerprint(dataset: Dataset) -> str:
+    """sha256 over where the records lie and 4,096 evenly spaced tokens of the prepared folder."""
+    spaced = np.linspace(0, len(dataset.tokens) - 1, 4096).astype(np.int64)
+    parts = (dataset.records, dataset.ends, dataset.tokens[spaced])
+    return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
 
 
 def continued(saved: dict[str, Any], expected: Progress) -> Progress:
     """The saved progress, if it belongs to these data and batches: otherwise records would be skipped or repeated."""
     found = Progress(**saved)
-    for name in ("n_records", "global_batch_size", "seed"):
-        if getattr(found, name) != getattr(expected, name):
-            raise InputError(
-                f"The saved run had {name} {getattr(found, name)}, this one has {getattr(expected, name)}."
-                " Resume with the settings of hyperparameters.yaml, or start anew with --overwrite true."
-            )
+    changed = [name for name in ("data", "global_batch_size", "seed") if getattr(found, name) != getattr(expected, name)]
+    if changed:
+        raise InputError(
+            f"The saved run had another {' and another '.join(changed)}. Resume with the settings of"
+            " hyperparameters.yaml, or start anew with --overwrite true."
+        )
     return found

@@ -10,18 +10,17 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
+from lit_gpt.device import peak_memory_gb
 from lit_gpt.log import (
     COLUMNS,
     HEADER,
     Log,
     duration,
-    loss_figure,
-    peak_memory_gb,
     read_metrics,
-    show_answers,
-    write_report,
 )
+from lit_gpt.report import loss_figure, show_answers, write_report
 
 HOSTILE = [
     "a | b || c |\n|---|---|\n| 1 | 2 |",
@@ -246,8 +245,8 @@ def test_durations_and_memory() -> None:
     assert [duration(value) for value in seconds] == expected
     if Path("/proc/self/status").exists():
         kib = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-        assert peak_memory_gb() == pytest.approx(kib * 1024 / 1e9, rel=0.02)
-    assert 0.01 < peak_memory_gb() < 1000
+        assert peak_memory_gb(torch.device("cpu")) == pytest.approx(kib * 1024 / 1e9, rel=0.02)
+    assert 0.01 < peak_memory_gb(torch.device("cpu")) < 1000
 
 
 def test_the_plot_draws_the_rows(tmp_path: Path) -> None:
@@ -371,7 +370,7 @@ def test_the_report_says_what_was_run(tmp_path: Path) -> None:
 def test_the_report_without_matplotlib_says_what_to_type(tmp_path: Path) -> None:
     Log(tmp_path, 0).close()
     code = (
-        "import sys; sys.modules['matplotlib'] = None\nfrom pathlib import Path; from lit_gpt.log import write_report\n"
+        "import sys; sys.modules['matplotlib'] = None\nfrom pathlib import Path; from lit_gpt.report import write_report\n"
         "write_report(Path(sys.argv[1]), title='t', command='c', settings={}, facts={'a': '1 s'}, answers=[])"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from records import make_records
-from worker import Worker, benchmark_arguments, check_quiet, machine, print_table, spread
+from worker import Worker, about, benchmark_arguments, check_quiet, machine, print_table, spread
 
 SETTINGS = {"ours": ["cache"], "hf": ["dynamic", "static"], "litgpt": ["cache"]}
 
@@ -43,34 +43,29 @@ def main() -> None:
             for program, setting in ways:
                 answer = workers[program].ask(setting=setting, prompt=prompt, new_tokens=args.new_tokens)
                 answers[program, setting].append(answer)
-        about = {program: worker.about for program, worker in workers.items()}
+        versions = {program: about(worker) for program, worker in workers.items()}
 
     speed = {way: [args.new_tokens / answer["seconds"] for answer in answers[way]] for way in ways}
     transformers = [statistics.median(speed[way]) for way in ways if way[0] == "hf"]
-    rows = [["", "setting", "tokens/s", "of transformers' faster", "peak GiB", "versions"]]
+    rows = [["", "setting", "tokens/s", "of transformers' faster", "versions"]]
     for way in ways:
         ratio = f"{statistics.median(speed[way]) / max(transformers):.2f}" if transformers else "-"
-        peak = f"{max(answer['peak_gb'] for answer in answers[way]):.2f}"
-        versions = ", ".join(f"{name} {number}" for name, number in about[way[0]]["versions"].items())
-        rows.append([*way, spread(speed[way], 1), ratio, peak, versions])
+        rows.append([*way, spread(speed[way], 1), ratio, versions[way[0]]])
     print_table(rows)
     if args.out:
-        args.out.write_text(json.dumps({" ".join(way): answers[way] for way in ways} | {"about": about}, indent=1))
-    different = compare({" ".join(way): [answer["tokens"] for answer in answers[way]] for way in ways})
-    print("\n".join(different) or f"all programs continue all {args.rounds} prompts with the same tokens")
-    sys.exit(bool(different))
-
-
-def compare(tokens: dict[str, list[list[int]]]) -> list[str]:
-    """One line per continuation that is not the first program's."""
-    first, *others = tokens
-    lines = []
-    for other in others:
-        for i, (a, b) in enumerate(zip(tokens[first], tokens[other], strict=True)):
-            if a != b:
-                at = next((j for j, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-                lines.append(f"prompt {i}: {other} leaves {first} at new token {at} of {len(a)} and {len(b)}")
-    return lines
+        args.out.write_text(
+            json.dumps({" ".join(way): answers[way] for way in ways} | {"versions": versions}, indent=1)
+        )
+    different = False
+    for way in ways[1:]:
+        for i, (answer, other) in enumerate(zip(answers[ways[0]], answers[way], strict=True)):
+            if answer["tokens"] != other["tokens"]:
+                different = True
+                same = [x == y for x, y in zip(answer["tokens"], other["tokens"], strict=True)]
+                print(f"prompt {i}: {' '.join(way)} leaves {' '.join(ways[0])} at new token {same.index(False)}")
+    if different:
+        sys.exit("The programs do not continue the prompts alike.")
+    print(f"all continue all {args.rounds} prompts with the same {args.new_tokens} tokens")
 
 
 if __name__ == "__main__":

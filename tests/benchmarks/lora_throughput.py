@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from records import describe, make_records
 from safetensors.numpy import save_file
-from worker import RANK, Worker, benchmark_arguments, check_quiet, machine, print_table, spread
+from worker import RANK, Worker, about, benchmark_arguments, check_quiet, machine, print_table, spread
 
 SETTINGS = {"ours": ["packed"], "hf": ["lean", "flat", "trainer"], "litgpt": ["chunked", "whole"]}
 
@@ -94,20 +94,20 @@ def main() -> None:
             for program, worker in workers.items():
                 answer = worker.ask(**ask[program], first=i * args.steps, steps=args.steps, update=True)
                 answers[program].append(answer)
-        about = {program: worker.about for program, worker in workers.items()}
+        versions = {program: about(worker) for program, worker in workers.items()}
 
     losses = np.array([[loss for answer in answers[program] for loss in answer["losses"]] for program in answers])
     differences = np.ptp(losses, axis=0) / losses.min(axis=0)
-    report(args, answers, chosen, about)
+    report(answers, chosen, versions)
     print(f"loss from {losses[0, 0]:.4f} to {losses[0, -1]:.4f} in {losses.shape[1]} steps")
     print(f"largest relative difference between the programs' losses of a step: {differences.max():.1e}")
     if args.out:
-        args.out.write_text(json.dumps({"chosen": chosen, "about": about, "answers": answers}, indent=1))
+        args.out.write_text(json.dumps({"chosen": chosen, "versions": versions, "answers": answers}, indent=1))
     if differences.max() > args.tolerance:
         sys.exit(f"The losses differ by more than {args.tolerance}: the programs do not train on the same thing.")
 
 
-def report(args: argparse.Namespace, answers: dict, chosen: dict, about: dict) -> None:
+def report(answers: dict, chosen: dict, versions: dict) -> None:
     speed = {p: [answer["records"] / answer["seconds"] for answer in answers[p]] for p in answers}
     tokens = {p: [answer["tokens"] / answer["seconds"] for answer in answers[p]] for p in answers}
     peers = [statistics.median(speed[p]) for p in answers if p != "ours"]

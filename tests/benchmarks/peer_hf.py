@@ -1,7 +1,7 @@
 """transformers, with peft for LoRA. Three ways to train, of which the benchmark takes the fastest:
 
 trainer: what `Trainer` does with padding and `train_sampling_strategy="group_by_length"`: attention mask, all logits.
-lean:    no attention mask (padding is on the right, where causal attention never looks), logits only at the targets.
+lean:    as trainer, but no mask (padding is on the right, where causal attention never looks), logits at targets only.
 flat:    records laid end to end as by `DataCollatorWithFlattening`, logits only at the targets.
 """
 
@@ -45,7 +45,8 @@ def lora(args: argparse.Namespace) -> Callable[[dict], dict]:
         logits = model(ids, logits_to_keep=targets, use_cache=False, **inputs).logits  # (N, vocabulary)
         return F.cross_entropy(logits.flatten(0, -2), ids.roll(-1, 1)[targets], reduction="sum") / trained
 
-    return trainer(args, [param for param in model.parameters() if param.requires_grad], micro_batch_loss)
+    params = [param for param in model.parameters() if param.requires_grad]
+    return trainer(args, params, micro_batch_loss, sorting=("trainer", "lean"))
 
 
 def decode(args: argparse.Namespace) -> Callable[[dict], dict]:

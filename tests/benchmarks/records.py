@@ -1,14 +1,10 @@
 """Records to train on, from the docstrings of Python's standard library. The first half of each is its prompt.
 
-    python tests/benchmarks/records.py OUT.jsonl --checkpoint_dir DIR --kind short
-
 short: one docstring, 50 to 250 tokens. chat: the same inside SmolLM2's chat template, whose opening all records share.
 long: several docstrings one after the other, 500 to 1,000 tokens.
 """
 
-import argparse
 import ast
-import json
 import random
 import statistics
 import sysconfig
@@ -59,18 +55,6 @@ def make_records(checkpoint_dir: Path, kind: str, count: int) -> list[dict]:
     return records
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--checkpoint_dir", type=Path, required=True)
-    parser.add_argument("--kind", choices=["short", "chat", "long"], default="short")
-    parser.add_argument("--count", type=int, default=320)
-    args = parser.parse_args()
-    records = make_records(args.checkpoint_dir, args.kind, args.count)
-    args.out.write_text("".join(json.dumps(record) + "\n" for record in records))
-    print(describe(records))
-
-
 def describe(records: list[dict]) -> str:
     lengths = [len(record["ids"]) for record in records]
     share = sum(sum(record["trained"]) for record in records) / sum(lengths)
@@ -78,7 +62,3 @@ def describe(records: list[dict]) -> str:
         f"{len(records)} records of {min(lengths)} to {max(lengths)} tokens, median {statistics.median(lengths):.0f},"
         f" mean {statistics.mean(lengths):.0f}, {share:.0%} trained"
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -74,12 +74,16 @@ def peak_gb() -> float:
 
 
 def trainer(
-    args: argparse.Namespace, params: list[Any], micro_batch_loss: Callable[[list[Record], str, int], Any]
+    args: argparse.Namespace,
+    params: list[Any],
+    micro_batch_loss: Callable[[list[Record], str, int], Any],
+    sorting: tuple[str, ...] = (),
 ) -> Callable[[dict], dict]:
     """The optimizer steps that every program does alike.
 
     `micro_batch_loss(records, setting, trained)` is the sum of the loss over their targets, divided by `trained`, the
-    number of targets of the whole step. So the losses of a step add up to its mean over all trained tokens.
+    number of targets of the whole step: the losses of a step add up to its mean over all trained tokens. The settings in
+    `sorting` put the step's records of like length together.
     """
     import torch
 
@@ -91,7 +95,7 @@ def trainer(
         start = time.perf_counter()
         for step in range(question["first"], question["first"] + question["steps"]):
             chosen = [records[i % len(records)] for i in range(step * n, (step + 1) * n)]
-            if question["setting"] in SORTED:
+            if question["setting"] in sorting:
                 chosen.sort(key=lambda record: len(record.ids))
             trained, loss = sum(sum(record.targets()) for record in chosen), 0.0
             for i in range(0, n, size):
@@ -107,9 +111,6 @@ def trainer(
         return {"seconds": seconds, "losses": losses, "records": n * question["steps"], "tokens": n_tokens}
 
     return train
-
-
-SORTED = {"trainer", "lean"}  # settings that put records of like length together, as transformers can
 
 
 def padded(records: list[Record]) -> tuple[Any, Any, Any]:
@@ -164,16 +165,13 @@ class Worker:
             sys.exit(f"{self.process.args[1]} ended without an answer:\n{self.log.read_text()[-3000:]}")
         return json.loads(line)
 
-    def stop(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.process.wait()
-
     def __enter__(self) -> "Worker":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.stop()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait()
 
 
 def benchmark_arguments(description: str) -> argparse.ArgumentParser:
@@ -183,8 +181,8 @@ def benchmark_arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint_dir", type=Path, default=sample, help="a Hugging Face folder, float32")
     parser.add_argument("--peers_dir", type=Path, default=Path(os.environ.get("PEERS_DIR", root / ".peers")))
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
-    parser.add_argument("--data", type=Path, help='JSON lines {"ids": [...], "trained": [0, 1, ...]}; else made')
-    parser.add_argument("--kind", choices=["short", "chat", "long"], default="short", help="what to make: records.py")
+    parser.add_argument("--data", type=Path, help='JSON lines {"ids": [...], "trained": [0, 1, ...]}')
+    parser.add_argument("--kind", choices=["short", "chat", "long"], default="short", help="without --data: records.py")
     parser.add_argument("--rounds", type=int, default=5, help="how often each program has its turn")
     parser.add_argument("--out", type=Path, help="write all measurements to this JSON file")
     parser.add_argument("--force", action="store_true", help="run although the machine is busy")
@@ -205,6 +203,11 @@ def machine() -> str:
     ]
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{models[0]}, {os.cpu_count()} cores, {gib:.0f} GiB, {platform.system()} {platform.release()}"
+
+
+def about(worker: Worker) -> str:
+    versions = (f"{name} {number}" for name, number in worker.about["versions"].items())
+    return f"{', '.join(versions)}; {worker.about['threads']} threads"
 
 
 def spread(values: list[float], digits: int) -> str:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from lit_gpt import Config, Tokenizer
 from lit_gpt.checkpoint import build_model, load_weights
-from lit_gpt.cli import command, run, save_hyperparameters
+from lit_gpt.cli import command, run
 from lit_gpt.data import Dataset
 from lit_gpt.device import LoggerName, Precision, launch, weight_dtype
-from lit_gpt.finetuned import Checkpoints, claim_out_dir, describe
+from lit_gpt.finetuned import Checkpoints, claim_out_dir, describe, start_run
 from lit_gpt.generate import answers
 from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
 from lit_gpt.report import finish
@@ -66,7 +66,7 @@ def main(
     before = answers(model, tokenizer, val_data, n_answers if fabric.is_global_zero else 0)
     description = describe("lora", lora, checkpoint_dir, base, train_data.meta["prompt_style"])
     if fabric.is_global_zero:
-        save_hyperparameters(out_dir / "hyperparameters.yaml", settings)
+        start_run(out_dir, settings)  # only now that everything has been found in order
     log = fit(
         fabric,
         model,

@@ -52,7 +52,7 @@ def parse(main: Callable[..., None], args: list[str]) -> dict[str, Any]:
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a field's docstring is its help
     summary = (main.__doc__ or "").split("\n    Args:")[0].strip()
-    parser = ArgumentParser(exit_on_error=False, description=summary)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=summary)
     parser.add_argument(
         "--config", action="config", help="A YAML file of settings, such as a run's hyperparameters.yaml"
     )

@@ -14,18 +14,21 @@ from typing import Any
 import torch
 
 from lit_gpt.checkpoint import build_model, load_model, load_weights, read_metadata, read_tensors, save_tensors
+from lit_gpt.cli import save_hyperparameters
 from lit_gpt.config import Config
 from lit_gpt.errors import InputError
-from lit_gpt.files import new_folder, recover
+from lit_gpt.files import beside, new_folder, recover
 from lit_gpt.lora import LoRA, apply_lora, lora_filter
 from lit_gpt.model import GPT
 from lit_gpt.tokenizer import Tokenizer
 
 SAMPLE = Path("checkpoints/sample/SmolLM2-135M-Instruct-Q4_1")  # what scripts/download_sample.py writes
 
-# what a run writes into its out_dir
-RUN_FILES = ("last", "best", "step-*", ".*.partial", ".*.old", "metrics.csv", "hyperparameters.yaml", "report.md")
-RUN_FILES += ("loss.png", "tensorboard", "wandb")
+# what a run writes into its out_dir, and what is left of it where one is killed
+RUN_FOLDERS = ("last", "best", "step-" + 6 * "[0-9]")
+RUN_FILES = [name for folder in RUN_FOLDERS for name in (folder, f".{folder}.partial", f".{folder}.old")]
+RUN_FILES += [name for file in ("metrics.csv", "report.md", "loss.png") for name in (file, f"{file}.tmp")]
+RUN_FILES += ["hyperparameters.yaml", "tensorboard", "wandb"]
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,8 @@ class Checkpoints:
         """Saves the weights, and with them the optimizer and `progress`, which is JSON."""
         with new_folder(self.out_dir / name) as folder:
             self.write_weights(folder)
-            tensors, rest = flatten(optimizer.state_dict())
-            metadata = {"optimizer": json.dumps(rest), "progress": json.dumps(progress)}
-            save_tensors(tensors, folder / "state.safetensors", metadata)
+            tensors = flatten(optimizer.state_dict())
+            save_tensors(tensors, folder / "state.safetensors", {"progress": json.dumps(progress)})
 
     def write_weights(self, folder: Path) -> None:
         weights = {key: value for key, value in self.model.state_dict().items() if self.keep(key, value)}
@@ -92,31 +94,29 @@ class Checkpoints:
             changed = [key for key, value in asdict(found).items() if value != asdict(self.description)[key]]
             raise InputError(f"{last} was trained with another {' and '.join(changed)}. Use the settings of that run.")
         load_trained(self.model, last, found.method)
-        metadata = read_metadata(last / "state.safetensors")
         tensors = dict(read_tensors([last / "state.safetensors"]))
-        optimizer.load_state_dict(unflatten(tensors, json.loads(metadata["optimizer"])))
-        return json.loads(metadata["progress"])
+        optimizer.load_state_dict(unflatten(tensors, optimizer.state_dict()["param_groups"]))
+        return json.loads(read_metadata(last / "state.safetensors")["progress"])
 
 
-def flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimizer's state dict as tensors by name, and the rest, which JSON can hold."""
-    tensors = {f"{i}.{key}": v for i, entry in state["state"].items() for key, v in entry.items() if torch.is_tensor(v)}
-    return tensors, {"param_groups": state["param_groups"]}
+def flatten(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What an optimizer remembers, by name. Its settings are the run's."""
+    return {f"{i}.{key}": v for i, entry in state["state"].items() for key, v in entry.items() if torch.is_tensor(v)}
 
 
-def unflatten(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+def unflatten(tensors: dict[str, torch.Tensor], param_groups: list[dict[str, Any]]) -> dict[str, Any]:
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = tensor
-    return {"state": state} | rest
+    return {"state": state, "param_groups": param_groups}
 
 
 def claim_out_dir(out_dir: Path, resume: bool, overwrite: bool) -> None:
-    """Makes `out_dir` this run's. Of several processes only the first looks, since it soon writes there.
+    """Looks whether `out_dir` is free for a run. Of several processes only the first does, since it soon writes there.
 
     Raises:
-        InputError: it holds a run, and neither flag says what to do with it.
+        InputError: it is not empty, and neither flag says what to do with what is there.
     """
     if int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) > 0:
         return
@@ -124,16 +124,21 @@ def claim_out_dir(out_dir: Path, resume: bool, overwrite: bool) -> None:
         raise InputError("--resume true continues the run and --overwrite true replaces it: choose one.")
     if out_dir.exists() and not out_dir.is_dir():
         raise InputError(f"{out_dir} is a file, expected a folder.")
-    if overwrite and out_dir.is_dir():
-        for name in RUN_FILES:  # and nothing else: the folder may be somebody's home
-            for path in out_dir.glob(name):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not resume and out_dir.is_dir() and any(out_dir.iterdir()):
+    if not (resume or overwrite) and out_dir.is_dir() and any(out_dir.iterdir()):
         raise InputError(
             f"{out_dir} is not empty. Continue the run in it with --resume true, replace it with --overwrite true,"
             " or name another --out_dir."
         )
-    out_dir.mkdir(parents=True, exist_ok=True)
+
+
+def start_run(out_dir: Path, settings: dict[str, Any]) -> None:
+    """Deletes the run that `overwrite` replaces, and writes hyperparameters.yaml; a run that goes on keeps its own."""
+    if settings["overwrite"]:
+        for name in RUN_FILES:  # and nothing else: the folder may be somebody's home
+            for path in out_dir.glob(name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not (settings["resume"] and (out_dir / "hyperparameters.yaml").is_file()):
+        save_hyperparameters(out_dir / "hyperparameters.yaml", settings)
 
 
 def read_description(finetuned_dir: Path) -> Finetuned:
@@ -147,11 +152,11 @@ def read_description(finetuned_dir: Path) -> Finetuned:
 
 def finetuned_file(finetuned_dir: Path) -> Path:
     """The file of trained weights: in this folder, or in `best` of a run's."""
-    for folder in (finetuned_dir, finetuned_dir / "best"):
-        recover(folder)
-        for method in METHODS:
-            if (folder / f"{method}.safetensors").is_file():
-                return folder / f"{method}.safetensors"
+    for name in (finetuned_dir, finetuned_dir / "best"):
+        for folder in (name, beside(name.absolute())[1]):  # read, not recovered: its run may be at work on it
+            for method in METHODS:
+                if (folder / f"{method}.safetensors").is_file():
+                    return folder / f"{method}.safetensors"
     names = " or ".join(f"{method}.safetensors" for method in METHODS)
     raise InputError(f"{finetuned_dir} holds nothing trained: expected {names} in it or in its folder best.")
 

@@ -1,7 +1,9 @@
 """Text to tokens and back, by the checkpoint's tokenizer.json (`tokenizers`) or tokenizer.model (`sentencepiece`)."""
 
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,6 +71,8 @@ class Tokenizer:
 
         self.processor = SentencePieceProcessor(model_file=str(path))
         self.vocab_size = self.processor.vocab_size()
+        control = [self.processor.id_to_piece(i) for i in range(self.vocab_size) if self.processor.is_control(i)]
+        self.control = re.compile(f"({'|'.join(map(re.escape, control)) or '(?!)'})")
         return lambda bos_id: True  # the models that come with a tokenizer.model alone were all trained with one
 
     def special_id(self, token: str | dict | None, fallback: int | list[int] | None) -> int | None:
@@ -102,11 +106,26 @@ class Tokenizer:
             encodings = self.processor.encode_batch(list(texts), add_special_tokens=False)
             encoded = [Encoded(e.ids, e.offsets) for e in encodings]
         else:
-            protos = self.processor.encode(list(texts), out_type="immutable_proto")
-            encoded = [Encoded([p.id for p in e.pieces], [(p.begin, p.end) for p in e.pieces]) for e in protos]
+            encoded = self.encode_pieces(texts)
         return [
             self.with_bos(text, e) if self.needs_bos(text, bos) else e for text, e in zip(texts, encoded, strict=True)
         ]
+
+    def encode_pieces(self, texts: Sequence[str]) -> list[Encoded]:
+        """By sentencepiece. It reads a control token such as </s> as letters, so texts are split there first."""
+        split = [self.control.split(text) for text in texts]  # plain, control, plain, ...
+        mappings = iter(self.processor.encode(list(itertools.chain(*split)), return_type="offset_mapping"))
+        encoded = []
+        for parts in split:
+            ids, offsets, at = [], [], 0
+            for i, part in enumerate(parts):
+                mapping = next(mappings)
+                ids += [self.processor.piece_to_id(part)] if i % 2 else mapping["ids"]
+                spans = [(0, len(part))] if i % 2 else mapping["offsets"]
+                offsets += [(at + start, at + end) for start, end in spans]
+                at += len(part)
+            encoded.append(Encoded(ids, offsets))
+        return encoded
 
     def needs_bos(self, text: str, bos: bool | None) -> bool:
         if bos is None:
@@ -141,7 +160,8 @@ class Tokenizer:
         """Text with the special tokens spelled out, to show what a model really sees."""
         if self.backend == "tokenizers":
             return self.processor.decode(list(ids), skip_special_tokens=False)
-        return "".join(self.id_to_token(i) if self.processor.is_control(i) else self.processor.decode([i]) for i in ids)
+        runs = itertools.groupby(ids, key=self.processor.is_control)
+        return "".join("".join(map(self.id_to_token, run)) if on else self.decode(list(run)) for on, run in runs)
 
     def stream(self, tokens: Iterable[int]) -> Iterator[str]:
         """Text as it becomes certain: a character of several tokens comes out whole."""

@@ -331,7 +331,9 @@ def data_fingerprint(dataset: Dataset) -> str:
 def continued(saved: dict[str, Any], expected: Progress) -> Progress:
     """The saved progress, if it belongs to these data and batches: otherwise records would be skipped or repeated."""
     found = Progress(**saved)
-    changed = [name for name in ("data", "global_batch_size", "seed") if getattr(found, name) != getattr(expected, name)]
+    changed = [
+        name for name in ("data", "global_batch_size", "seed") if getattr(found, name) != getattr(expected, name)
+    ]
     if changed:
         raise InputError(
             f"The saved run had another {' and another '.join(changed)}. Resume with the settings of"

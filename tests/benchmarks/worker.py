@@ -82,8 +82,8 @@ def trainer(
     """The optimizer steps that every program does alike.
 
     `micro_batch_loss(records, setting, trained)` is the sum of the loss over their targets, divided by `trained`, the
-    number of targets of the whole step: the losses of a step add up to its mean over all trained tokens. The settings in
-    `sorting` put the step's records of like length together.
+    number of targets of the whole step: the losses of a step add up to its mean over all trained tokens. The settings
+    in `sorting` put the step's records of like length together.
     """
     import torch
 

@@ -1,0 +1,325 @@
+"""The model equals transformers', and itself computed another way: `pytest tests/test_model.py`"""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lit_gpt import GPT, Config, InputError
+from lit_gpt.checkpoint import load_model
+from lit_gpt.generate import generate
+from lit_gpt.layout import Layout, Segment
+from lit_gpt.model import SummedLoss
+
+SIZES = dict(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+LINEAR = dict(rope_type="linear", factor=2.5)
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
+CASES = {
+    "gqa": {},
+    "mha": dict(num_key_value_heads=6),
+    "mqa": dict(num_key_value_heads=1),
+    "head_dim": dict(head_dim=16),
+    "attention_bias": dict(attention_bias=True),
+    "mlp_bias": dict(mlp_bias=True),
+    "tied": dict(tie_word_embeddings=True),
+    "eps": dict(rms_norm_eps=0.03),
+    "rope_base": dict(rope_parameters=dict(rope_type="default", rope_theta=700.0)),
+    "linear": dict(rope_parameters=LINEAR | dict(rope_theta=700.0)),
+    "llama3": dict(rope_parameters=LLAMA3 | dict(rope_theta=5000.0)),
+    "rope_base of transformers 4": dict(rope_theta=700.0, rope_scaling=None),
+    "linear of transformers 4": dict(rope_theta=700.0, rope_scaling={"type": "linear", "factor": 2.5}),
+    "llama3 of transformers 4": dict(rope_theta=5000.0, rope_scaling=LLAMA3),
+}
+
+
+def make_checkpoint(folder: Path, **changes) -> Path:
+    """A Llama whose every parameter is random: transformers starts biases at zero and norms at one."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    old = {key: changes.pop(key) for key in ("rope_theta", "rope_scaling") if key in changes}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | changes))
+    for param in model.parameters():
+        torch.nn.init.normal_(param, mean=float(param.dim() == 1), std=0.2)
+    model.save_pretrained(folder)
+    if old:
+        edit_config(folder, {"rope_parameters": None} | old)
+    return folder
+
+
+def edit_config(folder: Path, changes: dict) -> None:
+    """None removes a key, but for rope_scaling, where real files say null."""
+    hf = json.loads((folder / "config.json").read_text()) | changes
+    hf = {key: value for key, value in hf.items() if value is not None or key == "rope_scaling"}
+    (folder / "config.json").write_text(json.dumps(hf))
+
+
+def reference(folder: Path, dtype: torch.dtype = torch.float32):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.replace(" ", "_"))
+def pair(request, tmp_path_factory):
+    """(transformers' model, ours) of one checkpoint."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("model") / "checkpoint", **CASES[request.param])
+    return reference(folder), load_model(folder)
+
+
+def error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest entry."""
+    return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+def cached(model: GPT, idx: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """The logits of all of idx, computed in pieces of these sizes."""
+    model.max_seq_length = idx.size(1)
+    model.set_kv_cache(batch_size=idx.size(0))
+    steps = torch.arange(idx.size(1)).split(sizes)
+    logits = torch.cat([model(idx[:, pos], pos) for pos in steps], dim=1)
+    model.clear_kv_cache()
+    return logits
+
+
+@torch.no_grad()
+def test_logits_are_those_of_transformers(pair) -> None:
+    theirs, ours = pair
+    idx = torch.randint(0, 97, (2, 100), generator=torch.Generator().manual_seed(1))
+    expected = theirs(idx).logits
+    assert error(ours(idx), expected) < 1e-5
+    assert error(cached(ours, idx, [90] + [1] * 10), expected) < 1e-5
+    assert error(cached(ours, idx, [40, 1, 33, 1, 25]), expected) < 1e-5
+
+
+def test_greedy_generation_is_that_of_transformers(pair) -> None:
+    theirs, ours = pair
+    idx = torch.tensor([5, 17, 3, 80, 41])
+    expected = theirs.generate(idx[None], max_new_tokens=60, do_sample=False, pad_token_id=0)[0]
+    assert len(set(expected.tolist())) > 10
+    assert generate(ours, idx, 65, temperature=0.0).tolist() == expected.tolist()
+
+
+@torch.no_grad()
+def test_the_real_model_is_that_of_transformers(sample_dir) -> None:
+    from transformers import AutoTokenizer
+
+    text = "The city of Paris lies on the Seine.\n\n    def area(r):\n        return 3.14159 * r ** 2  # Größe\n" * 4
+    idx = AutoTokenizer.from_pretrained(sample_dir)(text, return_tensors="pt")["input_ids"]
+    logits, expected = load_model(sample_dir)(idx), reference(sample_dir)(idx).logits
+    assert idx.size(1) > 100
+    assert (logits - expected).abs().max() < 1e-4
+
+
+def small_gpt(**changes) -> GPT:
+    """A float64 model, so that a difference of 1e-10 is a mistake and no rounding."""
+    torch.manual_seed(0)
+    settings = dict(vocab_size=50, block_size=300, n_layer=2, n_head=4, n_query_groups=2, n_embd=32)
+    model = GPT(Config(**settings | dict(intermediate_size=48) | changes)).double()
+    for param in model.parameters():
+        torch.nn.init.normal_(param, mean=float(param.dim() == 1), std=0.3)
+    return model
+
+
+def make_record(length: int, n_trained: int, start: tuple[int, ...] = ()) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.cat((torch.tensor(start).long(), torch.randint(0, 50, (length - len(start),))))
+    return ids, torch.arange(length) >= length - n_trained
+
+
+def gradients(model: GPT, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    params = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    return dict(zip(params, torch.autograd.grad(loss, list(params.values()))))
+
+
+def one_by_one(model: GPT, records: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """The summed loss from plain logits, a record at a time."""
+    loss = 0.0
+    for ids, trained in records:
+        target = ids[1:].masked_fill(~trained[1:], -100)
+        loss = loss + F.cross_entropy(model(ids[None])[0, :-1], target, ignore_index=-100, reduction="sum")
+    return loss
+
+
+def mismatch(model: GPT, loss: torch.Tensor, expected: torch.Tensor) -> float:
+    """The worst error of the loss and of every gradient."""
+    got, wanted = gradients(model, loss), gradients(model, expected)
+    return max(error(loss, expected), *(error(got[name], wanted[name]) for name in wanted))
+
+
+@pytest.mark.parametrize("head_trained", [True, False])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_records_end_to_end_equal_separate_ones(tied, head_trained, shared) -> None:
+    model = small_gpt(tie_embeddings=tied)
+    model.lm_head.weight.requires_grad_(head_trained)
+    # without targets, a single token (trained or not), all trained, more targets than a chunk holds
+    sizes = [(7, 0), (1, 0), (1, 1), (5, 5), (30, 11), (SummedLoss.CHUNK * 2, SummedLoss.CHUNK * 2 - 40), (12, 1)]
+    records = [make_record(length, n, (7, 7, 7)[: length - 1]) for length, n in sizes]
+    idx, layout = Layout.end_to_end(records, share_prefixes=shared)
+    n_targets = 4 + 11 + SummedLoss.CHUNK * 2 - 40 + 1
+    assert layout.n_targets == n_targets and any(s.prefix_length for s in layout.segments) == shared
+
+    loss, expected = model(idx, layout=layout), one_by_one(model, records)
+    assert mismatch(model, loss / 7, expected / 7) < 1e-10
+    assert mismatch(model, model(idx, layout=layout) / n_targets, one_by_one(model, records) / n_targets) < 1e-10
+    with torch.no_grad():
+        assert error(model(idx, layout=layout), expected) < 1e-10
+
+
+def test_every_mistake_would_be_seen() -> None:
+    """The same comparison, with a layout that is wrong in one place."""
+    model = small_gpt()
+    records = [make_record(9, 4), make_record(6, 2), make_record(8, 8)]
+    idx, right = Layout.end_to_end(records)
+    worst = lambda layout: mismatch(model, model(idx, layout=layout), one_by_one(model, records))  # noqa: E731
+    assert worst(right) < 1e-10
+    wrong = {
+        "two records seen as one": replace(right, segments=(Segment(0, 15), Segment(15, 8))),
+        "a position": replace(right, pos=right.pos + (torch.arange(23) == 10)),
+        "one more target": replace(
+            right, target_index=torch.cat((right.target_index, torch.tensor([0]))), target=torch.cat((right.target, idx[0, 1:2]))
+        ),
+        "one target less": replace(right, target_index=right.target_index[1:], target=right.target[1:]),
+        "predicted by the next token": replace(right, target_index=right.target_index + 1),
+    }  # fmt: skip
+    for mistake, layout in wrong.items():
+        assert worst(layout) > 1e-4, mistake
+    loss, expected = model(idx, layout=right) / (right.n_targets + 1), one_by_one(model, records) / right.n_targets
+    assert mismatch(model, loss, expected) > 1e-4
+
+
+def test_a_prefix_is_continued() -> None:
+    """Two answers to one question, laid out by hand: the question is computed once."""
+    model = small_gpt()
+    question, *answers = torch.randint(0, 50, (6,)), torch.randint(0, 50, (4,)), torch.randint(0, 50, (9,))
+    layout = Layout(
+        pos=torch.cat((torch.arange(6), torch.arange(6, 10), torch.arange(6, 15))),
+        target_index=torch.tensor([5, *range(6, 9), 5, *range(10, 18)]),  # both first words follow the question's last
+        target=torch.cat(answers),
+        segments=(Segment(0, 6), Segment(6, 4, 0, 6), Segment(10, 9, 0, 6)),
+        mask=torch.ones(9, 15, dtype=torch.bool).tril(6),
+    )
+    loss = model(torch.cat((question, *answers))[None], layout=layout)
+    records = [(torch.cat((question, a)), torch.arange(6 + len(a)) >= 6) for a in answers]
+    assert mismatch(model, loss, one_by_one(model, records)) < 1e-10
+
+
+def test_no_targets_is_a_loss_of_zero_that_every_parameter_can_be_asked_for() -> None:
+    model = small_gpt()
+    idx, layout = Layout.end_to_end([make_record(5, 0), make_record(3, 0)])
+    loss = model(idx, layout=layout)
+    assert loss.item() == 0
+    assert all(not grad.any() for grad in gradients(model, loss).values())
+    with torch.no_grad():
+        assert model(idx, layout=layout) == 0
+
+
+def test_block_size_bounds_a_record_not_the_row() -> None:
+    model = small_gpt(block_size=16)
+    idx, layout = Layout.end_to_end([make_record(16, 3) for _ in range(5)])
+    assert idx.size(1) == 80 and model(idx, layout=layout).isfinite()
+    for lengths, shared in [([4, 17], False), ([17, 17], True)]:
+        idx, layout = Layout.end_to_end([make_record(n, 1, start=(1, 2, 3)) for n in lengths], share_prefixes=shared)
+        with pytest.raises(ValueError, match="record of 17 tokens.*16"):
+            model(idx, layout=layout)
+
+
+def test_lengths_and_a_missing_cache_are_refused() -> None:
+    model = small_gpt(block_size=16)
+    with pytest.raises(ValueError, match="17 tokens.*16"):
+        model(torch.zeros(1, 17, dtype=torch.long))
+    with pytest.raises(ValueError, match="17 tokens.*16"):
+        model.max_seq_length = 17
+    with pytest.raises(ValueError, match="set_kv_cache"):
+        model(torch.zeros(1, 3, dtype=torch.long), torch.arange(3))
+    model.max_seq_length = 8
+    model.set_kv_cache(batch_size=1)
+    assert model.transformer.h[0].attn.kv_cache.k.shape == (1, 2, 8, 8)  # as long as asked for, and no longer
+    model.max_seq_length = 16
+    with pytest.raises(ValueError, match="9 tokens.*8"):
+        model(torch.zeros(1, 9, dtype=torch.long), torch.arange(9))
+
+
+@torch.no_grad()
+def test_bfloat16_is_as_near_to_float32_as_transformers_far_from_the_start(tmp_path) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint", max_position_embeddings=2048)
+    idx = torch.randint(0, 97, (1, 2000), generator=torch.Generator().manual_seed(1))
+    exact = reference(folder)(idx).logits
+    far = lambda logits: (logits.float() - exact)[:, 1000:].square().mean().sqrt().item()  # noqa: E731
+    model = load_model(folder, dtype=torch.bfloat16)
+    assert {param.dtype for param in model.parameters()} == {torch.bfloat16} and model.theta.dtype == torch.float32
+    ours, theirs = far(model(idx)), far(reference(folder, torch.bfloat16)(idx).logits)
+    assert 0 < ours < 1.5 * theirs
+    model.theta = model.theta.bfloat16()  # what a cast of the built model would do
+    assert far(model(idx)) > 3 * theirs
+
+
+def test_known_names() -> None:
+    config = Config.from_name("TinyLlama-1.1B-Chat-v1.0", n_layer=3)
+    assert (config.n_layer, config.n_query_groups, config.head_size, config.vocab_size) == (3, 4, 64, 32000)
+    assert Config.from_name("TinyLlama/TinyLlama-1.1B-Chat-v1.0", n_layer=3) == config
+    assert GPT.from_name("SmolLM2-135M", n_layer=1).transformer.wte.weight.shape == (49152, 576)
+    with pytest.raises(InputError, match="'TinyLama-1.1B'.*TinyLlama-1.1B-Chat-v1.0"):
+        Config.from_name("TinyLama-1.1B")
+
+
+def test_the_table_of_names_agrees_with_the_real_file(sample_dir) -> None:
+    assert Config.from_name("SmolLM2-135M", name=sample_dir.name) == Config.from_checkpoint(sample_dir)
+
+
+@pytest.mark.parametrize("case", ["head_dim", "attention_bias", "tied", "llama3"])
+def test_a_saved_config_is_read_back(case, tmp_path) -> None:
+    config = Config.from_checkpoint(make_checkpoint(tmp_path / "checkpoint", **CASES[case]))
+    (tmp_path / "saved").mkdir()
+    config.save(tmp_path / "saved")
+    assert Config.from_checkpoint(tmp_path / "saved") == config
+    assert Config.from_checkpoint(tmp_path / "saved", block_size=7) == config.replace(block_size=7) != config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba"}, "config.json says model_type 'mamba'; known are .*llama"),
+        ({"model_type": None}, "config.json says model_type None; known are .*llama"),
+        ({"num_hidden_layers": None}, "config.json has no 'num_hidden_layers'.*Copy or download it again"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "config.json.*'yarn'.*known are default, linear"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "config.json has no 'factor'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "llama3", "factor": 8.0}}, "has no 'low_freq_factor'"),
+        ({"hidden_act": "gelu"}, "config.json.*hidden_act 'gelu'.*silu"),
+        ({"num_key_value_heads": 4}, "6 query heads cannot share 4 groups"),
+    ],
+)  # fmt: skip
+def test_a_config_that_cannot_work_says_why(changes, message, tmp_path) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint")
+    edit_config(folder, changes)
+    with pytest.raises(InputError, match=message):
+        Config.from_checkpoint(folder)
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import lit_gpt, sys; print(sorted({name.split('.')[0] for name in sys.modules}))"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    loaded = set(eval(out))
+    assert "torch" in loaded
+    assert not loaded & {"lightning", "bitsandbytes", "transformers", "jsonargparse", "matplotlib", "gguf"}

@@ -56,7 +56,8 @@ def main(
     print(f"Loaded in {time.perf_counter() - since:.1f} s.", file=sys.stderr)
 
     style = STYLES[style_name(prompt_style, tokenizer, trained_style)]
-    idx = tokenizer.encode(style({"instruction": prompt, "input": input}, tokenizer).text, device)
+    rendered = style({"instruction": prompt, "input": input}, tokenizer)
+    idx = tokenizer.encode(rendered.text, device, rendered.bos)
     generator = torch.Generator(device).manual_seed(seed)
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p, eos_id=tokenizer.stop_ids, generator=generator)
     for _ in range(num_samples):

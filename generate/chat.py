@@ -55,9 +55,10 @@ def main(
             messages = list(opening)
             continue
         messages.append({"role": "user", "content": question})
-        idx = tokenizer.encode(chat({"messages": messages}, tokenizer).text, device)
+        rendered = chat({"messages": messages}, tokenizer)
+        idx = tokenizer.encode(rendered.text, device, rendered.bos)
         room = min(len(idx) + max_new_tokens, model.config.block_size)
-        if room == len(idx):
+        if room <= len(idx):
             raise InputError(f"The conversation fills the model's {room} tokens. Start again with /new.")
         answer = ""
         for text in tokenizer.stream(stream(model, idx, room, **options)):

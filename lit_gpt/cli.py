@@ -41,6 +41,7 @@ def run(main: Callable[..., None]) -> None:
 
 def fail(line: str, status: int = 2) -> None:
     sys.stdout.flush()
+    line = re.sub(r"\s*\n\s*", " ", line.strip())  # a message of another library may have several
     print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(status)
 
@@ -48,11 +49,17 @@ def fail(line: str, status: int = 2) -> None:
 def parse(main: Callable[..., None], args: list[str]) -> dict[str, Any]:
     """The arguments of `main` that the command line, and the file after `--config`, ask for."""
     gc.freeze()  # torch's million objects stay for good; looking through them costs --help 0.2 s
-    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+    from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader, set_parsing_settings
+    from yaml import YAMLError
 
+    def load(text: str) -> Any:  # YAML takes "# Be brief." for a comment: without a value, such a text is itself
+        value = get_loader("yaml")(text)
+        return text if value is None else value  # jsonargparse sees to `null` before it comes here
+
+    set_loader("text", load, exceptions=(YAMLError,))
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a field's docstring is its help
     summary = (main.__doc__ or "").split("\n    Args:")[0].strip()
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=summary)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, parser_mode="text", description=summary)
     parser.add_argument(
         "--config", action="config", help="A YAML file of settings, such as a run's hyperparameters.yaml"
     )
@@ -62,15 +69,23 @@ def parse(main: Callable[..., None], args: list[str]) -> dict[str, Any]:
     except ArgumentError as error:
         known = [option for action in parser._actions for option in action.option_strings]
         raise InputError(explain(str(error), known)) from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"The file after --config is not UTF-8 ({error}). Save it as UTF-8.") from None
     settings.pop("config", None)
     return settings
 
 
 def explain(message: str, known: list[str]) -> str:
-    """jsonargparse's message in one line, with the nearest flag where one was mistyped."""
+    """jsonargparse's message in one line, with the nearest flag where one, or a key of the file, was mistyped."""
     line = re.sub(r"\s+", " ", message.removeprefix("Parser key ")).strip().rstrip(".")
-    unknown = re.search(r"unrecognized arguments: (\S+)", line)
-    near = difflib.get_close_matches(unknown[1].split("=")[0], known, n=1) if unknown else []
+    line = re.sub(r"Does not validate .* Subtypes: \[(.+)\] Errors: .* Given value: (.*)", r"Expected \1. Got \2", line)
+    line = re.sub(r"^\"([\w.]+)\":", r"--\1:", re.sub(r"<class '(\w+)'>", r"\1", line)).replace("NoneType", "null")
+    unknown = ""
+    if found := re.search(r"unrecognized arguments: ([^\s=]+)", line):
+        unknown = found[1]
+    elif found := re.search(r"(?:Group '(.+)' does not accept o|O)ption '(.+?)'", line):
+        unknown = "--" + ".".join(filter(None, found.groups()))
+    near = difflib.get_close_matches(unknown, known, n=1)
     return f"{line}. {f'Did you mean {near[0]}?' if near else 'See --help.'}"
 
 

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +31,7 @@ from lit_gpt.prompts import STYLES, Rendered, StyleName, style_name
 from lit_gpt.tokenizer import Encoded, Tokenizer
 
 FILES = {"tokens": None, "trained": np.uint8, "ends": np.int64, "split": np.uint8}  # tokens: meta.json says
-TRAIN, VAL = 0, 1  # in split.bin
+SPLITS = {"train": 0, "val": 1}  # in split.bin
 ANSWER, PROMPT = 1, 2  # in trained.bin
 
 
@@ -83,19 +84,20 @@ def prepare(records: Iterable[dict[str, Any]], checkpoint_dir: Path, data_dir: P
             checked = (check(record, number, args, counts) for number, record in enumerate(records, start=1))
             for chunk in chunks((record for record in checked if record is not None), 1000):
                 rendered = [STYLES[style](record, tokenizer) for record in chunk]
-                encoded = tokenizer.encode_batch([text for text, _ in rendered])
+                encoded = tokenizer.encode_batch([text.text for text in rendered], rendered[0].bos)
                 for record, text, tokens in zip(chunk, rendered, encoded, strict=True):
                     ids, trained = mark_trained(text, tokens, tokenizer)
-                    prompt = ids[: trained.index(ANSWER)]
+                    n_prompt = trained.index(ANSWER)
                     if not args.mask_prompt:
                         trained = [mark or PROMPT for mark in trained]
-                    ids, trained = fit_length(ids, trained, len(prompt), limit, args.too_long, counts)
+                    ids, trained = fit_length(ids, trained, n_prompt, limit, args.too_long, counts)
                     if not ids:
                         continue
                     tokens_file.write(np.asarray(ids, dtype).tobytes())
                     trained_file.write(np.asarray(trained, np.uint8).tobytes())
                     ends.append(len(ids) + (ends[-1] if ends else 0))
                     splits.append(record["split"])
+                    prompt = text.text[: text.turns[0][0]]
                     prompts.append(hashlib.sha256(f"{args.seed} {prompt}".encode()).digest()[:8])
         if not ends:
             raise InputError(f"No record is left to train on: {describe(counts) or 'there was none'}.")
@@ -129,14 +131,19 @@ def check(record: dict[str, Any], number: int, args: DataArgs, counts: Counter[s
             f"Record {number} has no {' and no '.join(missing)}; it has {', '.join(map(str, record)) or 'nothing'}."
             " Name its keys with --data.instruction_key, --data.input_key and --data.output_key."
         )
-    ours = {name: record.get(key) or "" for name, key in keys.items()}
+    ours = {name: "" if record.get(key) is None else record[key] for name, key in keys.items()}
     for name, value in ours.items():
         if not isinstance(value, str):
             raise InputError(f"Record {number}: {keys[name]} is a {type(value).__name__}, expected text.")
+        if not value.isascii() and re.search("[\ud800-\udfff]", value):
+            raise InputError(f"Record {number}: {keys[name]} has half a surrogate pair, such as \\ud83d, expected text.")
+    split = record.get("split") or None
+    if split not in (None, *SPLITS):
+        raise InputError(f"Record {number} says split {split!r}, expected train or val.")
     if not ours["instruction"].strip() or not ours["output"].strip():
         counts["empty instruction or output"] += 1
         return None
-    return ours | {"split": record.get("split")}
+    return ours | {"split": split}
 
 
 def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -155,6 +162,7 @@ def mark_trained(rendered: Rendered, encoded: Encoded, tokenizer: Tokenizer) -> 
     for start, end in rendered.turns:
         while position < len(ids) and token_start(encoded, position) < start:
             position += 1
+        last = max(last, position - 1)  # which may hold the whole answer
         while position < len(ids) and encoded.offsets[position][0] < end:
             trained[position], last = ANSWER, position
             position += 1
@@ -192,17 +200,14 @@ def fit_length(
 
 def choose_split(splits: list[str | None], prompts: list[bytes], val_fraction: float) -> np.ndarray:
     """0 or 1 per record: what it says itself, else by its prompt, so that no prompt is on both sides."""
-    named = {"train": TRAIN, "val": VAL}
-    unknown = {split for split in splits if split is not None and split not in named}
-    if unknown:
-        raise InputError(f"A record says split {unknown.pop()!r}, expected train or val.")
-    distinct = sorted({prompt for prompt, split in zip(prompts, splits, strict=True) if split is None})
+    named = {prompt: SPLITS[split] for prompt, split in zip(prompts, splits, strict=True) if split}
+    distinct = sorted(set(prompts) - named.keys())
     n_val = round(val_fraction * len(distinct))
     if 0 < val_fraction and n_val == 0 and len(distinct) > 1 and "val" not in splits:
         n_val = 1
     val = set(distinct[:n_val])  # the prompts are hashes: in their order, any first part is a random one
-    sides = [named[split] if split else int(prompt in val) for split, prompt in zip(splits, prompts, strict=True)]
-    return np.asarray(sides, np.uint8)
+    sides = named | {prompt: int(prompt in val) for prompt in distinct}
+    return np.asarray([SPLITS.get(split, sides[prompt]) for split, prompt in zip(splits, prompts)], np.uint8)
 
 
 def describe(counts: Counter[str]) -> str:
@@ -214,7 +219,7 @@ def report(dataset: "Dataset", tokenizer: Tokenizer, meta: dict[str, Any], data_
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     console.print(
         f"{data_dir}: {meta['n_records'] - meta['n_val']:,} training and {meta['n_val']:,} validation records,"
         f" {meta['n_tokens']:,} tokens, of which {meta['n_trained']:,} are trained; the longest record has"
@@ -246,6 +251,8 @@ class Dataset:
                 f"{data_dir} holds no prepared data. Run one of scripts/prepare_*.py with --data_dir {data_dir}."
             )
         self.meta = read_json(data_dir / "meta.json")
+        if missing := {"tokens_dtype", "n_tokens", "n_records", "tokenizer"} - self.meta.keys():
+            raise InputError(f"{data_dir}/meta.json lacks {' and '.join(sorted(missing))}. Prepare the data again.")
         arrays = {}
         for name, dtype in FILES.items():
             path, dtype = data_dir / f"{name}.bin", np.dtype(dtype or self.meta["tokens_dtype"])
@@ -255,7 +262,7 @@ class Dataset:
                 raise InputError(f"{path} should have {size:,} bytes and has {found}. Prepare the data again.")
             arrays[name] = np.memmap(path, dtype, "r")
         self.tokens, self.trained, self.ends = arrays["tokens"], arrays["trained"], arrays["ends"]
-        self.records = np.flatnonzero(arrays["split"] == (VAL if split == "val" else TRAIN))
+        self.records = np.flatnonzero(arrays["split"] == SPLITS[split])
 
     def __len__(self) -> int:
         return len(self.records)

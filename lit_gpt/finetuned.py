@@ -89,9 +89,9 @@ class Checkpoints:
         last = self.out_dir / "last"
         if not (last / "state.safetensors").is_file():
             return None
-        found = read_description(last)
-        if found != self.description:
-            changed = [key for key, value in asdict(found).items() if value != asdict(self.description)[key]]
+        found, now = read_description(last), asdict(self.description)
+        changed = [key for key, value in asdict(found).items() if value != now[key] and key != "checkpoint_dir"]
+        if changed:
             raise InputError(f"{last} was trained with another {' and '.join(changed)}. Use the settings of that run.")
         load_trained(self.model, last, found.method)
         tensors = dict(read_tensors([last / "state.safetensors"]))
@@ -137,7 +137,7 @@ def start_run(out_dir: Path, settings: dict[str, Any]) -> None:
         for name in RUN_FILES:  # and nothing else: the folder may be somebody's home
             for path in out_dir.glob(name):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not (settings["resume"] and (out_dir / "hyperparameters.yaml").is_file()):
+    if not (settings["resume"] and (out_dir / "last").is_dir()):
         save_hyperparameters(out_dir / "hyperparameters.yaml", settings)
 
 

@@ -61,8 +61,10 @@ def stream(
     The stop token itself comes last.
 
     Raises:
-        InputError: no room for a new token, or more than the model can read.
+        InputError: no room for a new token, more than the model can read, or a sampling option out of its range.
     """
+    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and top_p <= 0):
+        raise InputError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected >= 0, >= 1 and > 0.")
     T = idx.size(0)
     if not 0 < T < max_returned_tokens:
         raise InputError(

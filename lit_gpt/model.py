@@ -86,13 +86,15 @@ class GPT(nn.Module):
             if longest > self.config.block_size:
                 raise ValueError(f"A record of {longest} tokens exceeds block_size, {self.config.block_size}.")
             return layout.pos, layout
-        if idx.size(1) > self.max_seq_length:
-            raise ValueError(f"{idx.size(1)} tokens exceed max_seq_length, {self.max_seq_length}.")
         if input_pos is None:
+            if idx.size(1) > self.max_seq_length:
+                raise ValueError(f"{idx.size(1)} tokens exceed max_seq_length, {self.max_seq_length}.")
             return torch.arange(idx.size(1), device=idx.device), None
         cache = self.transformer.h[0].attn.kv_cache
         if cache is None:
             raise ValueError("input_pos needs a key-value cache: call model.set_kv_cache(batch_size=...) first.")
+        if idx.size(1) > cache.k.size(2):
+            raise ValueError(f"{idx.size(1)} tokens exceed the key-value cache, which holds {cache.k.size(2)}.")
         return input_pos, input_pos[:, None] >= torch.arange(cache.k.size(2), device=idx.device)
 
     def set_kv_cache(self, batch_size: int) -> None:
@@ -228,10 +230,11 @@ class KVCache(nn.Module):
 def rope_theta(config: Config) -> torch.Tensor:
     """One float32 frequency per pair of rotated elements, (rope_n_elem / 2,). https://arxiv.org/abs/2104.09864
 
-    Always on the CPU, so that a model built on the meta device has them too.
+    Always on the CPU, so that a model built on the meta device has them too. Written such that every bit is that of
+    transformers: at position 10,000 one bit of a frequency turns a vector by 0.001.
     """
     n = config.rope_n_elem
-    theta = config.rope_base ** -(torch.arange(0, n, 2, device="cpu").float() / n)
+    theta = 1.0 / config.rope_base ** (torch.arange(0, n, 2, device="cpu").float() / n)
     scaling = config.rope_scaling
     return theta if scaling is None else ROPE_SCALINGS[scaling["rope_type"]](theta, scaling)
 
@@ -247,9 +250,9 @@ def scale_llama3(theta: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:
     Llama 3.1, https://arxiv.org/abs/2407.21783
     """
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * theta / (2 * torch.pi)  # within the original context
+    turns = scaling["original_max_position_embeddings"] / (2 * torch.pi / theta)  # within the original context
     keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return theta * (keep + (1 - keep) / scaling["factor"])
+    return (1 - keep) * theta / scaling["factor"] + keep * theta
 
 
 def rope_cos_sin(theta: torch.Tensor, pos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

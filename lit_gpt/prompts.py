@@ -19,6 +19,8 @@ class Rendered(NamedTuple):
     text: str
     turns: list[tuple[int, int]]
     """From which to which character the model speaks. In the tokens each turn ends with its stop token."""
+    bos: bool | None = None
+    """Whether a BOS token is put before the text. None is what the tokenizer does by itself."""
 
 
 def alpaca(record: dict[str, Any], tokenizer: Tokenizer) -> Rendered:
@@ -40,7 +42,7 @@ def alpaca(record: dict[str, Any], tokenizer: Tokenizer) -> Rendered:
 
 
 def chat(record: dict[str, Any], tokenizer: Tokenizer) -> Rendered:
-    """The checkpoint's own chat template, rendered as transformers renders it."""
+    """The checkpoint's own chat template, rendered as transformers renders it: it spells the BOS token, or wants none."""
     messages = record.get("messages")
     if messages is None:
         question = "\n\n".join(part for part in (record["instruction"], record.get("input")) if part)
@@ -60,12 +62,13 @@ def chat(record: dict[str, Any], tokenizer: Tokenizer) -> Rendered:
                     " from prompts. Use --data.prompt_style alpaca."
                 )
             turns.append((len(prompt), len(answered)))
-    return Rendered(text, turns)
+    return Rendered(text, turns, bos=False)
 
 
 def render_template(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
     from jinja2 import TemplateError
 
+    mistakes = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError)  # of a program that is not ours
     if tokenizer.chat_template is None:
         raise InputError("This checkpoint has no chat template. Use --data.prompt_style alpaca.")
     special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
@@ -73,7 +76,7 @@ def render_template(tokenizer: Tokenizer, messages: list[dict[str, str]], add_ge
     try:
         template = compile_template(tokenizer.chat_template)
         return template.render(messages=messages, add_generation_prompt=add_generation_prompt, tools=None, **special)
-    except TemplateError as error:
+    except mistakes as error:
         raise InputError(f"The checkpoint's chat template says: {error}") from None
 
 
@@ -81,13 +84,23 @@ def render_template(tokenizer: Tokenizer, messages: list[dict[str, str]], add_ge
 def compile_template(source: str) -> Any:
     """A template as transformers compiles it: sandboxed, since it comes from somebody else's file."""
     from jinja2 import TemplateError
+    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} ... {% endgeneration %}: transformers notes where the answer is, which `turns` says here."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
     environment.globals |= {

@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +19,28 @@ def read_json(path: Path) -> Iterator[dict[str, Any]]:
         InputError: not UTF-8, not JSON, or not objects; with the line.
     """
     with open_text(path) as file:
-        try:
-            if path.suffix == ".jsonl":
-                numbered = ((number, json.loads(line)) for number, line in enumerate(file, 1) if line.strip())
-            else:
-                content = json.load(file)
-                if not isinstance(content, list):
-                    raise InputError(f"{path} holds a {type(content).__name__}, expected a list of records.")
-                numbered = enumerate(content, 1)
-            for number, record in numbered:
-                if not isinstance(record, dict):
-                    raise InputError(
-                        f"{path}: record {number} is a {type(record).__name__}, expected an object with keys."
-                    )
-                yield record
-        except json.JSONDecodeError as error:
-            hint = " If it has an object per line, name it .jsonl." if "Extra data" in error.msg else ""
-            raise InputError(f"{path} is not JSON: {error}.{hint}") from None
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
+        if path.suffix == ".jsonl":
+            numbered = ((number, parse(line, path, number)) for number, line in enumerate(file, 1) if line.strip())
+        else:
+            content = parse(file.read(), path)
+            if not isinstance(content, list):
+                raise InputError(f"{path} holds a {type(content).__name__}, expected a list of records.")
+            numbered = enumerate(content, 1)
+        for number, record in numbered:
+            if not isinstance(record, dict):
+                raise InputError(f"{path}: record {number} is a {type(record).__name__}, expected an object with keys.")
+            yield record
+
+
+def parse(text: str, path: Path, first_line: int = 1) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = " If it has an object per line, name it .jsonl." if "Extra data" in error.msg else ""
+        if path.suffix == ".jsonl":
+            hint = " A .jsonl file has an object per line; if it is one list, name it .json."
+        where = f"line {first_line + error.lineno - 1}, column {error.colno}"
+        raise InputError(f"{path}, {where}, is not JSON: {error.msg}.{hint}") from None
 
 
 def read_csv(path: Path) -> Iterator[dict[str, str]]:
@@ -50,6 +55,8 @@ def read_csv(path: Path) -> Iterator[dict[str, str]]:
             header = next(reader, None)
             if not header:
                 raise InputError(f"{path} is empty, expected a header line such as instruction,input,output.")
+            if len(set(header)) < len(header):
+                raise InputError(f"{path}: the header names a column twice: {', '.join(header)}.")
             for row in filter(None, reader):
                 if len(row) != len(header):
                     raise InputError(
@@ -60,12 +67,18 @@ def read_csv(path: Path) -> Iterator[dict[str, str]]:
             raise InputError(
                 f"{path}, line {reader.line_num}: {error}. Fields with line breaks must be quoted."
             ) from None
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
 
 
-def open_text(path: Path, newline: str | None = None) -> io.TextIOBase:
+@contextmanager
+def open_text(path: Path, newline: str | None = None) -> Iterator[io.TextIOBase]:
+    """A UTF-8 file. Raises InputError where there is none, or reading comes upon bytes that are not."""
     if not path.is_file():
         raise InputError(f"{path} is missing." if not path.exists() else f"{path} is no file.")
     csv.field_size_limit(2**31 - 1)  # the default refuses documents of over 128 KiB
-    return open(path, encoding="utf-8-sig", newline=newline)
+    with open(path, encoding="utf-8-sig", newline=newline) as file:
+        try:
+            yield file
+        except UnicodeDecodeError as error:  # it knows the place in a buffer, not in the file
+            with open(path, encoding="utf-8", errors="surrogateescape") as lines:
+                line = next(number for number, line in enumerate(lines, 1) if re.search("[\udc80-\udcff]", line))
+            raise InputError(f"{path}, line {line}, is not UTF-8: {error.reason}. Save it as UTF-8.") from None

@@ -51,7 +51,8 @@ class Tokenizer:
         self.stop_ids = frozenset(
             [self.eos_id, *(stops if isinstance(stops, list) else [stops] if stops is not None else [])]
         )
-        self.use_bos = self.bos_id is not None and settings.get("add_bos_token", adds_bos(self.bos_id))
+        asked = settings.get("add_bos_token")  # some files say null
+        self.use_bos = self.bos_id is not None and (adds_bos(self.bos_id) if asked is None else asked)
         self.chat_template = read_chat_template(folder, settings)
 
     def load_tokenizers(self, path: Path) -> Any:
@@ -195,8 +196,12 @@ def read_if_there(path: Path) -> dict[str, Any]:
 
 def read_chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     """The jinja source, from where transformers 4 or 5 writes it."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is not UTF-8 ({error}). Download it again.") from None
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")

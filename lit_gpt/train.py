@@ -250,10 +250,9 @@ def learning_rate(step: int, steps: int, args: TrainArgs) -> float:
     return low + (high - low) * (1 + math.cos(math.pi * done)) / 2
 
 
-def clip(fabric: "Fabric", model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float | None) -> float | None:
-    """The gradient's norm before it is clipped; None where clipping is off."""
-    if max_norm is None:
-        return None
+def clip(fabric: "Fabric", model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float | None) -> float:
+    """The gradient's norm before it is clipped, or where it is not."""
+    max_norm = math.inf if max_norm is None else max_norm
     return fabric.clip_gradients(model, optimizer, max_norm=max_norm, error_if_nonfinite=False).item()
 
 

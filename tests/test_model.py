@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lit_gpt import GPT, Config, InputError
+from lit_gpt import GPT, Config, InputError, families
 from lit_gpt.checkpoint import load_model
 from lit_gpt.generate import generate
 from lit_gpt.layout import Layout, Segment
-from lit_gpt.model import SummedLoss
+from lit_gpt.model import SummedLoss, rope_theta
 
 SIZES = dict(
     vocab_size=97,
@@ -108,6 +108,7 @@ def test_logits_are_those_of_transformers(pair) -> None:
     theirs, ours = pair
     idx = torch.randint(0, 97, (2, 100), generator=torch.Generator().manual_seed(1))
     expected = theirs(idx).logits
+    assert torch.equal(ours.theta, theirs.model.rotary_emb.inv_freq)
     assert error(ours(idx), expected) < 1e-5
     assert error(cached(ours, idx, [90] + [1] * 10), expected) < 1e-5
     assert error(cached(ours, idx, [40, 1, 33, 1, 25]), expected) < 1e-5
@@ -115,10 +116,11 @@ def test_logits_are_those_of_transformers(pair) -> None:
 
 def test_greedy_generation_is_that_of_transformers(pair) -> None:
     theirs, ours = pair
-    idx = torch.tensor([5, 17, 3, 80, 41])
-    expected = theirs.generate(idx[None], max_new_tokens=60, do_sample=False, pad_token_id=0)[0]
-    assert len(set(expected.tolist())) > 10
-    assert generate(ours, idx, 65, temperature=0.0).tolist() == expected.tolist()
+    prompts = torch.randint(0, 97, (8, 5), generator=torch.Generator().manual_seed(1))
+    expected = theirs.generate(prompts, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    assert expected[:, 5:].unique().numel() > 10
+    for prompt, answer in zip(prompts, expected):
+        assert generate(ours, prompt, 25, temperature=0.0).tolist() == answer.tolist()
 
 
 @torch.no_grad()
@@ -285,7 +287,18 @@ def test_known_names() -> None:
 
 
 def test_the_table_of_names_agrees_with_the_real_file(sample_dir) -> None:
-    assert Config.from_name("SmolLM2-135M", name=sample_dir.name) == Config.from_checkpoint(sample_dir)
+    assert Config.from_name("SmolLM2-135M") == Config.from_checkpoint(sample_dir, name="SmolLM2-135M")
+
+
+@pytest.mark.parametrize("name", families.load("llama").MODELS)
+def test_frequencies_of_published_models_are_those_of_transformers(name) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = Config.from_name(name)
+    rope = (config.rope_scaling or dict(rope_type="default")) | dict(rope_theta=float(config.rope_base))
+    theirs = LlamaConfig(head_dim=config.head_size, max_position_embeddings=config.block_size, rope_parameters=rope)
+    assert torch.equal(rope_theta(config), LlamaRotaryEmbedding(theirs).inv_freq)
 
 
 @pytest.mark.parametrize("case", ["head_dim", "attention_bias", "tied", "llama3"])

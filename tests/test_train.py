@@ -3,8 +3,11 @@
 The part that needs two processes is this file itself, run as a script by `two_ranks`.
 """
 
+import contextlib
+import copy
 import dataclasses
 import importlib.util
+import io
 import json
 import math
 import shutil
@@ -48,6 +51,7 @@ FROZEN = {  # precision -> the declared dtype of frozen weights; what trains and
     "16-true": torch.float16,
     "16-mixed": torch.float32,
 }
+DESCRIPTION = Finetuned("lora", {}, "", "", "", "")
 STEPS = {"8x1": (8, 1), "2x4": (8, 4), "1x8": (8, 8), "5x1": (5, 1), "1x5": (5, 8)}  # passes -> records, size of one
 
 
@@ -65,11 +69,10 @@ def edited(module: types.ModuleType, *changes: tuple[str, str]) -> types.ModuleT
     for old, new in changes:
         assert source.count(old) == 1, f"{module.__file__} has {source.count(old)} times {old!r}"
         source = source.replace(old, new)
-    copy = types.ModuleType(f"{module.__name__}_edited")
-    copy.__dict__["__file__"] = module.__file__
-    sys.modules[copy.__name__] = copy  # dataclasses look their module up
-    exec(compile(source, module.__file__, "exec"), copy.__dict__)
-    return copy
+    changed = types.ModuleType(f"{module.__name__}_edited")
+    sys.modules[changed.__name__] = changed  # dataclasses look their module up
+    exec(compile(source, module.__file__, "exec"), changed.__dict__)
+    return changed
 
 
 finetune = script(ROOT / "finetune/lora.py").main
@@ -102,7 +105,7 @@ def adapted(tiny_dir: Path, lora: LoRA = EVERYWHERE, dtype: torch.dtype | None =
 def run_fit(model: GPT, data_dir: Path, out_dir: Path, args: TrainArgs = TRAIN, resume: bool = False) -> list[dict]:
     """Trains on one process and returns the rows of metrics.csv, but for the clock's and the memory's columns."""
     train_data, val_data = Dataset(data_dir, "train"), Dataset(data_dir, "val")
-    checkpoints = Checkpoints(out_dir, model, Finetuned("lora", {}, "", "", "", ""))
+    checkpoints = Checkpoints(out_dir, model, DESCRIPTION)
     lit_gpt.train.fit(launch(1, "32-true"), model, train_data, val_data, args, checkpoints, resume)
     return rows_of(out_dir)
 
@@ -132,17 +135,263 @@ def exact_model(tiny_dir: Path) -> GPT:
 
 
 def step_gradients(
-    fabric: Any, tiny_dir: Path, train_data: Dataset, out_dir: Path, n_records: int, size: int, fit: Callable = lit_gpt.train.fit
+    fabric: Any, tiny_dir: Path, train_data: Dataset, out_dir: Path, size: int, fit: Callable = lit_gpt.train.fit
 ) -> dict[str, torch.Tensor]:
-    """The gradients that the loop hands to the optimizer in its first step, in float64."""
+    """What the loop hands to the optimizer in its first step, over all the records."""
     model, gradients = exact_model(tiny_dir), {}
-    train_data.records = train_data.records[:n_records]
-    none = Dataset(train_data_dir(train_data), "val")
-    none.records = none.records[:0]
+    no_data = first(train_data, 0)
     handle = register_optimizer_step_pre_hook(
         lambda *_: gradients.update((n, p.grad.clone()) for n, p in model.named_parameters() if p.requires_grad)
     )
-    args = TrainArgs(global_batch_size=n_records, micro_batch_size=size, max_steps=1, max_norm=None)
-    fit(fabric, model, train_data, none, args, Checkpoints(out_dir, model, Finetuned("lora", {}, "", "", "", "")))
+    args = TrainArgs(global_batch_size=len(train_data), micro_batch_size=size, max_steps=1, max_norm=None)
+    fit(fabric, model, train_data, no_data, args, Checkpoints(out_dir, model, DESCRIPTION))
     handle.remove()
     return gradients
+
+
+def padded_gradients(tiny_dir: Path, train_data: Dataset) -> dict[str, torch.Tensor]:
+    """The same by hand: one padded batch, all logits, no layout."""
+    model = exact_model(tiny_dir)
+    records = [train_data[i] for i in range(len(train_data))]
+    ids = torch.nn.utils.rnn.pad_sequence([ids for ids, _ in records], batch_first=True)  # (B, T)
+    trained = torch.nn.utils.rnn.pad_sequence([trained for _, trained in records], batch_first=True)
+    logits = model(ids)[:, :-1]  # (B, T - 1, V)
+    F.cross_entropy(logits[trained[:, 1:]], ids[:, 1:][trained[:, 1:]]).backward()
+    return {name: param.grad for name, param in model.named_parameters() if param.requires_grad}
+
+
+def first(data: Dataset, n: int) -> Dataset:
+    data = copy.copy(data)
+    data.records = data.records[:n]
+    return data
+
+
+def error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The largest difference, as a share of its tensor's largest entry."""
+    assert found.keys() == expected.keys() and len(found) == 2 * 15  # 2 blocks x 7 linears, and the head
+    return max(((found[key] - expected[key]).abs().max() / expected[key].abs().max()).item() for key in found)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_dir: Path, data_dir: Path) -> dict[int, dict[str, torch.Tensor]]:
+    return {n: padded_gradients(tiny_dir, first(Dataset(data_dir, "train"), n)) for n in (5, 8)}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_gradient_does_not_depend_on_micro_batches(name: str, tiny_dir, data_dir, tmp_path, expected) -> None:
+    n, size = STEPS[name]
+    data = first(Dataset(data_dir, "train"), n)
+    assert len({data.length(i) for i in range(n)}) > 3, "records of different lengths"
+    assert error(step_gradients(launch(1, "32-true"), tiny_dir, data, tmp_path, size), expected[n]) < 1e-10
+
+
+def test_wrong_divisor_fails_the_check(tiny_dir, data_dir, tmp_path, expected) -> None:
+    fit = edited(lit_gpt.train, ("/ targets\n", "/ layout.n_targets / len(batches)\n")).fit  # the mean of means
+    wrong = step_gradients(launch(1, "32-true"), tiny_dir, first(Dataset(data_dir, "train"), 8), tmp_path, 4, fit)
+    assert error(wrong, expected[8]) > 1e-3
+
+
+def test_leaked_target_fails_the_check(tiny_dir, data_dir, tmp_path, expected) -> None:
+    data = first(Dataset(data_dir, "train"), 8)
+    data.trained = data.trained.copy()
+    data.trained[data.ends[data.records[3]] - 1] = 0  # the loss of one token less
+    assert error(step_gradients(launch(1, "32-true"), tiny_dir, data, tmp_path, 4), expected[8]) > 1e-3
+
+
+def test_leaked_attention_fails_the_check(tiny_dir, data_dir, tmp_path, expected) -> None:
+    loop = edited(lit_gpt.train)
+
+    def one_segment(*args: Any) -> list:
+        batches = micro_batches(*args[:5])
+        return [(idx, dataclasses.replace(it, segments=(Segment(0, it.n_tokens),))) for idx, it in batches]
+
+    loop.micro_batches = one_segment
+    data = first(Dataset(data_dir, "train"), 8)
+    assert error(step_gradients(launch(1, "32-true"), tiny_dir, data, tmp_path, 4, loop.fit), expected[8]) > 1e-3
+
+
+# ---- two processes
+
+
+def setup_dtypes(tiny_dir: Path, precision: str, devices: int) -> dict[str, torch.dtype]:
+    """The dtype of every parameter and buffer as the loop has them before its first step."""
+    fabric = launch(devices, precision)
+    model = adapted(tiny_dir, dtype=weight_dtype(precision))
+    fabric.setup(model, make_optimizer(model, TRAIN))
+    return {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+def one_of_two_ranks(tiny_dir: Path, data_dir: Path, out_dir: Path) -> None:
+    fabric = launch(2, "32-true")
+    gradients = {}
+    halved = edited(lit_gpt.train, ("part * fabric.world_size", "part")).fit
+    for name, n, size, fit in [(k, *v, lit_gpt.train.fit) for k, v in STEPS.items()] + [("halved", 8, 4, halved)]:
+        data = first(Dataset(data_dir, "train"), n)
+        gradients[name] = step_gradients(fabric, tiny_dir, data, out_dir / name, size, fit)
+    dtypes = {precision: setup_dtypes(tiny_dir, precision, 2) for precision in FROZEN}
+    torch.save({"gradients": gradients, "dtypes": dtypes}, out_dir / f"{fabric.global_rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, tiny_dir: Path, data_dir: Path) -> list[dict[str, Any]]:
+    """What each of two processes found."""
+    out_dir = tmp_path_factory.mktemp("ranks")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    subprocess.run([*map(str, (*torchrun, tiny_dir, data_dir, out_dir))], check=True)
+    return [torch.load(out_dir / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_gradient_does_not_depend_on_processes(name: str, two_ranks, expected) -> None:
+    """With 5 records one at a time, the second rank's last pass is an empty one."""
+    for rank in two_ranks:
+        assert error(rank["gradients"][name], expected[STEPS[name][0]]) < 1e-10
+        assert error(rank["gradients"]["halved"], expected[8]) > 1e-3
+
+
+@pytest.mark.parametrize("precision", FROZEN)
+def test_setup_keeps_every_dtype(precision: str, tiny_dir, two_ranks) -> None:
+    for found in (setup_dtypes(tiny_dir, precision, 1), *(rank["dtypes"][precision] for rank in two_ranks)):
+        ours = {name for name in found if "lora_" in name or name == "theta"}
+        assert len(ours) == 2 * 15 + 1 and len(found) > 2 * len(ours) / 2 + 10
+        assert {found[name] for name in ours} == {torch.float32}
+        assert {found[name] for name in found.keys() - ours} == {FROZEN[precision]}
+
+
+def test_script_on_two_devices(tiny_dir, data_dir, tmp_path) -> None:
+    flags = {"checkpoint_dir": tiny_dir, "data_dir": data_dir, "n_answers": 0, "train.max_steps": 3}
+    flags |= {"train.global_batch_size": 9, "train.micro_batch_size": 2, "train.learning_rate": 0.01}
+    for devices in (1, 2):
+        command = [sys.executable, ROOT / "finetune/lora.py", "--devices", devices, "--out_dir", tmp_path / str(devices)]
+        command += [part for name, value in flags.items() for part in (f"--{name}", value)]
+        subprocess.run([*map(str, command)], check=True, cwd=tmp_path)
+    one, two = (rows_of(tmp_path / name) for name in "12")
+    assert [row["trained_tokens"] for row in one] == [row["trained_tokens"] for row in two]
+    for name in ("loss", "val_loss", "grad_norm"):
+        values = [[row[name] for row in rows if row[name] is not None] for rows in (one, two)]
+        assert len(values[0]) >= 2 and values[0] == pytest.approx(values[1], rel=1e-5)
+    a, b = (load_file(tmp_path / name / "last/lora.safetensors") for name in "12")
+    assert load_finetuned(None, tmp_path / "2")[1].checkpoint_dir == str(tiny_dir)
+    assert all(torch.allclose(a[key], b[key], rtol=0, atol=1e-3) for key in a) and a.keys() == b.keys()
+
+
+# ---- which records, at which rate
+
+
+@given(n=st.integers(1, 60), size=st.integers(1, 20), seed=st.integers(0, 2**32))
+def test_every_epoch_sees_every_record_once(n: int, size: int, seed: int) -> None:
+    per_epoch = TrainArgs(global_batch_size=size).steps_per_epoch(n)
+    epochs = [[step_records(n, epoch * per_epoch + i, size, seed) for i in range(per_epoch)] for epoch in range(2)]
+    for epoch in epochs:
+        assert sorted(sum(epoch, [])) == list(range(n)) and all(len(step) == size for step in epoch[:-1])
+    assert n < 10 or sum(epochs[0], []) != sum(epochs[1], []), "a new order each epoch"
+    assert epochs[1][0] == step_records(n, per_epoch, size, seed), "a function of the step alone"
+    assert n < 10 or size < 10 or epochs[0][0] != step_records(n, 0, size, seed + 1)
+
+
+@given(
+    lengths=st.lists(st.integers(2, 40), min_size=1, max_size=40),
+    size=st.integers(1, 9),
+    ranks=st.integers(1, 4),
+    share=st.booleans(),
+)
+def test_micro_batches_lose_and_double_nothing(lengths: list[int], size: int, ranks: int, share: bool) -> None:
+    data = Dataset.__new__(Dataset)  # a prepared folder in memory: every token is another one
+    data.ends, data.records = np.cumsum(lengths), np.arange(len(lengths))
+    data.tokens, data.trained = np.arange(1, data.ends[-1] + 1), np.arange(data.ends[-1]) % 3 > 0
+    asked = list(range(len(lengths)))[::2]
+    batches = [micro_batches(data, asked, size, rank, ranks, share) for rank in range(ranks)]
+    assert len({len(of_rank) for of_rank in batches}) == 1, "unequal passes deadlock"
+    records = [[data[i][0][1:] for i in asked], [data[i][0][1:][data[i][1][1:]] for i in asked]]
+    everything, targets = (sorted(torch.cat(parts).tolist()) for parts in records)
+    layouts = [layout for of_rank in batches for _, layout in of_rank]
+    tokens = torch.cat([idx[0][layout.pos > 0] for of_rank in batches for idx, layout in of_rank])
+    assert sorted(tokens.tolist()) == everything
+    assert sorted(torch.cat([layout.target for layout in layouts]).tolist()) == targets
+    assert all(len(layout.segments) <= size for layout in layouts)
+    counts = [layout.n_tokens for layout in layouts]
+    assert max(counts) - min(counts) <= max(lengths), "of similar length"
+
+
+@pytest.mark.parametrize("warmup, steps", [(0, 1), (0, 7), (1, 7), (3, 7), (7, 7), (10, 7), (3, 4)])
+def test_learning_rate(warmup: int, steps: int) -> None:
+    args = TrainArgs(learning_rate=0.5, min_learning_rate=0.1, warmup_steps=warmup, global_batch_size=10)
+    assert dataclasses.replace(args, epochs=steps).steps(10) == steps
+    assert dataclasses.replace(args, epochs=9, max_steps=steps).steps(25) == steps, "max_steps may end an epoch early"
+    rates = [learning_rate(step, steps, args) for step in range(steps)]
+    peak = max(warmup - 1, 0)
+    assert rates[0] == pytest.approx(0.5 / max(warmup, 1)), "the first step learns"
+    assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    if warmup <= steps:
+        assert rates[peak] == max(rates) == pytest.approx(0.5)
+    if warmup < steps and steps > 1:
+        assert rates[-1] == pytest.approx(0.1)
+
+
+# ---- the loop's settings and its ends
+
+
+def trace(tiny_dir: Path, data_dir: Path, out_dir: Path, args: TrainArgs) -> dict[str, Any]:
+    """What a run leaves behind, and how many passes it took."""
+    model, passes = adapted(tiny_dir), []
+    handle = model.register_forward_pre_hook(lambda module, _: passes.append(module.training))
+    rows = run_fit(model, data_dir, out_dir, args)
+    handle.remove()
+    files = sorted(path.relative_to(out_dir).as_posix() for path in out_dir.rglob("*"))
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    weights = {key: value.tolist() for key, value in load_file(out_dir / "last/lora.safetensors").items()}
+    return columns | {"weights": weights, "files": files, "passes": sum(passes)}
+
+
+BASE = TrainArgs(learning_rate=0.02, warmup_steps=2, global_batch_size=8, max_steps=6, keep_steps=True, save_interval=4)
+LEARNED = {"weights", "loss", "val_loss", "grad_norm"}
+SCHEDULE = LEARNED | {"learning_rate"}
+LENGTH = SCHEDULE | {"step", "epoch", "tokens", "trained_tokens", "files", "passes"}
+FLIPS: dict[str, tuple[Any, set[str]]] = {  # field -> another value, and all that it changes
+    "learning_rate": (0.01, SCHEDULE),
+    "min_learning_rate": (0.01, SCHEDULE),
+    "warmup_steps": (4, SCHEDULE),
+    "weight_decay": (10.0, LEARNED),
+    "beta1": (0.5, LEARNED),
+    "beta2": (0.5, LEARNED),
+    "max_norm": (None, LEARNED),
+    "global_batch_size": (16, LENGTH - {"step", "files", "passes", "learning_rate"}),
+    "micro_batch_size": (4, {"passes", "tokens"}),  # smaller batches have fewer prefixes to share
+    "share_prefixes": (False, {"tokens"}),
+    "epochs": (1, LENGTH),
+    "max_steps": (5, LENGTH),
+    "max_hours": (1e-9, LENGTH),
+    "eval_interval": (2, {"val_loss"}),
+    "eval_records": (2, {"val_loss"}),
+    "patience": (1, LENGTH),
+    "save_interval": (3, {"files"}),
+    "keep_steps": (False, {"files"}),
+    "seed": (7, LEARNED | {"tokens", "trained_tokens"}),
+}
+BASES = {  # where a setting shows under another base only
+    "epochs": {"max_steps": None, "epochs": 2},
+    "patience": {"learning_rate": 0.0, "eval_interval": 2},
+    "max_norm": {"max_norm": 0.01},
+}
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TrainArgs)])
+def test_every_setting_changes_the_run(name: str, tiny_dir, data_dir, tmp_path) -> None:
+    value, expected = FLIPS[name]
+    base = dataclasses.replace(BASE, **BASES.get(name, {}))
+    assert getattr(base, name) != value
+    before = trace(tiny_dir, data_dir, tmp_path / "before", base)
+    after = trace(tiny_dir, data_dir, tmp_path / "after", dataclasses.replace(base, **{name: value}))
+    assert {key for key in before if not close(before[key], after[key])} == expected
+
+
+def close(a: Any, b: Any) -> bool:
+    """Equal, up to the rounding of another order of summation."""
+    if isinstance(a, dict | list) and isinstance(a, type(b)):
+        pairs = zip(a.items(), b.items()) if isinstance(a, dict) else zip(a, b)
+        return len(a) == len(b) and all(close(x, y) for x, y in pairs)
+    return a == b if isinstance(a, str | None) or b is None else math.isclose(a, b, rel_tol=1e-4, abs_tol=2e-5)
+
+
+if __name__ == "__main__":
+    one_of_two_ranks(*map(Path, sys.argv[1:]))

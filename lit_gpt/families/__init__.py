@@ -46,6 +46,15 @@ def from_hf(hf: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
         return kinds[kind], load(kinds[kind]).from_hf(hf)
     except KeyError as error:
         raise InputError(f"{path} has no {error}, which a {kind} model needs. Copy or download it again.") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+ROPE_SCALINGS = {  # known kinds, and what each must say
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 def rope(hf: dict[str, Any]) -> dict[str, Any]:
@@ -53,11 +62,14 @@ def rope(hf: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         InputError: a kind of scaling that the model does not know.
+        KeyError: a number that this kind needs is missing.
     """
     parameters = hf.get("rope_parameters") or {}
     scaling = dict(hf.get("rope_scaling") or parameters)
     scaling["rope_type"] = kind = scaling.pop("type", None) or scaling.get("rope_type") or "default"
-    if kind not in ("default", "linear", "llama3"):
-        raise InputError(f"The rotary scaling {kind!r} is not known; known are default, linear and llama3.")
+    if kind not in ROPE_SCALINGS:
+        raise InputError(f"the rotary scaling {kind!r} is not known; known are {', '.join(ROPE_SCALINGS)}.")
+    for key in ROPE_SCALINGS[kind]:
+        scaling[key]
     base = scaling.pop("rope_theta", None) or hf.get("rope_theta") or 10000
     return {"rope_base": base, "rope_scaling": None if kind == "default" else scaling}

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lit_gpt.errors import InputError
 from lit_gpt.families import rope
 
 MODEL_TYPES = ("llama",)
@@ -66,6 +67,8 @@ IGNORED = ("rotary_emb.inv_freq",)  # old exports saved this constant in every l
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    if hf.get("hidden_act", "silu") != "silu":
+        raise InputError(f"hidden_act {hf['hidden_act']!r} is not known in a llama model; known is silu.")
     return rope(hf) | dict(
         n_layer=hf["num_hidden_layers"],
         n_head=hf["num_attention_heads"],

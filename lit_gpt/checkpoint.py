@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -108,7 +109,10 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
     for stem, ending in (("lit_model", "safetensors"), ("model", "safetensors"), ("pytorch_model", "bin")):
         index = checkpoint_dir / f"{stem}.{ending}.index.json"
         if index.is_file():
-            files = [checkpoint_dir / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+            weight_map = read_json(index).get("weight_map")
+            if not weight_map:
+                raise InputError(f"{index} has no weight_map: it names no files. Download the checkpoint again.")
+            files = [checkpoint_dir / name for name in sorted(set(weight_map.values()))]
             missing = [file.name for file in files if not file.is_file()]
             if missing:
                 raise InputError(f"{checkpoint_dir} lacks {', '.join(missing)}. Download the checkpoint again.")
@@ -127,11 +131,7 @@ def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
 
     for file in files:
         if file.suffix == ".bin":
-            try:
-                tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            except Exception as error:  # weights_only refuses code by many kinds of exception
-                raise InputError(f"{file} is damaged, or is no plain file of tensors: {first_line(error)}") from None
-            yield from tensors.items()
+            yield from read_bin(file).items()
             continue
         try:
             with safe_open(file, framework="pt") as tensors:
@@ -139,6 +139,21 @@ def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
                     yield name, tensors.get_tensor(name)
         except SafetensorError as error:
             raise InputError(f"{file} is damaged or incomplete ({first_line(error)}). Download it again.") from None
+
+
+def read_bin(file: Path) -> dict[str, torch.Tensor]:
+    """What `torch.save` wrote, if it is nothing but tensors by name."""
+    mapped = zipfile.is_zipfile(file)  # before torch 1.6 it was no zip, and cannot be mapped into memory
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # weights_only refuses code by many kinds of exception
+        raise InputError(f"{file} is damaged, or is no plain file of tensors: {first_line(error)}.") from None
+    if not isinstance(tensors, dict):
+        raise InputError(f"{file} is no plain file of tensors: it holds a {type(tensors).__name__}.")
+    others = [str(name) for name, value in tensors.items() if not torch.is_tensor(value)]
+    if others:
+        raise InputError(f"{file} is no plain file of tensors: it also holds {', '.join(others[:5])}.")
+    return tensors
 
 
 def read_metadata(file: Path) -> dict[str, str]:

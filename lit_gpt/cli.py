@@ -107,7 +107,15 @@ def save_hyperparameters(path: Path, settings: dict[str, Any]) -> None:
 def as_yaml(settings: dict[str, Any]) -> str:
     import yaml
 
-    return yaml.safe_dump({key: plain(value) for key, value in settings.items()}, sort_keys=False, allow_unicode=True)
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    # jsonargparse reads 1e-5 as a number, which YAML 1.1 does not: a text that looks like it needs quotes
+    Dumper.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*[eE][-+]?\d+$"), [*"+-0123456789"]
+    )
+    settings = {key: plain(value) for key, value in settings.items()}
+    return yaml.dump(settings, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def plain(value: Any) -> Any:

@@ -136,7 +136,7 @@ def check(record: dict[str, Any], number: int, args: DataArgs, counts: Counter[s
         if not isinstance(value, str):
             raise InputError(f"Record {number}: {keys[name]} is a {type(value).__name__}, expected text.")
         if not value.isascii() and re.search("[\ud800-\udfff]", value):
-            raise InputError(f"Record {number}: {keys[name]} has half a surrogate pair, such as \\ud83d, expected text.")
+            raise InputError(f"Record {number}: {keys[name]} holds half a surrogate pair (\\ud83d), expected text.")
     split = record.get("split") or None
     if split not in (None, *SPLITS):
         raise InputError(f"Record {number} says split {split!r}, expected train or val.")

@@ -42,7 +42,7 @@ def alpaca(record: dict[str, Any], tokenizer: Tokenizer) -> Rendered:
 
 
 def chat(record: dict[str, Any], tokenizer: Tokenizer) -> Rendered:
-    """The checkpoint's own chat template, rendered as transformers renders it: it spells the BOS token, or wants none."""
+    """The checkpoint's own chat template, as transformers renders it. The template spells BOS, or wants none."""
     messages = record.get("messages")
     if messages is None:
         question = "\n\n".join(part for part in (record["instruction"], record.get("input")) if part)

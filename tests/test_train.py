@@ -3,14 +3,10 @@
 The part that needs two processes is this file itself, run as a script by `two_ranks`.
 """
 
-import contextlib
 import copy
 import dataclasses
-import importlib.util
-import io
-import json
+import functools
 import math
-import shutil
 import subprocess
 import sys
 import types
@@ -21,20 +17,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import lit_gpt.train
-from lit_gpt import Config, InputError, cli
-from lit_gpt.checkpoint import build_model, load_model, load_weights
+from lit_gpt import Config, InputError
+from lit_gpt.checkpoint import build_model, load_weights
 from lit_gpt.data import DataArgs, Dataset, micro_batches, prepare, step_records
 from lit_gpt.device import launch, weight_dtype
-from lit_gpt.finetuned import Checkpoints, Finetuned, load_finetuned
-from lit_gpt.generate import generate
+from lit_gpt.finetuned import Checkpoints, Finetuned
 from lit_gpt.layout import Segment
 from lit_gpt.log import read_metrics
 from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
@@ -43,7 +37,7 @@ from lit_gpt.train import TrainArgs, learning_rate, make_optimizer
 
 ROOT = Path(__file__).parents[1]
 EVERYWHERE = LoRA(r=4, alpha=8, query=True, key=True, value=True, projection=True, mlp=True, head=True)
-TRAIN = TrainArgs(learning_rate=5e-3, global_batch_size=8, micro_batch_size=4, max_steps=4, warmup_steps=2)
+TRAIN = TrainArgs(learning_rate=5e-3, global_batch_size=8, micro_batch_size=4, epochs=2, max_steps=4, warmup_steps=2)
 FROZEN = {  # precision -> the declared dtype of frozen weights; what trains and theta are float32 under all
     "32-true": torch.float32,
     "bf16-true": torch.bfloat16,
@@ -53,14 +47,6 @@ FROZEN = {  # precision -> the declared dtype of frozen weights; what trains and
 }
 DESCRIPTION = Finetuned("lora", {}, "", "", "", "")
 STEPS = {"8x1": (8, 1), "2x4": (8, 4), "1x8": (8, 8), "5x1": (5, 1), "1x5": (5, 8)}  # passes -> records, size of one
-
-
-def script(path: Path) -> types.ModuleType:
-    """A script as a module, from its path."""
-    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def edited(module: types.ModuleType, *changes: tuple[str, str]) -> types.ModuleType:
@@ -75,21 +61,21 @@ def edited(module: types.ModuleType, *changes: tuple[str, str]) -> types.ModuleT
     return changed
 
 
-finetune = script(ROOT / "finetune/lora.py").main
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory, tiny_dir: Path) -> Path:
+def write_data(data_dir: Path, checkpoint_dir: Path, n_train: int = 40) -> Path:
     """Real text of different lengths: the methods of str, and what Python says about them."""
     methods = [(name, getattr(str, name).__doc__.split("\n")) for name in dir(str) if not name.startswith("_")]
-    splits = ["train"] * 40 + ["val"] * (len(methods) - 40)
     records = [
-        {"instruction": f"What does str.{name} do?", "output": " ".join(doc[: 1 + i % 3]), "split": split}
-        for i, ((name, doc), split) in enumerate(zip(methods, splits, strict=True))
+        {"instruction": f"What does str.{name} do?", "output": " ".join(doc[: 1 + i % 3]), "split": "train"}
+        for i, (name, doc) in enumerate(methods)
     ]
-    data_dir = tmp_path_factory.mktemp("data") / "str"
-    prepare(records, tiny_dir, data_dir, DataArgs())
+    records = records[:n_train] + [record | {"split": "val"} for record in records[40:]]
+    prepare(records, checkpoint_dir, data_dir, DataArgs())
     return data_dir
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory, tiny_dir: Path) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "str", tiny_dir)
 
 
 def adapted(tiny_dir: Path, lora: LoRA = EVERYWHERE, dtype: torch.dtype | None = None) -> GPT:
@@ -186,7 +172,7 @@ def test_gradient_does_not_depend_on_micro_batches(name: str, tiny_dir, data_dir
 
 
 def test_wrong_divisor_fails_the_check(tiny_dir, data_dir, tmp_path, expected) -> None:
-    fit = edited(lit_gpt.train, ("/ targets\n", "/ layout.n_targets / len(batches)\n")).fit  # the mean of means
+    fit = edited(lit_gpt.train, (")) / targets", ")) / layout.n_targets / len(batches)")).fit  # the mean of means
     wrong = step_gradients(launch(1, "32-true"), tiny_dir, first(Dataset(data_dir, "train"), 8), tmp_path, 4, fit)
     assert error(wrong, expected[8]) > 1e-3
 
@@ -258,23 +244,6 @@ def test_setup_keeps_every_dtype(precision: str, tiny_dir, two_ranks) -> None:
         assert {found[name] for name in found.keys() - ours} == {FROZEN[precision]}
 
 
-def test_script_on_two_devices(tiny_dir, data_dir, tmp_path) -> None:
-    flags = {"checkpoint_dir": tiny_dir, "data_dir": data_dir, "n_answers": 0, "train.max_steps": 3}
-    flags |= {"train.global_batch_size": 9, "train.micro_batch_size": 2, "train.learning_rate": 0.01}
-    for devices in (1, 2):
-        command = [sys.executable, ROOT / "finetune/lora.py", "--devices", devices, "--out_dir", tmp_path / str(devices)]
-        command += [part for name, value in flags.items() for part in (f"--{name}", value)]
-        subprocess.run([*map(str, command)], check=True, cwd=tmp_path)
-    one, two = (rows_of(tmp_path / name) for name in "12")
-    assert [row["trained_tokens"] for row in one] == [row["trained_tokens"] for row in two]
-    for name in ("loss", "val_loss", "grad_norm"):
-        values = [[row[name] for row in rows if row[name] is not None] for rows in (one, two)]
-        assert len(values[0]) >= 2 and values[0] == pytest.approx(values[1], rel=1e-5)
-    a, b = (load_file(tmp_path / name / "last/lora.safetensors") for name in "12")
-    assert load_finetuned(None, tmp_path / "2")[1].checkpoint_dir == str(tiny_dir)
-    assert all(torch.allclose(a[key], b[key], rtol=0, atol=1e-3) for key in a) and a.keys() == b.keys()
-
-
 # ---- which records, at which rate
 
 
@@ -333,7 +302,7 @@ def test_learning_rate(warmup: int, steps: int) -> None:
 
 def trace(tiny_dir: Path, data_dir: Path, out_dir: Path, args: TrainArgs) -> dict[str, Any]:
     """What a run leaves behind, and how many passes it took."""
-    model, passes = adapted(tiny_dir), []
+    model, passes = adapted(tiny_dir, LoRA()), []
     handle = model.register_forward_pre_hook(lambda module, _: passes.append(module.training))
     rows = run_fit(model, data_dir, out_dir, args)
     handle.remove()
@@ -343,7 +312,9 @@ def trace(tiny_dir: Path, data_dir: Path, out_dir: Path, args: TrainArgs) -> dic
     return columns | {"weights": weights, "files": files, "passes": sum(passes)}
 
 
-BASE = TrainArgs(learning_rate=0.02, warmup_steps=2, global_batch_size=8, max_steps=6, keep_steps=True, save_interval=4)
+BASE = dataclasses.replace(
+    TRAIN, learning_rate=0.02, max_steps=6, micro_batch_size=16, keep_steps=True, save_interval=4
+)
 LEARNED = {"weights", "loss", "val_loss", "grad_norm"}
 SCHEDULE = LEARNED | {"learning_rate"}
 LENGTH = SCHEDULE | {"step", "epoch", "tokens", "trained_tokens", "files", "passes"}
@@ -363,34 +334,108 @@ FLIPS: dict[str, tuple[Any, set[str]]] = {  # field -> another value, and all th
     "max_hours": (1e-9, LENGTH),
     "eval_interval": (2, {"val_loss"}),
     "eval_records": (2, {"val_loss"}),
-    "patience": (1, LENGTH),
+    "patience": (1, LENGTH - {"weights"}),
     "save_interval": (3, {"files"}),
     "keep_steps": (False, {"files"}),
     "seed": (7, LEARNED | {"tokens", "trained_tokens"}),
 }
 BASES = {  # where a setting shows under another base only
-    "epochs": {"max_steps": None, "epochs": 2},
     "patience": {"learning_rate": 0.0, "eval_interval": 2},
     "max_norm": {"max_norm": 0.01},
 }
 
 
+@pytest.fixture(scope="module")
+def trace_of(tmp_path_factory, tiny_dir, data_dir) -> Callable[[TrainArgs], dict[str, Any]]:
+    return functools.cache(lambda args: trace(tiny_dir, data_dir, tmp_path_factory.mktemp("run"), args))
+
+
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TrainArgs)])
-def test_every_setting_changes_the_run(name: str, tiny_dir, data_dir, tmp_path) -> None:
+def test_every_setting_changes_the_run(name: str, trace_of) -> None:
     value, expected = FLIPS[name]
     base = dataclasses.replace(BASE, **BASES.get(name, {}))
     assert getattr(base, name) != value
-    before = trace(tiny_dir, data_dir, tmp_path / "before", base)
-    after = trace(tiny_dir, data_dir, tmp_path / "after", dataclasses.replace(base, **{name: value}))
+    before, after = trace_of(base), trace_of(dataclasses.replace(base, **{name: value}))
     assert {key for key in before if not close(before[key], after[key])} == expected
 
 
 def close(a: Any, b: Any) -> bool:
     """Equal, up to the rounding of another order of summation."""
     if isinstance(a, dict | list) and isinstance(a, type(b)):
-        pairs = zip(a.items(), b.items()) if isinstance(a, dict) else zip(a, b)
+        pairs = zip(a.values(), b.values()) if isinstance(a, dict) else zip(a, b)
         return len(a) == len(b) and all(close(x, y) for x, y in pairs)
     return a == b if isinstance(a, str | None) or b is None else math.isclose(a, b, rel_tol=1e-4, abs_tol=2e-5)
+
+
+def test_all_that_may_train_does_and_nothing_else(tiny_dir, data_dir, tmp_path) -> None:
+    """With a validation before the first step."""
+    model = adapted(tiny_dir)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rows = run_fit(model, data_dir, tmp_path, dataclasses.replace(TRAIN, max_steps=2))
+    assert rows[0]["step"] == 0 and rows[0]["val_loss"] > 1
+    after = model.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if "lora_" in name} and len(moved) == 2 * 15
+
+
+@pytest.mark.parametrize(
+    "rate, intervals, message, kept",
+    [
+        (1e30, {"save_interval": 3}, "loss of step 5 is nan", 3),
+        (math.nan, {"save_interval": 2}, "trained weight after step 4 is nan", 2),
+        (1e30, {"save_interval": 2, "eval_interval": 1}, "validation loss after step 4 is nan", 2),
+    ],
+)
+def test_what_is_not_finite_stops_the_run(
+    rate: float, intervals: dict, message: str, kept: int, tiny_dir, data_dir, tmp_path, monkeypatch
+) -> None:
+    """The fourth step breaks the weights. What was saved before is whole, and the run goes on from there."""
+    args = dataclasses.replace(TRAIN, max_steps=6, keep_steps=True, **intervals)
+    with monkeypatch.context() as patch:
+        patch.setattr(lit_gpt.train, "learning_rate", lambda step, *_: rate if step == 3 else 0.01)
+        with pytest.raises(InputError, match=message):
+            run_fit(adapted(tiny_dir), data_dir, tmp_path, args)
+    good = load_file(tmp_path / "last/lora.safetensors")
+    assert equal(good, load_file(tmp_path / f"step-{kept:06d}/lora.safetensors"))
+    assert all(tensor.isfinite().all() for tensor in good.values())
+    assert all(t.isfinite().all() for t in load_file(tmp_path / "best/lora.safetensors").values())
+    rows = run_fit(adapted(tiny_dir), data_dir, tmp_path, args, resume=True)
+    assert [row["step"] for row in rows] == list(range(7)) and all(row["loss"] < 20 for row in rows[1:])
+
+
+def test_patience(tiny_dir, data_dir, tmp_path) -> None:
+    args = dataclasses.replace(TRAIN, learning_rate=0.0, max_steps=6, eval_interval=1, patience=2)
+    rows = run_fit(adapted(tiny_dir), data_dir, tmp_path, args)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    saved = (tmp_path / "last/state.safetensors").stat().st_mtime_ns
+    assert run_fit(adapted(tiny_dir), data_dir, tmp_path, args, resume=True) == rows, "it is over, and stays so"
+    assert (tmp_path / "last/state.safetensors").stat().st_mtime_ns == saved
+    more = dataclasses.replace(args, patience=3)
+    assert run_fit(adapted(tiny_dir), data_dir, tmp_path, more, resume=True)[:3] == rows
+    assert len(rows_of(tmp_path)) == 4
+
+
+def test_out_of_time_saves_and_can_go_on(tiny_dir, data_dir, tmp_path) -> None:
+    rows = run_fit(adapted(tiny_dir), data_dir, tmp_path / "two", dataclasses.replace(TRAIN, max_hours=1e-9))
+    assert [row["step"] for row in rows] == [0, 1] and rows[1]["val_loss"] is not None
+    run_fit(adapted(tiny_dir), data_dir, tmp_path / "two", TRAIN, resume=True)
+    run_fit(adapted(tiny_dir), data_dir, tmp_path / "one", TRAIN)
+    assert column(tmp_path / "two", "loss") == column(tmp_path / "one", "loss")
+    assert equal(*(load_file(tmp_path / name / "last/lora.safetensors") for name in ("one", "two")))
+
+
+def test_keep_steps(tiny_dir, data_dir, tmp_path) -> None:
+    args = dataclasses.replace(TRAIN, max_steps=5, save_interval=2, keep_steps=True)
+    run_fit(adapted(tiny_dir), data_dir, tmp_path, args)
+    kept = [load_file(path / "lora.safetensors") for path in sorted(tmp_path.glob("step-*"))]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000002", "step-000004", "step-000005"]
+    assert not equal(kept[0], kept[1]) and equal(kept[2], load_file(tmp_path / "last/lora.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["micro_batch_size", "epochs", "max_steps", "patience", "eval_records"])
+def test_settings_below_one_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"train.{name} is 0"):
+        TrainArgs(**{name: 0})
 
 
 if __name__ == "__main__":

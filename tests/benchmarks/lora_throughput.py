@@ -115,10 +115,7 @@ def report(answers: dict, chosen: dict, versions: dict) -> None:
     for p in answers:
         ratio = f"{statistics.median(speed[p]) / max(peers):.2f}" if peers else "-"
         peak = f"{max(answer['peak_gb'] for answer in answers[p]):.2f}"
-        versions = ", ".join(f"{name} {number}" for name, number in about[p]["versions"].items())
-        rows.append(
-            [p, chosen[p][0], str(chosen[p][1]), spread(speed[p], 2), spread(tokens[p], 0), ratio, peak, versions]
-        )
+        rows.append([p, *map(str, chosen[p]), spread(speed[p], 2), spread(tokens[p], 0), ratio, peak, versions[p]])
     print_table(rows)
 
 

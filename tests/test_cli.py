@@ -1,0 +1,263 @@
+"""From a `main(...)` to a command: `pytest tests/test_cli.py`"""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lit_gpt.cli import parse, save_hyperparameters
+
+SCRIPT = '''
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from lit_gpt import InputError
+from lit_gpt.cli import run
+
+
+@dataclass(frozen=True)
+class Steps:
+    rate: float = 1e-3
+    """How fast, in furlongs."""
+    names: list[str] | None = None
+    """Who is coming."""
+
+
+def main(what: str = "work", path: Path = Path("a"), number: int = 1, most: int | None = None, steps: Steps = Steps()):
+    """Does one thing.
+
+    Args:
+        what: The thing.
+        path: Where.
+        number: How often.
+        most: How often at most.
+        steps: Of what size.
+    """
+    if what == "bad input":
+        raise InputError("The file is too old.\\n  Make a new one.")
+    if what == "bug":
+        number / 0
+    if what == "open":
+        path.open()
+    if what == "full":
+        raise OSError(ERRNO, "No space left on device")
+    if what == "interrupt":
+        os.kill(os.getpid(), signal.SIGINT)
+    if what == "nameless":
+        raise OSError("something about a socket")
+    print(what, path, number, most, steps.rate, steps.names)
+
+
+run(main)
+'''.replace("ERRNO", str(errno.ENOSPC))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "script.py").write_text(SCRIPT)
+    for name, text in {
+        "good": "number: 7\nsteps:\n  rate: 1e-5\n",
+        "unknown": "numbr: 7\n",
+        "unknown_below": "steps:\n  rat: 7\n",
+        "no_yaml": "number: [1\nsteps: {",
+        "list": "- 1\n",
+        "wrong_type": "number: many\n",
+    }.items():
+        (folder / f"{name}.yaml").write_text(text)
+    (folder / "latin1.yaml").write_bytes("what: café\n".encode("latin-1"))
+    return folder
+
+
+FORKING = """
+import json, os, runpy, sys
+import jsonargparse, lit_gpt
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        sys.argv = ["script.py", *json.loads(line)]
+        for stream, name in enumerate(("stdout", "stderr"), start=1):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+runpy.run_path("script.py", run_name="__main__")
+"""
+
+
+class Shell:
+    """`python script.py ARGS`, each in a process of its own, forked from one that has done the imports: they take
+    seconds."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, pipe = folder, subprocess.PIPE
+        self.process = subprocess.Popen([sys.executable, "-c", FORKING], cwd=folder, text=True, stdin=pipe, stdout=pipe)
+
+    def __call__(self, *args: str) -> subprocess.CompletedProcess:
+        print(json.dumps(args), file=self.process.stdin, flush=True)
+        status = int(self.process.stdout.readline())
+        texts = ((self.folder / name).read_text() for name in ("stdout", "stderr"))
+        return subprocess.CompletedProcess(args, status, *texts)
+
+
+@pytest.fixture(scope="module")
+def shell(folder: Path):
+    shell = Shell(folder)
+    with shell.process:
+        yield shell
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["--what", "bad input"], "The file is too old. Make a new one."),
+        (["--what", "open", "--path", "no such.txt"], "No such file or directory: no such.txt"),
+        (["--what", "full"], "No space left on device. Free some space and run again."),
+        (["--numbr", "2"], "Did you mean --number?"),
+        (["--steps.rat=2"], "Did you mean --steps.rate?"),
+        (["--zzz", "2"], "unrecognized arguments: --zzz 2. See --help."),
+        (["--number", "many"], "--number: Expected a int. Got value: many."),
+        (["--most", "many"], "--most: Expected int, null. Got many."),
+        (["--number"], "expected one argument"),
+        (["--config", "gone.yaml"], "gone.yaml"),
+        (["--config", "unknown.yaml"], "Did you mean --number?"),
+        (["--config", "unknown_below.yaml"], "Did you mean --steps.rate?"),
+        (["--config", "no_yaml.yaml"], "Problems parsing config"),
+        (["--config", "list.yaml"], "Unexpected config"),
+        (["--config", "wrong_type.yaml"], "--number: Expected a int. Got value: many."),
+        (["--config", "latin1.yaml"], "not UTF-8"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_what_the_user_can_mend_is_one_line_and_status_2(shell: Shell, args: list[str], said: str) -> None:
+    result = shell(*args)
+    assert result.returncode == 2 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and said in line
+
+
+@pytest.mark.parametrize("what, name", [("bug", "ZeroDivisionError"), ("nameless", "OSError")])
+def test_a_bug_keeps_its_traceback_and_status_1(shell: Shell, what: str, name: str) -> None:
+    result = shell("--what", what)
+    assert result.returncode == 1
+    assert result.stderr.startswith("Traceback") and result.stderr.splitlines()[-1].startswith(name)
+
+
+def test_flags_and_files(shell: Shell) -> None:
+    """Later words win over earlier ones, and a file says only what differs."""
+    assert shell("--config", "good.yaml", "--number", "8").stdout == "work a 8 None 1e-05 None\n"
+    both = shell("--config=good.yaml", "--path=b c", "--steps.names", "[Ada, Bob]", "--most=3")
+    assert both.stdout == "work b c 7 3 1e-05 ['Ada', 'Bob']\n"
+
+
+def test_help_says_what_docstrings_say(shell: Shell) -> None:
+    result = shell("--help")
+    assert result.returncode == 0 and result.stderr == ""
+    text = " ".join(result.stdout.split())
+    assert "Does one thing." in text and "Args:" not in text
+    for flag, sentence in {
+        "--number NUMBER": "How often.",
+        "--path PATH": "Where.",
+        "--steps.rate RATE": "How fast, in furlongs.",
+        "--steps.names+ NAMES": "Who is coming.",
+    }.items():
+        assert f"{flag} {sentence}" in text
+
+
+def test_interrupted_is_no_traceback(shell: Shell) -> None:
+    result = shell("--what", "interrupt")
+    assert (result.returncode, result.stderr) == (130, "error: Interrupted.\n")
+
+
+@dataclass(frozen=True)
+class Part:
+    rate: float = 1e-3
+    names: list[str] | None = None
+    style: Literal["auto", "none"] = "auto"
+
+
+@dataclass(frozen=True)
+class Everything:
+    path: Path
+    maybe_path: Path | None
+    text: str
+    maybe_text: str | None
+    number: int
+    maybe_number: int | None
+    maybe_rate: float | None
+    switch: bool
+    numbers: list[int]
+    part: Part
+
+
+def main(
+    path: Path = Path("a"),
+    maybe_path: Path | None = None,
+    text: str = "",
+    maybe_text: str | None = "x",
+    number: int = 0,
+    maybe_number: int | None = 3,
+    maybe_rate: float | None = 0.5,
+    switch: bool = False,
+    numbers: list[int] = [1],  # noqa: B006
+    part: Part = Part(),
+) -> None:
+    """What scripts take."""
+
+
+# YAML cannot hold control characters as they are; and no way to spell the text "null" is left for what may be None
+TEXT = st.text(st.characters(exclude_categories=["Cc", "Cs"])) | st.sampled_from(
+    ["1e-5", "1", "true", "off", "~", "a: b", "- a", "[1]", "{a: 1}", "# x", " a ", "x\n", "'", '"', "!!python/name:os"]
+    + ["&a", "*a", "2020-01-01", "0x10", "1_0", "1:30", "=", "<<", ".nan", "\\n", "${a}", "%a", "@a", "`", "...", "é🙂"]
+)
+FLOATS = st.floats(allow_nan=False) | st.sampled_from([1e-5, 2e-4, 1.0, 0.0])
+PATHS = TEXT.map(Path) | st.sampled_from([Path("a b/c"), Path("/ä/ö"), Path("out/1e-5")])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.builds(
+        Everything,
+        path=PATHS,
+        maybe_path=st.none() | PATHS,
+        text=TEXT,
+        maybe_text=st.none() | TEXT,
+        number=st.integers(),
+        maybe_number=st.none() | st.integers(),
+        maybe_rate=st.none() | FLOATS,
+        switch=st.booleans(),
+        numbers=st.lists(st.integers(), max_size=3),
+        part=st.builds(Part, rate=FLOATS, names=st.none() | st.lists(TEXT, max_size=3), style=st.just("none")),
+    ).filter(lambda values: "null" not in (values.maybe_text, str(values.maybe_path)))
+)
+def test_saved_settings_read_back_the_same(tmp_path: Path, values: Everything) -> None:
+    wanted = dict(vars(values))
+    save_hyperparameters(tmp_path / "sub folder" / "hyperparameters.yaml", wanted)
+    found = parse(main, ["--config", str(tmp_path / "sub folder" / "hyperparameters.yaml")])
+    assert found == wanted
+    assert {key: type(value) for key, value in found.items()} == {key: type(value) for key, value in wanted.items()}
+
+
+def test_saved_settings_begin_with_the_command(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", [os.path.join(tmp_path, "lora.py"), "--prompt", "two words"])
+    monkeypatch.chdir(tmp_path)
+    save_hyperparameters(Path("out/h.yaml"), {"number": 3})
+    assert Path("out/h.yaml").read_text() == "# python lora.py --prompt 'two words'\nnumber: 3\n"
+
+
+@pytest.mark.parametrize("text", ["# Be brief.", "~", "", "a: b", "1", "null "])
+def test_text_on_the_command_line_stays_text(text: str) -> None:
+    assert parse(main, ["--maybe_text", text, "--text", text])["text"] == text
+    assert parse(main, ["--maybe_text", text])["maybe_text"] == text or text == "null "
+    assert parse(main, ["--maybe_text", "null"])["maybe_text"] is None

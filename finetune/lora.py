@@ -75,7 +75,7 @@ def main(
         train,
         Checkpoints(out_dir, model, description),
         resume=resume,
-        show_sample=lambda: answers(model, tokenizer, val_data, 1),
+        show_sample=lambda: answers(model, tokenizer, val_data, min(n_answers, 1)),
     )
 
     if fabric.is_global_zero:

@@ -146,8 +146,11 @@ def read_bin(file: Path) -> dict[str, torch.Tensor]:
     mapped = zipfile.is_zipfile(file)  # before torch 1.6 it was no zip, and cannot be mapped into memory
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # weights_only refuses code by many kinds of exception
-        raise InputError(f"{file} is damaged, or is no plain file of tensors: {first_line(error)}.") from None
+    except Exception as error:  # of many kinds; torch's own text advises to run the code in the file
+        raise InputError(
+            f"{file} is damaged, or is no plain file of tensors ({type(error).__name__}). Download it again, best as"
+            " safetensors."
+        ) from None
     if not isinstance(tensors, dict):
         raise InputError(f"{file} is no plain file of tensors: it holds a {type(tensors).__name__}.")
     others = [str(name) for name, value in tensors.items() if not torch.is_tensor(value)]

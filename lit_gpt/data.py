@@ -59,6 +59,12 @@ class DataArgs:
     seed: int = 42
     """Decides which prompts are set aside."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.val_fraction <= 1:
+            raise InputError(f"data.val_fraction is {self.val_fraction}, expected 0 to 1.")
+        if self.max_seq_length is not None and self.max_seq_length < 1:
+            raise InputError(f"data.max_seq_length is {self.max_seq_length}, expected 1 or more.")
+
 
 def prepare(records: Iterable[dict[str, Any]], checkpoint_dir: Path, data_dir: Path, args: DataArgs) -> None:
     """Writes `records` to `data_dir` as tokens of the checkpoint's tokenizer, and prints what became of them.
@@ -74,7 +80,7 @@ def prepare(records: Iterable[dict[str, Any]], checkpoint_dir: Path, data_dir: P
     if data_dir.exists() and not (data_dir / "meta.json").is_file() and any(data_dir.iterdir()):
         raise InputError(f"{data_dir} exists and holds no prepared data. Name another --data_dir.")
     style = style_name(args.prompt_style, tokenizer)
-    limit = min(args.max_seq_length or config.block_size, config.block_size)
+    limit = config.block_size if args.max_seq_length is None else min(args.max_seq_length, config.block_size)
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
 
     counts: Counter[str] = Counter()

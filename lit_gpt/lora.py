@@ -55,8 +55,11 @@ class LoRA:
     """Which blocks: None is all, 8 the last eight, [0, 5, 11] these. The head does not count as one."""
 
     def __post_init__(self) -> None:
-        if self.r < 1 or not 0 <= self.dropout < 1:
-            raise InputError(f"lora.r is {self.r}, expected 1 or more; lora.dropout {self.dropout}, expected 0 to 1.")
+        if self.r < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
+            raise InputError(
+                f"lora.r is {self.r}, expected 1 or more; lora.alpha {self.alpha}, expected more than 0; lora.dropout"
+                f" {self.dropout}, expected 0 to 1."
+            )
         if not any(getattr(self, place) for place in PLACES):
             raise InputError(f"LoRA has nothing to adapt. Turn on at least one of {', '.join(PLACES)}.")
 
@@ -119,6 +122,7 @@ def apply_lora(model: GPT, lora: LoRA) -> list[str]:
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise InputError("This model already carries LoRA: merge it first (`python scripts/merge_lora.py`).")
+    lora.blocks(model.config.n_layer)  # refuses layers that are not there, even if only the head is adapted
 
     def wrap(name: str, module: nn.Module) -> nn.Module | None:
         if hasattr(module, "in_features") and lora.matches(name, model.config.n_layer):

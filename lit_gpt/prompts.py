@@ -112,7 +112,7 @@ def compile_template(source: str) -> Any:
 
 def none(record: dict[str, Any], tokenizer: Tokenizer) -> Rendered:
     """The bare text, to be continued."""
-    prompt = record["instruction"] + record.get("input", "")
+    prompt = record["instruction"] + (record.get("input") or "")
     text = prompt + record.get("output", "")
     return Rendered(text, [(len(prompt), len(text))] if "output" in record else [])
 

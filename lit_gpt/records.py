@@ -20,7 +20,8 @@ def read_json(path: Path) -> Iterator[dict[str, Any]]:
     """
     with open_text(path) as file:
         if path.suffix == ".jsonl":
-            numbered = ((number, parse(line, path, number)) for number, line in enumerate(file, 1) if line.strip())
+            lines = ((number, line.rstrip()) for number, line in enumerate(file, 1))
+            numbered = ((number, parse(line, path, number)) for number, line in lines if line)
         else:
             content = parse(file.read(), path)
             if not isinstance(content, list):

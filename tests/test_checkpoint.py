@@ -114,7 +114,8 @@ def test_there_and_back_is_bit_identical(kind, max_shard, dtype, request, tmp_pa
     assert all(torch.equal(after[key], before[key]) and after[key].dtype == before[key].dtype for key in before)
     theirs, again = (AutoModelForCausalLM.from_pretrained(folder, dtype="auto") for folder in (source, back))
     for name, param in again.named_parameters():
-        assert param.dtype == (dtype or torch.float32) and torch.equal(param, theirs.get_parameter(name).to(param.dtype))
+        assert param.dtype == (dtype or torch.float32)
+        assert torch.equal(param, theirs.get_parameter(name).to(param.dtype))
     text = "Größe, 3.14 and\n\tall that"
     assert AutoTokenizer.from_pretrained(back)(text) == AutoTokenizer.from_pretrained(source)(text)
     assert Config.from_checkpoint(back, name="") == Config.from_checkpoint(source, name="")
@@ -194,7 +195,10 @@ BAD = {
         lambda f: change(f, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(48)})),
         r"self_attn.q_proj.bias has no place",
     ),
-    "shape": (lambda f: change(f, lambda t: t.update({LAYER_1: torch.ones(3, 4)})), rf"{LAYER_1} .*\[3, 4\].*\[64, 48\]"),
+    "shape": (
+        lambda f: change(f, lambda t: t.update({LAYER_1: torch.ones(3, 4)})),
+        rf"{LAYER_1} has shape \[3, 4\], the config says \[64, 48\]",
+    ),
     "other config": (lambda f: edit_config(f, {"num_hidden_layers": 1}), r"layers.1.* \(and 4 more\)"),
 }  # fmt: skip
 
@@ -243,8 +247,7 @@ def test_a_folder_with_something_in_it_is_refused(copy, tmp_path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("limit", [200, 20_000])  # bytes: of the small files, of the weights
-def test_a_full_disk_ends_in_one_line_and_leaves_nothing(copy, tmp_path, limit) -> None:
+def test_a_full_disk_ends_in_one_line_and_leaves_nothing(copy, tmp_path) -> None:
     before = {path: path.read_bytes() for path in copy.iterdir()}
     script = [sys.executable, str(ROOT / "scripts/convert_hf_checkpoint.py")]
     done = subprocess.run(
@@ -252,7 +255,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing(copy, tmp_path, limit) 
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1 and "Free some space" in done.stderr
@@ -283,16 +286,17 @@ with new_folder(folder) as new:
 
 @pytest.mark.parametrize("before", [{}, {"a": "old", "b": "old"}])
 def test_killed_at_any_moment_a_folder_is_old_or_new(before, tmp_path) -> None:
-    outcomes = []
-    while not outcomes or done.returncode:
+    outcomes, status = [], 9
+    while status:
         folder = tmp_path / str(len(outcomes)) / "last"
         folder.parent.mkdir()
         if before:
             folder.mkdir()
         for name, text in before.items():
             (folder / name).write_text(text)
-        done = subprocess.run([sys.executable, "-c", KILLED, files.__file__, str(folder), str(len(outcomes))])
-        assert done.returncode in (0, 9)
+        command = [sys.executable, "-c", KILLED, files.__file__, str(folder), str(len(outcomes))]
+        status = subprocess.run(command).returncode
+        assert status in (0, 9)
         files.recover(folder)
         outcomes.append({path.name: path.read_text() for path in folder.iterdir()} if folder.exists() else {})
         assert outcomes[-1] in (before, {"a": "new", "b": "new"})

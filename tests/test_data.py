@@ -1,0 +1,354 @@
+"""From records to trained tokens on disk, and back: `pytest tests/test_data.py`"""
+
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_tokenizers import SPECIAL, byte_level, write
+
+from lit_gpt import InputError, Tokenizer
+from lit_gpt.data import ANSWER, PROMPT, SPLITS, DataArgs, Dataset, choose_split, prepare
+from lit_gpt.prompts import STYLES
+
+BLOCK_SIZE = 200
+CONFIG = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=300, hidden_size=8, rms_norm_eps=1e-5)
+CONFIG |= dict(intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=BLOCK_SIZE)
+TEMPLATE = (ROOT / "tests/data/chat_templates/zephyr.jinja").read_text()
+QA = [{"instruction": f"What is {i}?", "output": f"It is {i}."} for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """All that preparing reads of a checkpoint: a tokenizer (byte-level, adds <s>), a chat template and a config."""
+    config = SPECIAL | {"chat_template": TEMPLATE}
+    files = dict(tokenizer_json=byte_level(post_bos=True), tokenizer_config_json=config, config_json=CONFIG)
+    return write(tmp_path_factory.mktemp("checkpoint"), **files)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint: Path) -> Tokenizer:
+    return Tokenizer(checkpoint)
+
+
+def prepared(records, checkpoint: Path, data_dir: Path, **args) -> tuple[Dataset, Dataset]:
+    prepare(records, checkpoint, data_dir, DataArgs(**args))
+    return Dataset(data_dir, "train"), Dataset(data_dir, "val")
+
+
+def stored(dataset: Dataset) -> list[tuple[list[int], list[int]]]:
+    """Each record's tokens and marks."""
+    spans = [dataset.span(i) for i in range(len(dataset))]
+    return [(dataset.tokens[start:end].tolist(), dataset.trained[start:end].tolist()) for start, end in spans]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def n_bytes(ids: list[int], tokenizer: Tokenizer) -> int:
+    """How much of the text these tokens are. In this vocabulary a token's letters stand for bytes."""
+    return sum(len(tokenizer.id_to_token(i)) for i in ids)
+
+
+CHARACTERS = st.characters(exclude_categories=["Cs"])
+TEXT = st.text(CHARACTERS, max_size=30) | st.text("ab \n", max_size=60) | st.text("aé🙂'", max_size=12)
+RECORDS = st.lists(
+    st.fixed_dictionaries(
+        {"instruction": TEXT, "output": TEXT}, optional={"input": TEXT | st.none(), "id": st.integers()}
+    ),
+    max_size=6,
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    records=RECORDS,
+    style=st.sampled_from(sorted(STYLES)),
+    limit=st.none() | st.integers(1, 180),
+    mask_prompt=st.booleans(),
+    too_long=st.sampled_from(["drop", "cut_prompt"]),
+)
+def test_tokens_are_the_text_and_trained_is_the_answer(
+    checkpoint, tokenizer, tmp_path: Path, records, style: str, limit: int | None, mask_prompt: bool, too_long: str
+) -> None:
+    """In order, nothing lost or doubled; every record ends with a trained stop token, however long it was."""
+    expected, n_blank, n_dropped, n_cut = [], 0, 0, 0
+    for record in records:
+        if not record["instruction"].strip() or not record["output"].strip():
+            n_blank += 1
+            continue
+        rendered = STYLES[style](record, tokenizer)
+        # what a chat template says after its stop token is left out; where there is none, one is added
+        text = rendered.text.removesuffix("\n") if style == "chat" else rendered.text + "</s>"
+        full = tokenizer.encode(text, bos=False if style == "chat" else None).tolist()
+        prompt = len(rendered.text[: rendered.turns[0][0]].encode()) + len("<s>") * (style != "chat")
+        n_prompt = next(n for n in range(len(full)) if n_bytes(full[:n], tokenizer) >= prompt)
+        excess = len(full) - min(limit or BLOCK_SIZE, BLOCK_SIZE)
+        if excess > 0 and (too_long == "drop" or excess >= n_prompt):
+            n_dropped += 1
+            continue
+        n_cut += excess > 0
+        n_prompt, full = n_prompt - max(0, excess), full[max(0, excess) :]
+        expected.append((full, [0 if mask_prompt else PROMPT] * n_prompt + [ANSWER] * (len(full) - n_prompt)))
+
+    shutil.rmtree(tmp_path / "data", ignore_errors=True)
+    args = dict(prompt_style=style, max_seq_length=limit, mask_prompt=mask_prompt, too_long=too_long, val_fraction=0.0)
+    if not expected:
+        with pytest.raises(InputError, match="No record is left to train on"):
+            prepare(records, checkpoint, tmp_path / "data", DataArgs(**args))
+        assert not (tmp_path / "data").exists()
+        return
+    train, val = prepared(records, checkpoint, tmp_path / "data", **args)
+    assert stored(train) == expected and len(val) == 0
+    assert all(ids[-1] == tokenizer.eos_id and marks[-1] == ANSWER for ids, marks in stored(train))
+    ids, trained = train[0]
+    assert ids.tolist() == expected[0][0] and trained.tolist() == [mark > 0 for mark in expected[0][1]]
+
+    meta, lengths = train.meta, [len(full) for full, _ in expected]
+    counts = {"empty instruction or output": n_blank, "too long, dropped": n_dropped, "prompt cut": n_cut}
+    assert meta["left_out"] == {what: number for what, number in counts.items() if number}
+    found = [meta[key] for key in ("n_records", "n_tokens", "n_trained", "n_val", "longest")]
+    assert found == [len(expected), sum(lengths), sum(bool(m) for _, marks in expected for m in marks), 0, max(lengths)]
+
+
+def test_a_token_across_the_boundary_is_not_trained(tiny_dir: Path, tmp_path: Path) -> None:
+    """Not even if it holds the whole answer; and nothing is lost."""
+    records = [{"instruction": "Hello worl", "output": "d"}, {"instruction": "Hello worl", "output": "d and moon"}]
+    train, _ = prepared(records, tiny_dir, tmp_path / "data", prompt_style="none", val_fraction=0.0)
+    tokenizer = Tokenizer(tiny_dir)
+    spelled = [[tokenizer.decode_with_special([i]) for i in ids] for ids, _ in stored(train)]
+    assert spelled == [["Hello", " world", "<|im_end|>"], ["Hello", " world", " and", " moon", "<|im_end|>"]]
+    assert [marks for _, marks in stored(train)] == [[0, 0, 1], [0, 0, 1, 1, 1]]
+
+
+def test_too_long_can_stop(checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="A record has .* tokens, more than 12"):
+        prepare(QA, checkpoint, tmp_path / "data", DataArgs(too_long="error", max_seq_length=12))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("settings", [{"val_fraction": -0.1}, {"val_fraction": 5}, {"max_seq_length": 0}])
+def test_settings_out_of_range(settings: dict) -> None:
+    with pytest.raises(InputError, match=f"data.{next(iter(settings))} is .*, expected"):
+        DataArgs(**settings)
+
+
+def test_other_keys_and_columns(checkpoint, tmp_path: Path) -> None:
+    records = [{"q": r["instruction"], "a": r["output"], "extra": [1], 7: None, "instruction": 3} for r in QA]
+    keys = dict(instruction_key="q", input_key="context", output_key="a")
+    prepared(records, checkpoint, tmp_path / "1", **keys)
+    prepared(QA, checkpoint, tmp_path / "2")
+    one, two = content(tmp_path / "1"), content(tmp_path / "2")
+    assert one.pop("meta.json") != two.pop("meta.json") and one == two
+
+
+@pytest.mark.parametrize(
+    "record, said",
+    [
+        ({"question": "a", "answer": "b"}, "Record 2 has no instruction and no output; it has question, answer."),
+        ({"instruction": "a"}, "Record 2 has no output; it has instruction."),
+        ({}, "it has nothing"),
+        ({"instruction": "a", "output": 7}, "Record 2: output is a int, expected text"),
+        ({"instruction": "a", "output": 0}, "Record 2: output is a int, expected text"),
+        ({"instruction": ["a"], "output": "b"}, "Record 2: instruction is a list, expected text"),
+        ({"instruction": "a", "input": False, "output": "b"}, "Record 2: input is a bool, expected text"),
+        ({"instruction": "a", "output": json.loads('"\\ud83d"')}, "Record 2: output holds half a surrogate pair"),
+        ({"instruction": "a", "output": "b", "split": "test"}, "Record 2 says split 'test', expected train or val"),
+    ],
+)
+def test_records_that_are_none(checkpoint, tmp_path: Path, record: dict, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        prepare([QA[0], record], checkpoint, tmp_path / "data", DataArgs())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("records", [[], [{"instruction": " ", "output": "b"}], [{"instruction": "a", "output": None}]])
+def test_nothing_to_learn(checkpoint, tmp_path: Path, records: list) -> None:
+    with pytest.raises(InputError, match="No record is left"):
+        prepare(iter(records), checkpoint, tmp_path / "data", DataArgs())
+
+
+PROMPTS = st.binary(min_size=1, max_size=1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([None, "train", "val"]), PROMPTS)), st.floats(0, 1))
+def test_splits(records: list[tuple[str | None, bytes]], val_fraction: float) -> None:
+    """Named ones are kept, and an unnamed record goes where records of the same prompt are."""
+    sides = choose_split([split for split, _ in records], [prompt for _, prompt in records], val_fraction).tolist()
+    assert len(sides) == len(records) and all(
+        side == SPLITS[split] for (split, _), side in zip(records, sides) if split
+    )
+    named = {prompt for split, prompt in records if split}
+    free = {(prompt, side) for (split, prompt), side in zip(records, sides) if split is None and prompt not in named}
+    distinct = {prompt for prompt, _ in free}
+    assert len(free) == len(distinct)
+    for (split, prompt), side in zip(records, sides):
+        if split is None and prompt in named:
+            assert (side, prompt) in {(SPLITS[name], other) for name, other in records if name}
+    n_val, wanted = sum(side for _, side in free), val_fraction * len(distinct)
+    at_least_one = n_val == 1 and 0 < wanted and len(distinct) > 1 and "val" not in {split for split, _ in records}
+    assert abs(n_val - wanted) <= 0.5 or at_least_one
+
+
+def test_prompts_are_on_one_side_and_seeds_choose(checkpoint, tmp_path: Path) -> None:
+    # in the bare style the first letters of these answers merge with the end of the prompt
+    records = [{"instruction": f"{i} a", "output": end} for i in range(30) for end in ("bc", "nd more", " b", "🙂")]
+
+    def sides(name: str, **args) -> tuple[set[str], set[str]]:
+        data = prepared(records, checkpoint, tmp_path / name, prompt_style="none", **args)
+        tokenizer = Tokenizer(checkpoint)
+        return tuple({tokenizer.decode(ids).split(" ")[0] for ids, _ in stored(split)} for split in data)
+
+    train, val = sides("a", val_fraction=0.3)
+    assert len(train) == 21 and len(val) == 9 and train.isdisjoint(val)
+    assert sides("b", val_fraction=0.3) == (train, val) != sides("c", val_fraction=0.3, seed=1)
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    assert [len(part) for part in sides("d", val_fraction=0.0)] == [30, 0]
+    records = records[:4]
+    assert [len(part) for part in sides("e")] == [1, 0]  # a single prompt is trained on
+    records = [*records, {"instruction": "7 a", "output": "c"}]
+    assert [len(part) for part in sides("f")] == [1, 1]
+
+
+def test_named_splits(checkpoint, tmp_path: Path) -> None:
+    records = [record | {"split": ("train", "val", "", None)[i % 4]} for i, record in enumerate(QA)]
+    train, val = prepared(records, checkpoint, tmp_path / "data", val_fraction=0.0)
+    assert len(train) == 30 and len(val) == 10
+    tokenizer = Tokenizer(checkpoint)
+    texts = [tokenizer.decode(ids) for ids, _ in stored(val)]
+    assert all(QA[1 + 4 * i]["instruction"] in text for i, text in enumerate(texts))
+
+
+def test_interrupted_and_repeated(checkpoint, tmp_path: Path) -> None:
+    """Failed or killed, what was there is still whole, and preparing again replaces it."""
+
+    def broken(how) -> Iterator[dict]:
+        yield from QA * 30  # more than one chunk
+        how()
+
+    data_dir = tmp_path / "data"
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            prepare(broken(lambda: 1 / 0), checkpoint, data_dir, DataArgs())
+        assert list(tmp_path.iterdir()) == []
+    prepared(QA, checkpoint, data_dir)
+    before = content(data_dir)
+    child = os.fork()
+    if child == 0:
+        prepare(broken(lambda: os._exit(9)), checkpoint, data_dir, DataArgs())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert content(data_dir) == before and len(list(tmp_path.iterdir())) == 2
+    train, val = prepared(QA[:10], checkpoint, data_dir)
+    assert len(train) + len(val) == 10 and list(tmp_path.iterdir()) == [data_dir]
+
+
+def test_a_foreign_folder_is_left_alone(checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    prepared(QA, checkpoint, tmp_path / "mine")  # an empty one will do
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("All of it.")
+    with pytest.raises(InputError, match="holds no prepared data. Name another --data_dir"):
+        prepare(QA, checkpoint, tmp_path / "thesis", DataArgs())
+    assert content(tmp_path / "thesis") == {"chapter.txt": b"All of it."}
+
+
+def test_the_report_shows_what_is_trained(checkpoint, tmp_path: Path, capsys) -> None:
+    data_dir = tmp_path / "[/b] :smile:"
+    records = [{"instruction": "Is [red]this[/red] :bug:?", "output": "[/yes]"}]
+    prepare(records, checkpoint, data_dir, DataArgs(prompt_style="none"))
+    said = capsys.readouterr().out
+    assert f"{data_dir}: 1 training and 0 validation records" in said and "Left out or cut: nothing." in said
+    assert "<s>Is [red]this[/red] :bug:?→[/yes]</s>←" in said
+
+
+DAMAGE = {
+    "no folder": lambda folder: shutil.rmtree(folder),
+    "no meta": lambda folder: (folder / "meta.json").unlink(),
+    "cut-off meta": lambda folder: os.truncate(folder / "meta.json", 100),
+    "poor meta": lambda folder: (folder / "meta.json").write_text('{"n_records": 40}'),
+    "other dtype": lambda folder: rewrite(folder, tokens_dtype="uint32"),
+    "other count": lambda folder: rewrite(folder, n_records=39),
+    **{f"no {name}": lambda folder, name=name: (folder / name).unlink() for name in ("tokens.bin", "split.bin")},
+    **{
+        f"short {name}": lambda folder, name=name: os.truncate(folder / name, 20)
+        for name in ("ends.bin", "trained.bin")
+    },
+    "empty tokens": lambda folder: os.truncate(folder / "tokens.bin", 0),
+}
+
+
+def rewrite(folder: Path, **changes) -> None:
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | changes))
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_data(checkpoint, tmp_path: Path, name: str, damaged=DAMAGE) -> None:
+    prepared(QA, checkpoint, tmp_path / "data")
+    damaged[name](tmp_path / "data")
+    with pytest.raises(
+        InputError, match=f"{tmp_path}.*(Prepare the data again|Run one of scripts/prepare|not readable)"
+    ):
+        Dataset(tmp_path / "data", "train")
+
+
+def test_another_tokenizer(checkpoint, tokenizer, sample_dir: Path, tmp_path: Path) -> None:
+    train, _ = prepared(QA, checkpoint, tmp_path / "data")
+    train.check_tokenizer(tokenizer)
+    with pytest.raises(InputError, match="Prepare them again with this --checkpoint_dir"):
+        train.check_tokenizer(Tokenizer(sample_dir))
+
+
+@pytest.mark.parametrize("mask_prompt", [True, False])
+@pytest.mark.parametrize("style", STYLES)
+def test_question(checkpoint, tokenizer, tmp_path: Path, style: str, mask_prompt: bool) -> None:
+    """A record's prompt is what a model is given to continue; the rest is the answer."""
+    train, val = prepared(QA, checkpoint, tmp_path / "data", prompt_style=style, mask_prompt=mask_prompt)
+    for dataset in (train, val):
+        for i in range(len(dataset)):
+            prompt, rest = dataset.question(i)
+            assert prompt.tolist() + rest.tolist() == dataset[i][0].tolist() and dataset.length(i) == len(dataset[i][0])
+            answer = tokenizer.decode(rest)
+            number = int(answer.strip(" .").split()[-1])
+            asked = STYLES[style]({"instruction": QA[number]["instruction"]}, tokenizer)
+            assert answer == QA[number]["output"] and tokenizer.encode(asked.text, bos=asked.bos).equal(prompt)
+
+
+def test_a_vocabulary_beyond_16_bits(tmp_path: Path) -> None:
+    added = [f"<{i}>" for i in range(66_000)]
+    files = dict(tokenizer_json=byte_level(tokens=["<s>", "</s>", *added]), tokenizer_config_json=SPECIAL)
+    folder = write(tmp_path / "large", config_json=CONFIG, **files)
+    records = [{"instruction": "<65535>", "output": "<65999>"}]
+    train, _ = prepared(records, folder, tmp_path / "data", prompt_style="none")
+    assert train.meta["tokens_dtype"] == "uint32" and train.tokens.dtype == np.uint32
+    assert train[0][0].tolist() == [65537, 66001, 1]
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_scripts_agree(checkpoint, tmp_path: Path) -> None:
+    """The same records as JSON, JSON lines and CSV give the same data."""
+    (tmp_path / "a.json").write_text(json.dumps(QA))
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, QA)))
+    (tmp_path / "a.csv").write_text(
+        "\n".join(["output,instruction", *(f"{r['output']},{r['instruction']}" for r in QA)])
+    )
+    for suffix, name in (("json", "prepare_json"), ("jsonl", "prepare_json"), ("csv", "prepare_csv")):
+        arguments = {f"{name.removeprefix('prepare_')}_path": tmp_path / f"a.{suffix}"}
+        script(name).main(**arguments, data_dir=tmp_path / suffix, checkpoint_dir=checkpoint)
+    assert content(tmp_path / "json") == content(tmp_path / "jsonl") == content(tmp_path / "csv")

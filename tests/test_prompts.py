@@ -1,0 +1,200 @@
+"""From records and conversations to text, against transformers: `pytest tests/test_prompts.py`"""
+
+import itertools
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from tiny_tokenizers import byte_level, write
+
+from lit_gpt import InputError, Tokenizer
+from lit_gpt.data import mark_trained
+from lit_gpt.prompts import STYLES, style_name
+
+TEMPLATES = Path(__file__).parent / "data/chat_templates"
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
+SPECIAL += ["<start_of_turn>", "<end_of_turn>"]  # and not <|user|>: in Zephyr's vocabulary it is plain text
+
+
+class Case(NamedTuple):
+    eos: str
+    answer: str
+    """What is trained for an answer "..."."""
+    stop: str | None = None
+    """What generation_config.json adds to eos."""
+    trims: bool = False
+    system: bool = True
+
+
+CASES = {
+    "sample": Case("<|im_end|>", "...<|im_end|>"),
+    "chatml": Case("<|im_end|>", "...<|im_end|>"),
+    "chatml_generation": Case("<|im_end|>", "...<|im_end|>"),
+    "llama2": Case("</s>", " ... </s>", trims=True),
+    "llama3": Case("</s>", "...<|eot_id|>", stop="<|eot_id|>", trims=True),
+    "gemma": Case("</s>", "...<end_of_turn>", stop="<end_of_turn>", trims=True, system=False),
+    "zephyr": Case("</s>", "...</s>"),
+}
+CODE = "    def f(x):\n        return {'a': x}  # {{ not jinja }}\n"
+USER, OTHER = {"role": "user", "content": "What is 2 + 2?"}, {"role": "user", "content": "  And é🙂日本?\n\n"}
+ANSWER, LONG = {"role": "assistant", "content": "4."}, {"role": "assistant", "content": f"See:\n\n{CODE}\nThat is it. "}
+CODED, CODE_ONLY = {"role": "user", "content": CODE}, {"role": "assistant", "content": CODE}
+SYSTEM = {"role": "system", "content": "Be brief.\n"}
+CONVERSATIONS = {
+    "question": [USER],
+    "answered": [USER, ANSWER],
+    "code": [CODED],
+    "code answered with code": [CODED, CODE_ONLY],
+    "turns": [USER, ANSWER, OTHER],
+    "turns answered": [OTHER, LONG, USER, ANSWER, USER, CODE_ONLY],
+    "system": [SYSTEM, USER],
+    "system answered": [SYSTEM, USER, LONG, OTHER, ANSWER],
+}
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory, sample_dir):
+    """The checkpoint folder of a case, and our and transformers' tokenizer of it."""
+    from transformers import AutoTokenizer
+
+    cache = {}
+
+    def load(name: str, source: str | None = None):
+        if name not in cache:
+            folder = sample_dir
+            if name != "sample":
+                case = CASES.get(name, CASES["chatml"])
+                config = {"bos_token": "<s>", "eos_token": case.eos, "tokenizer_class": "PreTrainedTokenizerFast"}
+                config["chat_template"] = source or (TEMPLATES / f"{name}.jinja").read_text()
+                ends = [SPECIAL.index(token) for token in (case.eos, case.stop) if token]
+                files = dict(tokenizer_config_json=config, generation_config_json={"eos_token_id": ends})
+                folder = tmp_path_factory.mktemp("checkpoint")
+                write(folder, tokenizer_json=byte_level(post_bos=True, tokens=SPECIAL), **files)
+            cache[name] = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+        return cache[name]
+
+    return load
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("name", CASES)
+def test_chat_is_what_transformers_makes_of_it(load, name: str, conversation: str) -> None:
+    """The text and the tokens; and trained is each answer, up to and with its stop token."""
+    (tokenizer, reference), case, messages = load(name), CASES[name], CONVERSATIONS[conversation]
+    if messages[0] == SYSTEM and not case.system:
+        with pytest.raises(InputError, match="System role not supported"):
+            STYLES["chat"]({"messages": messages}, tokenizer)
+        return
+    rendered = STYLES["chat"]({"messages": messages}, tokenizer)
+    asked = messages[-1]["role"] == "user"
+    options = dict(add_generation_prompt=asked, return_dict=False)
+    assert rendered.text == reference.apply_chat_template(messages, tokenize=False, **options)
+    ids = reference.apply_chat_template(messages, tokenize=True, **options)
+    encoded = tokenizer.encode_batch([rendered.text], rendered.bos)[0]
+    assert encoded.ids == tokenizer.encode(rendered.text, bos=rendered.bos).tolist() == ids
+
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    assert len(rendered.turns) == len(answers)
+    if asked:  # the last question is no part of training data
+        return
+    ids, trained = mark_trained(rendered, encoded, tokenizer)
+    assert ids == encoded.ids[: len(ids)] and ids[-1] in tokenizer.stop_ids and trained[-1]
+    assert tokenizer.decode_with_special(ids) == rendered.text.removesuffix("\n")
+    runs = itertools.groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1])
+    spoken = [tokenizer.decode_with_special([token for token, _ in run]) for on, run in runs if on]
+    for said, answer, (start, _) in zip(spoken, answers, rendered.turns, strict=True):
+        wanted = case.answer.replace("...", answer.strip() if case.trims else answer)
+        # to the sample, a line break and the spaces after it are one token: it begins before the answer does
+        across = max((end - start for begin, end in encoded.offsets if begin < start < end), default=0)
+        assert said == wanted[across:]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_record_is_a_conversation(load, name: str) -> None:
+    tokenizer, _ = load(name)
+    chat = STYLES["chat"]
+    record = {"instruction": "Add.", "input": "2 and 2"}
+    question = {"role": "user", "content": "Add.\n\n2 and 2"}
+    assert chat(record, tokenizer) == chat({"messages": [question]}, tokenizer)
+    assert chat(record | {"output": "4."}, tokenizer) == chat({"messages": [question, ANSWER]}, tokenizer)
+    for without in ({}, {"input": ""}, {"input": None}):
+        short = {"instruction": USER["content"]} | without
+        assert chat(short | {"output": "4."}, tokenizer) == chat({"messages": [USER, ANSWER]}, tokenizer)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("name", CASES)
+def test_generation_continues_where_training_began(load, name: str, style: str) -> None:
+    tokenizer, _ = load(name)
+    record = {"instruction": "Say it", "input": " twice"}
+    asked, told = STYLES[style](record, tokenizer), STYLES[style](record | {"output": "It it."}, tokenizer)
+    ((start, end),) = told.turns
+    assert asked.text == told.text[:start] and "It it." in told.text[start:end] and asked.turns == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{{ messages.__init__.__func__ }}",
+        "{{ raise_exception.__globals__ }}{{ raise_exception.__globals__['json'] }}",
+        "{{ open('/etc/passwd').read() }}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'os' as os %}",
+        "{{ messages.clear() }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+    ],
+)
+def test_a_template_cannot_leave_its_sandbox(load, source: str) -> None:
+    tokenizer, _ = load(source, source)
+    messages = [dict(USER)]
+    with pytest.raises(InputError, match="chat template"):
+        STYLES["chat"]({"messages": messages}, tokenizer)
+    assert messages == [USER]
+
+
+@pytest.mark.parametrize("source", ["{% for %}", "{{ 1 / 0 }}", "{{ messages + 1 }}", "{{ messages[7].role }}"])
+def test_a_broken_template_is_an_input_error(load, source: str) -> None:
+    with pytest.raises(InputError, match="chat template says: "):
+        STYLES["chat"]({"messages": [USER]}, load(source, source)[0])
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(load) -> None:
+    source = "{{ messages | length }}{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer, _ = load("counting", source)
+    with pytest.raises(InputError, match="--data.prompt_style alpaca"):
+        STYLES["chat"]({"messages": [USER, ANSWER]}, tokenizer)
+
+
+def test_alpaca_to_the_letter(load) -> None:
+    tokenizer, _ = load("chatml")
+    alpaca = STYLES["alpaca"]
+    bare = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd 2 and 2.\n\n### Response:\n"
+    )
+    whole = (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n2 and 2\n\n### Response:\n"
+    )
+    for record in ({"instruction": "Add 2 and 2."}, {"instruction": "Add 2 and 2.", "input": ""}):
+        assert alpaca(record, tokenizer) == (bare, [], None)
+        assert alpaca(record | {"output": "4"}, tokenizer) == (bare + "4", [(len(bare), len(bare) + 1)], None)
+    record = {"instruction": "Add.", "input": "2 and 2"}
+    assert alpaca(record, tokenizer).text == whole
+    assert alpaca(record | {"output": "4\n"}, tokenizer) == (whole + "4\n", [(len(whole), len(whole) + 2)], None)
+
+
+def test_the_bare_style_and_auto(load, tmp_path: Path) -> None:
+    tokenizer, _ = load("chatml")
+    record = {"instruction": "Once ", "input": "upon", "output": " a time"}
+    assert STYLES["none"](record, tokenizer) == ("Once upon a time", [(9, 16)], None)
+    without = write(tmp_path, tokenizer_json=byte_level(), tokenizer_config_json={"eos_token": "</s>"})
+    assert style_name("auto", tokenizer) == "chat" and style_name("auto", Tokenizer(without)) == "alpaca"
+    assert (
+        style_name("auto", tokenizer, trained="none") == "none" and style_name("alpaca", tokenizer, "none") == "alpaca"
+    )
+    with pytest.raises(InputError, match="no chat template"):
+        STYLES["chat"](record, Tokenizer(without))

@@ -1,0 +1,411 @@
+"""Killed and resumed is never killed, bit for bit; and whose folder is whose: `pytest tests/test_resume.py`
+
+Every run is the real finetune/lora.py in a process of its own, which dies by SIGKILL at a chosen call. The processes
+are forked from one that has imported everything and started no thread: this file, run as a script.
+"""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from conftest import make_tiny
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lit_gpt import InputError
+from lit_gpt.finetuned import load_finetuned
+
+ROOT = Path(__file__).parents[1]
+FLAGS = {  # 12 steps; dropout has to be the same, too
+    "lora.r": 8,
+    "lora.dropout": 0.1,
+    "train.learning_rate": 0.01,
+    "train.global_batch_size": 8,
+    "train.micro_batch_size": 4,
+    "train.epochs": 4,
+    "train.eval_interval": 4,
+    "train.save_interval": 3,
+    "train.keep_steps": "true",
+    "n_answers": 0,
+}
+MOMENTS = [  # what is called, which time, and whether the process dies before it, after it or half-way
+    ("backward", 8, "before"),
+    ("optimizer.step", 8, "after"),
+    ("row", 6, "half"),
+    ("save .best.partial/lora.safetensors", 2, "half"),
+    ("save .step-000006.partial/lora.safetensors", 1, "half"),
+    ("rename .step-000006.partial step-000006", 1, "after"),
+    ("save .last.partial/lora.safetensors", 1, "half"),
+    ("save .last.partial/lora.safetensors", 2, "half"),
+    ("save .last.partial/state.safetensors", 1, "half"),
+    ("save .last.partial/state.safetensors", 2, "half"),
+    ("rename last .last.old", 1, "before"),
+    ("rename last .last.old", 1, "after"),
+    ("rename .last.partial last", 2, "after"),
+    ("delete .last.old", 1, "before"),
+    ("delete .last.old", 1, "half"),
+    ("write report.md", 1, "before"),
+]
+
+
+class Outcome(NamedTuple):
+    status: int
+    stderr: str
+    calls: dict[str, int]
+    """How often each kill point was passed."""
+
+
+# ---- the process that runs are forked from
+
+
+def serve() -> None:
+    """Reads a job per line, forks a process for it, and answers with its outcome."""
+    torch.set_num_threads(1)
+    import lightning.fabric  # noqa: F401
+    import matplotlib.figure  # noqa: F401
+    import safetensors.torch  # noqa: F401
+
+    for line in sys.stdin:
+        read, write = os.pipe()
+        if (pid := os.fork()) == 0:
+            os.close(read)
+            run_job(json.loads(line), write)
+        os.close(write)
+        with open(read) as pipe:
+            stderr, _, calls = pipe.read().partition("\0")
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print(json.dumps([status, stderr, json.loads(calls or "{}")]), flush=True)
+
+
+def run_job(job: dict[str, Any], pipe: int) -> None:
+    """Runs the script as `python finetune/lora.py` would, and never returns."""
+    os.dup2(pipe, 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if job["limit"]:  # no file may grow beyond: what a full disk does
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], resource.RLIM_INFINITY))
+    calls = arm(job["kill"])
+    sys.argv = [str(ROOT / "finetune/lora.py"), *job["flags"]]
+    status = 1
+    try:
+        from lit_gpt.cli import run
+
+        sys.path.insert(0, str(ROOT / "finetune"))
+        import lora
+
+        run(lora.main)
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    os.write(pipe, f"\0{json.dumps(calls)}".encode())
+    os._exit(status)
+
+
+def arm(kill: list | None) -> Counter[str]:
+    """Makes the process count the calls it could be killed at, and kill itself at the one that is asked for."""
+    import safetensors.torch
+    from lightning.fabric import Fabric
+
+    from lit_gpt.log import Log
+
+    calls: Counter[str] = Counter()
+    name = lambda path: Path(path).name  # noqa: E731
+    truncate = lambda path, size: os.truncate(path, max(0, size))  # noqa: E731
+
+    def watch(
+        owner: Any, attribute: str, label: Callable[..., str | None], half: Callable[..., Any] | None = None
+    ) -> None:
+        original = getattr(owner, attribute)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            called = label(*args)
+            calls.update([called] if called else [])
+            moment = kill[2] if kill and called == kill[0] and calls[called] == kill[1] else None
+            if moment == "before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = None if moment == "half" and attribute == "rmtree" else original(*args, **kwargs)
+            if moment == "half":
+                half(*args)
+            if moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(owner, attribute, watched)
+
+    watch(Fabric, "backward", lambda *_: "backward")
+    watch(torch.optim.AdamW, "step", lambda *_: "optimizer.step")
+    watch(Log, "_put", lambda *_: "row", lambda log, *_: truncate(log.file.name, os.path.getsize(log.file.name) - 9))
+    watch(
+        safetensors.torch,
+        "save_file",
+        lambda _, path, *rest: f"save {path.parent.name}/{path.name}",
+        lambda _, path, *rest: truncate(path, os.path.getsize(path) // 2),
+    )
+    watch(os, "rename", lambda a, b: f"rename {name(a)} {name(b)}")
+    watch(os, "replace", lambda a, b: f"write {name(b)}")
+    watch(
+        shutil,
+        "rmtree",
+        lambda path, *_: f"delete {name(path)}" if os.path.exists(path) else None,
+        lambda path, *_: next(Path(path).iterdir()).unlink(),
+    )
+    return calls
+
+
+class Parent:
+    """The other end of `serve`."""
+
+    def __init__(self, flags: dict[str, Any]) -> None:
+        command = [sys.executable, __file__]
+        self.flags = flags
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, out_dir: Path, kill: tuple | None = None, limit: int | None = None, **flags: Any) -> Outcome:
+        flags = self.flags | {"out_dir": out_dir} | {name.replace("__", "."): value for name, value in flags.items()}
+        words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+        self.process.stdin.write(json.dumps({"flags": words, "kill": kill, "limit": limit}) + "\n")
+        self.process.stdin.flush()
+        outcome = Outcome(*json.loads(self.process.stdout.readline()))
+        assert outcome.status in (0, 2, -signal.SIGKILL), outcome.stderr
+        return outcome
+
+
+@pytest.fixture(scope="module")
+def data_dirs(tmp_path_factory, tiny_dir: Path) -> list[Path]:
+    """Two of the same size: the second has other records for validation."""
+    from lit_gpt.data import DataArgs, prepare
+
+    methods = [(name, getattr(str, name).__doc__.split("\n")[0]) for name in dir(str) if not name.startswith("_")]
+    folder = tmp_path_factory.mktemp("data")
+    for name, seed in (("one", 1), ("two", 2)):
+        records = [{"instruction": f"What does str.{name} do?", "output": doc} for name, doc in methods[:28]]
+        prepare(records, tiny_dir, folder / name, DataArgs(val_fraction=1 / 7, seed=seed))
+    return [folder / "one", folder / "two"]
+
+
+@pytest.fixture(scope="module")
+def parent(tiny_dir: Path, data_dirs: list[Path]) -> Iterator[Parent]:
+    parent = Parent({"checkpoint_dir": tiny_dir, "data_dir": data_dirs[0]} | FLAGS)
+    yield parent
+    parent.process.stdin.close()
+    assert parent.process.wait() == 0
+
+
+@pytest.fixture(scope="module")
+def never_killed(parent: Parent, tmp_path_factory) -> tuple[Path, Outcome]:
+    out_dir = tmp_path_factory.mktemp("whole") / "run"
+    return out_dir, parent.run(out_dir)
+
+
+def contents(out_dir: Path) -> dict[str, Any]:
+    """All that a run leaves, but for what the clock and the memory say."""
+    found: dict[str, Any] = {}
+    for path in out_dir.rglob("*"):
+        name = path.relative_to(out_dir).as_posix()
+        found[name] = None
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                tensors = {key: (str(tensor.dtype), tensor.tolist()) for key, tensor in load_file(path).items()}
+                found[name] = tensors, file.metadata()
+        elif name == "metrics.csv":
+            found[name] = [line.split(",")[:-2] for line in path.read_text().splitlines()]
+        elif name == "hyperparameters.yaml":
+            found[name] = path.read_text().replace(str(out_dir), "OUT").splitlines()[1:]
+    return found
+
+
+# ---- killed
+
+
+def test_every_moment_is_in_the_run(never_killed) -> None:
+    """Otherwise nothing below would be killed."""
+    calls = never_killed[1].calls
+    assert never_killed[1].status == 0 and calls["optimizer.step"] == 12 and calls["backward"] == 24
+    assert all(calls[called] >= nth for called, nth, _ in MOMENTS), calls
+
+
+@pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: f"{moment[2]}-{moment[0]}-{moment[1]}")
+def test_killed_and_resumed_is_never_killed(moment: tuple, parent: Parent, never_killed, tmp_path) -> None:
+    assert parent.run(tmp_path / "run", kill=moment).status == -signal.SIGKILL
+    assert parent.run(tmp_path / "run", resume="true").status == 0
+    assert contents(tmp_path / "run") == contents(never_killed[0])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_killed_at_random_twice_and_resumed(seed: int, parent: Parent, never_killed, tmp_path) -> None:
+    """In the run and, where it still comes to that, in the resumed one."""
+    calls, chance = never_killed[1].calls, random.Random(seed)
+    called = chance.choice(sorted(calls))
+    moment = (called, chance.randint(1, calls[called]), chance.choice(["before", "after"]))
+    assert parent.run(tmp_path / "run", kill=moment).status == -signal.SIGKILL
+    again = chance.choice(sorted(calls))
+    moment = (again, chance.randint(1, max(1, calls[again] // 2)), chance.choice(["before", "after"]))
+    parent.run(tmp_path / "run", kill=moment, resume="true")
+    assert parent.run(tmp_path / "run", resume="true").status == 0
+    assert contents(tmp_path / "run") == contents(never_killed[0])
+
+
+@pytest.mark.parametrize(
+    "limit, what", [(20_000, "state.safetensors"), (8_000, "lora.safetensors"), (700, "File too large")]
+)
+def test_full_disk(limit: int, what: str, parent: Parent, never_killed, tmp_path) -> None:
+    """One line, status 2, and the last good checkpoint is whole. The limits hit `last`, `best` and metrics.csv."""
+    parent.run(tmp_path / "run", kill=("backward", 8, "before"))
+    good = contents(tmp_path / "run/last")
+    outcome = parent.run(tmp_path / "run", limit=limit, resume="true")
+    errors = [line for line in outcome.stderr.splitlines() if line.startswith("error: ")]
+    assert outcome.status == 2 and len(errors) == 1 and what in errors[0] and "Free some space" in errors[0]
+    assert "Traceback" not in outcome.stderr and outcome.stderr.endswith(errors[0] + "\n")
+    assert contents(tmp_path / "run/last") == good
+    assert parent.run(tmp_path / "run", resume="true").status == 0
+    assert contents(tmp_path / "run") == contents(never_killed[0])
+
+
+# ---- whose folder is whose
+
+
+@pytest.fixture(scope="module")
+def stopped(parent: Parent, tmp_path_factory) -> Path:
+    """A run that was killed between its sixth and its ninth step. To be copied."""
+    out_dir = tmp_path_factory.mktemp("stopped") / "run"
+    assert parent.run(out_dir, kill=("optimizer.step", 8, "before")).status == -signal.SIGKILL
+    return out_dir
+
+
+def refused(outcome: Outcome, *parts: str) -> bool:
+    *before, line = outcome.stderr.splitlines()
+    return outcome.status == 2 and line.startswith("error: ") and all(part in line for part in parts)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"train__global_batch_size": 4}, "global_batch_size"),
+        ({"train__seed": 1}, "seed"),
+        ({"lora__r": 4}, "settings"),
+        ({"lora__key": "true"}, "settings"),
+        ({"data_dir": 1}, "data"),
+        ({"checkpoint_dir": 1}, "base"),
+    ],
+)
+def test_another_run_cannot_be_resumed(
+    change: dict, named: str, parent, stopped, data_dirs, sample_dir, tmp_path
+) -> None:
+    out_dir = shutil.copytree(stopped, tmp_path / "run")
+    if "data_dir" in change:
+        change = {"data_dir": data_dirs[1]}
+    if "checkpoint_dir" in change:
+        change = {"checkpoint_dir": make_tiny(tmp_path / "tiny", sample_dir, initializer_range=0.1)}
+    assert refused(parent.run(out_dir, resume="true", **change), "another", named)
+    assert contents(out_dir) == contents(stopped), "nothing was touched, hyperparameters.yaml neither"
+
+
+def test_what_may_change_on_resuming(parent, stopped, never_killed, tiny_dir, tmp_path) -> None:
+    """The base may have moved. Settings of the optimizer are this run's."""
+    out_dir = shutil.copytree(stopped, tmp_path / "run")
+    moved = shutil.copytree(tiny_dir, tmp_path / "moved")
+    assert parent.run(out_dir, resume="true", checkpoint_dir=moved).status == 0
+    expected, found = (load_file(folder / "last/lora.safetensors") for folder in (never_killed[0], out_dir))
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    out_dir = shutil.copytree(stopped, tmp_path / "decayed")
+    assert parent.run(out_dir, resume="true", train__weight_decay=1.0).status == 0
+    found = load_file(out_dir / "last/lora.safetensors")
+    assert all(found[key].norm() < expected[key].norm() for key in expected)
+
+
+def test_nothing_to_resume_begins_at_the_beginning(parent, never_killed, tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert parent.run(tmp_path / "empty", resume="true").status == 0
+    assert contents(tmp_path / "empty") == contents(never_killed[0])
+
+
+def test_a_finished_run_keeps_its_files(parent, never_killed, tmp_path) -> None:
+    out_dir = shutil.copytree(never_killed[0], tmp_path / "run")
+    files = [path for path in out_dir.rglob("*") if path.suffix in (".safetensors", ".csv", ".yaml")]
+    before = {path: path.read_bytes() for path in files}
+    outcome = parent.run(out_dir, resume="true")
+    assert outcome.status == 0 and outcome.calls.get("backward", 0) == 0
+    assert before == {path: path.read_bytes() for path in files} and contents(out_dir) == contents(never_killed[0])
+
+
+def test_folder_in_use_is_refused(parent, stopped, tmp_path) -> None:
+    out_dir = shutil.copytree(stopped, tmp_path / "run")
+    assert refused(parent.run(out_dir), str(out_dir), "--resume true", "--overwrite true")
+    assert refused(parent.run(out_dir, resume="true", overwrite="true"), "--resume true", "--overwrite true", "choose")
+    (tmp_path / "file").touch()
+    assert refused(parent.run(tmp_path / "file"), "is a file")
+    assert contents(out_dir) == contents(stopped)
+
+
+def test_overwrite_replaces_the_run_and_nothing_else(parent, stopped, never_killed, tmp_path) -> None:
+    out_dir = shutil.copytree(stopped, tmp_path / "run")
+    assert parent.run(out_dir, overwrite="true", checkpoint_dir="nowhere").status == 2
+    assert contents(out_dir) == contents(stopped), "a run that cannot begin replaces nothing"
+    for name in (".last.old", ".step-000099.partial", "step-000099"):
+        shutil.copytree(out_dir / "last", out_dir / name)
+    mine = ["notes.txt", ".bashrc.old", ".cache.partial", "step-by-step.md", "step-000001-notes", "last.txt"]
+    for name in mine:
+        (out_dir / name).write_text(name)
+    assert parent.run(out_dir, overwrite="true").status == 0
+    assert [(out_dir / name).read_text() for name in mine] == mine
+    assert contents(out_dir) == contents(never_killed[0]) | dict.fromkeys(mine)
+
+
+# ---- using what was trained
+
+
+def test_another_base_is_refused(never_killed, tied_dir) -> None:
+    with pytest.raises(InputError, match="trained on another base"):
+        load_finetuned(tied_dir, never_killed[0])
+
+
+def test_reading_disturbs_no_run(never_killed, tmp_path) -> None:
+    """Someone asks `best` while its run is saving: between two renames it has another name for an instant."""
+    out_dir = shutil.copytree(never_killed[0], tmp_path / "run")
+    shutil.copytree(out_dir / "last", out_dir / ".best.partial")
+    load_finetuned(None, out_dir)
+    (out_dir / "best").rename(out_dir / ".best.old")
+    load_finetuned(None, out_dir)
+    assert {".best.partial", ".best.old"} <= {path.name for path in out_dir.iterdir()}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "extra", "shape", "header", "gone"])
+def test_damaged_weights_are_refused(damage: str, never_killed, tmp_path) -> None:
+    folder = shutil.copytree(never_killed[0] / "best", tmp_path / "best")
+    file = folder / "lora.safetensors"
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    tensors = load_file(file)
+    first = next(iter(tensors))
+    if damage == "truncated":
+        os.truncate(file, file.stat().st_size // 2)
+    elif damage == "gone":
+        file.unlink()
+    else:
+        changed = {
+            "missing": {key: value for key, value in tensors.items() if key != first},
+            "extra": tensors | {"transformer.h.9.attn.q.lora_A": tensors[first].clone()},
+            "shape": tensors | {first: tensors[first][:1].clone()},
+            "header": tensors,
+        }
+        save_file(changed[damage], file, None if damage == "header" else header)
+    with pytest.raises(InputError, match=str(folder)):
+        load_finetuned(None, folder)
+
+
+if __name__ == "__main__":
+    serve()

@@ -23,7 +23,7 @@ from records import describe, make_records
 from safetensors.numpy import save_file
 from worker import RANK, Worker, about, benchmark_arguments, check_quiet, machine, print_table, spread
 
-SETTINGS = {"ours": ["packed"], "hf": ["lean", "flat", "trainer"], "litgpt": ["chunked", "whole"]}
+SETTINGS = {"ours": ["shared", "packed"], "hf": ["lean", "flat", "trainer"], "litgpt": ["chunked", "whole"]}
 
 
 def calibrate(program: str, args: argparse.Namespace, work_dir: Path) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""lit_gpt: records laid end to end, micro_batch of them in one forward pass."""
+"""lit_gpt: records laid end to end, micro_batch of them in one forward pass; `shared` computes common prefixes once."""
 
 import argparse
 from collections.abc import Callable
@@ -24,7 +24,8 @@ def lora(args: argparse.Namespace) -> Callable[[dict], dict]:
             block.attn.v.lora_A.copy_(start[f"{layer}.value"])
 
     def micro_batch_loss(records: list[Record], setting: str, trained: int) -> torch.Tensor:
-        idx, layout = Layout.end_to_end([(torch.tensor(r.ids), torch.tensor(r.trained)) for r in records])
+        pairs = [(torch.tensor(record.ids), torch.tensor(record.trained)) for record in records]
+        idx, layout = Layout.end_to_end(pairs, share_prefixes=setting == "shared")
         return model(idx, layout=layout) / trained
 
     model.train()

@@ -1,0 +1,236 @@
+"""From a prompt to an answer, and the scripts that print it: `pytest tests/test_generate.py`"""
+
+import importlib.util
+import io
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import ROOT
+
+from lit_gpt import GPT, InputError, Tokenizer
+from lit_gpt.checkpoint import load_model
+from lit_gpt.data import DataArgs, Dataset, prepare
+from lit_gpt.generate import answers, generate, sample, stream
+from lit_gpt.prompts import STYLES
+
+LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.4, -torch.inf, 0.0, 1.3])
+DRAWS, TOLERATED = 50_000, 36.0  # chi-square of up to 6 degrees of freedom stays below it but once in 400,000 times
+
+
+def probabilities(temperature: float, top_k: int | None, top_p: float | None) -> list[float]:
+    """By the book, in float64."""
+    p = (LOGITS.double() / temperature).softmax(0)
+    order = p.argsort(descending=True).tolist()
+    kept = order[:top_k]
+    if top_p is not None:
+        share = [p[i].item() / sum(p[j].item() for j in kept) for i in kept]
+        kept = kept[: next(n for n in range(1, len(kept) + 1) if sum(share[:n]) >= top_p or n == len(kept))]
+    total = sum(p[i].item() for i in kept)
+    return [p[i].item() / total if i in kept else 0.0 for i in range(len(p))]
+
+
+def chi_square(counts: list[int], expected: list[float]) -> float:
+    return sum((n - DRAWS * p) ** 2 / (DRAWS * p) for n, p in zip(counts, expected, strict=True) if p > 0)
+
+
+def draw(rows: torch.Tensor = LOGITS.expand(DRAWS, -1), seed: int = 0, **options) -> torch.Tensor:
+    return sample(rows, generator=torch.Generator().manual_seed(seed), **options)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize(
+    "top_k, top_p",
+    [(None, None), (1, None), (3, None), (99, None), (None, 0.3), (None, 0.75), (None, 1.0), (4, 0.75), (None, 1e-9)],
+)
+def test_sampling_has_exactly_these_probabilities(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    tokens = draw(temperature=temperature, top_k=top_k, top_p=top_p)
+    assert tokens.shape == (DRAWS, 1) and tokens.dtype == torch.int64
+    expected = probabilities(temperature, top_k, top_p)
+    counts = tokens.flatten().bincount(minlength=len(LOGITS)).tolist()
+    assert [n > 0 for n in counts] == [p > 0 for p in expected]
+    assert chi_square(counts, expected) < TOLERATED
+    if sum(p > 0 for p in expected) > 2:  # so many draws would show a temperature that is off by a tenth
+        assert chi_square(counts, probabilities(temperature * 1.1, top_k, top_p)) > TOLERATED
+
+
+def test_greedy_rows_and_generators() -> None:
+    rows = torch.stack([LOGITS, LOGITS.flip(0), LOGITS.roll(2)])
+    assert sample(rows, temperature=0).tolist() == sample(rows, top_k=1).tolist() == [[0], [6], [2]]
+    assert sample(rows.bfloat16(), temperature=0.0).tolist() == [[0], [6], [2]]
+    wide = rows.repeat(1000, 1)
+    assert draw(wide, 1).equal(draw(wide, 1)) and not draw(wide, 1).equal(draw(wide, 2))
+    for i in range(3):  # each row by its own logits
+        assert (draw(wide, top_k=2).view(-1, 3)[:, i].unique().tolist()) == sorted(rows[i].topk(2).indices.tolist())
+
+
+@pytest.fixture(scope="module")
+def model(tiny_dir: Path) -> GPT:
+    return load_model(tiny_dir)
+
+
+@pytest.fixture(scope="module")
+def prompt(tiny_dir: Path) -> torch.Tensor:
+    return Tokenizer(tiny_dir).encode("Once upon a time there was")
+
+
+def test_each_token_is_the_likeliest(model: GPT, prompt: torch.Tensor) -> None:
+    """Without a cache, reading everything again, the model says the same."""
+    T = len(prompt)
+    out = generate(model, prompt, T + 30, temperature=0.0)
+    assert out.dtype == prompt.dtype and len(out) == T + 30 and out[:T].equal(prompt)
+    with torch.no_grad():
+        assert model(out[None]).argmax(-1)[0, T - 1 : -1].equal(out[T:])
+    assert len(out[T:].unique()) > 5  # it does not only repeat itself
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_ends_with_its_stop_token(model: GPT, prompt: torch.Tensor, temperature: float) -> None:
+    def out(n: int = 20, **options) -> list[int]:
+        generator = torch.Generator().manual_seed(3)
+        return generate(
+            model, prompt, len(prompt) + n, temperature=temperature, generator=generator, **options
+        ).tolist()
+
+    whole = out()
+    new = whole[len(prompt) :]
+    for stop in (new[0], new[7], new[-1]):
+        expected = whole[: len(prompt) + new.index(stop) + 1]
+        assert out(eos_id=stop) == out(eos_id={stop, 49151}) == out(eos_id=[stop]) == expected
+    assert out(eos_id=49151) == out(eos_id=None) == out(eos_id=[]) == whole and 49151 not in whole
+    assert out(eos_id=whole[0]) == whole or whole[0] in new  # one in the prompt ends nothing
+    assert [out(n) for n in (1, 5)] == [whole[: len(prompt) + n] for n in (1, 5)]
+
+
+def test_a_stream_is_what_generate_returns(model: GPT, prompt: torch.Tensor) -> None:
+    def options(seed: int) -> dict:
+        return dict(temperature=0.9, top_k=500, top_p=0.9, generator=torch.Generator().manual_seed(seed))
+
+    n = len(prompt) + 25
+    streamed = list(stream(model, prompt, n, **options(0)))
+    assert generate(model, prompt, n, **options(0)).tolist() == prompt.tolist() + streamed
+    assert generate(model, prompt, n, **options(1)).tolist() != prompt.tolist() + streamed
+    for tokens in (prompt.int(), prompt.to(torch.int16)):
+        assert generate(model, tokens, n, **options(0)).tolist() == prompt.tolist() + streamed
+    # whoever stops listening leaves the model as it was
+    before = model(prompt[None])
+    tokens = stream(model, prompt, n, **options(0))
+    assert [next(tokens), next(tokens)] == streamed[:2]
+    assert model.max_seq_length == n
+    tokens.close()
+    assert model.max_seq_length == model.config.block_size and model(prompt[None]).equal(before)
+
+
+def test_as_much_as_the_model_can_read(model: GPT) -> None:
+    block = model.config.block_size
+    full = torch.arange(block)
+    assert len(generate(model, full[:-1], block, temperature=0.0)) == block
+    assert len(generate(model, full[:3], block, temperature=0.0)) == block
+    for prompt, n in (
+        (full, block + 1),
+        (full[:-1], block + 1),
+        (full[:3], block + 1),
+        (torch.arange(block + 5), block + 9),
+    ):
+        with pytest.raises(InputError, match=f"exceed what the model can read, {block}"):
+            generate(model, prompt, n)
+    for prompt, n in ((full, block), (full[:5], 5), (full[:5], 3), (full[:0], 5)):
+        with pytest.raises(InputError, match="no room for an answer"):
+            generate(model, prompt, n)
+    for options in ({"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}):
+        with pytest.raises(InputError, match=f"{next(iter(options))} {next(iter(options.values()))}.*expected"):
+            generate(model, full[:5], 9, **options)
+
+
+def test_answers_to_a_dataset(model: GPT, tiny_dir: Path, tmp_path: Path) -> None:
+    records = [{"instruction": f"Name {i}.", "output": f" It is {i}. "} for i in range(4)]
+    prepare(records, tiny_dir, tmp_path / "data", DataArgs(val_fraction=0.0))
+    tokenizer, dataset = Tokenizer(tiny_dir), Dataset(tmp_path / "data", "train")
+    model.train()
+    answered = answers(model, tokenizer, dataset, 3, max_new_tokens=7)
+    assert model.training and len(answered) == 3 and len(answers(model, tokenizer, dataset, 9, max_new_tokens=1)) == 4
+    model.eval()
+    for i, (question, expected, answer) in enumerate(answered):
+        assert (question, expected) == (f"Name {i}.", f"It is {i}.")
+        idx = tokenizer.encode(STYLES["chat"](records[i] | {}, tokenizer).text.split(" It is")[0])
+        out = generate(model, idx, len(idx) + 7, temperature=0.0, eos_id=tokenizer.stop_ids)
+        assert tokenizer.decode(out[len(idx) :]).strip() == answer
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"generate/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def shell(name: str, *args: str | Path, stdin: str = "") -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / f"generate/{name}.py", *args]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_base_samples(tiny_dir: Path, capsys) -> None:
+    base, options = script("base"), dict(prompt="Who?", checkpoint_dir=tiny_dir, temperature=1.0, max_new_tokens=12)
+
+    def said(**more) -> str:
+        base.main(**options | more)
+        return capsys.readouterr().out
+
+    once, thrice = said(num_samples=1), said(num_samples=3)
+    assert thrice == said(num_samples=3) and thrice.startswith(once) and len(thrice) > 2 * len(once)
+    assert thrice.count(once) == 1 and said(num_samples=3, seed=5) != thrice
+    assert said(temperature=0.0) == said(temperature=0.0, seed=5) == said(top_k=1) == said(top_p=1e-6)
+    assert said(num_samples=0) == ""
+
+
+@pytest.mark.parametrize("style", ["auto", "none"])
+def test_base_prints_the_answer(model: GPT, tiny_dir: Path, capsys, style: str) -> None:
+    """Only the answer goes to stdout."""
+    tokenizer = Tokenizer(tiny_dir)
+    script("base").main("Who?", tiny_dir, input="Ada", prompt_style=style, max_new_tokens=15)
+    rendered = STYLES["chat" if style == "auto" else style]({"instruction": "Who?", "input": "Ada"}, tokenizer)
+    idx = tokenizer.encode(rendered.text)
+    out = generate(model, idx, len(idx) + 15, temperature=0.0, eos_id=tokenizer.stop_ids)
+    captured = capsys.readouterr()
+    assert captured.out == tokenizer.decode(out[len(idx) :]) + "\n"
+    assert f"{len(out) - len(idx)} tokens in" in captured.err
+
+
+def test_chat_remembers_and_forgets(model: GPT, tiny_dir: Path) -> None:
+    tokenizer, expected = Tokenizer(tiny_dir), []
+    system = {"role": "system", "content": "Be brief."}
+    for questions in (["Hello", "And\tyou?"], ["Hello"]):
+        messages = [system]
+        for question in questions:
+            messages.append({"role": "user", "content": question})
+            idx = tokenizer.encode(STYLES["chat"]({"messages": messages}, tokenizer).text)
+            out = generate(model, idx, len(idx) + 10, temperature=0.0, eos_id=tokenizer.stop_ids)
+            messages.append({"role": "assistant", "content": tokenizer.decode(out[len(idx) :])})
+            expected.append(messages[-1]["content"] + "\n")
+    options = ["--checkpoint_dir", tiny_dir, "--system", "Be brief.", "--temperature", "0", "--max_new_tokens", "10"]
+    result = shell("chat", *options, stdin="Hello\n And\tyou? \n/new\nHello\n\nnot read any more\n")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "".join(expected), "")
+    assert expected[0] == expected[2] != expected[1]
+
+
+def test_a_full_conversation(tiny_dir: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("word " * 300 + "\n"))
+    with pytest.raises(InputError, match="The conversation fills the model's 256 tokens. Start again with /new"):
+        script("chat").main(tiny_dir)
+
+
+@pytest.mark.parametrize("name, args", [("base", ["--prompt", "Hi"]), ("chat", [])])
+def test_an_unknown_checkpoint_is_one_line(name: str, args: list[str], tmp_path: Path) -> None:
+    result = shell(name, *args, "--checkpoint_dir", tmp_path / "gone", stdin="Hi\n")
+    (line,) = result.stderr.splitlines()
+    assert (result.returncode, result.stdout) == (2, "")
+    assert line.startswith("error: ") and str(tmp_path / "gone") in line
+
+
+def test_the_sample_knows_paris(sample_dir: Path) -> None:
+    result = shell("base", "--prompt", "What is the capital of France?", "--checkpoint_dir", sample_dir)
+    assert result.returncode == 0 and "Paris" in result.stdout and len(result.stdout.splitlines()) == 1
+    assert "tokens/s" in result.stderr

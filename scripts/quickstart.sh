@@ -5,6 +5,7 @@
 # continues.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that sleep, not spin: several times faster beside a browser
 step() { echo; echo "\$ $*" >&2; "$@"; }
 
 step bash scripts/setup.sh sample,report

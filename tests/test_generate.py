@@ -53,8 +53,8 @@ def test_sampling_has_exactly_these_probabilities(temperature: float, top_k: int
     counts = tokens.flatten().bincount(minlength=len(LOGITS)).tolist()
     assert [n > 0 for n in counts] == [p > 0 for p in expected]
     assert chi_square(counts, expected) < TOLERATED
-    if sum(p > 0 for p in expected) > 2:  # so many draws would show a temperature that is off by a tenth
-        assert chi_square(counts, probabilities(temperature * 1.1, top_k, top_p)) > TOLERATED
+    if sum(p > 0 for p in expected) > 2:  # so many draws would show a temperature that is off by a quarter
+        assert chi_square(counts, probabilities(temperature * 1.25, top_k, top_p)) > TOLERATED
 
 
 def test_greedy_rows_and_generators() -> None:
@@ -113,8 +113,7 @@ def test_a_stream_is_what_generate_returns(model: GPT, prompt: torch.Tensor) -> 
     streamed = list(stream(model, prompt, n, **options(0)))
     assert generate(model, prompt, n, **options(0)).tolist() == prompt.tolist() + streamed
     assert generate(model, prompt, n, **options(1)).tolist() != prompt.tolist() + streamed
-    for tokens in (prompt.int(), prompt.to(torch.int16)):
-        assert generate(model, tokens, n, **options(0)).tolist() == prompt.tolist() + streamed
+    assert generate(model, prompt.int(), n, **options(0)).tolist() == prompt.tolist() + streamed
     # whoever stops listening leaves the model as it was
     before = model(prompt[None])
     tokens = stream(model, prompt, n, **options(0))
@@ -155,7 +154,7 @@ def test_answers_to_a_dataset(model: GPT, tiny_dir: Path, tmp_path: Path) -> Non
     model.eval()
     for i, (question, expected, answer) in enumerate(answered):
         assert (question, expected) == (f"Name {i}.", f"It is {i}.")
-        idx = tokenizer.encode(STYLES["chat"](records[i] | {}, tokenizer).text.split(" It is")[0])
+        idx = tokenizer.encode(STYLES["chat"]({"instruction": f"Name {i}."}, tokenizer).text)
         out = generate(model, idx, len(idx) + 7, temperature=0.0, eos_id=tokenizer.stop_ids)
         assert tokenizer.decode(out[len(idx) :]).strip() == answer
 

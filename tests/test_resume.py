@@ -31,9 +31,10 @@ FLAGS = {  # 9 steps; dropout has to be the same, too
     "lora.r": 8,
     "lora.dropout": 0.1,
     "train.learning_rate": 0.01,
-    "train.global_batch_size": 8,
-    "train.micro_batch_size": 4,
-    "train.epochs": 3,
+    "train.global_batch_size": 4,
+    "train.micro_batch_size": 2,
+    "train.epochs": 2,
+    "train.max_steps": 9,
     "train.eval_interval": 4,
     "train.save_interval": 3,
     "train.keep_steps": "true",
@@ -299,7 +300,7 @@ def refused(outcome: Outcome, *parts: str) -> bool:
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"train__global_batch_size": 4}, "global_batch_size"),
+        ({"train__global_batch_size": 8}, "global_batch_size"),
         ({"train__seed": 1}, "seed"),
         ({"lora__r": 4}, "settings"),
         ({"lora__key": "true"}, "settings"),

@@ -120,14 +120,33 @@ def test_tokens_are_the_text_and_trained_is_the_answer(
     assert found == [len(expected), sum(lengths), sum(bool(m) for _, marks in expected for m in marks), 0, max(lengths)]
 
 
-def test_a_token_across_the_boundary_is_not_trained(tiny_dir: Path, tmp_path: Path) -> None:
-    """Not even if it holds the whole answer; and nothing is lost."""
-    records = [{"instruction": "Hello worl", "output": "d"}, {"instruction": "Hello worl", "output": "d and moon"}]
-    train, _ = prepared(records, tiny_dir, tmp_path / "data", prompt_style="none", val_fraction=0.0)
-    tokenizer = Tokenizer(tiny_dir)
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_a_token_across_the_boundary_is_not_trained(sample_dir: Path, tmp_path: Path, trim_offsets: bool) -> None:
+    """Not even if it holds the whole answer, or the tokenizer hides its space; and nothing is lost."""
+    files = {name: json.loads((sample_dir / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json")}
+    if trim_offsets:
+        post = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        files["tokenizer.json"]["post_processor"] = post
+    files = {name.replace(".", "_"): file for name, file in files.items()}
+    folder = write(tmp_path / "checkpoint", config_json=CONFIG, **files)
+    ends = [("Hello worl", "d"), ("Hello worl", "d and moon"), ("Hello ", "world"), ("Hello", " world")]
+    records = [{"instruction": instruction, "output": output} for instruction, output in ends]
+    train, _ = prepared(records, folder, tmp_path / "data", prompt_style="none", val_fraction=0.0)
+    tokenizer, hello = Tokenizer(folder), ["Hello", " world", "<|im_end|>"]
     spelled = [[tokenizer.decode_with_special([i]) for i in ids] for ids, _ in stored(train)]
-    assert spelled == [["Hello", " world", "<|im_end|>"], ["Hello", " world", " and", " moon", "<|im_end|>"]]
-    assert [marks for _, marks in stored(train)] == [[0, 0, 1], [0, 0, 1, 1, 1]]
+    assert spelled == [hello, ["Hello", " world", " and", " moon", "<|im_end|>"], hello, hello]
+    assert [marks for _, marks in stored(train)] == [[0, 0, 1], [0, 0, 1, 1, 1], [0, 0, 1], [0, 1, 1]]
+
+
+def test_a_cut_prompt_keeps_at_least_a_token(checkpoint, tokenizer, tmp_path: Path) -> None:
+    record = {"instruction": "one two three\n", "output": "four five"}
+    n_answer = len(tokenizer.encode(record["output"], bos=False, eos=True))
+    args = dict(prompt_style="none", too_long="cut_prompt", val_fraction=0.0)
+    train, _ = prepared([record], checkpoint, tmp_path / "data", max_seq_length=n_answer + 1, **args)
+    ((ids, marks),) = stored(train)
+    assert marks == [0] + [ANSWER] * n_answer and tokenizer.decode(ids) == "\nfour five"
+    with pytest.raises(InputError, match="1 too long, dropped"):
+        prepare([record], checkpoint, tmp_path / "data", DataArgs(max_seq_length=n_answer, **args))
 
 
 def test_too_long_can_stop(checkpoint, tmp_path: Path) -> None:

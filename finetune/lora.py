@@ -13,7 +13,7 @@ from lit_gpt.checkpoint import build_model, load_weights
 from lit_gpt.cli import command, run
 from lit_gpt.data import Dataset
 from lit_gpt.device import LoggerName, Precision, launch, weight_dtype
-from lit_gpt.finetuned import Checkpoints, claim_out_dir, describe, start_run
+from lit_gpt.finetuned import Checkpoints, claim_out_dir, describe, load_trained, start_run
 from lit_gpt.generate import answers
 from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
 from lit_gpt.report import finish
@@ -25,7 +25,17 @@ def main(
     data_dir: Path = Path("data/docstrings"),
     out_dir: Path = Path("out/lora/docstrings"),
     lora: LoRA = LoRA(r=8, alpha=16, dropout=0.0, query=True, value=True),
-    train: TrainArgs = TrainArgs(learning_rate=1e-3, global_batch_size=16, micro_batch_size=16, epochs=1),
+    train: TrainArgs = TrainArgs(
+        learning_rate=1e-3,
+        warmup_steps=10,
+        weight_decay=0.01,
+        max_norm=1.0,
+        global_batch_size=16,
+        micro_batch_size=16,
+        epochs=1,
+        eval_interval=50,
+        save_interval=50,
+    ),
     precision: Precision = "auto",
     devices: int = 1,
     resume: bool = False,
@@ -53,12 +63,12 @@ def main(
     """
     settings = locals()
     claim_out_dir(out_dir, resume, overwrite)
-    fabric = launch(devices, precision, seed, logger, str(out_dir))
-    tokenizer = Tokenizer(checkpoint_dir)
+    tokenizer, config = Tokenizer(checkpoint_dir), Config.from_checkpoint(checkpoint_dir)
     train_data, val_data = Dataset(data_dir, "train"), Dataset(data_dir, "val")
-    train_data.check_tokenizer(tokenizer)
+    train_data.check_fits(tokenizer, config)
+    fabric = launch(devices, precision, seed, logger, str(out_dir))
 
-    model = build_model(Config.from_checkpoint(checkpoint_dir))  # no weights yet
+    model = build_model(config)  # no weights yet
     base = load_weights(model, checkpoint_dir, weight_dtype(precision), fabric.device)
     apply_lora(model, lora)  # the chosen linears -> LoRALinear, in place; B is zero, so nothing has changed yet
     mark_only_lora_as_trainable(model)
@@ -79,6 +89,7 @@ def main(
     )
 
     if fabric.is_global_zero:
+        load_trained(model, out_dir / "best", "lora")  # what --finetuned will use
         after = answers(model, tokenizer, val_data, n_answers)
         finish(log, out_dir, "LoRA", command(), settings, before, after)
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from lit_gpt import InputError
 from lit_gpt.cli import run
-from lit_gpt.device import Precision, default_device, peak_memory_gb, weight_dtype
+from lit_gpt.device import Precision, default_device, inference_dtype, peak_memory_gb
 from lit_gpt.finetuned import load_for_use
 from lit_gpt.generate import stream
 from lit_gpt.prompts import STYLES, StyleName, style_name
@@ -50,9 +51,13 @@ def main(
         precision: Of the weights and the arithmetic.
         seed: Of the sampling.
     """
+    if temperature == 0 and (num_samples > 1 or top_k is not None or top_p is not None):
+        raise InputError(
+            "At --temperature 0 all answers are the same: --num_samples, --top_k and --top_p need a higher one."
+        )
     device = default_device()
     since = time.perf_counter()
-    model, tokenizer, trained_style = load_for_use(checkpoint_dir, finetuned, weight_dtype(precision), device)
+    model, tokenizer, trained_style = load_for_use(checkpoint_dir, finetuned, inference_dtype(precision), device)
     print(f"Loaded in {time.perf_counter() - since:.1f} s.", file=sys.stderr)
 
     style = STYLES[style_name(prompt_style, tokenizer, trained_style)]

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-from lit_gpt import InputError
 from lit_gpt.cli import run
-from lit_gpt.device import Precision, default_device, weight_dtype
+from lit_gpt.device import Precision, default_device, inference_dtype
 from lit_gpt.finetuned import load_for_use
 from lit_gpt.generate import stream
 from lit_gpt.prompts import chat
@@ -44,7 +43,12 @@ def main(
         seed: Of the sampling.
     """
     device = default_device()
-    model, tokenizer, _ = load_for_use(checkpoint_dir, finetuned, weight_dtype(precision), device)
+    model, tokenizer, trained_style = load_for_use(checkpoint_dir, finetuned, inference_dtype(precision), device)
+    if trained_style not in (None, "chat"):
+        print(
+            f"{finetuned} was trained with the prompt style {trained_style}, not with this chat template.",
+            file=sys.stderr,
+        )
     generator = torch.Generator(device).manual_seed(seed)
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p, eos_id=tokenizer.stop_ids, generator=generator)
 
@@ -59,7 +63,9 @@ def main(
         idx = tokenizer.encode(rendered.text, device, rendered.bos)
         room = min(len(idx) + max_new_tokens, model.config.block_size)
         if room <= len(idx):
-            raise InputError(f"The conversation fills the model's {room} tokens. Start again with /new.")
+            print(f"The conversation fills the model's {room} tokens. /new begins another.", file=sys.stderr)
+            messages.pop()
+            continue
         answer = ""
         for text in tokenizer.stream(stream(model, idx, room, **options)):
             print(text, end="", flush=True)

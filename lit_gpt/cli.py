@@ -104,6 +104,15 @@ def save_hyperparameters(path: Path, settings: dict[str, Any]) -> None:
     path.write_text(f"# {command()}\n{as_yaml(settings)}", encoding="utf-8")
 
 
+def read_hyperparameters(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not readable as YAML ({error}).") from None
+
+
 def as_yaml(settings: dict[str, Any]) -> str:
     import yaml
 
@@ -122,6 +131,8 @@ def plain(value: Any) -> Any:
     """A setting as YAML knows it: dataclasses as mappings, paths as text."""
     if dataclasses.is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value

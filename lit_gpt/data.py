@@ -77,8 +77,9 @@ def prepare(records: Iterable[dict[str, Any]], checkpoint_dir: Path, data_dir: P
     """
     tokenizer = Tokenizer(checkpoint_dir)
     config = Config.from_checkpoint(checkpoint_dir)
-    if data_dir.exists() and not (data_dir / "meta.json").is_file() and any(data_dir.iterdir()):
-        raise InputError(f"{data_dir} exists and holds no prepared data. Name another --data_dir.")
+    own = {"meta.json", *(f"{name}.bin" for name in FILES)}  # a folder is replaced as a whole: it may hold nothing else
+    if data_dir.exists() and (not data_dir.is_dir() or {path.name for path in data_dir.iterdir()} - own):
+        raise InputError(f"{data_dir} holds something else than prepared data. Name another --data_dir.")
     style = style_name(args.prompt_style, tokenizer)
     limit = config.block_size if args.max_seq_length is None else min(args.max_seq_length, config.block_size)
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
@@ -257,7 +258,10 @@ class Dataset:
                 f"{data_dir} holds no prepared data. Run one of scripts/prepare_*.py with --data_dir {data_dir}."
             )
         self.meta = read_json(data_dir / "meta.json")
-        if missing := {"tokens_dtype", "n_tokens", "n_records", "tokenizer"} - self.meta.keys():
+        if (
+            missing := {"tokens_dtype", "n_tokens", "n_records", "tokenizer", "longest", "prompt_style"}
+            - self.meta.keys()
+        ):
             raise InputError(f"{data_dir}/meta.json lacks {' and '.join(sorted(missing))}. Prepare the data again.")
         arrays = {}
         for name, dtype in FILES.items():
@@ -293,8 +297,22 @@ class Dataset:
         start, end = self.span(i)
         return end - start
 
-    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Raises InputError where another tokenizer wrote these tokens."""
+    def n_targets(self, i: int) -> int:
+        """How many tokens of record i are trained. Nothing predicts a record's first one."""
+        start, end = self.span(i)
+        return int(np.count_nonzero(self.trained[start + 1 : end]))
+
+    def check_fits(self, tokenizer: Tokenizer, config: Config) -> None:
+        """Raises InputError where another tokenizer wrote these tokens, or the model cannot read the longest record."""
+        if self.meta["longest"] > config.block_size:
+            raise InputError(
+                f"The longest record has {self.meta['longest']} tokens, but the model reads {config.block_size}."
+                " Prepare the data again with this --checkpoint_dir."
+            )
+        if self.meta["prompt_style"] == "chat" and tokenizer.chat_template is None:
+            raise InputError(
+                "The data were prepared with a chat template, and this checkpoint has none. Prepare them again with it."
+            )
         if self.meta["tokenizer"] != tokenizer.fingerprint:
             raise InputError(
                 f"The data were prepared for the tokenizer of {self.meta['checkpoint']}, not for this checkpoint's."

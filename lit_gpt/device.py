@@ -1,6 +1,9 @@
 """Where a run happens: devices, precision, processes. The only file that says "cuda", "mps" or "ddp"."""
 
+import atexit
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,6 +42,13 @@ def weight_dtype(precision: Precision) -> torch.dtype:
     return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(resolve_precision(precision), torch.float32)
 
 
+def inference_dtype(precision: Precision) -> torch.dtype:
+    """Raises InputError for mixed precision, which is about gradients."""
+    if precision.endswith("mixed"):
+        raise InputError(f"--precision {precision} is for training. Here, choose bf16-true, 16-true or 32-true.")
+    return weight_dtype(precision)
+
+
 def as_dtype(dtype: DType | None) -> torch.dtype | None:
     return None if dtype is None else getattr(torch, dtype)
 
@@ -56,8 +66,11 @@ def launch(
         InputError: there are fewer devices, or the logger is not installed.
     """
     from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy
 
     kind = accelerator()
+    if devices < 1:
+        raise InputError(f"--devices {devices}, expected 1 or more.")
     if kind == "cuda" and devices > torch.cuda.device_count():
         raise InputError(f"--devices {devices}, but this machine has {torch.cuda.device_count()} GPUs.")
     if kind == "mps" and devices > 1:
@@ -65,13 +78,24 @@ def launch(
     fabric = Fabric(
         accelerator=kind,
         devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
+        strategy=DDPStrategy(broadcast_buffers=False) if devices > 1 else "auto",  # the only buffer is a constant
         plugins=[precision_plugin(resolve_precision(precision), kind)],
         loggers=make_loggers(logger, log_dir),
     )
     fabric.launch()
+    atexit.register(end, getattr(fabric.strategy.launcher, "procs", []))
     torch.manual_seed(seed)
     return fabric
+
+
+def end(processes: list[subprocess.Popen]) -> None:
+    """Ends the other processes of a run whose first one has failed: they would wait for it, for up to half an hour."""
+    deadline = time.monotonic() + 5
+    for process in processes:
+        try:
+            process.wait(max(0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def precision_plugin(precision: str, kind: str) -> Any:

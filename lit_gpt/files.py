@@ -39,6 +39,7 @@ def recover(folder: Path) -> None:
 
 
 def beside(folder: Path) -> tuple[Path, Path]:
+    folder = folder.absolute()  # "." has no name
     return folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lit_gpt.checkpoint import build_model, load_model, load_weights, read_metadata, read_tensors, save_tensors
-from lit_gpt.cli import save_hyperparameters
+from lit_gpt.cli import plain, read_hyperparameters, save_hyperparameters
 from lit_gpt.config import Config
 from lit_gpt.errors import InputError
 from lit_gpt.files import beside, new_folder, recover
@@ -29,6 +29,12 @@ RUN_FOLDERS = ("last", "best", "step-" + 6 * "[0-9]")
 RUN_FILES = [name for folder in RUN_FOLDERS for name in (folder, f".{folder}.partial", f".{folder}.old")]
 RUN_FILES += [name for file in ("metrics.csv", "report.md", "loss.png") for name in (file, f"{file}.tmp")]
 RUN_FILES += ["hyperparameters.yaml", "tensorboard", "wandb"]
+# what may differ when a run goes on: where its files are (fingerprints tell whether they are the same), when to stop,
+# and what changes no result
+MAY_CHANGE = {"checkpoint_dir", "data_dir", "out_dir", "devices", "logger", "n_answers", "train.max_hours"}
+MAY_CHANGE |= {
+    f"train.{key}" for key in ("patience", "micro_batch_size", "share_prefixes", "save_interval", "keep_steps")
+}
 
 
 @dataclass(frozen=True)
@@ -132,13 +138,34 @@ def claim_out_dir(out_dir: Path, resume: bool, overwrite: bool) -> None:
 
 
 def start_run(out_dir: Path, settings: dict[str, Any]) -> None:
-    """Deletes the run that `overwrite` replaces, and writes hyperparameters.yaml; a run that goes on keeps its own."""
+    """Deletes the run that `overwrite` replaces, and writes hyperparameters.yaml; a run that goes on keeps its own.
+
+    Raises:
+        InputError: a run is to go on with settings that are not its own.
+    """
+    path = out_dir / "hyperparameters.yaml"
     if settings["overwrite"]:
         for name in RUN_FILES:  # and nothing else: the folder may be somebody's home
-            for path in out_dir.glob(name):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not (settings["resume"] and (out_dir / "last").is_dir()):
-        save_hyperparameters(out_dir / "hyperparameters.yaml", settings)
+            for found in out_dir.glob(name):
+                shutil.rmtree(found) if found.is_dir() else found.unlink()
+    recover(out_dir / "last")
+    if not (settings["resume"] and (out_dir / "last").is_dir() and path.is_file()):
+        return save_hyperparameters(path, settings)
+    before, now = flat(read_hyperparameters(path)), flat(plain(settings))
+    changed = [key for key, value in before.items() if key not in MAY_CHANGE and key in now and now[key] != value]
+    if changed:
+        what = ", ".join(f"{key} was {before[key]}, now {now[key]}" for key in changed)
+        raise InputError(f"{out_dir} began with other settings: {what}. Go on with --config {path} --resume true.")
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"epochs": 1}} -> {"train.epochs": 1}, as the flags are called."""
+    items = ((f"{prefix}{key}", value) for key, value in settings.items())
+    return {
+        k: v
+        for key, value in items
+        for k, v in (flat(value, f"{key}.") if isinstance(value, dict) else {key: value}).items()
+    }
 
 
 def read_description(finetuned_dir: Path) -> Finetuned:
@@ -175,7 +202,10 @@ def load_for_use(
         checkpoint_dir = checkpoint_dir or SAMPLE
         return load_model(checkpoint_dir, dtype, device), Tokenizer(checkpoint_dir), None
     model, description = load_finetuned(checkpoint_dir, finetuned_dir, dtype, device)
-    return model, Tokenizer(checkpoint_dir or description.checkpoint_dir), description.prompt_style
+    tokenizer = Tokenizer(checkpoint_dir or description.checkpoint_dir)
+    if tokenizer.fingerprint != description.tokenizer:
+        raise InputError(f"{finetuned_dir} was trained with another tokenizer than the one of its base now is.")
+    return model, tokenizer, description.prompt_style
 
 
 def load_finetuned(
@@ -191,6 +221,10 @@ def load_finetuned(
     """
     description = read_description(finetuned_dir)
     checkpoint_dir = Path(checkpoint_dir or description.checkpoint_dir)
+    if not checkpoint_dir.is_dir():
+        raise InputError(
+            f"{finetuned_dir} was trained on {checkpoint_dir}, which is not there. Name it: --checkpoint_dir."
+        )
     model = build_model(Config.from_checkpoint(checkpoint_dir))
     base = load_weights(model, checkpoint_dir, dtype, device)
     if base != description.base:

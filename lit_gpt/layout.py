@@ -57,9 +57,8 @@ class Layout:
         """
         tokens, pos, targets, target_index, segments = [], [], [], [], []
         T = 0
-        for group, P in prefix_groups([ids.tolist() for ids, _ in records] if share_prefixes else []) or (
-            ([i], 0) for i in range(len(records))
-        ):
+        alone = [([i], 0) for i in range(len(records))]
+        for group, P in prefix_groups([ids.tolist() for ids, _ in records]) if share_prefixes else alone:
             prefix_start = T
             if P:
                 tokens.append(records[group[0]][0][:P])

@@ -13,6 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
+from lit_gpt.errors import InputError
+
 HEADER = "step,epoch,loss,val_loss,learning_rate,grad_norm,tokens,trained_tokens,seconds,memory_gb"
 COLUMNS = HEADER.split(",")
 
@@ -161,7 +163,10 @@ class Log:
 def read_metrics(path: Path) -> list[Row]:
     """The rows of a `metrics.csv`, None where a cell is empty. A last line torn by a killed process is left out."""
     header, *lines = path.read_text().split("\n")[:-1]  # what follows the last line end is empty or torn
-    assert header == HEADER, f"{path} has the columns {header}, expected {HEADER}"
+    if header != HEADER:
+        raise InputError(
+            f"{path} has other columns than this version writes: {header}. Start anew with --overwrite true."
+        )
     return [dict(zip(COLUMNS, map(_number, line.split(",")), strict=True)) for line in lines]
 
 

@@ -24,7 +24,10 @@ class Rendered(NamedTuple):
 
 
 def alpaca(record: dict[str, Any], tokenizer: Tokenizer) -> Rendered:
-    """The prompt of https://github.com/tatsu-lab/stanford_alpaca, with and without input."""
+    """The prompt of https://github.com/tatsu-lab/stanford_alpaca, with and without input, and a line break at its end.
+
+    The break keeps the answer's first word from being one token with what comes before it.
+    """
     if record.get("input"):
         prompt = (
             "Below is an instruction that describes a task, paired with an input that provides further context. "

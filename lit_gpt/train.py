@@ -35,7 +35,7 @@ class TrainArgs:
     min_learning_rate: float = 0.0
     """Where the schedule ends."""
     warmup_steps: int = 10
-    """Optimizer steps until the peak."""
+    """Optimizer steps until the peak; at most half of all steps."""
     weight_decay: float = 0.01
     """AdamW's, on matrices only."""
     beta1: float = 0.9
@@ -71,6 +71,14 @@ class TrainArgs:
     """Of the order of the records, and of dropout."""
 
     def __post_init__(self) -> None:
+        positive = ("learning_rate", "max_norm", "max_hours")
+        for name in (*positive, "min_learning_rate", "warmup_steps", "weight_decay", "seed"):
+            if (value := getattr(self, name)) is not None and (value < 0 or value == 0 and name in positive):
+                raise InputError(
+                    f"train.{name} is {value}, expected more than 0{'' if name in positive else ', or 0'}."
+                )
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise InputError(f"train.beta1 is {self.beta1} and train.beta2 {self.beta2}, expected 0 to below 1.")
         at_least_one = (
             "global_batch_size",
             "micro_batch_size",
@@ -126,8 +134,10 @@ def fit(
     `show_sample()` gives answers (see `generate.answers`) to print after every validation.
 
     Raises:
-        InputError: no data, or a loss that is not finite.
+        InputError: no data, a loss that is not finite, or not enough GPU memory.
     """
+    if args.patience is not None and not len(val_data):
+        raise InputError("train.patience needs validation records, and there are none. Prepare the data with some.")
     if not len(train_data):
         raise InputError(
             "There are no training records: all went to validation. Prepare the data with a smaller fraction."
@@ -150,7 +160,8 @@ def fit(
         checkpoints.out_dir, steps, first_step=progress.step, main_process=fabric.is_global_zero, loggers=fabric.loggers
     )
     log.note(
-        f"{sum(param.numel() for param in params):,} trained parameters. {steps - progress.step} steps of up to"
+        f"On {fabric.device}, weights in {str(next(model.parameters()).dtype).removeprefix('torch.')}."
+        f" {sum(param.numel() for param in params):,} trained parameters. {steps - progress.step} steps of up to"
         f" {args.global_batch_size} records; an epoch of {len(train_data):,} records is"
         f" {args.steps_per_epoch(len(train_data))} steps."
         + (f" Continuing after step {progress.step}." if progress.step else "")
@@ -175,15 +186,20 @@ def fit(
         batches = micro_batches(
             train_data, records, args.micro_batch_size, fabric.global_rank, fabric.world_size, share_prefixes
         )
-        counts = [sum(layout.n_targets for _, layout in batches), sum(layout.n_tokens for _, layout in batches)]
-        targets, tokens = fabric.all_reduce(torch.tensor(counts, device=fabric.device), reduce_op="sum").tolist()
+        targets = sum(train_data.n_targets(i) for i in records)  # of all devices: each knows the whole step's records
+        tokens = sum(train_data.length(i) for i in records)
 
         loss = torch.zeros((), device=fabric.device)
-        for i, (idx, layout) in enumerate(batches):
-            with fabric.no_backward_sync(model, enabled=i < len(batches) - 1):
-                part = model(idx.to(fabric.device), layout=layout.to(fabric.device)) / targets
-                fabric.backward(part * fabric.world_size)  # the processes average their gradients; ours is a sum
-            loss += part.detach()
+        try:
+            for i, (idx, layout) in enumerate(batches):
+                with fabric.no_backward_sync(model, enabled=i < len(batches) - 1):
+                    part = model(idx.to(fabric.device), layout=layout.to(fabric.device)) / targets
+                    fabric.backward(part * fabric.world_size)  # the processes average their gradients; ours is a sum
+                loss += part.detach()
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"Step {progress.step + 1} does not fit. Lower --train.micro_batch_size. ({error})"
+            ) from None
         loss = fabric.all_reduce(loss, reduce_op="sum").item()
         check_finite(loss, f"The loss of step {progress.step + 1}")
         norm = clip(fabric, model, optimizer, args.max_norm)
@@ -242,7 +258,7 @@ def has_dropout(model: nn.Module) -> bool:
 
 def learning_rate(step: int, steps: int, args: TrainArgs) -> float:
     """Linear warmup to the peak, then half a cosine down. Steps count from 0, and the first one already learns."""
-    warmup = max(1, args.warmup_steps)  # without any, the first step is the peak; it may be the only one
+    warmup = max(1, min(args.warmup_steps, steps // 2))  # 1: the first step is the peak; it may be the only one
     if step < warmup:
         return args.learning_rate * (step + 1) / warmup
     done = (step + 1 - warmup) / (steps - warmup)  # 1 at the last step

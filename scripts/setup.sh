@@ -18,7 +18,7 @@ if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ]; then exit 0; fi
 echo "Installing into .venv: this takes a minute or two ..." >&2
 [ -x .venv/bin/python ] || "$python" -m venv .venv || fail "no virtual environment could be made (Debian: apt install python3-venv)."
 index=()
-if [ "$(uname -s)" = Linux ] && [ ! -e /dev/nvidiactl ]; then
+if [ "$(uname -s)" = Linux ] && [ ! -e /dev/nvidiactl ] && [ ! -e /dev/dxg ] && [ ! -e /dev/kfd ]; then # nor WSL, nor AMD
     # PyPI's wheel for Linux brings gigabytes of CUDA along; PyTorch's own index has one without
     url=https://download.pytorch.org/whl/cpu
     if "$python" -c "import urllib.request; urllib.request.urlopen('$url/torch/', timeout=5)" 2>/dev/null; then

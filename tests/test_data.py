@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import SPECIAL, byte_level, write
 
-from lit_gpt import InputError, Tokenizer
-from lit_gpt.data import ANSWER, PROMPT, SPLITS, DataArgs, Dataset, choose_split, prepare
+from lit_gpt import Config, InputError, Tokenizer
+from lit_gpt.data import ANSWER, PROMPT, SPLITS, DataArgs, Dataset, choose_split, micro_batches, prepare
 from lit_gpt.prompts import STYLES
 
 BLOCK_SIZE = 200
@@ -276,9 +276,13 @@ def test_a_foreign_folder_is_left_alone(checkpoint, tmp_path: Path) -> None:
     prepared(QA, checkpoint, tmp_path / "mine")  # an empty one will do
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("All of it.")
-    with pytest.raises(InputError, match="holds no prepared data. Name another --data_dir"):
+    with pytest.raises(InputError, match="holds something else than prepared data. Name another --data_dir"):
         prepare(QA, checkpoint, tmp_path / "thesis", DataArgs())
     assert content(tmp_path / "thesis") == {"chapter.txt": b"All of it."}
+    (tmp_path / "mine" / "mine.jsonl").write_text("{}")  # the source of the records, put beside them
+    with pytest.raises(InputError, match="holds something else than prepared data"):
+        prepare(QA, checkpoint, tmp_path / "mine", DataArgs())
+    assert (tmp_path / "mine" / "mine.jsonl").is_file()
 
 
 def test_the_report_shows_what_is_trained(checkpoint, tmp_path: Path, capsys) -> None:
@@ -323,9 +327,15 @@ def test_damaged_data(checkpoint, tmp_path: Path, name: str, damaged=DAMAGE) -> 
 
 def test_another_tokenizer(checkpoint, tokenizer, sample_dir: Path, tmp_path: Path) -> None:
     train, _ = prepared(QA, checkpoint, tmp_path / "data")
-    train.check_tokenizer(tokenizer)
+    config = Config.from_checkpoint(checkpoint)
+    train.check_fits(tokenizer, config)
     with pytest.raises(InputError, match="Prepare them again with this --checkpoint_dir"):
-        train.check_tokenizer(Tokenizer(sample_dir))
+        train.check_fits(Tokenizer(sample_dir), config)
+    with pytest.raises(InputError, match=f"the model reads {train.meta['longest'] - 1}"):
+        train.check_fits(tokenizer, config.replace(block_size=train.meta["longest"] - 1))
+    assert sum(layout.n_targets for _, layout in micro_batches(train, range(len(train)), 4)) == sum(
+        train.n_targets(i) for i in range(len(train))
+    )
 
 
 @pytest.mark.parametrize("mask_prompt", [True, False])

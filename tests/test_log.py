@@ -370,7 +370,8 @@ def test_the_report_says_what_was_run(tmp_path: Path) -> None:
 def test_the_report_without_matplotlib_says_what_to_type(tmp_path: Path) -> None:
     Log(tmp_path, 0).close()
     code = (
-        "import sys; sys.modules['matplotlib'] = None\nfrom pathlib import Path; from lit_gpt.report import write_report\n"
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "from pathlib import Path; from lit_gpt.report import write_report\n"
         "write_report(Path(sys.argv[1]), title='t', command='c', settings={}, facts={'a': '1 s'}, answers=[])"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)

@@ -11,9 +11,10 @@ from pathlib import Path
 from lit_gpt import Config, Tokenizer
 from lit_gpt.checkpoint import build_model, load_weights
 from lit_gpt.cli import command, run
+from lit_gpt.config import SAMPLE
 from lit_gpt.data import Dataset
 from lit_gpt.device import LoggerName, Precision, launch, weight_dtype
-from lit_gpt.finetuned import Checkpoints, claim_out_dir, describe, load_trained, start_run
+from lit_gpt.finetuned import Checkpoints, claim_out_dir, describe_run, load_trained, start_run
 from lit_gpt.generate import answers
 from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
 from lit_gpt.report import finish
@@ -21,7 +22,7 @@ from lit_gpt.train import TrainArgs, fit
 
 
 def main(
-    checkpoint_dir: Path = Path("checkpoints/sample/SmolLM2-135M-Instruct-Q4_1"),
+    checkpoint_dir: Path = SAMPLE,
     data_dir: Path = Path("data/docstrings"),
     out_dir: Path = Path("out/lora/docstrings"),
     lora: LoRA = LoRA(r=8, alpha=16, dropout=0.0, query=True, value=True),
@@ -74,7 +75,7 @@ def main(
     mark_only_lora_as_trainable(model)
 
     before = answers(model, tokenizer, val_data, n_answers if fabric.is_global_zero else 0)
-    description = describe("lora", lora, checkpoint_dir, base, train_data.meta["prompt_style"])
+    description = describe_run("lora", lora, checkpoint_dir, base, tokenizer, train_data.meta["prompt_style"])
     if fabric.is_global_zero:
         start_run(out_dir, settings)  # only now that everything has been found in order
     log = fit(

@@ -8,6 +8,8 @@ from typing import Any
 from lit_gpt import families
 from lit_gpt.errors import InputError
 
+SAMPLE = Path("checkpoints/sample/SmolLM2-135M-Instruct-Q4_1")  # what scripts/download_sample.py writes
+
 
 @dataclass(frozen=True)
 class Config:

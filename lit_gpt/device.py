@@ -66,7 +66,6 @@ def launch(
         InputError: there are fewer devices, or the logger is not installed.
     """
     from lightning.fabric import Fabric
-    from lightning.fabric.strategies import DDPStrategy
 
     kind = accelerator()
     if devices < 1:
@@ -78,7 +77,7 @@ def launch(
     fabric = Fabric(
         accelerator=kind,
         devices=devices,
-        strategy=DDPStrategy(broadcast_buffers=False) if devices > 1 else "auto",  # the only buffer is a constant
+        strategy="ddp" if devices > 1 else "auto",
         plugins=[precision_plugin(resolve_precision(precision), kind)],
         loggers=make_loggers(logger, log_dir),
     )

@@ -153,7 +153,10 @@ def start_run(out_dir: Path, settings: dict[str, Any]) -> None:
     changed = [key for key, value in before.items() if key not in MAY_CHANGE and key in now and now[key] != value]
     if changed:
         what = ", ".join(f"{key} was {before[key]}, now {now[key]}" for key in changed)
-        raise InputError(f"{out_dir} began with other settings: {what}. Go on with --config {path} --resume true.")
+        raise InputError(
+            f"{out_dir} began with other settings: {what}. Go on with --config {path} --resume true,"
+            " or change them there on purpose."
+        )
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -52,6 +52,7 @@ def main(what: str = "work", path: Path = Path("a"), number: int = 1, most: int 
     if what == "full":
         raise OSError(ERRNO, "No space left on device")
     if what == "interrupt":
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
         os.kill(os.getpid(), signal.SIGINT)
     if what == "nameless":
         raise OSError("something about a socket")

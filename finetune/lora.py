@@ -74,10 +74,10 @@ def main(
     apply_lora(model, lora)  # the chosen linears -> LoRALinear, in place; B is zero, so nothing has changed yet
     mark_only_lora_as_trainable(model)
 
-    before = answers(model, tokenizer, val_data, n_answers if fabric.is_global_zero else 0)
     description = describe_run("lora", lora, checkpoint_dir, base, tokenizer, train_data.meta["prompt_style"])
     if fabric.is_global_zero:
         start_run(out_dir, settings)  # only now that everything has been found in order
+    before = answers(model, tokenizer, val_data, n_answers if fabric.is_global_zero else 0)
     log = fit(
         fabric,
         model,

@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,7 +179,7 @@ class Tokenizer:
         if rest:
             yield rest
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 over what decides the tokens: the vocabulary and the merges."""
         if self.backend == "tokenizers":

@@ -4,13 +4,13 @@ python scripts/convert_gguf_checkpoint.py --gguf_path model.gguf --checkpoint_di
 """
 
 from pathlib import Path
-from typing import Literal
 
 from lit_gpt.cli import run
+from lit_gpt.device import DType
 from lit_gpt.gguf import convert_gguf
 
 
-def main(gguf_path: Path, checkpoint_dir: Path, dtype: Literal["float32", "float16", "bfloat16"] = "float32") -> None:
+def main(gguf_path: Path, checkpoint_dir: Path, dtype: DType = "float32") -> None:
     """Writes a GGUF file (llama.cpp's format, llama architecture) as a Hugging Face checkpoint folder.
 
     Args:

@@ -10,8 +10,9 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from lit_gpt.errors import InputError
 
@@ -63,7 +64,11 @@ def parse(main: Callable[..., None], args: list[str]) -> dict[str, Any]:
     parser.add_argument(
         "--config", action="config", help="A YAML file of settings, such as a run's hyperparameters.yaml"
     )
-    parser.add_function_arguments(main, as_group=False, sub_configs=False)
+    own, shared = signature(main).parameters, shared_settings(main)
+    for kind in shared:
+        parser.add_class_arguments(kind, as_group=False, sub_configs=False, skip={*own})
+    fields = {field.name for kind in shared for field in dataclasses.fields(kind)}
+    parser.add_function_arguments(main, as_group=False, sub_configs=False, skip=fields - {*own})
     try:
         settings = vars(parser.instantiate(parser.parse_args(args)))
     except ArgumentError as error:
@@ -73,6 +78,12 @@ def parse(main: Callable[..., None], args: list[str]) -> dict[str, Any]:
         raise InputError(f"The file after --config is not UTF-8 ({error}). Save it as UTF-8.") from None
     settings.pop("config", None)
     return settings
+
+
+def shared_settings(main: Callable[..., None]) -> list[type]:
+    """The dataclasses whose fields `main` takes as flags of its own, by `**shared: Annotated[Any, Settings]`."""
+    rest = [param for param in signature(main).parameters.values() if param.kind is param.VAR_KEYWORD]
+    return [kind for param in rest for kind in get_type_hints(main, include_extras=True)[param.name].__metadata__]
 
 
 def explain(message: str, known: list[str]) -> str:

@@ -37,12 +37,13 @@ MAY_CHANGE |= {
 
 @dataclass(frozen=True)
 class Method:
+    title: str
     settings: type
     apply: Callable[[GPT, Any], list[str]]
     filter: Callable[[str, Any], bool]
 
 
-METHODS = {"lora": Method(LoRA, apply_lora, lora_filter)}
+METHODS = {"lora": Method("LoRA", LoRA, apply_lora, lora_filter)}
 
 
 @dataclass(frozen=True)
@@ -252,9 +253,3 @@ def load_trained(model: GPT, finetuned_dir: Path, method: str) -> None:
     with torch.no_grad():
         for key, value in found.items():
             expected[key].copy_(value)
-
-
-def describe_run(
-    method: str, settings: Any, checkpoint_dir: Path, base: str, tokenizer: Tokenizer, prompt_style: str
-) -> Finetuned:
-    return Finetuned(method, asdict(settings), str(checkpoint_dir), base, tokenizer.fingerprint, prompt_style)

@@ -43,7 +43,11 @@ def script(path: str) -> types.ModuleType:
     return module
 
 
-finetune = script("finetune/lora.py").main
+def finetune(checkpoint_dir: Path, data_dir: Path, out_dir: Path, **settings: Any) -> None:
+    lora.main(checkpoint_dir=checkpoint_dir, data_dir=data_dir, out_dir=out_dir, **settings)
+
+
+lora = script("finetune/lora.py")
 
 
 def run_script(*command: Any, cwd: Path) -> None:
@@ -59,7 +63,7 @@ def data_dir(tmp_path_factory, tiny_dir: Path) -> Path:
 def out_dir(tmp_path_factory, tiny_dir: Path, data_dir: Path) -> Path:
     """A run of some length, with something of everything."""
     out_dir = tmp_path_factory.mktemp("out") / "lora"
-    finetune(tiny_dir, data_dir, out_dir, ALL, TRAIN, "32-true", n_answers=2)
+    finetune(tiny_dir, data_dir, out_dir, lora=ALL, train=TRAIN, precision="32-true", n_answers=2)
     return out_dir
 
 
@@ -88,7 +92,7 @@ def test_hyperparameters_repeat_the_run(out_dir: Path, tmp_path, monkeypatch) ->
     (copy / "last/lora.safetensors").write_bytes(b"replaced")
     flags = ["--config", str(copy / "hyperparameters.yaml"), "--overwrite", "true"]
     monkeypatch.setattr(sys, "argv", [str(ROOT / "finetune/lora.py"), *flags])
-    cli.run(finetune)
+    cli.run(lora.main)
     assert rows_of(copy) == rows_of(out_dir)
     for file in ("best/lora", "last/lora", "last/state"):
         assert equal(*(load_file(folder / f"{file}.safetensors") for folder in (copy, out_dir)))
@@ -215,7 +219,7 @@ def test_two_changed_lines_make_another_method(tiny_dir, data_dir, tmp_path) -> 
     schedule = "lit_gpt.train.learning_rate = lambda step, steps, args: args.learning_rate / (step + 1)\n"
     for old, new in (
         ("query=True, value=True)", "query=False, key=True, value=False, layers=[1])"),
-        ("import TrainArgs, fit\n", "import TrainArgs, fit\nimport lit_gpt.train\n" + schedule),
+        ("import TrainArgs\n", "import TrainArgs\nimport lit_gpt.train\n" + schedule),
     ):
         assert source.count(old) == 1
         source = source.replace(old, new)

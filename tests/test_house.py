@@ -20,7 +20,7 @@ import yaml
 from conftest import ROOT
 
 from lit_gpt import InputError
-from lit_gpt.cli import parse
+from lit_gpt.cli import parse, shared_settings
 from lit_gpt.finetuned import METHODS
 
 LIBRARY = sorted((ROOT / "lit_gpt").rglob("*.py"))
@@ -264,7 +264,9 @@ def test_help_from_anywhere_without_heavy_imports(path: Path, helps) -> None:
     assert status == 0 and text.startswith("usage: ") and heavy == []
     main = load(path).main
     assert main.__doc__.split("\n")[0] in " ".join(text.split())
-    for flag in inspect.signature(main).parameters:
+    flags = {flag for flag in inspect.signature(main).parameters if flag != "shared"}
+    flags |= {field.name for kind in shared_settings(main) for field in dataclasses.fields(kind)}
+    for flag in flags:
         assert re.search(rf"^  --{flag}\b", text, re.MULTILINE), flag
 
 
@@ -282,7 +284,7 @@ def test_every_setting_is_explained(path: Path) -> None:
     main = load(path).main
     explained = re.findall(r"^        (\w+): \S", main.__doc__, re.MULTILINE)
     assert explained == list(inspect.signature(main).parameters)
-    for kind in typing.get_type_hints(main).values():
+    for kind in (*shared_settings(main), *typing.get_type_hints(main).values()):
         if dataclasses.is_dataclass(kind):
             assert kind.__dataclass_params__.frozen
             (body,) = ast.parse(inspect.getsource(kind)).body

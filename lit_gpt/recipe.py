@@ -1,0 +1,116 @@
+"""What all recipes in finetune/ have in common: the settings they share, how a run begins, and how it ends.
+
+In between a recipe builds its model, loads it and changes it: that is what it is there to show.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+from lit_gpt.cli import command
+from lit_gpt.config import SAMPLE, Config
+from lit_gpt.data import Dataset
+from lit_gpt.device import LoggerName, Precision, launch
+from lit_gpt.finetuned import METHODS, Checkpoints, Finetuned, claim_out_dir, load_trained, start_run
+from lit_gpt.generate import answers
+from lit_gpt.model import GPT
+from lit_gpt.report import finish
+from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.train import TrainArgs, fit
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+
+@dataclass(frozen=True)
+class RunArgs:
+    """Flags of every recipe: what a run reads and writes, and where it runs."""
+
+    checkpoint_dir: Path = SAMPLE
+    """The base model: a Hugging Face folder, or a converted copy of one."""
+    data_dir: Path = Path("data/docstrings")
+    """What one of scripts/prepare_*.py wrote."""
+    out_dir: Path = Path("out")
+    """Where the trained weights, the settings and the report of this run go."""
+    precision: Precision = "auto"
+    """Of the frozen weights and the arithmetic. What an adapter trains is always float32. auto is bf16-true on a GPU
+    that has it, else 32-true."""
+    devices: int = 1
+    """GPUs, or processes where there is no GPU."""
+    resume: bool = False
+    """Continue the run in out_dir."""
+    overwrite: bool = False
+    """Replace the run in out_dir."""
+    logger: LoggerName | None = None
+    """tensorboard or wandb, besides metrics.csv."""
+    n_answers: int = 5
+    """How many validation records to answer before and after, for the report."""
+    seed: int = 1337
+    """Of the weights that start at random."""
+
+
+Shared = Annotated[Any, RunArgs]  # `**shared: Shared` makes them flags of a recipe's `main`
+
+
+class Run(NamedTuple):
+    """A run that has begun: its processes are there, its inputs fit each other, and no weight is read yet."""
+
+    args: RunArgs
+    settings: dict[str, Any]
+    """All of the recipe's, for hyperparameters.yaml."""
+    config: Config
+    tokenizer: Tokenizer
+    train_data: Dataset
+    val_data: Dataset
+    fabric: "Fabric"
+
+
+def begin(args: RunArgs, settings: dict[str, Any]) -> Run:
+    """Looks at everything that can be found wrong before a weight is read, then starts the processes.
+
+    `settings` are the arguments of the recipe's `main`, as `locals()` gives them in its first line.
+
+    Raises:
+        InputError: out_dir is taken, something is no checkpoint or no prepared data, or they do not fit each other.
+    """
+    claim_out_dir(args.out_dir, args.resume, args.overwrite)
+    tokenizer, config = Tokenizer(args.checkpoint_dir), Config.from_checkpoint(args.checkpoint_dir)
+    train_data, val_data = Dataset(args.data_dir, "train"), Dataset(args.data_dir, "val")
+    train_data.check_fits(tokenizer, config)
+    fabric = launch(args.devices, args.precision, args.seed, args.logger, str(args.out_dir))
+    settings = {key: value for key, value in settings.items() if key != "shared"} | vars(args)
+    return Run(args, settings, config, tokenizer, train_data, val_data, fabric)
+
+
+def finetune(run: Run, model: GPT, train: TrainArgs, method: str, method_settings: Any, base: str) -> None:
+    """Trains what requires a gradient, saves it, and reports; the answers before and after stand side by side.
+
+    `method` is a name in `finetuned.METHODS`, `base` the fingerprint of the weights that `model` was loaded with.
+    """
+    args, out_dir, fabric, val_data = run.args, run.args.out_dir, run.fabric, run.val_data
+    description = Finetuned(
+        method=method,
+        settings=asdict(method_settings),
+        checkpoint_dir=str(args.checkpoint_dir),
+        base=base,
+        tokenizer=run.tokenizer.fingerprint,
+        prompt_style=run.train_data.meta["prompt_style"],
+    )
+    if fabric.is_global_zero:
+        start_run(out_dir, run.settings)  # only now that everything has been found in order
+    before = answers(model, run.tokenizer, val_data, args.n_answers if fabric.is_global_zero else 0)
+    log = fit(
+        fabric,
+        model,
+        run.train_data,
+        val_data,
+        train,
+        Checkpoints(out_dir, model, description),
+        resume=args.resume,
+        show_sample=lambda: answers(model, run.tokenizer, val_data, min(args.n_answers, 1)),
+    )
+
+    if fabric.is_global_zero:
+        load_trained(model, out_dir / "best", method)  # what --finetuned will use
+        after = answers(model, run.tokenizer, val_data, args.n_answers)
+        finish(log, out_dir, METHODS[method].title, command(), run.settings, before, after)

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lit_gpt.checkpoint import build_model, load_model, load_weights, read_metadata, read_tensors, save_tensors
+from lit_gpt.classify import Classifier, ClassifierArgs, TrainedClassifier, mark_trainable
 from lit_gpt.cli import plain, read_hyperparameters, save_hyperparameters
 from lit_gpt.config import SAMPLE, Config
 from lit_gpt.errors import InputError
@@ -39,11 +41,28 @@ MAY_CHANGE |= {
 class Method:
     title: str
     settings: type
-    apply: Callable[[GPT, Any], list[str]]
+    apply: Callable[[GPT, Any], nn.Module]
+    """Changes a loaded model and returns it, or what is now around it."""
     filter: Callable[[str, Any], bool]
 
 
-METHODS = {"lora": Method("LoRA", LoRA, apply_lora, lora_filter)}
+def with_lora(model: GPT, lora: LoRA) -> GPT:
+    apply_lora(model, lora)
+    return model
+
+
+def as_classifier(model: GPT, trained: TrainedClassifier) -> Classifier:
+    if trained.args["method"] == "lora":
+        apply_lora(model, LoRA(**trained.lora))
+    classifier = Classifier(model, len(trained.names), ClassifierArgs(**trained.args))
+    mark_trainable(classifier, ClassifierArgs(**trained.args), lora_filter)
+    return classifier
+
+
+METHODS = {
+    "lora": Method("LoRA", LoRA, with_lora, lora_filter),
+    "classifier": Method("Classifier", TrainedClassifier, as_classifier, lambda key, value: value.requires_grad),
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +100,8 @@ class Checkpoints:
             save_tensors(tensors, folder / "state.safetensors", {"progress": json.dumps(progress)})
 
     def write_weights(self, folder: Path) -> None:
-        weights = {key: value for key, value in self.model.state_dict().items() if self.keep(key, value)}
+        state = self.model.state_dict(keep_vars=True)
+        weights = {key: value for key, value in state.items() if self.keep(key, value)}
         header = {"lit_gpt": json.dumps(asdict(self.description))}
         save_tensors(weights, folder / f"{self.description.method}.safetensors", header)
 
@@ -204,6 +224,8 @@ def load_for_use(
         checkpoint_dir = checkpoint_dir or SAMPLE
         return load_model(checkpoint_dir, dtype, device), Tokenizer(checkpoint_dir), None
     model, description = load_finetuned(checkpoint_dir, finetuned_dir, dtype, device)
+    if not isinstance(model, GPT):
+        raise InputError(f"{finetuned_dir} holds a classifier, which writes no text: use generate/classify.py.")
     tokenizer = Tokenizer(checkpoint_dir or description.checkpoint_dir)
     if tokenizer.fingerprint != description.tokenizer:
         raise InputError(f"{finetuned_dir} was trained with another tokenizer than the one of its base now is.")
@@ -234,9 +256,23 @@ def load_finetuned(
             f"{finetuned_dir} was trained on another base than {checkpoint_dir}: on {description.checkpoint_dir}."
         )
     method = METHODS[description.method]
-    method.apply(model, method.settings(**description.settings))
+    model = method.apply(model, method.settings(**description.settings))
     load_trained(model, finetuned_dir, description.method)
     return model.eval(), description
+
+
+def load_classifier(
+    checkpoint_dir: Path | None, finetuned_dir: Path, dtype: torch.dtype | None, device: torch.device | None
+) -> tuple[Classifier, Tokenizer, TrainedClassifier]:
+    """A classifier, its tokenizer, and what it was trained to do.
+
+    Raises:
+        InputError: see `load_finetuned`; or no classifier was trained there.
+    """
+    model, description = load_finetuned(checkpoint_dir, finetuned_dir, dtype, device)
+    if not isinstance(model, Classifier):
+        raise InputError(f"{finetuned_dir} holds no classifier: use generate/base.py.")
+    return model, Tokenizer(checkpoint_dir or description.checkpoint_dir), TrainedClassifier(**description.settings)
 
 
 def load_trained(model: GPT, finetuned_dir: Path, method: str) -> None:

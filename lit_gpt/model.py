@@ -67,15 +67,22 @@ class GPT(nn.Module):
         Raises:
             ValueError: a row or a record is longer than block_size, or the cache is missing or too short.
         """
+        x = self.hidden(idx, input_pos, layout)
+        if layout is None:
+            return self.lm_head(self.transformer.ln_f(x))
+        x = x[0].index_select(0, layout.target_index)  # (N, C); its backward is three times faster than x[0, index]'s
+        return summed_loss(self.lm_head, self.transformer.ln_f(x), layout.target)
+
+    def hidden(
+        self, idx: torch.Tensor, input_pos: torch.Tensor | None = None, layout: Layout | None = None
+    ) -> torch.Tensor:
+        """What the blocks make of the tokens, (B, T, C), before the final norm."""
         pos, view = self.positions(idx, input_pos, layout)
         cos, sin = rope_cos_sin(self.theta, pos)  # (T, rope_n_elem / 2)
         x = self.transformer.wte(idx)  # (B, T, C)
         for block in self.transformer.h:
             x = block(x, cos, sin, view, input_pos)
-        if layout is None:
-            return self.lm_head(self.transformer.ln_f(x))
-        x = x[0].index_select(0, layout.target_index)  # (N, C); its backward is three times faster than x[0, index]'s
-        return summed_loss(self.lm_head, self.transformer.ln_f(x), layout.target)
+        return x
 
     def positions(
         self, idx: torch.Tensor, input_pos: torch.Tensor | None, layout: Layout | None

@@ -23,13 +23,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RunArgs:
-    """Flags of every recipe: what a run reads and writes, and where it runs."""
+class LaunchArgs:
+    """Flags of every recipe: from what it starts, where it writes, and where it runs."""
 
     checkpoint_dir: Path = SAMPLE
     """The base model: a Hugging Face folder, or a converted copy of one."""
-    data_dir: Path = Path("data/docstrings")
-    """What one of scripts/prepare_*.py wrote."""
     out_dir: Path = Path("out")
     """Where the trained weights, the settings and the report of this run go."""
     precision: Precision = "auto"
@@ -43,10 +41,18 @@ class RunArgs:
     """Replace the run in out_dir."""
     logger: LoggerName | None = None
     """tensorboard or wandb, besides metrics.csv."""
-    n_answers: int = 5
-    """How many validation records to answer before and after, for the report."""
     seed: int = 1337
     """Of the weights that start at random."""
+
+
+@dataclass(frozen=True)
+class RunArgs(LaunchArgs):
+    """Flags of every recipe that teaches a model to answer."""
+
+    data_dir: Path = Path("data/docstrings")
+    """What one of scripts/prepare_*.py wrote."""
+    n_answers: int = 5
+    """How many validation records to answer before and after, for the report."""
 
 
 Shared = Annotated[Any, RunArgs]  # `**shared: Shared` makes them flags of a recipe's `main`

@@ -79,6 +79,8 @@ def write_report(
         figure = loss_figure(read_metrics(out_dir / "metrics.csv"))
         figure.savefig(out_dir / "loss.png.tmp", format="png")
         (out_dir / "loss.png.tmp").replace(out_dir / "loss.png")
+    except FileNotFoundError:
+        plot = "Nothing was trained step by step."
     except ModuleNotFoundError:
         plot = "No plot, as matplotlib is missing: `pip install -e '.[report]'`"
     parts = [f"# {_escape(title)}", _fenced(command, "sh"), "| | |\n|---|---|"]

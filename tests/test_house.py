@@ -21,7 +21,6 @@ from conftest import ROOT
 
 from lit_gpt import InputError
 from lit_gpt.cli import parse, shared_settings
-from lit_gpt.finetuned import METHODS
 
 LIBRARY = sorted((ROOT / "lit_gpt").rglob("*.py"))
 SCRIPTS = sorted(path for folder in ("scripts", "finetune", "generate") for path in (ROOT / folder).glob("*.py"))
@@ -68,7 +67,8 @@ def imports(path: Path, typing_too: bool = False) -> set[str]:
 
 MODULES = {module(path) for path in LIBRARY}
 ARROWS = {source: {m for m in imports(path) if m in MODULES} for source, path in zip(map(module, LIBRARY), LIBRARY)}
-SURGEONS = {method.apply.__module__ for method in METHODS.values()}
+SURGEONS = {module(path) for path in LIBRARY for node in tree(path).body if getattr(node, "name", "")[:6] == "apply_"}
+SURGEONS.discard("lit_gpt.model")  # apply_rope
 
 
 def others(path: Path) -> set[str]:

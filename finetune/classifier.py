@@ -1,0 +1,128 @@
+"""Fine-tune a classifier, on texts and labels of a CSV or JSON file.
+
+python scripts/download_spam.py
+python finetune/classifier.py --data_path data/spam.csv
+python finetune/classifier.py --data_path data/spam.csv --method lora --out_dir out/classifier/spam-lora
+python finetune/classifier.py --data_path data/spam.csv --sweep true --out_dir out/classifier/spam-sweep
+"""
+
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+
+from lit_gpt import Config, Tokenizer, classify
+from lit_gpt.checkpoint import build_model, load_weights
+from lit_gpt.classify import Classifier, ClassifierArgs, Method, Pooling, Scores, Texts, TrainedClassifier
+from lit_gpt.cli import command, run
+from lit_gpt.device import launch, weight_dtype
+from lit_gpt.finetuned import Checkpoints, Finetuned, claim_out_dir, load_trained, start_run
+from lit_gpt.lora import LoRA, apply_lora, lora_filter
+from lit_gpt.recipe import LaunchArgs
+from lit_gpt.sweep import steps_of, sweep_steps
+from lit_gpt.train import TrainArgs, fit
+
+
+def main(
+    data_path: Path,
+    out_dir: Path = Path("out/classifier"),
+    method: Method = "last_k",
+    k: int = 1,
+    head_layers: int = 0,
+    pooling: Pooling = "last",
+    balanced: bool = False,
+    lora: LoRA = LoRA(r=8, alpha=16, query=True, value=True),
+    train: TrainArgs = TrainArgs(learning_rate=3e-4, warmup_steps=10, global_batch_size=16, epochs=3),
+    text_key: str = "text",
+    label_key: str = "label",
+    max_seq_length: int = 512,
+    val_fraction: float = 0.2,
+    sweep: bool = False,
+    sweep_seeds: int = 3,
+    **shared: Annotated[Any, LaunchArgs],
+) -> None:
+    """Fine-tune a classifier.
+
+    Args:
+        data_path: A .csv, .json or .jsonl file of texts and labels. A column `split` may say train or val.
+        out_dir: Where the trained weights, the settings and the report of this run go.
+        method: features: a logistic regression on hidden states that are computed once. head: the output layer alone.
+            last_k: also the last k blocks and the final norm. lora: the output layer, and LoRA in the blocks. full:
+            all weights.
+        k: For last_k: how many blocks.
+        head_layers: Hidden layers in the output layer.
+        pooling: Which hidden state stands for a text: of its last token, the mean of all, or of its first. In a causal
+            model the first token knows nothing of the others.
+        balanced: Weigh each class by the inverse of how often it occurs, so that rare classes count as much.
+        lora: For the method lora: the rank, and which matrices of which layers.
+        train: The optimizer, the batch and the intervals; see lit_gpt/train.py.
+        text_key: The column of the texts.
+        label_key: The column of the labels.
+        max_seq_length: Longer texts are cut to their first tokens.
+        val_fraction: Share of the distinct texts that is set aside for validation, where no column names a split.
+        sweep: Try everything between the output layer and all blocks, and draw accuracy against minutes.
+        sweep_seeds: How often, each time with other texts for validation.
+        shared: The flags of every recipe: --checkpoint_dir, --precision ...; see lit_gpt/recipe.py.
+    """
+    settings = {key: value for key, value in locals().items() if key != "shared"}
+    args = LaunchArgs(out_dir=out_dir, **shared)
+    settings |= vars(args)
+    classifier = ClassifierArgs(method, k, head_layers, pooling, balanced)
+    claim_out_dir(out_dir, args.resume, args.overwrite)
+    tokenizer, config = Tokenizer(args.checkpoint_dir), Config.from_checkpoint(args.checkpoint_dir)
+    steps = steps_of(classifier, config.n_layer) if sweep else {method: classifier}
+    depths = {step.first_trained_block(config.n_layer) for step in steps.values()} - {0}
+    data = classify.read_labelled(data_path, text_key, label_key)
+    limit = min(max_seq_length, config.block_size)
+    ids = classify.encode(data.texts, tokenizer, limit)
+    texts = Texts(ids, data.labels, np.arange(len(ids)))
+    sides = partial(classify.split, data, val_fraction)
+    fabric = launch(args.devices, args.precision, args.seed, args.logger, str(out_dir))
+    if fabric.is_global_zero:
+        start_run(out_dir, settings)
+
+    def train_one(classifier: ClassifierArgs, seed: int, folder: Path) -> Scores:
+        """From the base model to a classifier in `folder`, and how good it is on the texts that were set aside."""
+        since = time.perf_counter()
+        gpt = build_model(config)
+        base = load_weights(gpt, args.checkpoint_dir, weight_dtype(args.precision), fabric.device)
+        if classifier.method == "lora":
+            apply_lora(gpt, lora)
+        model = Classifier(gpt, len(data.names), classifier, classify.class_weights(data.labels, balanced))
+        classify.mark_trainable(model, classifier, lora_filter)
+
+        train_data, val_data = (texts.choose(part) for part in sides(seed))
+        seconds = 0.0
+        if depth := classifier.first_trained_block(config.n_layer):  # nothing changes below it: computed once, and kept
+            cache = out_dir / "hidden.safetensors"
+            rows, seconds = classify.cached_rows(cache, base, model, texts, depths, depth, train.micro_batch_size)
+            classify.start_at(model, depth, rows)
+            train_data, val_data = (part.as_places(depth == config.n_layer) for part in (train_data, val_data))
+            since = time.perf_counter()
+
+        trained = TrainedClassifier(asdict(classifier), asdict(lora), data.names, limit)
+        description = Finetuned(
+            "classifier", asdict(trained), str(args.checkpoint_dir), base, tokenizer.fingerprint, prompt_style="none"
+        )
+        checkpoints = Checkpoints(folder, model, description)
+        if classifier.method == "features":
+            classify.fit_logistic_regression(model, train_data, train.micro_batch_size)
+            checkpoints.save("best")
+        else:
+            fit(fabric, model, train_data, val_data, train, checkpoints, args.resume)
+            load_trained(model, folder / "best", "classifier")
+        seconds += time.perf_counter() - since
+        return classify.evaluate(model, val_data, train.micro_batch_size, seconds)
+
+    if sweep:
+        sweep_steps(train_one, steps, data, sides, range(sweep_seeds), out_dir)
+    else:
+        scores = train_one(classifier, args.seed, out_dir)
+        classify.report(scores, data.names, out_dir, command(), settings)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,281 @@
+"""Classifiers: pooling, what trains, hidden states computed once, labels: `pytest tests/test_classify.py`"""
+
+import csv
+import io
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from torch.nn import functional as F
+
+from lit_gpt import InputError, Tokenizer
+from lit_gpt.checkpoint import load_model
+from lit_gpt.classify import (
+    Classifier,
+    ClassifierArgs,
+    Texts,
+    cached_rows,
+    class_weights,
+    compute,
+    encode,
+    fit_logistic_regression,
+    hidden_rows,
+    in_batches,
+    mark_trainable,
+    read_labelled,
+    score,
+    split,
+    start_at,
+)
+from lit_gpt.layout import Layout
+from lit_gpt.lora import lora_filter
+from lit_gpt.sweep import saturation, steps_of, summarize
+
+WORDS = {"up": "raise higher above climb over top", "down": "lower beneath under fall sink below"}
+
+
+def write_texts(path: Path, n: int) -> Path:
+    """Texts of words that tell their class, with others around them."""
+    chance = np.random.default_rng(0)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("text", "label"))
+        for i in range(n):
+            label = ("up", "down")[i % 2]
+            words = [*chance.choice(WORDS[label].split(), 3), *chance.choice("the a of and to it".split(), 4)]
+            writer.writerow((" ".join(chance.permutation(words)), label))
+    return path
+
+
+@pytest.fixture(scope="module")
+def csv_path(tmp_path_factory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("texts") / "texts.csv", 60)
+
+
+@pytest.fixture(scope="module")
+def texts(csv_path, tiny_dir) -> Texts:
+    data = read_labelled(csv_path, "text", "label")
+    ids = encode(data.texts, Tokenizer(tiny_dir), 12)
+    return Texts(ids, data.labels, np.arange(len(ids)))
+
+
+def classifier(tiny_dir: Path, dtype: torch.dtype = torch.float64, **args) -> Classifier:
+    torch.manual_seed(0)
+    args = ClassifierArgs(**args)
+    model = Classifier(load_model(tiny_dir, dtype), 2, args).to(dtype)
+    mark_trainable(model, args, lora_filter)
+    return model
+
+
+def alone(model: Classifier, texts: Texts, i: int) -> torch.Tensor:
+    """The normed hidden states of one record, computed from nothing but its own tokens."""
+    ids, _ = texts[i]
+    return model.gpt.transformer.ln_f(model.gpt.hidden(ids[None, :-1]))[0]
+
+
+@pytest.mark.parametrize("share_prefixes", [False, True])
+@pytest.mark.parametrize("pooling", ["last", "mean", "first"])
+@torch.no_grad()
+def test_pooling_is_that_of_each_text_alone(pooling, share_prefixes, tiny_dir, texts) -> None:
+    model = classifier(tiny_dir, pooling=pooling)
+    of = {"last": lambda x: x[-1], "mean": lambda x: x.float().mean(0), "first": lambda x: x[0]}[pooling]
+    prefix = texts[0][0][:4]  # a third of the records begin alike
+    records = [texts[i] for i in range(9)]
+    records = [(torch.cat((prefix, ids)), torch.cat((trained[:1].expand(4), trained))) if i % 3 == 0 else (ids, trained)
+               for i, (ids, trained) in enumerate(records)]  # fmt: skip
+    idx, layout = Layout.end_to_end(records, share_prefixes)
+    got = {int(y): row for y, row in zip(range(9), model.features(idx, layout))}
+    expected = [of(model.gpt.transformer.ln_f(model.gpt.hidden(ids[None, :-1]))[0]) for ids, _ in records]
+    if share_prefixes:  # the records are in another order, and every row is one of them
+        assert idx.numel() < sum(len(ids) for ids, _ in records)
+        for row in got.values():
+            assert min((row - other).abs().max() for other in expected) < 1e-6
+    else:
+        assert all((got[i] - expected[i]).abs().max() < 1e-6 for i in range(9))
+    assert model.features(*Layout.end_to_end([(torch.zeros(1).long(), torch.zeros(1).bool())])).shape == (0, 48)
+
+
+def test_loss_is_weighted_cross_entropy(tiny_dir, texts) -> None:
+    labels = [0, 0, 0, 1]
+    assert class_weights(labels, True).tolist() == pytest.approx([4 / 6, 2.0]) and class_weights(labels, False) is None
+    model = Classifier(load_model(tiny_dir), 2, ClassifierArgs(), torch.tensor([0.5, 3.0]))
+    idx, layout = Layout.end_to_end([texts[i] for i in range(6)])
+    each = F.cross_entropy(model.logits(idx, layout), layout.target, reduction="none")
+    weights = torch.tensor([0.5, 3.0])[layout.target]
+    assert model(idx, layout).item() == pytest.approx((weights * each).sum().item())
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_computed_once_is_computed_each_time(depth, tiny_dir, texts, tmp_path) -> None:
+    """Loss and gradients, in float64; and the file is used again, but not for other weights."""
+    args = dict(method="last_k" if depth == 1 else "head", k=1, pooling="mean")
+    whole, late = classifier(tiny_dir, **args), classifier(tiny_dir, **args)
+    train = texts.choose(np.array([5, 3, 17, 40]))
+    file = tmp_path / "hidden.safetensors"
+    rows, _ = cached_rows(file, "base", late, texts, [1, 2], depth, 16)
+    changed = file.stat().st_mtime_ns
+    again, _ = cached_rows(file, "base", late, texts, [1, 2], 3 - depth, 16)
+    assert file.stat().st_mtime_ns == changed and again.shape != rows.shape
+    cached_rows(file, "other base", late, texts, [depth], depth, 16)
+    assert file.stat().st_mtime_ns != changed
+    start_at(late, depth, rows)
+    places = train.as_places(pooled=depth == 2)
+    assert places.labels.tolist() == train.labels.tolist()
+    for model, dataset in ((whole, train), (late, places)):
+        model(*Layout.end_to_end([dataset[i] for i in range(4)])).backward()
+    late_params = dict(late.named_parameters())
+    moved = {name: param for name, param in whole.named_parameters() if param.grad is not None}
+    assert any(name.startswith("gpt.transformer.h.1") for name in moved) == (depth == 1)
+    for name, param in moved.items():
+        if depth == 1 or name.startswith("head"):
+            assert (param.grad - late_params[name].grad).abs().max() < 1e-10 * param.grad.abs().max(), name
+
+
+def test_each_record_once_in_its_place(tiny_dir, texts) -> None:
+    seen = np.concatenate([chosen for chosen, _, _ in in_batches(texts, 7)])
+    assert sorted(seen) == list(range(len(texts)))
+    model = classifier(tiny_dir)
+    got = compute(model.features, texts, 7)
+    with torch.no_grad():
+        for i in (0, 13, 59):
+            assert np.abs(got[i] - alone(model, texts, i)[-1].numpy()).max() < 1e-5
+
+
+def test_what_trains(tiny_dir) -> None:
+    def trained(**args) -> set[str]:
+        return {name for name, param in classifier(tiny_dir, **args).named_parameters() if param.requires_grad}
+
+    head = {"head.0.weight", "head.0.bias"}
+    assert trained(method="head") == trained(method="features") == head
+    assert trained(method="head", head_layers=1) == head | {"head.2.weight", "head.2.bias"}
+    last = trained(method="last_k", k=1)
+    assert last - head and all(
+        name.startswith(("gpt.transformer.h.1.", "gpt.transformer.ln_f")) for name in last - head
+    )
+    assert {"gpt.transformer.wte.weight"} | trained(method="last_k", k=2) == trained(method="full")
+
+
+def test_logistic_regression_is_that_of_scikit_learn(tiny_dir, texts) -> None:
+    """The head gives the same probabilities as the standardized regression itself; three classes too."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    for n_classes in (2, 3):
+        labels = [i % n_classes for i in range(len(texts))]
+        data = Texts([texts[i][0][:-1].numpy() for i in range(len(texts))], labels, np.arange(len(texts)))
+        model = Classifier(load_model(tiny_dir), n_classes, ClassifierArgs(method="features"))
+        fit_logistic_regression(model, data, 16)
+        features = StandardScaler().fit_transform(compute(model.features, data, 16).astype(np.float64))
+        expected = LogisticRegression(max_iter=2000).fit(features, labels).predict_proba(features)
+        got = torch.from_numpy(compute(model.logits, data, 16)).softmax(1).numpy()
+        assert np.abs(got - expected).max() < 1e-3
+
+
+def test_scores() -> None:
+    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+
+    chance = np.random.default_rng(0)
+    labels, predicted = chance.integers(0, 4, 100), chance.integers(0, 4, 100)
+    found = score(labels, predicted)
+    assert found.accuracy == pytest.approx(accuracy_score(labels, predicted))
+    assert found.f1.mean() == pytest.approx(f1_score(labels, predicted, average="macro"))
+    assert (found.confusion == confusion_matrix(labels, predicted)).all()
+
+
+def test_split_keeps_equal_texts_together(csv_path) -> None:
+    data = read_labelled(csv_path, "text", "label")
+    doubled = data._replace(texts=data.texts * 2, labels=data.labels * 2, splits=data.splits * 2)
+    sides = split(doubled, 0.3, seed=1)
+    train, val = ({doubled.texts[i] for i in side} for side in sides)
+    assert train.isdisjoint(val) and sum(map(len, sides)) == 120 and 30 <= len(sides[1]) <= 42
+    assert split(doubled, 0.3, seed=2)[1].tolist() != sides[1].tolist()
+    named = data._replace(splits=["val", None, "train"] * 20)
+    assert split(named, 0.3, 0)[1].tolist() == list(range(0, 60, 3))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text,label\na,x\nb,x\n", "1 kinds of label"),
+        ("text,kind\na,x\n", "record 1 has no label; it has text, kind"),
+        ("text,label\n,x\n", "record 1 has no text"),
+        ("text,label,split\na,x,test\nb,y,\n", "split 'test'"),
+    ],
+)
+def test_bad_texts(content, message, tmp_path) -> None:
+    (tmp_path / "bad.csv").write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_labelled(tmp_path / "bad.csv", "text", "label")
+
+
+def run(*command, **options) -> str:
+    return subprocess.run(
+        [sys.executable, *map(str, command)], check=True, capture_output=True, text=True, **options
+    ).stdout
+
+
+@pytest.mark.parametrize(("method", "least"), [("features", 60), ("last_k", 80), ("lora", 80)])
+def test_a_classifier_learns_and_labels(method, least, tiny_dir, tmp_path) -> None:
+    """From the command line to labels of the same texts."""
+    csv_path = write_texts(tmp_path / "texts.csv", 120)
+    flags = ["--checkpoint_dir", tiny_dir, "--data_path", csv_path, "--out_dir", tmp_path / "out", "--method", method]
+    flags += ["--train.learning_rate", 0.02 if method == "lora" else 0.003, "--train.epochs", 10, "--k", 2]
+    flags += ["--pooling", "mean"]
+    output = run(ROOT / "finetune/classifier.py", *flags)
+    assert float(output.split("Accuracy ")[1].split(" %")[0]) >= least
+    assert (tmp_path / "out/report.md").is_file() and (tmp_path / "out/confusion.png").is_file()
+    labels = run(ROOT / "generate/classify.py", "--finetuned", tmp_path / "out", "--texts", csv_path)
+    with open(csv_path) as file:
+        expected = [row["label"] for row in csv.DictReader(file)]
+    found = list(csv.DictReader(io.StringIO(labels)))
+    assert np.mean([row["label"] == name for row, name in zip(found, expected, strict=True)]) >= 0.85
+    assert all(abs(float(row["up"]) + float(row["down"]) - 1) < 2e-4 for row in found)
+    refused = subprocess.run(
+        [sys.executable, ROOT / "generate/base.py", "--finetuned", tmp_path / "out", "--prompt", "x"],
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "generate/classify.py" in refused.stderr
+
+
+def test_sweep(csv_path, tiny_dir, tmp_path) -> None:
+    """Every step once per seed, and nothing twice."""
+    flags = ["--checkpoint_dir", tiny_dir, "--data_path", csv_path, "--out_dir", tmp_path / "out", "--sweep", "true"]
+    flags += ["--train.learning_rate", 0.01, "--sweep_seeds", 2]
+    output = run(ROOT / "finetune/classifier.py", *flags)
+    rows = (tmp_path / "out/sweep.csv").read_text()
+    steps = ["TF-IDF", "features", "head", "last 1", "last 2"]
+    assert [line.split(",")[0] for line in rows.splitlines()[1:]] == steps * 2
+    assert (tmp_path / "out/sweep.png").read_bytes().startswith(b"\x89PNG") and "Enough: " in output
+    kept = rows.splitlines(keepends=True)
+    (tmp_path / "out/sweep.csv").write_text("".join(kept[:-1]))
+    run(ROOT / "finetune/classifier.py", *flags, "--resume", "true")
+    again = (tmp_path / "out/sweep.csv").read_text().splitlines(keepends=True)
+    assert again[:-1] == kept[:-1] and again[-1].split(",")[4:] == kept[-1].split(",")[4:]
+
+
+def test_where_it_saturates() -> None:
+    def rows(setting: str, minutes: float, *accuracies: float) -> list[dict[str, str]]:
+        values = dict(setting=setting, trained="1", minutes=str(minutes), f1="0")
+        return [values | {"seed": str(i), "accuracy": str(a)} for i, a in enumerate(accuracies)]
+
+    entries = summarize(rows("a", 1, 0.7, 0.7) + rows("b", 2, 0.92, 0.94) + rows("c", 3, 0.93, 0.95))
+    assert [entry["accuracy"] for entry in entries] == pytest.approx([0.7, 0.93, 0.94])
+    assert saturation(entries)["setting"] == "b"
+    assert list(steps_of(ClassifierArgs(), 6)) == ["features", "head", "last 1", "last 2", "last 4", "last 6"]
+    assert asdict(steps_of(ClassifierArgs(), 6)["last 4"])["k"] == 4
+    with pytest.raises(InputError, match="2 blocks"):
+        ClassifierArgs(k=3).first_trained_block(2)
+
+
+def test_hidden_rows_are_what_reaches_a_block(tiny_dir, texts) -> None:
+    model = classifier(tiny_dir)
+    rows = hidden_rows(model, texts, [0, 1], 16)
+    start, end = texts.span(7)
+    ids, _ = texts[7]
+    assert (rows[0][start:end] - model.gpt.transformer.wte(ids)).abs().max() < 1e-12

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lit_gpt.config import Config, read_json
-from lit_gpt.convert import to_hf, to_lit
+from lit_gpt.convert import hf_name, to_hf, to_lit
 from lit_gpt.errors import InputError
 from lit_gpt.files import new_folder
 from lit_gpt.model import GPT
@@ -90,7 +90,7 @@ def checked_tensors(model: GPT, checkpoint_dir: Path) -> Iterator[tuple[str, tor
                 problems.append(f"{name} holds NaN or infinite values")
             else:
                 yield key, value
-    missing = [key if is_converted(files) else to_hf(key, model.config) for key in shapes if key not in seen]
+    missing = {key if is_converted(files) else hf_name(key, model.config)[0]: None for key in shapes if key not in seen}
     problems += [f"{name} is missing" for name in missing]
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
@@ -258,10 +258,10 @@ def write_checkpoint(
             shards.append(list(shard))
             shard.clear()
 
-        for name, tensor in tensors:
+        for name, tensor in to_hf(tensors, config) if hugging_face else tensors:
             if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > MAX_SHARD:
                 flush()
-            shard[to_hf(name, config) if hugging_face else name] = tensor
+            shard[name] = tensor
             dtypes.add(str(tensor.dtype).removeprefix("torch."))
             total += tensor.nbytes
         flush()

@@ -275,7 +275,7 @@ class Places(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight[:1] * 0, persistent=False)
 
-    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+    def forward(self, idx: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
         self.idx = idx
         return self.weight[idx * 0]
 
@@ -283,8 +283,9 @@ class Places(nn.Module):
 class Rows(nn.Module):
     """Stands for the last of the frozen blocks: gives what it gave, (rows, C), for the tokens that are asked for."""
 
-    def __init__(self, rows: torch.Tensor, places: Places) -> None:
+    def __init__(self, block: nn.Module, rows: torch.Tensor, places: Places) -> None:
         super().__init__()
+        self.rope, self.window = block.rope, block.window
         self.register_buffer("rows", rows, persistent=False)
         self.places = (places,)  # a tuple, since it is no part of this module
 
@@ -294,6 +295,10 @@ class Rows(nn.Module):
 
 class Passed(nn.Module):
     """A frozen block before that one."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.rope, self.window = block.rope, block.window
 
     def forward(self, x: torch.Tensor, *others: Any) -> torch.Tensor:
         return x
@@ -336,7 +341,8 @@ def start_at(model: Classifier, depth: int, rows: torch.Tensor) -> None:
     transformer = model.gpt.transformer
     transformer.wte = Places(transformer.wte.weight)
     for i in range(depth):
-        transformer.h[i] = Passed() if i < depth - 1 else Rows(rows, transformer.wte)
+        block = transformer.h[i]
+        transformer.h[i] = Passed(block) if i < depth - 1 else Rows(block, rows, transformer.wte)
     if depth == len(transformer.h):  # the rows are features
         transformer.ln_f, model.pool = nn.Identity(), pool_last
 

@@ -1,9 +1,10 @@
 """The shape of a model. No torch here: a config can be read, printed and compared on any machine."""
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from lit_gpt import families
 from lit_gpt.errors import InputError
@@ -39,10 +40,14 @@ class Config:
     """None is n_embd / n_head."""
     intermediate_size: int | None = None
     """Width of the MLP. None is 4 n_embd."""
+    embedding: str = "plain"
+    """plain, scaled (by embedding_scale) or positions (learned ones are added). `model.py` has tables of the classes
+    that this and the next names stand for."""
     block: str = "sequential"
     norm: str = "RMSNorm"
     norm_eps: float = 1e-5
     mlp: str = "LLaMAMLP"
+    activation: str = "silu"
     attn_bias: bool = False
     """Of q, k and v."""
     proj_bias: bool = False
@@ -54,10 +59,46 @@ class Config:
     rope_base: float = 10000
     rope_scaling: dict[str, Any] | None = None
     """How positions are stretched, in Hugging Face's words: {"rope_type": "llama3", "factor": 8.0, ...}."""
+    rope_local_base: float | None = None
+    """Layers with a sliding window use this base, unscaled, where it is given."""
+    no_rope_layers: list[int] = field(default_factory=list)
+    """Layers that know no positions."""
     tie_embeddings: bool = False
     """Whether the head is the embedding, one tensor."""
+    sliding_window: int | None = None
+    """A token attends to the last so many, itself included."""
+    sliding_layers: list[int] | None = None
+    """Layers with a sliding window. None is all, where there is a window."""
+    qk_norm: str | None = None
+    """What is done to queries and keys: per_head, each_head, all_heads, clip."""
+    clip_qkv: float | None = None
+    attn_scale: float | None = None
+    """Of the attention scores. None is 1 / sqrt(head_size)."""
+    attn_softcap: float | None = None
+    final_softcap: float | None = None
+    """Of the logits."""
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    n_expert: int = 0
+    """Experts of a mixture."""
+    n_expert_per_token: int = 0
+    renormalize_experts: bool = True
+    """Whether the weights of the chosen experts add up to one."""
+    moe_intermediate_size: int | None = None
+    """Width of an expert. None is intermediate_size."""
+    dense_layers: list[int] = field(default_factory=list)
+    """Layers without experts, in a model that has them."""
 
     def __post_init__(self) -> None:
+        for spec in fields(self):  # a config.json is somebody else's file
+            value = getattr(self, spec.name)
+            kinds = get_args(spec.type) if isinstance(spec.type, UnionType) else (spec.type,)
+            kinds = tuple(get_origin(kind) or kind for kind in kinds)
+            whole = isinstance(value, int) and not isinstance(value, bool) and float in kinds
+            if not (isinstance(value, kinds) or whole) or (isinstance(value, bool) and bool not in kinds):
+                names = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+                raise InputError(f"{spec.name} is {value!r}, expected {names}.")
         derived = {
             "n_query_groups": self.n_query_groups or self.n_head,
             "head_size": self.head_size or self.n_embd // self.n_head,
@@ -76,6 +117,16 @@ class Config:
     def rope_n_elem(self) -> int:
         """How many elements of a head are rotated."""
         return int(self.rotary_percentage * self.head_size)
+
+    def window_of(self, layer: int) -> int | None:
+        """How many tokens a layer sees; None is all."""
+        return self.sliding_window if self.sliding_layers is None or layer in self.sliding_layers else None
+
+    def rope_of(self, layer: int) -> str:
+        """Which rotation a layer uses: global, local or none."""
+        if layer in self.no_rope_layers:
+            return "none"
+        return "local" if self.rope_local_base is not None and self.window_of(layer) else "global"
 
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> "Config":

@@ -24,7 +24,7 @@ PLACES = {  # field of LoRA -> the modules it names, below transformer.h.{layer}
     "key": r"attn\.k",
     "value": r"attn\.v",
     "projection": r"attn\.proj",
-    "mlp": r"mlp\.\w+",
+    "mlp": r"mlp\.(experts\.\d+\.)?(fc|fc_1|fc_2|proj)",  # not the gate that chooses experts
     "head": r"lm_head",
 }
 

@@ -167,9 +167,10 @@ def fit(
         + (f" Continuing after step {progress.step}." if progress.step else "")
     )
 
-    share_prefixes = args.share_prefixes and not has_dropout(model)
+    share_prefixes = args.share_prefixes and not has_dropout(model) and not rotates_by_length(model)
     if args.share_prefixes and not share_prefixes:
-        log.note("Prefixes are not shared: dropout would treat a shared token alike in all its records.")
+        why = "dropout does not treat" if has_dropout(model) else "this scaling of positions does not turn"
+        log.note(f"Prefixes are not shared: {why} a token alike in all its records.")
 
     started = time.perf_counter()
     if progress.step == 0:
@@ -256,6 +257,11 @@ def has_dropout(model: nn.Module) -> bool:
     return any(module.p > 0 for module in model.modules() if isinstance(module, nn.Dropout))
 
 
+def rotates_by_length(model: nn.Module) -> bool:
+    """Whether a token is turned by an angle that depends on how long its record becomes."""
+    return any(getattr(module, "by_length", False) for module in model.modules())
+
+
 def learning_rate(step: int, steps: int, args: TrainArgs) -> float:
     """Linear warmup to the peak, then half a cosine down. Steps count from 0, and the first one already learns."""
     warmup = max(1, min(args.warmup_steps, steps // 2))  # 1: the first step is the peak; it may be the only one
@@ -304,8 +310,9 @@ def evaluate(fabric: "Fabric", model: nn.Module, dataset: Dataset, args: TrainAr
     model.eval()
     total = torch.zeros(2, device=fabric.device)
     records = range(min(len(dataset), args.eval_records))
+    share = args.share_prefixes and not rotates_by_length(model)
     for idx, layout in micro_batches(
-        dataset, records, args.micro_batch_size, fabric.global_rank, fabric.world_size, args.share_prefixes
+        dataset, records, args.micro_batch_size, fabric.global_rank, fabric.world_size, share
     ):
         total[0] += model(idx.to(fabric.device), layout=layout.to(fabric.device))
         total[1] += layout.n_targets

@@ -68,7 +68,7 @@ def imports(path: Path, typing_too: bool = False) -> set[str]:
 MODULES = {module(path) for path in LIBRARY}
 ARROWS = {source: {m for m in imports(path) if m in MODULES} for source, path in zip(map(module, LIBRARY), LIBRARY)}
 SURGEONS = {module(path) for path in LIBRARY for node in tree(path).body if getattr(node, "name", "")[:6] == "apply_"}
-SURGEONS.discard("lit_gpt.model")  # apply_rope
+SURGEONS.discard("lit_gpt.rope")  # apply_rope
 
 
 def others(path: Path) -> set[str]:
@@ -84,7 +84,8 @@ MAY_KNOW = {
     "replace": "errors",
     "config": "errors families",
     "families": "errors",
-    "model": "config layout",
+    "rope": "config",
+    "model": "config layout rope",
     "tokenizer": "config errors",
     "prompts": "errors tokenizer",
     "records": "errors",

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lit_gpt import GPT, InputError
 from lit_gpt.checkpoint import load_model, save_hf
-from lit_gpt.convert import to_hf
+from lit_gpt.convert import hf_name
 from lit_gpt.layout import Layout
 from lit_gpt.lora import (
     PLACES,
@@ -165,7 +165,7 @@ def test_gradients_are_those_of_peft_on_transformers(untied_dir) -> None:
     linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
     theirs = get_peft_model(reference(untied_dir), LoraConfig(r=4, lora_alpha=10, target_modules=linears))
     names = [name for name, _ in ours.named_parameters() if lora_filter(name)]
-    names = {name: f"base_model.model.{to_hf(name, ours.config)}.default.weight" for name in names}
+    names = {name: f"base_model.model.{hf_name(name, ours.config)[0]}.default.weight" for name in names}
     assert_same_gradients(ours, theirs, names, 1e-5)
 
 

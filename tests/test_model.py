@@ -14,7 +14,8 @@ from lit_gpt import GPT, Config, InputError, families
 from lit_gpt.checkpoint import load_model
 from lit_gpt.generate import generate
 from lit_gpt.layout import Layout, Segment
-from lit_gpt.model import RMSNorm, SummedLoss, apply_rope, rope_cos_sin, rope_theta
+from lit_gpt.model import RMSNorm, SummedLoss
+from lit_gpt.rope import Rope, apply_rope
 
 SIZES = dict(
     vocab_size=97,
@@ -108,7 +109,7 @@ def test_logits_are_those_of_transformers(pair) -> None:
     theirs, ours = pair
     idx = torch.randint(0, 97, (2, 100), generator=torch.Generator().manual_seed(1))
     expected = theirs(idx).logits
-    assert torch.equal(ours.theta, theirs.model.rotary_emb.inv_freq)
+    assert torch.equal(ours.ropes["global"].theta, theirs.model.rotary_emb.inv_freq)
     assert error(ours(idx), expected) < 1e-5
     assert error(cached(ours, idx, [90] + [1] * 10), expected) < 1e-5
     assert error(cached(ours, idx, [40, 1, 33, 1, 25]), expected) < 1e-5
@@ -268,10 +269,12 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_far_from_the_start(tmp_p
     exact = reference(folder)(idx).logits
     far = lambda logits: (logits.float() - exact)[:, 1000:].square().mean().sqrt().item()  # noqa: E731
     model = load_model(folder, dtype=torch.bfloat16)
-    assert {param.dtype for param in model.parameters()} == {torch.bfloat16} and model.theta.dtype == torch.float32
+    assert {param.dtype for param in model.parameters()} == {torch.bfloat16} and model.ropes[
+        "global"
+    ].theta.dtype == torch.float32
     ours, theirs = far(model(idx)), far(reference(folder, torch.bfloat16)(idx).logits)
     assert 0 < ours < 1.5 * theirs
-    model.theta = model.theta.bfloat16()  # what a cast of the built model would do
+    model.ropes["global"].theta = model.ropes["global"].theta.bfloat16()  # what a cast of the built model would do
     assert far(model(idx)) > 3 * theirs
 
 
@@ -284,7 +287,7 @@ def test_a_bfloat16_norm_and_rotation_round_once() -> None:
     norm.bfloat16()
     wide.weight.copy_(norm.weight)
     assert torch.equal(norm(x), wide(x.float()).bfloat16())
-    cos, sin = rope_cos_sin(rope_theta(Config(n_embd=48, n_head=1)), torch.arange(1000, 1050))
+    cos, sin = Rope(Config(n_embd=48, n_head=1))(torch.arange(1000, 1050), [])
     assert torch.equal(apply_rope(x, cos, sin), apply_rope(x.float(), cos, sin).bfloat16())
 
 
@@ -309,7 +312,7 @@ def test_frequencies_of_published_models_are_those_of_transformers(name) -> None
     config = Config.from_name(name)
     rope = (config.rope_scaling or dict(rope_type="default")) | dict(rope_theta=float(config.rope_base))
     theirs = LlamaConfig(head_dim=config.head_size, max_position_embeddings=config.block_size, rope_parameters=rope)
-    assert torch.equal(rope_theta(config), LlamaRotaryEmbedding(theirs).inv_freq)
+    assert torch.equal(Rope(config).theta, LlamaRotaryEmbedding(theirs).inv_freq)
 
 
 @pytest.mark.parametrize("case", ["head_dim", "attention_bias", "tied", "llama3"])
@@ -327,10 +330,10 @@ def test_a_saved_config_is_read_back(case, tmp_path) -> None:
         ({"model_type": "mamba"}, "config.json says model_type 'mamba'; known are .*llama"),
         ({"model_type": None}, "config.json says model_type None; known are .*llama"),
         ({"num_hidden_layers": None}, "config.json has no 'num_hidden_layers'.*Copy or download it again"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "config.json.*'yarn'.*known are default, linear"),
+        ({"rope_parameters": {"rope_type": "xpos", "factor": 2.0}}, "config.json.*'xpos'.*known are default, linear"),
         ({"rope_parameters": {"rope_type": "linear"}}, "config.json has no 'factor'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "llama3", "factor": 8.0}}, "has no 'low_freq_factor'"),
-        ({"hidden_act": "gelu"}, "config.json.*hidden_act 'gelu'.*silu"),
+        ({"hidden_act": "swiglu"}, "config.json.*'swiglu'.*silu"),
         ({"num_key_value_heads": 4}, "6 query heads cannot share 4 groups"),
     ],
 )  # fmt: skip

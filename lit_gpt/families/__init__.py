@@ -3,10 +3,11 @@
 A family file defines
     MODEL_TYPES  the `model_type`s of config.json that it understands
     MODELS       published names and their sizes
-    WEIGHTS      their module names -> ours; {} stands for a number
+    WEIGHTS      their module names -> ours; {} stands for a number, ("stacked" or "grouped", ours ...) for a fused one
+    TRANSPOSED   their modules whose weights are (in, out)
     IGNORED      tensors that some checkpoints carry and no model needs
     from_hf      config.json -> arguments of Config
-To add one, write the file and put its name into FAMILIES.
+To add one, write the file and put its name into FAMILIES; see tutorials/add_a_model_family.md.
 """
 
 import difflib
@@ -17,19 +18,24 @@ from typing import Any
 
 from lit_gpt.errors import InputError
 
-FAMILIES = ("llama",)
+FAMILIES = (
+    "llama", "mistral", "mixtral", "qwen", "gemma", "phi", "phi3", "gpt_neox", "falcon", "gpt2", "stablelm", "olmo",
+    "granite", "smollm3", "gemma2",
+)  # fmt: skip
 
 
 def load(family: str) -> ModuleType:
     return import_module(f"lit_gpt.families.{family}")
 
 
+def published() -> dict[str, tuple[str, dict[str, Any]]]:
+    """(family, arguments of Config) of every model that the tables name, by its repository."""
+    return {repo: (family, sizes) for family in FAMILIES for repo, sizes in load(family).MODELS.items()}
+
+
 def by_name(name: str) -> tuple[str, dict[str, Any]]:
     """(family, arguments of Config) of a published model."""
-    known = {}
-    for family in FAMILIES:
-        for repo, sizes in load(family).MODELS.items():
-            known[repo] = known[repo.split("/")[-1]] = (family, sizes)
+    known = {key: found for repo, found in published().items() for key in (repo, repo.split("/")[-1])}
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3) or sorted(known)[:3]
         raise InputError(f"No model is called {name!r}. Near it: {', '.join(near)}.")
@@ -42,19 +48,72 @@ def from_hf(hf: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
     kind = hf.get("model_type")
     if kind not in kinds:
         raise InputError(f"{path} says model_type {kind!r}; known are {', '.join(sorted(kinds))}.")
+    family = load(kinds[kind])
     try:
-        return kinds[kind], load(kinds[kind]).from_hf(hf)
+        settings = family.from_hf(hf)
     except KeyError as error:
         raise InputError(f"{path} has no {error}, which a {kind} model needs. Copy or download it again.") from None
+    except (TypeError, AttributeError) as error:  # a text where a number should be
+        raise InputError(f"{path} holds a value of a wrong type ({error}). Copy or download it again.") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+    return kinds[kind], settings | getattr(family, "EXCEPTIONS", {}).get(path.parent.name, {})
+
+
+ACTIVATIONS = {  # Hugging Face's names of them
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu",
+    "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+}  # fmt: skip
+
+
+def activation(name: str) -> str:
+    if name not in ACTIVATIONS:
+        raise InputError(f"the activation {name!r} is not known; known are {', '.join(ACTIVATIONS)}.")
+    return ACTIVATIONS[name]
+
+
+def usual(hf: dict[str, Any], **missing: Any) -> dict[str, Any]:
+    """The arguments that most families name alike. `missing` is what the family means where config.json is silent."""
+    hf = missing | {key: value for key, value in hf.items() if value is not None}
+    found = rope(hf) | dict(
+        n_layer=hf["num_hidden_layers"],
+        n_head=hf["num_attention_heads"],
+        n_query_groups=hf.get("num_key_value_heads"),
+        n_embd=hf["hidden_size"],
+        head_size=hf.get("head_dim"),
+        intermediate_size=hf.get("intermediate_size"),
+        vocab_size=hf["vocab_size"],
+        block_size=hf["max_position_embeddings"],
+        norm_eps=hf.get("rms_norm_eps", hf.get("layer_norm_eps", 1e-5)),
+        activation=activation(hf.get("hidden_act", "silu")),
+        tie_embeddings=hf.get("tie_word_embeddings", False),
+    )
+    if (scaling := found["rope_scaling"]) and scaling["rope_type"] == "dynamic":  # it says for which length it was made
+        scaling["original_max_position_embeddings"] = found["block_size"]
+        found["block_size"] = int(found["block_size"] * scaling["factor"])
+    return found
+
+
+def sliding(hf: dict[str, Any], on: bool = True) -> dict[str, Any]:
+    """Sliding windows: `on` is whether they are without a word of `layer_types`."""
+    window, kinds = hf.get("sliding_window"), hf.get("layer_types")
+    if kinds is not None:
+        if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+            raise InputError(f"layers of the kind {sorted(unknown)[0]!r} are not known.")
+        layers = [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"]
+        return dict(sliding_window=window, sliding_layers=layers) if layers else {}
+    return dict(sliding_window=window) if on and window else {}
 
 
 ROPE_SCALINGS = {  # known kinds, and what each must say
     "default": (),
     "linear": ("factor",),
+    "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("original_max_position_embeddings",),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
+KINDS = {"su": "longrope"}  # names of their own that early checkpoints used
 
 
 def rope(hf: dict[str, Any]) -> dict[str, Any]:
@@ -66,10 +125,15 @@ def rope(hf: dict[str, Any]) -> dict[str, Any]:
     """
     parameters = hf.get("rope_parameters") or {}
     scaling = dict(hf.get("rope_scaling") or parameters)
-    scaling["rope_type"] = kind = scaling.pop("type", None) or scaling.get("rope_type") or "default"
+    kind = scaling.pop("type", None) or scaling.get("rope_type") or "default"
+    scaling["rope_type"] = kind = KINDS.get(kind, kind)
     if kind not in ROPE_SCALINGS:
         raise InputError(f"the rotary scaling {kind!r} is not known; known are {', '.join(ROPE_SCALINGS)}.")
+    if hf.get("original_max_position_embeddings") and kind in ("yarn", "longrope"):
+        scaling.setdefault("original_max_position_embeddings", hf["original_max_position_embeddings"])
     for key in ROPE_SCALINGS[kind]:
         scaling[key]
-    base = scaling.pop("rope_theta", None) or hf.get("rope_theta") or 10000
-    return {"rope_base": base, "rope_scaling": None if kind == "default" else scaling}
+    base = scaling.pop("rope_theta", None) or parameters.get("rope_theta") or hf.get("rope_theta") or 10000
+    share = scaling.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or 1.0
+    scaling = None if kind == "default" else scaling
+    return {"rope_base": base, "rope_scaling": scaling, "rotary_percentage": share}

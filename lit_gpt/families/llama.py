@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from lit_gpt.errors import InputError
-from lit_gpt.families import rope
+from lit_gpt.families import usual
 
 MODEL_TYPES = ("llama",)
 
@@ -63,24 +62,14 @@ WEIGHTS = {
     "lm_head": "lm_head",
 }
 
+TRANSPOSED = ()
 IGNORED = ("rotary_emb.inv_freq",)  # old exports saved this constant in every layer
+
+# what their config.json does not say: the positions of LongChat's first models are condensed by 8
+LONGCHAT = dict(rope_scaling=dict(rope_type="linear", factor=8.0), block_size=16384)
+EXCEPTIONS = {"longchat-7b-16k": LONGCHAT, "longchat-13b-16k": LONGCHAT}
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    if hf.get("hidden_act", "silu") != "silu":
-        raise InputError(f"hidden_act {hf['hidden_act']!r} is not known in a llama model; known is silu.")
-    return rope(hf) | dict(
-        n_layer=hf["num_hidden_layers"],
-        n_head=hf["num_attention_heads"],
-        n_query_groups=hf.get("num_key_value_heads"),
-        n_embd=hf["hidden_size"],
-        head_size=hf.get("head_dim"),
-        intermediate_size=hf["intermediate_size"],
-        vocab_size=hf["vocab_size"],
-        block_size=hf["max_position_embeddings"],
-        norm_eps=hf["rms_norm_eps"],
-        attn_bias=hf.get("attention_bias", False),
-        proj_bias=hf.get("attention_bias", False),
-        mlp_bias=hf.get("mlp_bias", False),
-        tie_embeddings=hf.get("tie_word_embeddings", False),
-    )
+    bias = hf.get("attention_bias", False)
+    return usual(hf) | dict(attn_bias=bias, proj_bias=bias, mlp_bias=hf.get("mlp_bias", False))

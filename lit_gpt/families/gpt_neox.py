@@ -1,0 +1,92 @@
+"""GPT-NeoX and what shares its layout: Pythia, Dolly 2, RedPajama-INCITE, StableLM-alpha, StableCode-alpha."""
+
+from typing import Any
+
+from lit_gpt.families import activation, rope
+
+MODEL_TYPES = ("gpt_neox",)
+
+NEOX = dict(
+    block="parallel", norm="LayerNorm", norm_eps=1e-5, mlp="GptNeoxMLP", activation="gelu", attn_bias=True,
+    proj_bias=True, mlp_bias=True, vocab_size=50304, block_size=2048, rotary_percentage=0.25,
+)  # fmt: skip
+PYTHIA = {
+    "14m": dict(n_layer=6, n_head=4, n_embd=128),
+    "31m": dict(n_layer=6, n_head=8, n_embd=256),
+    "70m": dict(n_layer=6, n_head=8, n_embd=512),
+    "160m": dict(n_layer=12, n_head=12, n_embd=768),
+    "410m": dict(n_layer=24, n_head=16, n_embd=1024),
+    "1b": dict(n_layer=16, n_head=8, n_embd=2048),
+    "1.4b": dict(n_layer=24, n_head=16, n_embd=2048),
+    "2.8b": dict(n_layer=32, n_head=32, n_embd=2560),
+    "6.9b": dict(n_layer=32, n_head=32, n_embd=4096, vocab_size=50432),
+    "12b": dict(n_layer=36, n_head=40, n_embd=5120, vocab_size=50688),
+}
+REDPAJAMA = NEOX | dict(block="sequential", vocab_size=50432, rotary_percentage=1.0)
+RED_3B, RED_7B = dict(n_layer=32, n_head=32, n_embd=2560), dict(n_layer=32, n_head=32, n_embd=4096)
+STABLELM = NEOX | dict(vocab_size=50432, block_size=4096)
+STABLE_3B, STABLE_7B = dict(n_layer=16, n_head=32, n_embd=4096), dict(n_layer=16, n_head=48, n_embd=6144)
+STABLECODE = NEOX | dict(vocab_size=49152, n_layer=32, n_head=32, n_embd=2560)
+MODELS: dict[str, dict[str, Any]] = {
+    **{f"EleutherAI/pythia-{size}": NEOX | sizes for size, sizes in PYTHIA.items()},
+    **{
+        f"EleutherAI/pythia-{size}-deduped": NEOX | sizes
+        for size, sizes in PYTHIA.items()
+        if size not in ("14m", "31m")
+    },
+    "EleutherAI/gpt-neox-20b": NEOX | dict(n_layer=44, n_head=64, n_embd=6144, vocab_size=50432),
+    "databricks/dolly-v2-3b": NEOX | PYTHIA["2.8b"] | dict(vocab_size=50280),
+    "databricks/dolly-v2-7b": NEOX | PYTHIA["6.9b"] | dict(vocab_size=50280),
+    "databricks/dolly-v2-12b": NEOX | PYTHIA["12b"] | dict(vocab_size=50280),
+    "togethercomputer/RedPajama-INCITE-Base-3B-v1": REDPAJAMA | RED_3B,
+    "togethercomputer/RedPajama-INCITE-Chat-3B-v1": REDPAJAMA | RED_3B,
+    "togethercomputer/RedPajama-INCITE-Instruct-3B-v1": REDPAJAMA | RED_3B,
+    "togethercomputer/RedPajama-INCITE-7B-Base": REDPAJAMA | RED_7B,
+    "togethercomputer/RedPajama-INCITE-7B-Chat": REDPAJAMA | RED_7B,
+    "togethercomputer/RedPajama-INCITE-7B-Instruct": REDPAJAMA | RED_7B,
+    "stabilityai/stablelm-base-alpha-3b": STABLELM | STABLE_3B | dict(vocab_size=50688),
+    "stabilityai/stablelm-tuned-alpha-3b": STABLELM | STABLE_3B | dict(vocab_size=50688),
+    "stabilityai/stablelm-base-alpha-7b": STABLELM | STABLE_7B,
+    "stabilityai/stablelm-tuned-alpha-7b": STABLELM | STABLE_7B,
+    "stabilityai/stablecode-instruct-alpha-3b": STABLECODE | dict(block_size=4096),
+    "stabilityai/stablecode-completion-alpha-3b": STABLECODE | dict(block_size=16384),
+    "stabilityai/stablecode-completion-alpha-3b-4k": STABLECODE | dict(block_size=4096),
+}
+
+WEIGHTS = {
+    "gpt_neox.embed_in": "transformer.wte",
+    "gpt_neox.layers.{}.input_layernorm": "transformer.h.{}.norm_1",
+    "gpt_neox.layers.{}.attention.query_key_value": (
+        "grouped", "transformer.h.{}.attn.q", "transformer.h.{}.attn.k", "transformer.h.{}.attn.v"
+    ),
+    "gpt_neox.layers.{}.attention.dense": "transformer.h.{}.attn.proj",
+    "gpt_neox.layers.{}.post_attention_layernorm": "transformer.h.{}.norm_2",
+    "gpt_neox.layers.{}.mlp.dense_h_to_4h": "transformer.h.{}.mlp.fc",
+    "gpt_neox.layers.{}.mlp.dense_4h_to_h": "transformer.h.{}.mlp.proj",
+    "gpt_neox.final_layer_norm": "transformer.ln_f",
+    "embed_out": "lm_head",
+}  # fmt: skip
+TRANSPOSED = ()
+IGNORED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")  # constants of old exports
+
+
+def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    old = {"rope_theta": hf.get("rotary_emb_base"), "partial_rotary_factor": hf.get("rotary_pct")}
+    bias = hf.get("attention_bias", True)
+    return rope({key: value for key, value in old.items() if value} | hf) | dict(
+        block="parallel" if hf.get("use_parallel_residual", True) else "sequential",
+        norm="LayerNorm",
+        norm_eps=hf.get("layer_norm_eps", 1e-5),
+        mlp="GptNeoxMLP",
+        activation=activation(hf.get("hidden_act", "gelu")),
+        n_layer=hf["num_hidden_layers"],
+        n_head=hf["num_attention_heads"],
+        n_embd=hf["hidden_size"],
+        intermediate_size=hf["intermediate_size"],
+        vocab_size=hf["vocab_size"],
+        block_size=hf["max_position_embeddings"],
+        attn_bias=bias,
+        proj_bias=bias,
+        mlp_bias=True,
+        tie_embeddings=hf.get("tie_word_embeddings", False),
+    )

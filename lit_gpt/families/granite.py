@@ -1,0 +1,34 @@
+"""Granite: Llama with a factor on embeddings, attention, residuals and logits."""
+
+from typing import Any
+
+from lit_gpt.families import llama
+
+MODEL_TYPES = ("granite",)
+
+GRANITE_3 = dict(
+    block="scaled", embedding="scaled", embedding_scale=12.0, residual_scale=0.22, norm_eps=1e-5, tie_embeddings=True,
+    n_layer=40, n_head=32, n_query_groups=8,
+)  # fmt: skip
+SIZE_2B = dict(n_embd=2048, intermediate_size=8192, attn_scale=0.015625, logit_scale=1 / 8)
+SIZE_8B = dict(n_embd=4096, intermediate_size=12800, attn_scale=0.0078125, logit_scale=1 / 16)
+V_3_1 = dict(block_size=131072, rope_base=5000000.0, vocab_size=49155)
+MODELS: dict[str, dict[str, Any]] = {
+    "ibm-granite/granite-3.1-2b-base": GRANITE_3 | SIZE_2B | V_3_1 | dict(vocab_size=49152),
+    "ibm-granite/granite-3.1-2b-instruct": GRANITE_3 | SIZE_2B | V_3_1,
+    "ibm-granite/granite-3.1-8b-base": GRANITE_3 | SIZE_8B | V_3_1 | dict(vocab_size=49152),
+    "ibm-granite/granite-3.1-8b-instruct": GRANITE_3 | SIZE_8B | V_3_1,
+}
+
+WEIGHTS, TRANSPOSED, IGNORED = llama.WEIGHTS, (), llama.IGNORED
+
+
+def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    return llama.from_hf(hf) | dict(
+        block="scaled",
+        embedding="scaled",
+        embedding_scale=hf.get("embedding_multiplier", 1.0),
+        residual_scale=hf.get("residual_multiplier", 1.0),
+        attn_scale=hf.get("attention_multiplier", 1.0),
+        logit_scale=1 / hf.get("logits_scaling", 1.0),
+    )

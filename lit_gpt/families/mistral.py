@@ -1,0 +1,26 @@
+"""Mistral: Llama's layout, with a sliding window in its first version."""
+
+from typing import Any
+
+from lit_gpt.families import llama, sliding, usual
+
+MODEL_TYPES = ("mistral",)
+
+MISTRAL_7B = dict(
+    n_layer=32, n_head=32, n_query_groups=8, n_embd=4096, intermediate_size=14336, vocab_size=32000, block_size=32768,
+    norm_eps=1e-5,
+)  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "mistralai/Mistral-7B-v0.1": MISTRAL_7B | dict(sliding_window=4096),
+    "mistralai/Mistral-7B-Instruct-v0.1": MISTRAL_7B | dict(sliding_window=4096),
+    "mistralai/Mistral-7B-Instruct-v0.2": MISTRAL_7B | dict(rope_base=1000000.0),
+    "mistralai/Mistral-7B-v0.3": MISTRAL_7B | dict(rope_base=1000000.0, vocab_size=32768),
+    "mistralai/Mistral-7B-Instruct-v0.3": MISTRAL_7B | dict(rope_base=1000000.0, vocab_size=32768),
+    "HuggingFaceH4/zephyr-7b-beta": MISTRAL_7B | dict(sliding_window=4096),
+}
+
+WEIGHTS, TRANSPOSED, IGNORED = llama.WEIGHTS, (), llama.IGNORED
+
+
+def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    return usual(hf) | sliding(hf)

@@ -1,0 +1,32 @@
+"""Mixtral: Mistral with a mixture of experts."""
+
+from typing import Any
+
+from lit_gpt.families import llama, sliding, usual
+
+MODEL_TYPES = ("mixtral",)
+
+MIXTRAL = dict(
+    mlp="LLaMAMoE", n_expert=8, n_expert_per_token=2, n_layer=32, n_head=32, n_query_groups=8, n_embd=4096,
+    intermediate_size=14336, vocab_size=32000, block_size=32768, norm_eps=1e-5, rope_base=1000000.0,
+)  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "mistralai/Mixtral-8x7B-v0.1": MIXTRAL,
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": MIXTRAL,
+    "mistralai/Mixtral-8x22B-v0.1": MIXTRAL | dict(
+        n_layer=56, n_head=48, n_embd=6144, intermediate_size=16384, block_size=65536
+    ),
+}  # fmt: skip
+
+WEIGHTS = {theirs: ours for theirs, ours in llama.WEIGHTS.items() if ".mlp." not in theirs} | {
+    "model.layers.{}.block_sparse_moe.gate": "transformer.h.{}.mlp.gate",
+    "model.layers.{}.block_sparse_moe.experts.{}.w1": "transformer.h.{}.mlp.experts.{}.fc_1",
+    "model.layers.{}.block_sparse_moe.experts.{}.w3": "transformer.h.{}.mlp.experts.{}.fc_2",
+    "model.layers.{}.block_sparse_moe.experts.{}.w2": "transformer.h.{}.mlp.experts.{}.proj",
+}
+TRANSPOSED, IGNORED = (), llama.IGNORED
+
+
+def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    experts = dict(n_expert=hf["num_local_experts"], n_expert_per_token=hf["num_experts_per_tok"])
+    return usual(hf) | sliding(hf) | experts | dict(mlp="LLaMAMoE")

@@ -1,0 +1,47 @@
+"""OLMo 1 (norms without weights) and OLMo 2 (norms after, and on q and k)."""
+
+from typing import Any
+
+from lit_gpt.families import llama, usual
+
+MODEL_TYPES = ("olmo", "olmo2")
+
+OLMO = dict(norm="LayerNorm_without_weight", norm_eps=1e-5, vocab_size=50304)
+OLMO_2 = dict(
+    block="post_norm", qk_norm="all_heads", norm_eps=1e-6, vocab_size=100352, block_size=4096, rope_base=500000
+)
+MODELS: dict[str, dict[str, Any]] = {
+    "allenai/OLMo-1B-hf": OLMO | dict(
+        n_layer=16, n_head=16, n_embd=2048, intermediate_size=8192, block_size=2048, tie_embeddings=True
+    ),
+    "allenai/OLMo-7B-hf": OLMO | dict(n_layer=32, n_head=32, n_embd=4096, intermediate_size=11008, block_size=2048),
+    "allenai/OLMo-2-0425-1B": OLMO_2 | dict(n_layer=16, n_head=16, n_embd=2048, intermediate_size=8192),
+    "allenai/OLMo-2-1124-7B": OLMO_2 | dict(n_layer=32, n_head=32, n_embd=4096, intermediate_size=11008),
+    "allenai/OLMo-2-1124-13B": OLMO_2 | dict(n_layer=40, n_head=40, n_embd=5120, intermediate_size=13824),
+}  # fmt: skip
+
+WEIGHTS = llama.WEIGHTS | {
+    "model.layers.{}.self_attn.q_norm": "transformer.h.{}.attn.norm_q",
+    "model.layers.{}.self_attn.k_norm": "transformer.h.{}.attn.norm_k",
+}
+NAMES_OF_2 = {
+    "model.layers.{}.post_attention_layernorm": "transformer.h.{}.norm_1",
+    "model.layers.{}.post_feedforward_layernorm": "transformer.h.{}.norm_2",
+}
+TRANSPOSED, IGNORED = (), llama.IGNORED
+
+
+def weights(config: Any) -> dict[str, Any]:
+    """In OLMo 2 a name means another norm."""
+    if config.block != "post_norm":
+        return WEIGHTS
+    return {theirs: ours for theirs, ours in WEIGHTS.items() if "layernorm" not in theirs} | NAMES_OF_2
+
+
+def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    bias = hf.get("attention_bias", False)
+    found = usual(hf) | dict(attn_bias=bias, proj_bias=bias)
+    if hf["model_type"] == "olmo2":
+        return found | dict(block="post_norm", qk_norm="all_heads")
+    clip = hf.get("clip_qkv")
+    return found | dict(norm="LayerNorm_without_weight", qk_norm="clip" if clip else None, clip_qkv=clip)

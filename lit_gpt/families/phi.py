@@ -1,0 +1,43 @@
+"""Phi-1, 1.5 and 2: attention and MLP side by side on one norm, biases everywhere, also in the head."""
+
+from typing import Any
+
+from lit_gpt.errors import InputError
+from lit_gpt.families import usual
+
+MODEL_TYPES = ("phi",)
+
+PHI = dict(
+    block="shared_norm", norm="LayerNorm", norm_eps=1e-5, mlp="GptNeoxMLP", activation="gelu_tanh", attn_bias=True,
+    proj_bias=True, mlp_bias=True, lm_head_bias=True, vocab_size=51200, block_size=2048, n_head=32,
+)  # fmt: skip
+PHI_1 = PHI | dict(n_layer=24, n_embd=2048, rotary_percentage=0.5)
+MODELS: dict[str, dict[str, Any]] = {
+    "microsoft/phi-1": PHI_1,
+    "microsoft/phi-1_5": PHI_1,
+    "microsoft/phi-2": PHI | dict(n_layer=32, n_embd=2560, rotary_percentage=0.4),
+}
+
+WEIGHTS = {
+    "model.embed_tokens": "transformer.wte",
+    "model.layers.{}.input_layernorm": "transformer.h.{}.norm_1",
+    "model.layers.{}.self_attn.q_proj": "transformer.h.{}.attn.q",
+    "model.layers.{}.self_attn.k_proj": "transformer.h.{}.attn.k",
+    "model.layers.{}.self_attn.v_proj": "transformer.h.{}.attn.v",
+    "model.layers.{}.self_attn.dense": "transformer.h.{}.attn.proj",
+    "model.layers.{}.self_attn.q_layernorm": "transformer.h.{}.attn.norm_q.norm",
+    "model.layers.{}.self_attn.k_layernorm": "transformer.h.{}.attn.norm_k.norm",
+    "model.layers.{}.mlp.fc1": "transformer.h.{}.mlp.fc",
+    "model.layers.{}.mlp.fc2": "transformer.h.{}.mlp.proj",
+    "model.final_layernorm": "transformer.ln_f",
+    "lm_head": "lm_head",
+}
+TRANSPOSED, IGNORED = (), ("rotary_emb.inv_freq",)
+
+
+def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    if "hidden_size" not in hf:
+        raise InputError("this is the layout of 2023, with its own code. Download the model's current revision.")
+    same = ("block", "norm", "mlp", "attn_bias", "proj_bias", "mlp_bias", "lm_head_bias")
+    found = usual(hf, hidden_act="gelu_new", partial_rotary_factor=0.5) | {key: PHI[key] for key in same}
+    return found | dict(qk_norm="per_head" if hf.get("qk_layernorm") else None)

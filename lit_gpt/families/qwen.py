@@ -1,0 +1,74 @@
+"""Qwen 2 and 2.5 (biases on q, k and v), Qwen 3 (norms on q and k), and Qwen 3's mixtures of experts."""
+
+from typing import Any
+
+from lit_gpt.families import llama, sliding, usual
+
+MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe")
+
+QWEN_2 = dict(attn_bias=True, norm_eps=1e-6, rope_base=1000000.0, vocab_size=151936, block_size=32768)
+SIZES_2 = {
+    "0.5B": dict(n_layer=24, n_head=14, n_query_groups=2, n_embd=896, intermediate_size=4864, tie_embeddings=True),
+    "1.5B": dict(n_layer=28, n_head=12, n_query_groups=2, n_embd=1536, intermediate_size=8960, tie_embeddings=True),
+    "3B": dict(n_layer=36, n_head=16, n_query_groups=2, n_embd=2048, intermediate_size=11008, tie_embeddings=True),
+    "7B": dict(n_layer=28, n_head=28, n_query_groups=4, n_embd=3584, intermediate_size=18944, vocab_size=152064),
+    "14B": dict(n_layer=48, n_head=40, n_query_groups=8, n_embd=5120, intermediate_size=13824, vocab_size=152064),
+    "32B": dict(n_layer=64, n_head=40, n_query_groups=8, n_embd=5120, intermediate_size=27648, vocab_size=152064),
+    "72B": dict(n_layer=80, n_head=64, n_query_groups=8, n_embd=8192, intermediate_size=29568, vocab_size=152064),
+}
+LONG = ("7B", "14B", "32B", "72B")  # bases that were trained on 131,072 positions
+QWEN_3 = dict(
+    qk_norm="per_head", norm_eps=1e-6, rope_base=1000000.0, vocab_size=151936, block_size=40960, head_size=128,
+    n_query_groups=8,
+)  # fmt: skip
+SIZES_3 = {
+    "0.6B": dict(n_layer=28, n_head=16, n_embd=1024, intermediate_size=3072, tie_embeddings=True),
+    "1.7B": dict(n_layer=28, n_head=16, n_embd=2048, intermediate_size=6144, tie_embeddings=True),
+    "4B": dict(n_layer=36, n_head=32, n_embd=2560, intermediate_size=9728, tie_embeddings=True),
+    "8B": dict(n_layer=36, n_head=32, n_embd=4096, intermediate_size=12288),
+    "14B": dict(n_layer=40, n_head=40, n_embd=5120, intermediate_size=17408),
+    "32B": dict(n_layer=64, n_head=64, n_embd=5120, intermediate_size=25600),
+    "30B-A3B": dict(
+        mlp="LLaMAMoE", n_expert=128, n_expert_per_token=8, moe_intermediate_size=768, n_layer=48, n_head=32,
+        n_query_groups=4, n_embd=2048, intermediate_size=6144,
+    ),
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    **{f"Qwen/Qwen2.5-{size}": QWEN_2 | sizes | (dict(block_size=131072) if size in LONG else {})
+       for size, sizes in SIZES_2.items()},
+    **{f"Qwen/Qwen2.5-{size}-Instruct": QWEN_2 | sizes for size, sizes in SIZES_2.items()},
+    **{f"Qwen/Qwen3-{size}": QWEN_3 | sizes for size, sizes in SIZES_3.items()},
+}  # fmt: skip
+
+WEIGHTS = llama.WEIGHTS | {
+    "model.layers.{}.self_attn.q_norm": "transformer.h.{}.attn.norm_q.norm",
+    "model.layers.{}.self_attn.k_norm": "transformer.h.{}.attn.norm_k.norm",
+    "model.layers.{}.mlp.gate": "transformer.h.{}.mlp.gate",
+    "model.layers.{}.mlp.experts.{}.gate_proj": "transformer.h.{}.mlp.experts.{}.fc_1",
+    "model.layers.{}.mlp.experts.{}.up_proj": "transformer.h.{}.mlp.experts.{}.fc_2",
+    "model.layers.{}.mlp.experts.{}.down_proj": "transformer.h.{}.mlp.experts.{}.proj",
+}
+TRANSPOSED, IGNORED = (), llama.IGNORED
+
+
+def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    found = usual(hf)
+    if hf.get("use_sliding_window"):  # the upper layers, where no layer_types say it
+        first = hf.get("max_window_layers", 28)
+        kinds = ["full_attention" if i < first else "sliding_attention" for i in range(found["n_layer"])]
+        found |= sliding({"layer_types": kinds} | {key: value for key, value in hf.items() if value is not None})
+    if hf["model_type"] == "qwen2":
+        return found | dict(attn_bias=True)
+    bias = hf.get("attention_bias", False)
+    found |= dict(qk_norm="per_head", attn_bias=bias, proj_bias=bias)
+    if hf["model_type"] == "qwen3":
+        return found | dict(head_size=hf.get("head_dim", 128))
+    every, dense = hf.get("decoder_sparse_step", 1), set(hf.get("mlp_only_layers") or ())
+    return found | dict(
+        mlp="LLaMAMoE",
+        n_expert=hf.get("num_experts") or hf["num_local_experts"],
+        n_expert_per_token=hf["num_experts_per_tok"],
+        renormalize_experts=hf.get("norm_topk_prob", False),
+        moe_intermediate_size=hf["moe_intermediate_size"],
+        dense_layers=[i for i in range(found["n_layer"]) if i in dense or (i + 1) % every],
+    )

@@ -1,0 +1,270 @@
+"""Every family equals transformers', in and out, on tiny random models: `pytest tests/test_families.py`"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_model import cached, error, reference
+
+from lit_gpt import Config, InputError, families
+from lit_gpt.checkpoint import build_model, convert, load_model
+from lit_gpt.convert import hf_name
+from lit_gpt.generate import generate
+from lit_gpt.layout import Layout
+from lit_gpt.train import rotates_by_length
+
+COMMON: dict[str, Any] = dict(
+    vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=6,
+    num_key_value_heads=2, max_position_embeddings=128, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+)  # fmt: skip
+NEOX = {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}
+GPT2 = dict(vocab_size=97, n_embd=48, n_layer=3, n_head=6, n_positions=128, bos_token_id=None, eos_token_id=None)
+YARN = dict(rope_type="yarn", rope_theta=700.0, factor=4.0, original_max_position_embeddings=32)
+LONGROPE = dict(
+    rope_type="longrope", rope_theta=700.0, original_max_position_embeddings=64, short_factor=[1.0, 1.1, 1.3, 2.0],
+    long_factor=[1.0, 2.0, 4.0, 9.0],
+)  # fmt: skip
+WINDOWS = ["full_attention", "sliding_attention", "full_attention"]
+CASES: dict[str, tuple[str, dict[str, Any]]] = {  # (transformers' class, what its config says)
+    "llama": ("Llama", COMMON),
+    "llama, dynamic": ("Llama", COMMON | dict(
+        max_position_embeddings=40, rope_parameters=dict(rope_type="dynamic", rope_theta=700.0, factor=4.0)
+    )),
+    "llama, yarn": ("Llama", COMMON | dict(rope_parameters=YARN)),
+    "llama, yarn with its settings": ("Llama", COMMON | dict(
+        rope_parameters=YARN | dict(beta_fast=16, beta_slow=2, truncate=False, mscale=0.7, mscale_all_dim=0.9)
+    )),
+    "mistral": ("Mistral", COMMON | dict(sliding_window=20, head_dim=16)),
+    "mistral, no window": ("Mistral", COMMON | dict(sliding_window=None)),
+    "mixtral": ("Mixtral", COMMON | dict(num_local_experts=5, num_experts_per_tok=2)),
+    "qwen2": ("Qwen2", COMMON | dict(tie_word_embeddings=True)),
+    "qwen2, windows": ("Qwen2", COMMON | dict(use_sliding_window=True, sliding_window=20, max_window_layers=1)),
+    "qwen3": ("Qwen3", COMMON | dict(head_dim=16)),
+    "qwen3_moe": ("Qwen3Moe", COMMON | dict(
+        head_dim=16, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True,
+        mlp_only_layers=[1],
+    )),
+    "qwen3_moe, not renormalized": ("Qwen3Moe", COMMON | dict(
+        head_dim=16, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, decoder_sparse_step=2
+    )),
+    "gemma": ("Gemma", COMMON | dict(head_dim=16)),
+    "gemma2": ("Gemma2", COMMON | dict(
+        head_dim=16, query_pre_attn_scalar=11, sliding_window=20, attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    )),
+    "gemma3_text": ("Gemma3Text", COMMON | dict(
+        head_dim=16, query_pre_attn_scalar=11, sliding_window=20, layer_types=WINDOWS[::-1],
+        rope_parameters=dict(
+            full_attention=dict(rope_type="linear", factor=3.0, rope_theta=7000.0),
+            sliding_attention=dict(rope_type="default", rope_theta=70.0),
+        ),
+    )),
+    "phi": ("Phi", NEOX),
+    "phi, norms": ("Phi", NEOX | dict(qk_layernorm=True)),
+    "phi3": ("Phi3", COMMON | dict(sliding_window=20)),
+    "phi3, longrope": ("Phi3", COMMON | dict(
+        original_max_position_embeddings=64, rope_parameters=LONGROPE, sliding_window=None
+    )),
+    "gpt_neox": ("GPTNeoX", NEOX | dict(
+        rope_parameters=dict(rope_type="default", rope_theta=700.0, partial_rotary_factor=0.25)
+    )),
+    "gpt_neox, one after the other": ("GPTNeoX", NEOX | dict(use_parallel_residual=False, tie_word_embeddings=True)),
+    "gpt_neox, no biases": ("GPTNeoX", NEOX | dict(attention_bias=False)),
+    "falcon 7b": ("Falcon", NEOX),
+    "falcon 40b": ("Falcon", NEOX | dict(new_decoder_architecture=True, num_kv_heads=2, bias=True)),
+    "falcon, one norm": ("Falcon", NEOX | dict(
+        new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1, ffn_hidden_size=80
+    )),
+    "falcon, one after the other": ("Falcon", NEOX | dict(
+        parallel_attn=False, multi_query=False, tie_word_embeddings=False
+    )),
+    "gpt2": ("GPT2", GPT2),
+    "gpt2, other": ("GPT2", GPT2 | dict(n_inner=80, activation_function="relu", scale_attn_weights=False)),
+    "stablelm": ("StableLm", COMMON | dict(use_qkv_bias=True)),
+    "stablelm 2 12b": ("StableLm", COMMON | dict(qk_layernorm=True, use_parallel_residual=True)),
+    "olmo": ("Olmo", COMMON),
+    "olmo, clipped": ("Olmo", COMMON | dict(clip_qkv=0.5)),
+    "olmo2": ("Olmo2", COMMON),
+    "granite": ("Granite", COMMON | dict(
+        embedding_multiplier=3.0, residual_multiplier=0.3, attention_multiplier=0.2, logits_scaling=4.0
+    )),
+    "smollm3": ("SmolLM3", COMMON | dict(no_rope_layer_interval=2)),
+}  # fmt: skip
+
+
+def make(folder: Path, kind: str, settings: dict[str, Any]) -> Path:
+    """A model whose every parameter is random, as transformers saves it."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    model = getattr(transformers, {"GPT2": "GPT2LMHeadModel"}.get(kind, f"{kind.removesuffix('Text')}ForCausalLM"))(
+        config
+    )
+    generator = torch.Generator().manual_seed(0)
+    for param in model.parameters():
+        torch.nn.init.normal_(param, mean=float(param.dim() == 1), std=0.2, generator=generator)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.replace(" ", "_"))
+def folder(request, tmp_path_factory) -> Path:
+    return make(tmp_path_factory.mktemp("family") / "checkpoint", *CASES[request.param])
+
+
+@pytest.fixture(scope="module")
+def pair(folder):
+    """(transformers' model, ours) of one checkpoint."""
+    return reference(folder), load_model(folder)
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 97, shape, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_logits_are_those_of_transformers(pair) -> None:
+    """On 100 tokens: beyond the sliding windows, and beyond the lengths that rotations were made for."""
+    theirs, ours = pair
+    idx = tokens(2, 100)
+    expected = theirs(idx).logits
+    assert error(ours(idx), expected) < 1e-5
+    assert error(cached(ours, idx, [40, 1, 33, 1, 25]), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_short_texts_too(pair) -> None:
+    """Before any of that begins."""
+    theirs, ours = pair
+    assert error(ours(tokens(1, 15)), theirs(tokens(1, 15)).logits) < 1e-5
+
+
+def test_greedy_generation_is_that_of_transformers(pair) -> None:
+    theirs, ours = pair
+    for prompt in tokens(4, 5):
+        expected = theirs.generate(prompt[None], max_new_tokens=20, do_sample=False, pad_token_id=0)[0]
+        assert generate(ours, prompt, 25, temperature=0.0).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("share_prefixes", [False, True])
+def test_records_end_to_end_are_separate_records(share_prefixes, pair) -> None:
+    """Loss and gradients; also where a window ends within a shared prefix. In float64."""
+    _, ours = pair
+    share_prefixes &= not rotates_by_length(ours)
+    model = build_model(ours.config).to_empty(device="cpu")
+    model.load_state_dict(ours.state_dict())
+    for rope in model.ropes:
+        model.ropes[rope].theta = ours.ropes[rope].theta
+    model = model.double().requires_grad_()
+    shared = tokens(1, 25)[0]
+    records = [torch.cat((shared, tail)) for tail in tokens(3, 7)] + [tokens(1, 70)[0], tokens(1, 4)[0]]
+    trained = [torch.arange(len(ids)) % 3 != 1 for ids in records]
+
+    def gradients(batches) -> list[torch.Tensor]:
+        model.zero_grad()
+        loss = sum(model(idx, layout=layout) for idx, layout in batches)
+        loss.backward()
+        return [loss.detach(), *(param.grad.clone() for param in model.parameters() if param.grad is not None)]
+
+    together = Layout.end_to_end(list(zip(records, trained)), share_prefixes)
+    assert (together[0].numel() < sum(map(len, records))) == share_prefixes
+    alone = [Layout.end_to_end([record]) for record in zip(records, trained)]
+    for got, expected in zip(gradients([together]), gradients(alone), strict=True):
+        assert error(got, expected) < 1e-10 or expected.abs().max() < 1e-12
+
+
+def test_there_and_back(folder, tmp_path) -> None:
+    """Every tensor of the checkpoint bit by bit, and transformers loads it."""
+    convert(folder, tmp_path / "lit", hugging_face=False)
+    convert(tmp_path / "lit", tmp_path / "hf", hugging_face=True)
+    before, after = (load_file(at / "model.safetensors") for at in (folder, tmp_path / "hf"))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    converted, source = load_model(tmp_path / "lit"), load_model(folder)
+    assert converted.config.replace(name="") == source.config.replace(name="")
+    for (name, a), b in zip(converted.state_dict().items(), source.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert torch.equal(reference(tmp_path / "hf")(tokens(1, 9)).logits, reference(folder)(tokens(1, 9)).logits)
+
+
+@torch.no_grad()
+def test_bfloat16_is_as_good_as_transformers(folder, pair) -> None:
+    """The error of bfloat16 weights is of the size of theirs: norms and rotations are done in float32."""
+    exact, idx = pair[1](tokens(1, 60)), tokens(1, 60)
+    theirs = reference(folder, torch.bfloat16)(idx).logits.float()
+    ours = load_model(folder, torch.bfloat16)(idx).float()
+    errors = [(logits - exact).square().mean().sqrt() / exact.square().mean().sqrt() for logits in (ours, theirs)]
+    assert 0 < errors[0] < max(1.25 * errors[1], 0.01)
+
+
+# ---- the tables
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_published_names(family) -> None:
+    """Each builds; its sizes are what its own name says."""
+    for repo, sizes in families.load(family).MODELS.items():
+        config = Config.from_name(repo)
+        assert config.family == family and config == Config.from_name(repo.split("/")[1])
+        n = sum(param.numel() for param in build_model(config).parameters())
+        assert 5e6 < n < 2e11, repo
+        assert all(hf_name(name, config) for name in build_model(config).state_dict())
+        assert sizes
+
+
+PUBLISHED = {  # parameters, as their authors count them
+    "meta-llama/Llama-2-7b-hf": 6738415616,
+    "mistralai/Mistral-7B-v0.1": 7241732096,
+    "mistralai/Mixtral-8x7B-v0.1": 46702792704,
+    "Qwen/Qwen2.5-7B": 7615616512,
+    "Qwen/Qwen3-8B": 8190735360,
+    "google/gemma-7b": 8537680896,
+    "google/gemma-2-9b": 9241705984,
+    "google/gemma-3-1b-pt": 999885952,
+    "microsoft/phi-2": 2779683840,
+    "microsoft/Phi-3-mini-4k-instruct": 3821079552,
+    "EleutherAI/pythia-1b": 1011781632,
+    "tiiuae/falcon-7b": 6921720704,
+    "openai-community/gpt2": 124439808,
+    "stabilityai/stablelm-3b-4e1t": 2795443200,
+    "allenai/OLMo-2-1124-7B": 7298617344,
+    "HuggingFaceTB/SmolLM3-3B": 3075098624,
+}
+
+
+@pytest.mark.parametrize("repo", PUBLISHED)
+def test_number_of_parameters(repo) -> None:
+    assert sum(param.numel() for param in build_model(Config.from_name(repo)).parameters()) == PUBLISHED[repo]
+
+
+def test_longchat_says_less_than_it_is(tmp_path) -> None:
+    """Its config.json does not mention that positions are condensed: its name does."""
+    for name in ("longchat-7b-16k", "some-llama"):
+        (tmp_path / name).mkdir()
+        hf = dict(COMMON, model_type="llama", rms_norm_eps=1e-6, max_position_embeddings=2048)
+        (tmp_path / name / "config.json").write_text(json.dumps(hf))
+    assert Config.from_checkpoint(tmp_path / "some-llama").rope_scaling is None
+    longchat = Config.from_checkpoint(tmp_path / "longchat-7b-16k")
+    assert longchat.rope_scaling == dict(rope_type="linear", factor=8.0) and longchat.block_size == 16384
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(model_type="bloom"), "model_type 'bloom'; known are RefinedWeb"),
+        (dict(hidden_size="big"), "wrong type|n_embd is 'big', expected int"),
+        (dict(hidden_act="swiglu"), "activation 'swiglu' is not known; known are silu"),
+        (dict(rope_scaling=dict(rope_type="longrope", factor=2.0)), "has no 'short_factor'"),
+        (dict(model_type="falcon", alibi=True), "alibi is not known"),
+        (dict(num_attention_heads=True), "expected int"),
+        (dict(layer_types=["chunked_attention"] * 3, model_type="mistral"), "'chunked_attention' are not known"),
+    ],
+)
+def test_what_is_not_known_is_named(changes, message, tmp_path) -> None:
+    hf = dict(COMMON, model_type="llama", rms_norm_eps=1e-6) | changes
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(InputError, match=message) as caught:
+        Config.from_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)

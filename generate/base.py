@@ -15,7 +15,7 @@ import torch
 from lit_gpt import InputError
 from lit_gpt.cli import run
 from lit_gpt.device import Precision, default_device, inference_dtype, peak_memory_gb
-from lit_gpt.finetuned import load_for_use
+from lit_gpt.finetuned import QuantizeAs, load_for_use
 from lit_gpt.generate import stream
 from lit_gpt.prompts import STYLES, StyleName, style_name
 
@@ -32,6 +32,7 @@ def main(
     top_k: int | None = None,
     top_p: float | None = None,
     precision: Precision = "auto",
+    quantize: QuantizeAs = "auto",
     seed: int = 1337,
 ) -> None:
     """Answer a prompt.
@@ -49,6 +50,8 @@ def main(
         top_k: Sample from the k likeliest tokens only.
         top_p: Sample from the fewest likeliest tokens that together have this probability.
         precision: Of the weights and the arithmetic.
+        quantize: Keep the linears in 4 or 8 bits: a smaller model, and on a CPU a slower one. auto is what the
+            fine-tuned weights were trained on, none the weights as they are.
         seed: Of the sampling.
     """
     if temperature == 0 and (num_samples > 1 or top_k is not None or top_p is not None):
@@ -57,7 +60,8 @@ def main(
         )
     device = default_device()
     since = time.perf_counter()
-    model, tokenizer, trained_style = load_for_use(checkpoint_dir, finetuned, inference_dtype(precision), device)
+    dtype = inference_dtype(precision)
+    model, tokenizer, trained_style = load_for_use(checkpoint_dir, finetuned, dtype, device, quantize)
     print(f"Loaded in {time.perf_counter() - since:.1f} s.", file=sys.stderr)
 
     style = STYLES[style_name(prompt_style, tokenizer, trained_style)]

@@ -13,7 +13,7 @@ import torch
 
 from lit_gpt.cli import run
 from lit_gpt.device import Precision, default_device, inference_dtype
-from lit_gpt.finetuned import load_for_use
+from lit_gpt.finetuned import QuantizeAs, load_for_use
 from lit_gpt.generate import stream
 from lit_gpt.prompts import chat
 
@@ -27,6 +27,7 @@ def main(
     top_k: int | None = 50,
     top_p: float | None = None,
     precision: Precision = "auto",
+    quantize: QuantizeAs = "auto",
     seed: int = 1337,
 ) -> None:
     """Talk to a model.
@@ -40,10 +41,13 @@ def main(
         top_k: Sample from the k likeliest tokens only.
         top_p: Sample from the fewest likeliest tokens that together have this probability.
         precision: Of the weights and the arithmetic.
+        quantize: Keep the linears in 4 or 8 bits: a smaller model, and on a CPU a slower one. auto is what the
+            fine-tuned weights were trained on, none the weights as they are.
         seed: Of the sampling.
     """
     device = default_device()
-    model, tokenizer, trained_style = load_for_use(checkpoint_dir, finetuned, inference_dtype(precision), device)
+    dtype = inference_dtype(precision)
+    model, tokenizer, trained_style = load_for_use(checkpoint_dir, finetuned, dtype, device, quantize)
     if trained_style not in (None, "chat"):
         print(
             f"{finetuned} was trained with the prompt style {trained_style}, not with this chat template.",

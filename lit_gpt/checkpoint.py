@@ -15,6 +15,7 @@ from lit_gpt.convert import hf_name, to_hf, to_lit
 from lit_gpt.errors import InputError
 from lit_gpt.files import new_folder
 from lit_gpt.model import GPT
+from lit_gpt.quantize import Quantize, QuantizedLinear, quantize_linears
 
 # what belongs to a checkpoint besides its weights
 COMPANIONS = (
@@ -31,13 +32,19 @@ def build_model(config: Config) -> GPT:
         return GPT(config).requires_grad_(False)
 
 
-def load_model(checkpoint_dir: Path, dtype: torch.dtype | None = None, device: torch.device | None = None) -> GPT:
+def load_model(
+    checkpoint_dir: Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    quantize: Quantize | None = None,
+) -> GPT:
     """A GPT that is ready to use. `dtype` None keeps what the files hold.
 
     Raises:
-        InputError: see `load_weights`.
+        InputError: see `load_weights` and `quantize_linears`.
     """
     model = build_model(Config.from_checkpoint(checkpoint_dir))
+    quantize_linears(model, quantize)
     load_weights(model, checkpoint_dir, dtype, device)
     return model.eval()
 
@@ -57,7 +64,7 @@ def load_weights(
     checkpoint_dir = Path(checkpoint_dir)
     digests = {}
     for name, tensor in checked_tensors(model, checkpoint_dir):
-        assign(model, name, tensor.to(dtype=dtype or tensor.dtype, device=device))
+        assign(model, name, tensor.to(device), dtype or tensor.dtype)
         digests[name] = digest(name, tensor)
     if model.config.tie_embeddings:
         model.lm_head.weight = model.transformer.wte.weight
@@ -71,7 +78,8 @@ def checked_tensors(model: GPT, checkpoint_dir: Path) -> Iterator[tuple[str, tor
     Raises:
         InputError: see `load_weights`; after the last tensor.
     """
-    shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+    # a model of this config, whatever has been done to ours: a quantized linear has no weight left
+    shapes = {name: tuple(param.shape) for name, param in build_model(model.config).named_parameters()}
     files = weight_files(checkpoint_dir)
     seen, problems = set(), []
     for name, tensor in read_tensors(files):
@@ -188,10 +196,14 @@ def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0].rstrip(".")
 
 
-def assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Replaces a parameter, which may be on the meta device."""
+def assign(model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    """Replaces a parameter, which may be on the meta device. A quantized linear takes the checkpoint's own values."""
     path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
+    module = model.get_submodule(path)
+    if leaf == "weight" and isinstance(module, QuantizedLinear):
+        module.load_weight(tensor)
+    else:
+        setattr(module, leaf, nn.Parameter(tensor.to(dtype), requires_grad=False))
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

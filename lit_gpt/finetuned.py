@@ -6,10 +6,11 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,7 +23,10 @@ from lit_gpt.errors import InputError
 from lit_gpt.files import beside, new_folder, recover
 from lit_gpt.lora import LoRA, apply_lora, lora_filter
 from lit_gpt.model import GPT
+from lit_gpt.quantize import Quantize, quantize_linears
 from lit_gpt.tokenizer import Tokenizer
+
+QuantizeAs = Literal["auto", "none", Quantize]  # auto: as in training
 
 # what a run writes into its out_dir, and what is left of it where one is killed
 RUN_FOLDERS = ("last", "best", "step-" + 6 * "[0-9]")
@@ -76,6 +80,8 @@ class Finetuned:
     """Fingerprint of the base model."""
     tokenizer: str
     prompt_style: str
+    quantize: Quantize | None = None
+    """How the base was quantized in training. `base` does not depend on it."""
 
 
 class Checkpoints:
@@ -211,19 +217,25 @@ def finetuned_file(finetuned_dir: Path) -> Path:
 
 
 def load_for_use(
-    checkpoint_dir: Path | None, finetuned_dir: Path | None, dtype: torch.dtype | None, device: torch.device | None
+    checkpoint_dir: Path | None,
+    finetuned_dir: Path | None,
+    dtype: torch.dtype | None,
+    device: torch.device | None,
+    quantize: QuantizeAs = "auto",
 ) -> tuple[GPT, Tokenizer, str | None]:
     """A model, its tokenizer, and the prompt style it was fine-tuned with, if it was.
 
     `checkpoint_dir` None is the base of what was fine-tuned, or the sample model. What was trained stays unmerged.
+    `quantize` "auto" is what it was trained on, or nothing.
 
     Raises:
         InputError: see `load_finetuned` and `load_weights`.
     """
     if finetuned_dir is None:
         checkpoint_dir = checkpoint_dir or SAMPLE
-        return load_model(checkpoint_dir, dtype, device), Tokenizer(checkpoint_dir), None
-    model, description = load_finetuned(checkpoint_dir, finetuned_dir, dtype, device)
+        kind = None if quantize in ("auto", "none") else quantize
+        return load_model(checkpoint_dir, dtype, device, kind), Tokenizer(checkpoint_dir), None
+    model, description = load_finetuned(checkpoint_dir, finetuned_dir, dtype, device, quantize)
     if not isinstance(model, GPT):
         raise InputError(f"{finetuned_dir} holds a classifier, which writes no text: use generate/classify.py.")
     tokenizer = Tokenizer(checkpoint_dir or description.checkpoint_dir)
@@ -237,8 +249,11 @@ def load_finetuned(
     finetuned_dir: Path,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
+    quantize: QuantizeAs = "auto",
 ) -> tuple[GPT, Finetuned]:
     """A base model with what was trained on it, unmerged. `checkpoint_dir` None is the base it was trained on.
+
+    `quantize` "auto" quantizes the base as it was in training. Says so on stderr where it is quantized otherwise.
 
     Raises:
         InputError: another base, or keys that do not fit it.
@@ -249,7 +264,13 @@ def load_finetuned(
         raise InputError(
             f"{finetuned_dir} was trained on {checkpoint_dir}, which is not there. Name it: --checkpoint_dir."
         )
+    trained = description.quantize or "none"
+    kind = trained if quantize == "auto" else quantize
+    if kind != trained:
+        was, now = ("the original weights" if k == "none" else f"weights in {k}" for k in (trained, kind))
+        print(f"{finetuned_dir} was trained on {was}, here it is used on {now}: not quite the same.", file=sys.stderr)
     model = build_model(Config.from_checkpoint(checkpoint_dir))
+    quantize_linears(model, None if kind == "none" else kind)
     base = load_weights(model, checkpoint_dir, dtype, device)
     if base != description.base:
         raise InputError(

@@ -92,7 +92,7 @@ class LoRALinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.scaling = alpha / r
         self.dropout = nn.Dropout(dropout)
-        device = linear.weight.device
+        device = next(linear.parameters()).device
         self.lora_A = nn.Parameter(torch.empty(r, linear.in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, device=device, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # what nn.Linear does to its own weight
@@ -105,13 +105,15 @@ class LoRALinear(nn.Module):
     def merged(self) -> nn.Module:
         """The wrapped linear with the change added to its weight: in float32, rounded once.
 
-        Its weight is a new parameter, so that a head that was tied to the embedding leaves the embedding alone.
+        Its weight is a new parameter, so that a head that was tied to the embedding leaves the embedding alone. A
+        quantized linear becomes a plain one in float32, the change added to what its codes stand for.
         """
-        weight = self.linear.weight
+        linear = self.linear if isinstance(self.linear, nn.Linear) else self.linear.dequantized()
+        weight = linear.weight
         change = self.scaling * (self.lora_B @ self.lora_A)
         wide = torch.promote_types(weight.dtype, change.dtype)
-        self.linear.weight = nn.Parameter((weight.to(wide) + change).to(weight.dtype), requires_grad=False)
-        return self.linear
+        linear.weight = nn.Parameter((weight.to(wide) + change).to(weight.dtype), requires_grad=False)
+        return linear
 
 
 def apply_lora(model: GPT, lora: LoRA) -> list[str]:

@@ -14,6 +14,7 @@ from lit_gpt.device import LoggerName, Precision, launch
 from lit_gpt.finetuned import METHODS, Checkpoints, Finetuned, claim_out_dir, load_trained, start_run
 from lit_gpt.generate import answers
 from lit_gpt.model import GPT
+from lit_gpt.quantize import quantization
 from lit_gpt.report import finish
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.train import TrainArgs, fit
@@ -101,6 +102,7 @@ def finetune(run: Run, model: GPT, train: TrainArgs, method: str, method_setting
         base=base,
         tokenizer=run.tokenizer.fingerprint,
         prompt_style=run.train_data.meta["prompt_style"],
+        quantize=quantization(model),
     )
     if fabric.is_global_zero:
         start_run(out_dir, run.settings)  # only now that everything has been found in order

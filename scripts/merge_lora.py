@@ -23,7 +23,7 @@ def main(finetuned: Path, out_dir: Path, checkpoint_dir: Path | None = None, dty
         checkpoint_dir: The base, if it is no longer where it was in training.
         dtype: Of the merged weights. None is the base's own.
     """
-    model, description = load_finetuned(checkpoint_dir, finetuned)
+    model, description = load_finetuned(checkpoint_dir, finetuned, quantize="none")
     names = merge_lora_weights(model)
     if model.config.tie_embeddings and "lm_head" in names:
         print("The head was the embedding and now differs from it: the merged checkpoint holds both.")

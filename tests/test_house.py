@@ -91,6 +91,7 @@ MAY_KNOW = {
     "records": "errors",
     "cli": "errors",
     "device": "errors",
+    "quantize": "errors replace",
     "train": "data device errors log",  # no method, no tokenizer, no file format
     **{surgeon.removeprefix("lit_gpt."): "errors model replace" for surgeon in SURGEONS},
 }

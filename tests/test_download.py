@@ -1,0 +1,215 @@
+"""scripts/download.py against a server that speaks the hub's protocol: `pytest tests/test_download.py`"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+from conftest import ROOT
+
+from lit_gpt import Config
+from lit_gpt.checkpoint import load_model
+
+CHUNK = 10 * 2**20  # what the library writes at once
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """One repository, org/tiny, from a folder; large files are redirected elsewhere, as the hub does."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        hub, path = self.server, urlsplit(self.path).path
+        hub.requests[f"{self.command} {path}"] += 1
+        hub.tokens.add(self.headers.get("Authorization"))
+        if hub.refuse:
+            status, code = hub.refuse
+            return self.send(status, b'{"error": "no"}', {"X-Error-Code": code} if code else {})
+        if path.startswith("/api/models/org/tiny"):
+            revision = path.partition("/revision/")[2] or "main"
+            if revision not in ("main", COMMIT):
+                return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+            files = sorted(file for file in hub.folder.iterdir() if file.is_file())
+            siblings = [
+                {"rfilename": file.name, "size": file.stat().st_size}
+                | (
+                    {"lfs": {"sha256": digest(file), "size": file.stat().st_size, "pointerSize": 1}}
+                    if is_lfs(file)
+                    else {}
+                )
+                for file in files
+            ]
+            found = {"id": "org/tiny", "modelId": "org/tiny", "sha": COMMIT, "siblings": siblings}
+            return self.send(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
+        if path.startswith("/org/tiny/resolve/"):
+            file = hub.folder / path.rsplit("/", 1)[1]
+            if not file.is_file():
+                return self.send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{digest(file)}"'}
+            if is_lfs(file):
+                headers |= {"X-Linked-Etag": f'"{digest(file)}"', "X-Linked-Size": str(file.stat().st_size)}
+                return self.send(
+                    302, b"", headers | {"Location": f"http://localhost:{hub.server_port}/cdn/{file.name}"}
+                )
+            return self.send(200, file.read_bytes(), headers, body)
+        if path.startswith("/cdn/"):
+            content = (hub.folder / path.rsplit("/", 1)[1]).read_bytes()
+            content = content[:-1] + b"!" if hub.swapped else content
+            start, headers = 0, {"Accept-Ranges": "bytes"}
+            if wanted := self.headers.get("Range"):
+                start = int(wanted.removeprefix("bytes=").split("-")[0])
+                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+                hub.ranges.append(start)
+            return self.send(206 if wanted else 200, content[start:], headers, body)
+        return self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+
+    def send(self, status: int, content: bytes, headers: dict, body: bool = True) -> None:
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(content))} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body and self.command == "GET":
+            broken = self.server.broken if status == 200 and len(content) > CHUNK else None
+            self.wfile.write(content if broken is None else content[: CHUNK + 1000])
+            if broken == "stalled":
+                time.sleep(100)
+            self.close_connection = broken is not None
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def is_lfs(file: Path) -> bool:
+    return file.suffix in (".safetensors", ".bin")
+
+
+@pytest.fixture
+def hub(tiny_dir, tmp_path):
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for file in tiny_dir.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    for other in ("tf_model.h5", "pytorch_model.bin", "consolidated.safetensors", "model.gguf", "README.md"):
+        (folder / other).write_bytes(b"not wanted")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.folder, server.refuse, server.broken, server.ranges = folder, None, None, []
+    server.requests, server.tokens, server.swapped = Counter(), set(), False
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def command_of(hub, cwd: Path, *flags: str) -> dict:
+    command = [sys.executable, ROOT / "scripts/download.py", "--repo_id", "org/tiny", *flags]
+    here = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    here |= {"HF_HOME": str(cwd / "home"), "HF_HUB_DOWNLOAD_TIMEOUT": "5", "no_proxy": "*"}
+    return dict(args=command, cwd=cwd, env=os.environ | here)
+
+
+def fetch(hub, cwd: Path, *flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(**command_of(hub, cwd, *flags), capture_output=True, text=True)
+
+
+def line_of(result: subprocess.CompletedProcess) -> str:
+    """The one line of an error, below progress bars."""
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    return result.stderr.strip().splitlines()[-1]
+
+
+def test_only_what_is_needed_and_only_once(hub, tiny_dir, tmp_path) -> None:
+    assert fetch(hub, tmp_path, "--access_token", "hf_mine").returncode == 0
+    folder = tmp_path / "checkpoints/org/tiny"
+    names = {file.name for file in folder.rglob("*")}
+    assert names == {file.name for file in tiny_dir.iterdir()} and "Bearer hf_mine" in hub.tokens
+    assert all((folder / name).read_bytes() == (tiny_dir / name).read_bytes() for name in names)
+    before = hub.requests["GET /cdn/model.safetensors"]
+    assert fetch(hub, tmp_path).returncode == 0 and hub.requests["GET /cdn/model.safetensors"] == before == 1
+    assert load_model(folder).config.n_layer == 2
+
+
+@pytest.mark.parametrize("broken", ["cut", "stalled"])
+def test_a_download_goes_on_where_it_ended(broken, hub, tiny_dir, tmp_path) -> None:
+    """Cut off, in the same run; stalled and killed, in the next."""
+    hub.broken, folder = broken, tmp_path / "checkpoints/org/tiny"
+    if broken == "stalled":
+        process = subprocess.Popen(**command_of(hub, tmp_path), stderr=subprocess.DEVNULL)
+        while sum(path.stat().st_size for path in folder.glob("*.partial")) < CHUNK:
+            time.sleep(0.1)
+        process.kill()
+        process.wait()
+        assert not (folder / "model.safetensors").exists()
+    assert fetch(hub, tmp_path).returncode == 0
+    assert hub.ranges == [CHUNK] or (broken == "cut" and CHUNK <= hub.ranges[-1] <= CHUNK + 1000)
+    assert (folder / "model.safetensors").read_bytes() == (tiny_dir / "model.safetensors").read_bytes()
+    assert not list(folder.glob(".*"))
+
+
+def test_a_file_that_is_not_what_the_hub_says(hub, tmp_path) -> None:
+    hub.swapped = True
+    assert "arrived as" in line_of(fetch(hub, tmp_path))
+    assert not list((tmp_path / "checkpoints").rglob("*model.safetensors*"))
+
+
+def test_tokenizer_only_and_another_dtype(hub, tmp_path) -> None:
+    assert fetch(hub, tmp_path, "--tokenizer_only", "true", "--checkpoint_dir", "words").returncode == 0
+    assert (tmp_path / "words/tokenizer.json").is_file() and not list((tmp_path / "words").glob("*.safetensors"))
+    assert fetch(hub, tmp_path, "--dtype", "bfloat16", "--revision", COMMIT).returncode == 0
+    folder = tmp_path / "checkpoints/org/tiny"
+    assert next(load_model(folder).parameters()).dtype == torch.bfloat16
+    assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("refuse", "flags", "message"),
+    [
+        ((403, "GatedRepo"), (), "org/tiny is gated: accept its conditions"),
+        ((401, "RepoNotFound"), (), "has no model org/tiny, or it is private"),
+        ((404, "RepoNotFound"), (), "has no model org/tiny"),
+        (None, ("--revision", "v9"), "org/tiny has no revision v9"),
+        ((500, None), (), "answered 500 for org/tiny"),
+        (None, ("--repo_id", "a/b/c"), "--repo_id a/b/c"),
+    ],
+)
+def test_refusals_in_one_line(refuse, flags, message, hub, tmp_path) -> None:
+    hub.refuse = refuse
+    assert message in line_of(fetch(hub, tmp_path, *flags))
+    assert not list(tmp_path.rglob("*.safetensors")) or (tmp_path / "hub/model.safetensors").is_file()
+
+
+def test_an_unknown_model_costs_no_gigabytes(hub, tmp_path) -> None:
+    config = json.loads((hub.folder / "config.json").read_text()) | {"model_type": "mamba"}
+    (hub.folder / "config.json").write_text(json.dumps(config))
+    assert "model_type 'mamba'; known are" in line_of(fetch(hub, tmp_path))
+    assert not any("cdn" in request for request in hub.requests)
+
+
+def test_a_server_that_is_not_there(hub, tmp_path) -> None:
+    hub.shutdown()
+    hub.server_close()
+    assert "cannot be reached" in line_of(fetch(hub, tmp_path)) or "broke" in line_of(fetch(hub, tmp_path))
+
+
+def test_names_are_listed(tmp_path) -> None:
+    output = subprocess.check_output([sys.executable, ROOT / "scripts/download.py"], text=True, cwd=tmp_path)
+    assert "7.24 B parameters     14.5 GB in 16 bits   mistralai/Mistral-7B-v0.1" in output
+    assert len(output.splitlines()) > 90 and Config.from_name("Mistral-7B-v0.1")

@@ -8,17 +8,18 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from lit_gpt import peft
 from lit_gpt.checkpoint import build_model, load_model, load_weights, read_metadata, read_tensors, save_tensors
 from lit_gpt.classify import Classifier, ClassifierArgs, TrainedClassifier, mark_trainable
 from lit_gpt.cli import plain, read_hyperparameters, save_hyperparameters
-from lit_gpt.config import SAMPLE, Config
+from lit_gpt.config import SAMPLE, Config, read_json
 from lit_gpt.errors import InputError
 from lit_gpt.files import beside, new_folder, recover
 from lit_gpt.lora import LoRA, apply_lora, lora_filter
@@ -205,6 +206,12 @@ def read_description(finetuned_dir: Path) -> Finetuned:
     return Finetuned(**json.loads(header))
 
 
+def describe_peft(folder: Path) -> Finetuned:
+    """Of an adapter that peft saved. It does not say with which tokenizer and prompt style it was trained."""
+    settings = read_json(folder / peft.CONFIG)
+    return Finetuned("lora", {}, settings.get("base_model_name_or_path") or "its base", "", "", "")
+
+
 def finetuned_file(finetuned_dir: Path) -> Path:
     """The file of trained weights: in this folder, or in `best` of a run's."""
     for name in (finetuned_dir, finetuned_dir / "best"):
@@ -239,9 +246,9 @@ def load_for_use(
     if not isinstance(model, GPT):
         raise InputError(f"{finetuned_dir} holds a classifier, which writes no text: use generate/classify.py.")
     tokenizer = Tokenizer(checkpoint_dir or description.checkpoint_dir)
-    if tokenizer.fingerprint != description.tokenizer:
+    if description.tokenizer not in ("", tokenizer.fingerprint):
         raise InputError(f"{finetuned_dir} was trained with another tokenizer than the one of its base now is.")
-    return model, tokenizer, description.prompt_style
+    return model, tokenizer, description.prompt_style or None
 
 
 def load_finetuned(
@@ -258,7 +265,8 @@ def load_finetuned(
     Raises:
         InputError: another base, or keys that do not fit it.
     """
-    description = read_description(finetuned_dir)
+    from_peft = (finetuned_dir / peft.CONFIG).is_file()
+    description = describe_peft(finetuned_dir) if from_peft else read_description(finetuned_dir)
     checkpoint_dir = Path(checkpoint_dir or description.checkpoint_dir)
     if not checkpoint_dir.is_dir():
         raise InputError(
@@ -272,6 +280,11 @@ def load_finetuned(
     model = build_model(Config.from_checkpoint(checkpoint_dir))
     quantize_linears(model, None if kind == "none" else kind)
     base = load_weights(model, checkpoint_dir, dtype, device)
+    if from_peft:
+        lora, tensors = peft.load_peft(finetuned_dir, model.config)
+        apply_lora(model, lora)
+        put(model, tensors, lora_filter, finetuned_dir)
+        return model.eval(), replace(description, settings=asdict(lora), base=base)
     if base != description.base:
         raise InputError(
             f"{finetuned_dir} was trained on another base than {checkpoint_dir}: on {description.checkpoint_dir}."
@@ -299,14 +312,16 @@ def load_classifier(
 def load_trained(model: GPT, finetuned_dir: Path, method: str) -> None:
     """Puts trained weights into a model that the method has been applied to. Every key must fit, both ways."""
     file = finetuned_file(finetuned_dir)
-    expected = {
-        key: value for key, value in model.state_dict(keep_vars=True).items() if METHODS[method].filter(key, value)
-    }
-    found = dict(read_tensors([file]))
+    put(model, dict(read_tensors([file])), METHODS[method].filter, file)
+
+
+def put(model: nn.Module, found: dict[str, torch.Tensor], keep: Callable[[str, Any], bool], source: Path) -> None:
+    """Copies `found` into the parameters that `keep` names. Raises InputError where they are not the same ones."""
+    expected = {key: value for key, value in model.state_dict(keep_vars=True).items() if keep(key, value)}
     unfit = sorted(expected.keys() ^ found.keys())
     unfit += [key for key in expected.keys() & found.keys() if expected[key].shape != found[key].shape]
     if unfit:
-        raise InputError(f"{file} does not fit this model: {', '.join(unfit[:5])}.")
+        raise InputError(f"{source} does not fit this model: {', '.join(unfit[:5])}.")
     with torch.no_grad():
         for key, value in found.items():
             expected[key].copy_(value)

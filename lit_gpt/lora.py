@@ -8,7 +8,8 @@ quantized linear gives QLoRA. `merge_lora_weights` is its inverse and leaves a p
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,21 +54,43 @@ class LoRA:
     """Adapt the language model head."""
     layers: int | list[int] | None = None
     """Which blocks: None is all, 8 the last eight, [0, 5, 11] these. The head does not count as one."""
+    modules: list[str] | None = None
+    """Adapt these instead of the places above: patterns of names as in transformer.h.3.mlp.fc_1, such as mlp.fc_1."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Other ranks for some modules, by patterns of their names: {attn.q: 16}."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Other alphas for some modules."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r), which lets high ranks learn as fast as low ones. https://arxiv.org/abs/2312.03732"""
+    dora: bool = False
+    """Train the length of each row of the weight apart from its direction. https://arxiv.org/abs/2402.09353"""
 
     def __post_init__(self) -> None:
-        if self.r < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
+        ranks, alphas = [self.r, *self.rank_pattern.values()], [self.alpha, *self.alpha_pattern.values()]
+        if min(ranks) < 1 or not min(alphas) > 0 or not 0 <= self.dropout < 1:
             raise InputError(
-                f"lora.r is {self.r}, expected 1 or more; lora.alpha {self.alpha}, expected more than 0; lora.dropout"
-                f" {self.dropout}, expected 0 to 1."
+                f"lora.r is {min(ranks)}, expected 1 or more; lora.alpha {min(alphas)}, expected more than 0;"
+                f" lora.dropout {self.dropout}, expected 0 to 1."
             )
-        if not any(getattr(self, place) for place in PLACES):
+        if not self.modules and not any(getattr(self, place) for place in PLACES):
             raise InputError(f"LoRA has nothing to adapt. Turn on at least one of {', '.join(PLACES)}.")
 
     def matches(self, name: str, n_layer: int) -> bool:
         """Whether the module called `name` is to be adapted."""
         layer, path = re.fullmatch(r"(?:transformer\.h\.(\d+)\.)?(.+)", name).groups()
-        chosen = any(getattr(self, place) and re.fullmatch(pattern, path) for place, pattern in PLACES.items())
+        if self.modules is not None:
+            chosen = fits(name, self.modules) is not None
+        else:
+            chosen = any(getattr(self, place) and re.fullmatch(pattern, path) for place, pattern in PLACES.items())
         return chosen and (layer is None or int(layer) in self.blocks(n_layer))
+
+    def rank_of(self, name: str) -> int:
+        return self.rank_pattern.get(fits(name, self.rank_pattern), self.r)
+
+    def scaling_of(self, name: str) -> float:
+        """What the change of a module is multiplied by."""
+        alpha, r = self.alpha_pattern.get(fits(name, self.alpha_pattern), self.alpha), self.rank_of(name)
+        return alpha / (math.sqrt(r) if self.rslora else r)
 
     def blocks(self, n_layer: int) -> range | list[int]:
         """The adapted blocks of a model that has `n_layer`.
@@ -83,14 +106,19 @@ class LoRA:
         return blocks
 
 
+def fits(name: str, patterns: Iterable[str]) -> str | None:
+    """The first pattern that a module's name, or its last parts, match."""
+    return next((pattern for pattern in patterns if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name)), None)
+
+
 class LoRALinear(nn.Module):
     """A frozen linear and the low-rank change to it. A and B are float32, whatever the linear is stored in."""
 
-    def __init__(self, linear: nn.Module, r: int, alpha: float, dropout: float = 0.0) -> None:
+    def __init__(self, linear: nn.Module, r: int, scaling: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.linear = linear
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.scaling = alpha / r
+        self.scaling = scaling
         self.dropout = nn.Dropout(dropout)
         device = next(linear.parameters()).device
         self.lora_A = nn.Parameter(torch.empty(r, linear.in_features, device=device, dtype=torch.float32))
@@ -109,11 +137,42 @@ class LoRALinear(nn.Module):
         quantized linear becomes a plain one in float32, the change added to what its codes stand for.
         """
         linear = self.linear if isinstance(self.linear, nn.Linear) else self.linear.dequantized()
-        weight = linear.weight
-        change = self.scaling * (self.lora_B @ self.lora_A)
-        wide = torch.promote_types(weight.dtype, change.dtype)
-        linear.weight = nn.Parameter((weight.to(wide) + change).to(weight.dtype), requires_grad=False)
+        linear.weight = nn.Parameter(self.changed(linear.weight).to(linear.weight.dtype), requires_grad=False)
         return linear
+
+    def changed(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight (out, in) and the change to it, in float32 at least."""
+        change = self.scaling * (self.lora_B @ self.lora_A)
+        return weight.to(torch.promote_types(weight.dtype, change.dtype)) + change
+
+
+class DoRALinear(LoRALinear):
+    """The changed weight gives each row its direction, a trained magnitude its length:
+
+        y = m / |V| V x        V = W + scaling B A, |V| (out,) the lengths of its rows, m = |W| at the start
+
+    As in the paper no gradient goes through |V|.
+    """
+
+    def __init__(self, linear: nn.Module, r: int, scaling: float, dropout: float = 0.0) -> None:
+        super().__init__(linear, r, scaling, dropout)
+        lengths = self.weight().to(torch.promote_types(self.lora_A.dtype, self.weight().dtype)).norm(dim=1)
+        self.lora_magnitude = nn.Parameter(lengths.to(self.lora_A.dtype))
+
+    def weight(self) -> torch.Tensor:
+        return self.linear.weight if isinstance(self.linear, nn.Linear) else self.linear.dequantize()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            lengths = super().changed(self.weight()).norm(dim=1)
+        low = self.scaling * F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (B, T, in) -> (B, T, r)
+        bias = 0 if self.linear.bias is None else self.linear.bias
+        y = self.linear(x) - bias + F.linear(low, self.lora_B.to(x.dtype))
+        return y * (self.lora_magnitude / lengths).to(x.dtype) + bias
+
+    def changed(self, weight: torch.Tensor) -> torch.Tensor:
+        direction = super().changed(weight)
+        return direction * (self.lora_magnitude / direction.norm(dim=1))[:, None]
 
 
 def apply_lora(model: GPT, lora: LoRA) -> list[str]:
@@ -128,7 +187,8 @@ def apply_lora(model: GPT, lora: LoRA) -> list[str]:
 
     def wrap(name: str, module: nn.Module) -> nn.Module | None:
         if hasattr(module, "in_features") and lora.matches(name, model.config.n_layer):
-            return LoRALinear(module, lora.r, lora.alpha, lora.dropout)
+            kind = DoRALinear if lora.dora else LoRALinear
+            return kind(module, lora.rank_of(name), lora.scaling_of(name), lora.dropout)
         return None
 
     names = replace_modules(model, wrap)

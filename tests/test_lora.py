@@ -293,3 +293,59 @@ def test_lora_is_applied_once_and_to_something(untied_dir) -> None:
     replace_modules(headless, lambda name, module: nn.Identity() if name == "lm_head" else None)
     with pytest.raises(InputError, match="matches no linear of checkpoint"):
         apply_lora(headless, LoRA(**NOWHERE | {"head": True}))
+
+
+# ---- variants, equal to peft's
+
+VARIANTS = {
+    "rslora": (dict(rslora=True), dict(use_rslora=True)),
+    "dora": (dict(dora=True), dict(use_dora=True)),
+    "patterns": (
+        dict(rank_pattern={"attn.q": 2, "0.mlp.fc_1": 6}, alpha_pattern={"v": 3.0}),
+        dict(rank_pattern={"attn.q": 2, "0.mlp.fc_1": 6}, alpha_pattern={"v": 3.0}),
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_are_those_of_peft(variant) -> None:
+    """Gradients and what is merged, in float64, on our own model."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    ours_too, theirs_too = VARIANTS[variant]
+    base = small_gpt(tie_embeddings=False).requires_grad_(False).double()
+    ours = with_lora(copy.deepcopy(base), **EVERYWHERE | ours_too).double()
+    targets = ["q", "k", "v", "proj", "fc_1", "fc_2", "lm_head"]
+    config = LoraConfig(r=4, lora_alpha=10, target_modules=targets, **theirs_too)
+    theirs = inject_adapter_in_model(config, copy.deepcopy(base)).double()
+    names = {}
+    for name, _ in ours.named_parameters():
+        if lora_filter(name):
+            module, _, kind = name.rpartition(".")
+            kind = {"lora_magnitude": "lora_magnitude_vector"}.get(kind, kind)
+            names[name] = f"{module}.{kind}.default.weight"
+    assert any("magnitude" in name for name in names) == (variant == "dora")
+    assert_same_gradients(ours, theirs, names, 1e-9)
+    for module in theirs.modules():
+        if hasattr(module, "merge"):
+            module.merge()
+    for name in merge_lora_weights(ours):
+        merged = theirs.get_submodule(name).get_base_layer().weight
+        assert error(ours.get_submodule(name).weight, merged) < 1e-9
+        assert error(ours.get_submodule(name).weight, base.get_submodule(name).weight) > 1e-3
+
+
+def test_modules_by_pattern(untied_dir) -> None:
+    model = load_model(untied_dir)
+    names = apply_lora(model, LoRA(modules=[r"mlp\.fc_1", "k"], layers=[1]))
+    assert names == ["transformer.h.1.attn.k", "transformer.h.1.mlp.fc_1"]
+    with pytest.raises(InputError, match="matches no linear"):
+        apply_lora(load_model(untied_dir), LoRA(modules=["attn.key"]))
+
+
+def test_dora_changes_nothing_at_birth(untied_dir) -> None:
+    idx, base = torch.arange(20)[None], load_model(untied_dir)
+    adapted = load_model(untied_dir)
+    apply_lora(adapted, LoRA(dora=True, mlp=True))
+    with torch.no_grad():
+        assert error(adapted(idx), base(idx)) < 1e-5

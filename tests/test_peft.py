@@ -1,0 +1,105 @@
+"""LoRA to peft and from it, for every family: `pytest tests/test_peft.py`"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_families import CASES, make, tokens
+from test_model import error, reference
+
+from lit_gpt import InputError
+from lit_gpt.checkpoint import load_model
+from lit_gpt.finetuned import load_finetuned
+from lit_gpt.lora import LoRA, apply_lora, lora_filter
+from lit_gpt.peft import load_peft, save_peft
+
+FUSED = ("phi3", "gpt_neox", "falcon 40b", "gpt2")
+FAMILIES = ("llama", "mixtral", "qwen3_moe", "gemma2", "phi", "olmo2", *FUSED)
+EVERYWHERE = LoRA(r=4, alpha=10, query=True, key=True, value=True, projection=True, mlp=True)
+SETTINGS = {
+    "everywhere": EVERYWHERE,
+    "query and value": LoRA(r=4, alpha=10, layers=[0, 2]),
+    "patterns": LoRA(r=4, alpha=10, mlp=True, rank_pattern={"q": 2}, alpha_pattern={"v": 3.0}, rslora=True),
+    "dora": LoRA(r=4, alpha=10, query=True, key=True, value=True, projection=True, mlp=True, dora=True),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda case: case.replace(" ", "_"))
+def folder(request, tmp_path_factory) -> Path:
+    return make(tmp_path_factory.mktemp("family") / "checkpoint", *CASES[request.param])
+
+
+def trained(folder: Path, lora: LoRA):
+    model = load_model(folder)
+    torch.manual_seed(0)
+    apply_lora(model, lora)
+    for name, param in model.named_parameters():
+        if lora_filter(name):
+            param.data += 0.2 * torch.randn_like(param)
+    return model
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in model.state_dict().items() if lora_filter(name)}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@torch.no_grad()
+def test_peft_gives_the_same_logits(name, folder, tmp_path) -> None:
+    """What we wrote, in peft; and what peft then saves, here."""
+    from peft import PeftModel
+
+    model = trained(folder, SETTINGS[name])
+    if model.config.n_expert and SETTINGS[name].mlp:
+        with pytest.raises(InputError, match="experts of a mixture"):
+            save_peft(weights_of(model), SETTINGS[name], model.config, str(folder), tmp_path)
+        return
+    save_peft(weights_of(model), SETTINGS[name], model.config, str(folder), tmp_path)
+    base = reference(folder)
+    plain = base(tokens(1, 15)).logits
+    theirs = PeftModel.from_pretrained(base, tmp_path).eval()
+    assert error(model(tokens(1, 15)), plain) > 1e-2
+    assert error(theirs(tokens(1, 15)).logits, model(tokens(1, 15))) < 2e-5
+    theirs.save_pretrained(tmp_path / "theirs")
+    again, _ = load_finetuned(folder, tmp_path / "theirs")
+    assert error(again(tokens(1, 15)), model(tokens(1, 15))) < 2e-5
+
+
+@torch.no_grad()
+def test_what_peft_trained_is_used_here(folder, tmp_path) -> None:
+    """Its own adapter on everything, also on whole fused linears."""
+    from peft import LoraConfig, get_peft_model
+
+    base = reference(folder)  # of mixtures the attention alone: peft reaches fused experts by other means
+    targets = ["q_proj", "o_proj"] if load_model(folder).config.n_expert else "all-linear"
+    config = LoraConfig(r=3, lora_alpha=7, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+    theirs = get_peft_model(base, config).eval()
+    expected = theirs(tokens(1, 15)).logits
+    theirs.save_pretrained(tmp_path)
+    ours, description = load_finetuned(folder, tmp_path)
+    assert error(ours(tokens(1, 15)), expected) < 2e-5 and description.settings["r"] == 3
+
+
+def test_dora_on_a_part_of_a_fused_linear_is_refused(tmp_path) -> None:
+    folder, lora = make(tmp_path / "base", *CASES["gpt_neox"]), LoRA(r=2, dora=True)
+    model = trained(folder, lora)
+    with pytest.raises(InputError, match="one magnitude for all of"):
+        save_peft(weights_of(model), lora, model.config, str(folder), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(peft_type="IA3"), "a IA3 of peft"),
+        (dict(bias="all"), "bias 'all'"),
+        (dict(modules_to_save=["lm_head"]), "modules_to_save"),
+    ],
+)
+def test_what_is_not_lora_is_refused(changes, message, tmp_path) -> None:
+    folder = make(tmp_path / "base", *CASES["llama"])
+    save_peft(weights_of(trained(folder, EVERYWHERE)), EVERYWHERE, load_model(folder).config, str(folder), tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text()) | changes
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=message):
+        load_peft(tmp_path, load_model(folder).config)

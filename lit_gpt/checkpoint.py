@@ -3,9 +3,11 @@
 import hashlib
 import json
 import shutil
+import struct
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -222,8 +224,43 @@ def fingerprint(digests: dict[str, str]) -> str:
     return hashlib.sha256("\n".join(digests[name] for name in sorted(digests)).encode()).hexdigest()
 
 
-def convert(checkpoint_dir: Path, out_dir: Path, hugging_face: bool, dtype: torch.dtype | None = None) -> None:
+class Writer:
+    """A safetensors file, tensor by tensor. Its header stands first and is known last, so that room is left for it."""
+
+    KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8"}
+
+    def __init__(self, path: Path, metadata: dict[str, str], n_tensors: int) -> None:
+        """`n_tensors` is the most that will come."""
+        self.header: dict[str, Any] = {"__metadata__": {"format": "pt"} | metadata}
+        self.room, self.size = len(json.dumps(self.header)) + 256 * (n_tensors + 1) // 8 * 8, 0
+        self.room += -self.room % 8  # the data begin at a multiple of 8
+        self.file = path.open("wb")
+        self.file.seek(8 + self.room)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        begin, self.size = self.size, self.size + tensor.nbytes
+        kind = self.KINDS[str(tensor.dtype).removeprefix("torch.")]
+        self.header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, self.size]}
+        self.file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+    def close(self) -> None:
+        self.file.seek(0)
+        self.file.write(struct.pack("<Q", self.room) + json.dumps(self.header).encode().ljust(self.room))
+        self.file.close()
+
+
+def convert(
+    checkpoint_dir: Path,
+    out_dir: Path,
+    hugging_face: bool,
+    dtype: torch.dtype | None = None,
+    max_shard: int | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> None:
     """Copies a checkpoint in our names or in Hugging Face's, tensor by tensor. The fingerprint goes with it.
+
+    Files hold at most `max_shard` bytes, None is MAX_SHARD. `check` sees the folder before it gets its name, and may
+    refuse it.
 
     Raises:
         InputError: see `load_weights`.
@@ -235,18 +272,27 @@ def convert(checkpoint_dir: Path, out_dir: Path, hugging_face: bool, dtype: torc
         {name: digest(name, tensor) for name, tensor in checked_tensors(model, checkpoint_dir)}
     )
     tensors = ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in checked_tensors(model, checkpoint_dir))
-    write_checkpoint(tensors, model.config, checkpoint_dir, out_dir, hugging_face, {FINGERPRINT: own})
+    metadata = {FINGERPRINT: own}
+    write_checkpoint(tensors, model.config, checkpoint_dir, out_dir, hugging_face, metadata, max_shard, check)
 
 
-def save_hf(model: GPT, source: Path, out_dir: Path, dtype: torch.dtype | None = None) -> None:
+def save_hf(
+    model: GPT,
+    source: Path,
+    out_dir: Path,
+    dtype: torch.dtype | None = None,
+    max_shard: int | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> None:
     """Writes a model as a Hugging Face folder. `source` is the folder it came from: its tokenizer goes along.
 
     A head that no longer is the embedding (a LoRA on it was merged) is written too, and config.json says so.
+    `max_shard` and `check` are those of `convert`.
     """
     untied = model.config.tie_embeddings and model.lm_head.weight is not model.transformer.wte.weight
     config = model.config.replace(tie_embeddings=False) if untied else model.config
     tensors = ((name, param.to(dtype or param.dtype)) for name, param in model.named_parameters())
-    write_checkpoint(tensors, config, source, out_dir, True, {})
+    write_checkpoint(tensors, config, source, out_dir, True, {}, max_shard, check)
 
 
 def write_checkpoint(
@@ -256,39 +302,38 @@ def write_checkpoint(
     out_dir: Path,
     hugging_face: bool,
     metadata: dict[str, str],
+    max_shard: int | None,
+    check: Callable[[Path], None] | None,
 ) -> None:
-    """Writes tensors, given under our names, to files of at most MAX_SHARD bytes, with the companions of `source`."""
+    """Writes tensors, given under our names, with the companions of `source`. Never more than one is in memory."""
     if out_dir.exists() and any(out_dir.iterdir()):
         raise InputError(f"{out_dir} is not empty. Name another folder, or delete it first.")
-    stem = "model" if hugging_face else "lit_model"
+    stem, n_tensors = "model" if hugging_face else "lit_model", len(build_model(config).state_dict())
     with new_folder(out_dir) as folder:
-        shards: list[list[str]] = []
-        shard, dtypes, total = {}, set(), 0
-
-        def flush() -> None:
-            save_tensors(shard, folder / f"{stem}-{len(shards)}.safetensors", metadata)
-            shards.append(list(shard))
-            shard.clear()
-
+        shards: list[Writer] = []
+        dtypes = set()
         for name, tensor in to_hf(tensors, config) if hugging_face else tensors:
-            if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > MAX_SHARD:
-                flush()
-            shard[name] = tensor
+            if not shards or (shards[-1].size and shards[-1].size + tensor.nbytes > (max_shard or MAX_SHARD)):
+                if shards:
+                    shards[-1].close()
+                shards.append(Writer(folder / f"{stem}-{len(shards)}.safetensors", metadata, n_tensors))
+            shards[-1].add(name, tensor)
             dtypes.add(str(tensor.dtype).removeprefix("torch."))
-            total += tensor.nbytes
-        flush()
-        if len(shards) == 1:
-            (folder / f"{stem}-0.safetensors").rename(folder / f"{stem}.safetensors")
-        else:
-            names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-            for i, name in enumerate(names):
-                (folder / f"{stem}-{i}.safetensors").rename(folder / name)
-            index = {"metadata": {"total_size": total}}
-            index["weight_map"] = {key: name for name, keys in zip(names, shards) for key in keys}
+        shards[-1].close()
+        names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        names = names if len(shards) > 1 else [f"{stem}.safetensors"]
+        for i, name in enumerate(names):
+            (folder / f"{stem}-{i}.safetensors").rename(folder / name)
+        if len(shards) > 1:
+            index: dict[str, Any] = {"metadata": {"total_size": sum(shard.size for shard in shards)}}
+            keys = ((key, name) for name, shard in zip(names, shards, strict=True) for key in shard.header)
+            index["weight_map"] = {key: name for key, name in keys if key != "__metadata__"}
             (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
         copy_companions(source, folder, config, dtypes.pop() if len(dtypes) == 1 else None)
         if not hugging_face:
             config.save(folder)
+        if check is not None:
+            check(folder)
 
 
 def copy_companions(source: Path, folder: Path, config: Config, dtype: str | None) -> None:

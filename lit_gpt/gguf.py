@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from lit_gpt.checkpoint import Writer
 from lit_gpt.errors import InputError
 from lit_gpt.files import new_folder
 
@@ -85,18 +85,19 @@ def convert_gguf(gguf_path: Path, checkpoint_dir: Path, dtype: str = "float32") 
     check_tensors(sources, tensors)
     special = special_ids(metadata)
     tokenizer = build_tokenizer(metadata, special)
-    shapes = {name: shape for name, (_, shape) in sources.items()}
-    values = (hf_tensor(source, tensors[source], config) for source, _ in sources.values())
     try:
         with new_folder(checkpoint_dir) as folder:
-            write_safetensors(folder / "model.safetensors", shapes, dtype, values)
+            writer = Writer(folder / "model.safetensors", {}, len(sources))
+            for name, (source, _) in sources.items():
+                writer.add(name, hf_tensor(source, tensors[source], config))
+            writer.close()
             (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
             for name, document in json_files(config, metadata, special).items():
                 text = json.dumps(document, indent=2, ensure_ascii=False)
                 (folder / name).write_text(f"{text}\n", encoding="utf-8")
     except OSError as error:
         free = shutil.disk_usage(next(parent for parent in checkpoint_dir.absolute().parents if parent.exists())).free
-        size = sum(math.prod(shape) for shape in shapes.values()) * getattr(torch, dtype).itemsize
+        size = sum(math.prod(shape) for _, shape in sources.values()) * getattr(torch, dtype).itemsize
         raise InputError(
             f"Could not write {checkpoint_dir}: {error.strerror}. It needs {size / 1e9:.2f} GB, "
             f"{free / 1e9:.2f} GB are free there. Free some space or change --checkpoint_dir."
@@ -323,6 +324,13 @@ def adds_bos(metadata: dict[str, Any], special: dict[str, int]) -> bool:
     return adds
 
 
+def words_of(kind: str) -> pre_tokenizers.PreTokenizer:
+    """What cuts a text into words, and these into the letters that stand for bytes."""
+    cuts = [pre_tokenizers.Split(Regex(expression), behavior="isolated") for expression in PRE_TOKENIZERS[kind]]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([*cuts, to_bytes])
+
+
 def build_tokenizer(metadata: dict[str, Any], special: dict[str, int]) -> Tokenizer:
     """tokenizer.json. Its tokens are compared with llama.cpp's in `tests/test_gguf.py`."""
     kind, tokens = metadata["tokenizer.ggml.pre"], metadata["tokenizer.ggml.tokens"]
@@ -341,9 +349,7 @@ def build_tokenizer(metadata: dict[str, Any], special: dict[str, int]) -> Tokeni
         )
 
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=kind in IGNORES_MERGES))
-    cuts = [pre_tokenizers.Split(Regex(expression), behavior="isolated") for expression in PRE_TOKENIZERS[kind]]
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, to_bytes])
+    tokenizer.pre_tokenizer = words_of(kind)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(
         [
@@ -430,20 +436,3 @@ def hf_tensor(name: str, stored: StoredTensor, config: dict[str, Any]) -> torch.
         pairs = values.view(config[heads], -1, 2, values.shape[-1])  # (H, size / 2, 2, E)
         values = pairs.transpose(1, 2).reshape(values.shape)
     return values.to(getattr(torch, config["torch_dtype"]))
-
-
-def write_safetensors(
-    path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, tensors: Iterable[torch.Tensor]
-) -> None:
-    """A safetensors file, tensor by tensor: the library's own function wants all of them in memory."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + math.prod(shape) * getattr(torch, dtype).itemsize
-        kind = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors:
-            file.write(tensor.flatten().view(torch.uint8).numpy().data)

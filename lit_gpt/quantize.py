@@ -176,6 +176,11 @@ def quantize_linears(model: nn.Module, kind: Quantize | None) -> list[str]:
     return replace_modules(model, swap)
 
 
+def dequantize_linears(model: nn.Module, dtype: torch.dtype = torch.float32) -> list[str]:
+    """Puts plain linears of what the codes stand for in the place of quantized ones, and returns their names."""
+    return replace_modules(model, lambda name, m: m.dequantized(dtype) if isinstance(m, QuantizedLinear) else None)
+
+
 def quantization(model: nn.Module) -> Quantize | None:
     """How the linears of a model are quantized, if they are."""
     return next((module.kind for module in model.modules() if isinstance(module, QuantizedLinear)), None)

@@ -1,27 +1,66 @@
-"""Copy a converted checkpoint back under Hugging Face's names, for transformers and everything that reads its folders.
+"""Copy a checkpoint, or what was fine-tuned, for other programs.
 
     python scripts/convert_lit_checkpoint.py --checkpoint_dir checkpoints/lit/name --out_dir checkpoints/hf/name
+    python scripts/convert_lit_checkpoint.py --finetuned out/lora/mine --out_dir checkpoints/mine --dtype bfloat16
+    python scripts/convert_lit_checkpoint.py --finetuned out/lora/mine --format peft --out_dir adapters/mine
+    python scripts/convert_lit_checkpoint.py --format gguf --dtype float16 --out_dir checkpoints/gguf/sample
 
-Also takes a Hugging Face folder, to write it in another dtype.
+What was written is read back and compared with the model.
 """
 
 from pathlib import Path
+from typing import Literal
 
-from lit_gpt.checkpoint import convert
+from lit_gpt import InputError, Tokenizer
+from lit_gpt.checkpoint import convert, load_model
 from lit_gpt.cli import run
+from lit_gpt.config import SAMPLE
 from lit_gpt.device import DType, as_dtype
+from lit_gpt.export import export_merged, export_peft
+from lit_gpt.gguf_out import export_gguf
+from lit_gpt.proof import logits_of, prove
 
 
-def main(checkpoint_dir: Path, out_dir: Path, dtype: DType | None = None) -> None:
-    """Write model.safetensors, with config.json and the tokenizer.
+def main(
+    out_dir: Path,
+    checkpoint_dir: Path | None = None,
+    finetuned: Path | None = None,
+    format: Literal["hf", "peft", "gguf"] = "hf",
+    dtype: DType | Literal["q8_0"] | None = None,
+    max_shard_size: float = 4.0,
+    prove_it: bool = True,
+) -> None:
+    """Write a folder for transformers, peft or llama.cpp.
 
     Args:
-        checkpoint_dir: What scripts/convert_hf_checkpoint.py wrote.
-        out_dir: Where the copy goes.
-        dtype: Of the copy. None is that of each tensor.
+        out_dir: Where it goes.
+        checkpoint_dir: What scripts/convert_hf_checkpoint.py wrote, or a Hugging Face folder. None is the sample model,
+            or the base of what was fine-tuned.
+        finetuned: What finetune/lora.py wrote, to be merged first, or kept apart with --format peft.
+        format: hf is for AutoModelForCausalLM.from_pretrained(out_dir), peft for PeftModel.from_pretrained(base,
+            out_dir), gguf (of the llama architecture) for llama.cpp.
+        dtype: Of the copy. None is that of each tensor. q8_0 is for gguf.
+        max_shard_size: The largest file, in GB.
+        prove_it: Compute sample texts with the model and with what was written. It takes the memory of both.
     """
-    convert(checkpoint_dir, out_dir, hugging_face=True, dtype=as_dtype(dtype))
-    print(f"Wrote {out_dir}. transformers loads it with AutoModelForCausalLM.from_pretrained({str(out_dir)!r}).")
+    if dtype == "q8_0" and format != "gguf":
+        raise InputError("--dtype q8_0 is for --format gguf. Here: float32, bfloat16 or float16.")
+    if format == "gguf":
+        if finetuned is not None:
+            raise InputError("--format gguf takes a whole model. Merge first: scripts/merge_lora.py.")
+        export_gguf(checkpoint_dir or SAMPLE, out_dir, dtype or "float16")
+    elif format == "peft":
+        if finetuned is None:
+            raise InputError("--format peft needs what was trained: --finetuned.")
+        export_peft(finetuned, checkpoint_dir, out_dir)
+    elif finetuned is not None:
+        export_merged(finetuned, checkpoint_dir, out_dir, as_dtype(dtype), max_shard=int(max_shard_size * 1e9))
+    else:
+        source = checkpoint_dir or SAMPLE
+        expected = logits_of(load_model(source), Tokenizer(source)) if prove_it else None
+        check = (lambda folder: prove(expected, folder)) if prove_it else None
+        convert(source, out_dir, True, as_dtype(dtype), int(max_shard_size * 1e9), check)
+    print(f"Wrote {out_dir}.")
 
 
 if __name__ == "__main__":

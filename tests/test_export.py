@@ -1,0 +1,182 @@
+"""What leaves the toolkit is the model, and is proven to be: `pytest tests/test_export.py`"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_tiny
+from test_families import CASES, make, tokens
+from test_model import error, reference
+from test_peft import trained, weights_of
+
+from lit_gpt import Config, InputError, Tokenizer, gguf_out
+from lit_gpt import export as exporting
+from lit_gpt.checkpoint import convert, load_model, save_tensors
+from lit_gpt.export import export_merged, export_peft
+from lit_gpt.finetuned import load_finetuned
+from lit_gpt.generate import stream
+from lit_gpt.lora import LoRA
+from lit_gpt.proof import TEXTS, difference, logits_of, prove
+
+EVERYWHERE = LoRA(r=4, alpha=8, query=True, key=True, value=True, projection=True, mlp=True)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, sample_dir) -> Path:
+    """With a template and stop tokens, which have to go along."""
+    folder = make_tiny(tmp_path_factory.mktemp("tiny") / "model", sample_dir, hidden_size=64, num_attention_heads=4)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0], "bos_token_id": 1}))
+    return folder
+
+
+def write_adapter(folder: Path, base: Path, lora: LoRA = EVERYWHERE, quantize: str | None = None) -> Path:
+    """As finetune/lora.py writes it."""
+    from dataclasses import asdict
+
+    from lit_gpt.checkpoint import build_model, load_weights
+
+    model, tokenizer = trained(base, lora), Tokenizer(base)
+    fingerprint = load_weights(build_model(Config.from_checkpoint(base)), base)
+    header = dict(
+        method="lora", settings=asdict(lora), checkpoint_dir=str(base), base=fingerprint,
+        tokenizer=tokenizer.fingerprint, prompt_style="chat", quantize=quantize,
+    )  # fmt: skip
+    folder.mkdir(parents=True)
+    save_tensors(weights_of(model), folder / "lora.safetensors", {"lit_gpt": json.dumps(header)})
+    return folder
+
+
+@torch.no_grad()
+def test_a_merged_model_says_so_itself(tiny, tmp_path, capsys) -> None:
+    """And transformers finds everything in its folder."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    adapter = write_adapter(tmp_path / "lora", tiny)
+    export_merged(adapter, None, tmp_path / "merged", max_shard=3 * 10**6)
+    output = capsys.readouterr().out
+    assert "Merged: logits" in output and "Read back in float32" in output and "same at 100.0 %" in output
+    model, _ = load_finetuned(None, adapter)
+    assert len(list((tmp_path / "merged").glob("model-*.safetensors"))) == 3
+    assert error(reference(tmp_path / "merged")(tokens(1, 15)).logits, model(tokens(1, 15))) < 1e-5
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert theirs.chat_template == Tokenizer(tiny).chat_template and theirs.chat_template
+    assert set(GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id) == Tokenizer(tiny).stop_ids == {0, 2}
+
+
+def test_both_bases_of_a_quantized_one(tiny, tmp_path, capsys) -> None:
+    """The change fits the weights that the codes stand for; the original ones are another model."""
+    adapter = write_adapter(tmp_path / "lora", tiny, quantize="bnb.nf4")
+    model, _ = load_finetuned(None, adapter)
+    expected = logits_of(model, Tokenizer(tiny))
+    for base in ("original", "dequantized"):
+        export_merged(adapter, None, tmp_path / base, base=base)
+        output = capsys.readouterr().out
+        assert "Nearer to what was trained: the dequantized weights" in output and f"Written: the {base} ones" in output
+    models = (load_model(tmp_path / base) for base in ("original", "dequantized"))
+    original, dequantized = (difference(expected, logits_of(model, Tokenizer(tiny))) for model in models)
+    assert dequantized.largest < 1e-4 * dequantized.scale and dequantized.largest < 0.01 * original.largest
+
+
+def test_what_is_not_the_model_is_not_kept(tiny, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(exporting, "merge", lambda model: load_model(tiny))  # forgets the change
+    adapter = write_adapter(tmp_path / "lora", tiny)
+    export_merged(adapter, None, tmp_path / "same")  # what was written is what was merged
+    monkeypatch.undo()
+    expected = logits_of(load_finetuned(None, adapter)[0], Tokenizer(tiny))
+    with pytest.raises(InputError, match="not the model: logits"):
+        convert(tiny, tmp_path / "wrong", True, check=lambda folder: prove(expected, folder))
+    assert not (tmp_path / "wrong").exists() and not list(tmp_path.glob(".wrong*"))
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float16, 0.01), (torch.bfloat16, 0.1)])
+def test_rounding_is_not_an_error(dtype, largest, tiny, tmp_path, capsys) -> None:
+    expected = logits_of(load_model(tiny), Tokenizer(tiny))
+    convert(tiny, tmp_path / "copy", True, dtype, check=lambda folder: prove(expected, folder))
+    assert f"Read back in {str(dtype)[6:]}" in capsys.readouterr().out
+    found = difference(expected, logits_of(load_model(tmp_path / "copy"), Tokenizer(tiny)))
+    assert 0 < found.largest < largest * found.scale and found.mean < found.largest
+
+
+def test_peft_folder_from_the_script(tiny, tmp_path) -> None:
+    from peft import PeftModel
+
+    adapter = write_adapter(tmp_path / "lora", tiny)
+    export_peft(adapter, None, tmp_path / "peft")
+    theirs = PeftModel.from_pretrained(reference(tiny), tmp_path / "peft").eval()
+    with torch.no_grad():
+        ours, _ = load_finetuned(None, adapter)
+        assert error(theirs(tokens(1, 15)).logits, ours(tokens(1, 15))) < 1e-5
+
+
+# ---- GGUF
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "q8_0"])
+def test_gguf_is_the_model(kind, tiny, tmp_path, capsys) -> None:
+    path = gguf_out.export_gguf(tiny, tmp_path / "gguf", kind)
+    assert path.is_file() and "tokens are the same" in capsys.readouterr().out
+    from lit_gpt.gguf import convert_gguf
+
+    convert_gguf(path, tmp_path / "again")
+    for (name, ours), theirs in zip(
+        load_model(tiny).state_dict().items(), load_model(tmp_path / "again").state_dict().values(), strict=True
+    ):
+        if kind == "float32" or ours.ndim == 1:
+            assert torch.equal(ours, theirs), name
+        elif kind == "float16":
+            assert torch.equal(ours.half().float(), theirs), name
+        else:  # 32 values share a scale, which is their largest over 127, in float16
+            step = ours.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True) / 127
+            assert ((ours - theirs).unflatten(-1, (-1, 32)).abs() <= 0.51 * step + 1e-3 * step * 127).all(), name
+    again, before = Tokenizer(tmp_path / "again"), Tokenizer(tiny)
+    assert again.chat_template == before.chat_template and again.stop_ids == before.stop_ids
+
+
+def test_rotary_scaling_of_llama_3_goes_along(sample_dir, tmp_path) -> None:
+    scaling = dict(
+        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=5000.0,
+        original_max_position_embeddings=32,
+    )  # fmt: skip
+    folder = make_tiny(tmp_path / "model", sample_dir, rope_parameters=scaling, hidden_size=64, num_attention_heads=4)
+    gguf_out.export_gguf(folder, tmp_path / "gguf", "float32")
+
+
+def test_no_plain_llama_is_refused(tmp_path) -> None:
+    folder = make(tmp_path / "model", *CASES["qwen3"])
+    with pytest.raises(InputError, match="no plain llama .*qk_norm"):
+        gguf_out.check(Config.from_checkpoint(folder))
+
+
+LLAMA_CPP = """
+import json, sys
+from llama_cpp import Llama
+model = Llama(sys.argv[1], n_ctx=256, verbose=False)
+for ids in json.loads(sys.argv[2]):
+    new = model.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0)
+    print(json.dumps([token for _, token in zip(range(20), new)]))
+"""
+
+
+def test_llama_cpp_writes_the_same(sample_dir, tmp_path) -> None:
+    """Greedy tokens of the sample model."""
+    pytest.importorskip("llama_cpp")
+    path = gguf_out.export_gguf(sample_dir, tmp_path / "gguf", "float16")
+    tokenizer, model = Tokenizer(sample_dir), load_model(sample_dir)
+    prompts = [tokenizer.encode(text) for text in TEXTS[:3]]
+    command = [sys.executable, "-c", LLAMA_CPP, str(path), json.dumps([ids.tolist() for ids in prompts])]
+    found = subprocess.check_output(command, text=True).strip().splitlines()[-3:]
+    for ids, theirs in zip(prompts, found, strict=True):
+        assert list(stream(model, ids, len(ids) + 20, temperature=0.0)) == json.loads(theirs)
+
+
+def test_convert_script(tiny, tmp_path) -> None:
+    command = [sys.executable, ROOT / "scripts/convert_lit_checkpoint.py", "--checkpoint_dir", tiny]
+    subprocess.run([*command, "--out_dir", tmp_path / "copy", "--dtype", "bfloat16"], check=True)
+    assert next(load_model(tmp_path / "copy").parameters()).dtype == torch.bfloat16
+    refused = subprocess.run(
+        [*command, "--out_dir", tmp_path / "x", "--format", "peft"], capture_output=True, text=True
+    )
+    assert refused.returncode == 2 and "--finetuned" in refused.stderr and refused.stderr.count("\n") == 1

@@ -160,7 +160,7 @@ def fit(
         checkpoints.out_dir, steps, first_step=progress.step, main_process=fabric.is_global_zero, loggers=fabric.loggers
     )
     log.note(
-        f"On {fabric.device}, weights in {str(next(model.parameters()).dtype).removeprefix('torch.')}."
+        f"On {fabric.device}, weights in {' and '.join(sorted({str(p.dtype)[6:] for p in model.parameters()}))}."
         f" {sum(param.numel() for param in params):,} trained parameters. {steps - progress.step} steps of up to"
         f" {args.global_batch_size} records; an epoch of {len(train_data):,} records is"
         f" {args.steps_per_epoch(len(train_data))} steps."

@@ -5,12 +5,14 @@ bf16-true is what users run, and the rest of the suite only sees it on tiny mode
 
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
 from conftest import ROOT
 
 from lit_gpt.checkpoint import load_model
+from lit_gpt.quantize import Quantize, QuantizedLinear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,6 +43,24 @@ def test_bf16_logits_are_as_good_as_those_of_transformers(sample_dir) -> None:
     errors = [(logits - exact)[:, 1000:].abs().mean().item() for logits in (ours, theirs)]
     say(f"mean error of bf16 logits beyond position 1,000: ours {errors[0]:.4f}, transformers {errors[1]:.4f}")
     assert errors[0] < 1.5 * errors[1]
+
+
+@pytest.mark.parametrize("kind", get_args(Quantize))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_quantized_linear(kind: Quantize, dtype: torch.dtype) -> None:
+    """One token, a few and many take different kernels; all agree with the dequantized weight, and so does backward."""
+    layer = QuantizedLinear(1024, 2048, None, kind)
+    layer.load_weight(torch.randn(2048, 1024, device="cuda", dtype=dtype))
+    weight = layer.dequantize(torch.float32)
+    errors = []
+    for tokens in (1, 8, 100, 2000):
+        x = torch.randn(1, tokens, 1024, device="cuda", dtype=dtype, requires_grad=True)
+        y = layer(x)
+        y.backward(torch.ones_like(y))
+        expected = x.detach().float() @ weight.T, weight.sum(0).expand_as(x)
+        errors += [((a - b).norm() / b.norm()).item() for a, b in zip((y, x.grad), expected)]
+    say(f"{kind}, {dtype}: relative errors of y and of x's gradient up to {max(errors):.1e}")
+    assert max(errors) < 0.02 and y.dtype == dtype
 
 
 @pytest.fixture(scope="module")

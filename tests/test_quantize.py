@@ -10,9 +10,11 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+import bitsandbytes
 import pytest
 import torch
 from conftest import make_tiny
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from test_finetune import lora, script
 from test_train import column, equal, error, write_data
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lit_gpt.quantize
 from lit_gpt import Config, InputError
@@ -102,6 +105,7 @@ def test_a_part_at_a_time_gives_the_same_codes(kind: Quantize, monkeypatch) -> N
     whole = quantized(linear, kind).state_dict()
     monkeypatch.setattr(lit_gpt.quantize, "PART", 128)
     assert equal(quantized(linear, kind).state_dict(), whole)
+    assert quantized(make_linear(1, 2, torch.float32), kind).dequantize().shape == (1, 2), "a single byte, with 4 bits"
 
 
 @each_kind
@@ -139,13 +143,17 @@ def test_it_is_as_small_as_it_says(kind: Quantize) -> None:
     assert lost < (0.01 if kind == "bnb.int8" else 0.15)
 
 
-def test_mixed_precision_computes_in_bfloat16() -> None:
+def test_mixed_precision_computes_in_bfloat16(monkeypatch) -> None:
+    """The kernels are handed bfloat16: those of CUDA compute in whatever they get."""
+    kernel, seen = bitsandbytes.matmul_4bit, []
+    monkeypatch.setattr(bitsandbytes, "matmul_4bit", lambda x, *a, **k: seen.append(x.dtype) or kernel(x, *a, **k))
     for kind in ("bnb.nf4", "bnb.int8"):
         layer = quantized(make_linear(8, 64, torch.float32), kind)
         x = torch.randn(3, 64)
         with torch.autocast("cpu", torch.bfloat16):
             y, like = layer(x), layer.dequantized()(x)
         assert y.dtype == like.dtype == torch.bfloat16 and torch.allclose(y, like, rtol=0.02, atol=0.02)
+    assert seen == [torch.bfloat16]
 
 
 def test_what_cannot_be_quantized_is_refused(monkeypatch) -> None:
@@ -229,16 +237,25 @@ def gradients(model: nn.Module, data: Dataset, size: int, rank: int = 0, ranks: 
 
 @pytest.mark.parametrize("kind", ["bnb.nf4-dq", "bnb.int8"])
 def test_gradient_does_not_depend_on_micro_batches(kind: Quantize, tiny_dir, data_dir) -> None:
-    """4 x 1, 2 x 2 and 1 x 4 records, and with shared prefixes; and it is that of the dequantized model."""
+    """4 x 1, 2 x 2 and 1 x 4 records, with shared prefixes, with blocks computed again in backward.
+
+    And it is that of the dequantized model.
+    """
     data = four(data_dir)
     expected = gradients(qlora(tiny_dir, kind).double(), data, 1)
+    ((_, layout),) = micro_batches(data, [0, 1, 2, 3], 4, 0, 1, True)
+    assert any(segment.prefix_length for segment in layout.segments)
     for size, share in ((2, False), (4, False), (4, True), (2, True)):
         assert error(gradients(qlora(tiny_dir, kind).double(), data, size, share=share), expected) < 1e-10
-    plain = qlora(tiny_dir, kind).double()
+    recomputed = qlora(tiny_dir, kind).double()
+    for block in recomputed.transformer.h:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    assert error(gradients(recomputed, data, 2), expected) < 1e-10
+    plain = qlora(tiny_dir, kind)
     for module in plain.modules():
         if isinstance(module, LoRALinear) and isinstance(module.linear, QuantizedLinear):
-            module.linear = module.linear.dequantized(torch.float64)
-    assert error(gradients(plain, data, 4), expected) < 1e-10
+            module.linear = module.linear.dequantized()
+    assert error(gradients(plain.double(), data, 4), expected) < 1e-6, "int8 weights are made in float32 there"
 
 
 def four(data_dir: Path) -> Dataset:
@@ -314,10 +331,15 @@ def test_another_base_is_said(run_dir: Path, capsys) -> None:
     assert "trained on weights in bnb.nf4, here it is used on weights in bnb.int8" in capsys.readouterr().err
 
 
-def test_a_run_goes_on_with_its_own_quantization(run_dir, tiny_dir, data_dir) -> None:
-    settings = dict(lora=replace(ALL, head=False), train=SHORT, n_answers=1, resume=True)
+def test_a_run_goes_on_as_if_it_had_not_stopped(run_dir, tiny_dir, data_dir, tmp_path) -> None:
+    """With its own quantization, that is."""
+    settings = dict(lora=replace(ALL, head=False), n_answers=1, checkpoint_dir=tiny_dir, data_dir=data_dir)
+    for train in (replace(SHORT, max_hours=1e-9), SHORT):  # stops after a step
+        lora.main(out_dir=tmp_path, quantize="bnb.nf4", resume=True, train=train, **settings)
+    assert len(column(tmp_path, "loss")) == 8
+    assert equal(*(load_file(folder / "last/lora.safetensors") for folder in (run_dir, tmp_path)))
     with pytest.raises(InputError, match="quantize was bnb.nf4, now None"):
-        lora.main(out_dir=run_dir, checkpoint_dir=tiny_dir, data_dir=data_dir, **settings)
+        lora.main(out_dir=run_dir, resume=True, train=SHORT, **settings)
 
 
 def test_files_of_before_there_was_quantization_load(run_dir, tmp_path) -> None:

@@ -17,7 +17,7 @@ from lit_gpt.cli import run
 from lit_gpt.device import Precision, default_device, inference_dtype, peak_memory_gb
 from lit_gpt.finetuned import QuantizeAs, load_for_use
 from lit_gpt.generate import stream
-from lit_gpt.prompts import STYLES, StyleName, style_name
+from lit_gpt.prompts import render, resolve_style
 
 
 def main(
@@ -25,7 +25,7 @@ def main(
     checkpoint_dir: Path | None = None,
     finetuned: Path | None = None,
     input: str = "",
-    prompt_style: StyleName = "auto",
+    prompt_style: str = "auto",
     num_samples: int = 1,
     max_new_tokens: int = 200,
     temperature: float = 0.0,
@@ -42,8 +42,8 @@ def main(
         checkpoint_dir: The model. None is the sample model, or the base of what was fine-tuned.
         finetuned: What a fine-tuning script wrote: an out_dir (its best), or one folder of it. It is not merged.
         input: Further text for the instruction to work on.
-        prompt_style: The text around the prompt. auto is what the fine-tuned weights were trained with, else the
-            checkpoint's chat template where it has one.
+        prompt_style: The text around the prompt: chat (the checkpoint's template), alpaca, one of lit_gpt/styles/, a
+            .jinja file, or none. auto is what the fine-tuned weights were trained with, else chat where there is one.
         num_samples: How many answers.
         max_new_tokens: The longest answer.
         temperature: 0 takes the likeliest token each time; 1 samples from what the model says.
@@ -64,8 +64,8 @@ def main(
     model, tokenizer, trained_style = load_for_use(checkpoint_dir, finetuned, dtype, device, quantize)
     print(f"Loaded in {time.perf_counter() - since:.1f} s.", file=sys.stderr)
 
-    style = STYLES[style_name(prompt_style, tokenizer, trained_style)]
-    rendered = style({"instruction": prompt, "input": input}, tokenizer)
+    style = resolve_style(prompt_style, tokenizer, trained_style)
+    rendered = render(style, {"instruction": prompt, "input": input}, tokenizer)
     idx = tokenizer.encode(rendered.text, device, rendered.bos)
     generator = torch.Generator(device).manual_seed(seed)
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p, eos_id=tokenizer.stop_ids, generator=generator)

@@ -15,7 +15,7 @@ from lit_gpt.cli import run
 from lit_gpt.device import Precision, default_device, inference_dtype
 from lit_gpt.finetuned import QuantizeAs, load_for_use
 from lit_gpt.generate import stream
-from lit_gpt.prompts import chat
+from lit_gpt.prompts import render, resolve_style
 
 
 def main(
@@ -48,11 +48,7 @@ def main(
     device = default_device()
     dtype = inference_dtype(precision)
     model, tokenizer, trained_style = load_for_use(checkpoint_dir, finetuned, dtype, device, quantize)
-    if trained_style not in (None, "chat"):
-        print(
-            f"{finetuned} was trained with the prompt style {trained_style}, not with this chat template.",
-            file=sys.stderr,
-        )
+    style = resolve_style("auto", tokenizer, trained_style)
     generator = torch.Generator(device).manual_seed(seed)
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p, eos_id=tokenizer.stop_ids, generator=generator)
 
@@ -63,7 +59,7 @@ def main(
             messages = list(opening)
             continue
         messages.append({"role": "user", "content": question})
-        rendered = chat({"messages": messages}, tokenizer)
+        rendered = render(style, {"messages": messages}, tokenizer)
         idx = tokenizer.encode(rendered.text, device, rendered.bos)
         room = min(len(idx) + max_new_tokens, model.config.block_size)
         if room <= len(idx):

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lit_gpt.checkpoint import read_metadata, read_tensors, save_tensors
-from lit_gpt.data import Dataset
+from lit_gpt.dataset import Dataset
 from lit_gpt.errors import InputError
 from lit_gpt.layout import Layout
 from lit_gpt.model import GPT

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lit_gpt.data import Dataset
+from lit_gpt.dataset import Dataset
 from lit_gpt.errors import InputError
 from lit_gpt.model import GPT
-from lit_gpt.prompts import STYLES
+from lit_gpt.prompts import render
 from lit_gpt.tokenizer import Tokenizer
 
 
@@ -118,6 +118,6 @@ def answers(model: GPT, tokenizer: Tokenizer, dataset: Dataset, n: int, max_new_
 def bare_question(prompt: torch.Tensor, tokenizer: Tokenizer, dataset: Dataset) -> str:
     """A prompt for people to read: without the template around it."""
     mark = "\x00"
-    around = STYLES[dataset.meta["prompt_style"]]({"instruction": mark}, tokenizer).text
+    around = render(dataset.meta["prompt_style"], {"instruction": mark}, tokenizer).text
     before, _, after = around.partition(mark)
     return tokenizer.decode_with_special(prompt.tolist()).removeprefix(before).removesuffix(after).strip()

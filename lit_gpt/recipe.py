@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from lit_gpt.cli import command
 from lit_gpt.config import SAMPLE, Config
-from lit_gpt.data import Dataset
+from lit_gpt.dataset import Dataset
 from lit_gpt.device import LoggerName, Precision, launch
 from lit_gpt.finetuned import METHODS, Checkpoints, Finetuned, claim_out_dir, load_trained, start_run
 from lit_gpt.generate import answers

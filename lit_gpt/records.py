@@ -1,15 +1,232 @@
-"""Records from files. A record is a mapping; see `data.prepare` for what it must hold."""
+"""Records from files and data sets, and their many forms made one. A record is a mapping."""
 
 import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lit_gpt.errors import InputError
+
+# what others call the parts of a conversation: ShareGPT and its kin
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
+ROLES |= {"observation": "tool", "function_response": "tool", "function_call": "assistant", "developer": "system"}
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What the parts of a record are called: keys of JSON, columns of a table."""
+
+    instruction_key: str = "instruction"
+    """Where a record holds its instruction: a key of JSON, a column of a table."""
+    input_key: str = "input"
+    """What the instruction is to work on. Records may lack it."""
+    output_key: str = "output"
+    """The answer."""
+    system_key: str = "system"
+    """A system prompt of the record's own. Records may lack it."""
+    messages_key: str = "messages"
+    """A conversation, as OpenAI (role, content) or ShareGPT (from, value) write it, in place of the three above."""
+    text_key: str = "text"
+    """A plain text, all of which is trained, in place of all of the above."""
+    split_key: str = "split"
+    """What says train or val. Records may lack it; those that say test are left out."""
+
+
+def in_our_form(record: Mapping[str, Any], number: int, keys: Keys) -> dict[str, Any]:
+    """A record as `prompts.render` reads it: messages (and tools) or text; and its split: train, val, other or None.
+
+    Conversations, prompt and completion, and plain text are recognized by their keys.
+
+    Raises:
+        InputError: it lacks what it needs, or something in it is no text.
+    """
+    where = f"Record {number}"
+    ours: dict[str, Any] = {"split": read_split(record.get(keys.split_key), where)}
+    conversation = next((key for key in (keys.messages_key, "conversations") if key in record), None)
+    paired = keys.instruction_key not in record and {"prompt", "completion"} <= record.keys()
+    if conversation:
+        ours["messages"] = read_messages(record[conversation], where)
+        if record.get("tools"):
+            ours["tools"] = record["tools"]
+    elif paired and isinstance(record["prompt"], list):
+        ours["messages"] = read_messages([*record["prompt"], *record["completion"]], where)
+    elif keys.text_key in record and keys.output_key not in record:
+        return ours | {"text": as_text(record[keys.text_key], f"{where}: {keys.text_key}")}
+    else:
+        names = (
+            ("prompt", keys.input_key, "completion")
+            if paired
+            else (keys.instruction_key, keys.input_key, keys.output_key)
+        )
+        missing = [key for key in (names[0], names[2]) if key not in record]
+        if missing:
+            raise InputError(
+                f"{where} has no {' and no '.join(missing)}; it has {', '.join(map(str, record)) or 'nothing'}."
+                " Name its keys: --instruction_key and --output_key, or --messages_key, or --text_key."
+            )
+        question, more, answer = (as_text(record.get(name), f"{where}: {name}") for name in names)
+        content = "\n\n".join(filter(None, (question, more)))
+        ours["messages"] = [
+            {"role": "user", "content": content, "instruction": question, "input": more},
+            {"role": "assistant", "content": answer},
+        ]
+    if system := as_text(record.get(keys.system_key), f"{where}: {keys.system_key}"):
+        ours["messages"].insert(0, {"role": "system", "content": system})
+    return ours
+
+
+def read_split(value: Any, where: str) -> str | None:
+    if value in (None, ""):
+        return None
+    if value in ("test", "testing"):
+        return "other"
+    if not isinstance(value, str) or value.lower() not in SPLITS:
+        raise InputError(f"{where} says split {value!r}, expected train, val or test.")
+    return SPLITS[value.lower()]
+
+
+def read_messages(found: Any, where: str) -> list[dict[str, Any]]:
+    """Up to the last answer: what follows it cannot be learned from. Whatever else a message holds is kept."""
+    if not isinstance(found, list | tuple) or not all(isinstance(message, Mapping) for message in found):
+        raise InputError(f"{where}: its conversation is no list of messages with role and content.")
+    messages = []
+    for message in found:
+        role, content = (
+            message.get(ours, message.get(theirs)) for ours, theirs in (("role", "from"), ("content", "value"))
+        )
+        if not isinstance(role, str):
+            raise InputError(
+                f"{where} has a message without a role; it has {', '.join(map(str, message)) or 'nothing'}."
+            )
+        if isinstance(content, list):  # OpenAI's parts
+            content = "".join(part.get("text") or refuse_part(part, where) for part in content)
+        kept = {key: value for key, value in message.items() if key not in ("from", "value")}
+        messages.append(
+            kept | {"role": ROLES.get(role, role), "content": as_text(content, f"{where}: content of {role}")}
+        )
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    return messages
+
+
+def refuse_part(part: Mapping[str, Any], where: str) -> str:
+    raise InputError(f"{where} has a message with a part of type {part.get('type')!r}: only text can be read.")
+
+
+def as_text(value: Any, what: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise InputError(f"{what} is a {type(value).__name__}, expected text.")
+    if not value.isascii() and re.search("[\ud800-\udfff]", value):
+        raise InputError(f"{what} holds half a surrogate pair (\\ud83d), expected text.")
+    return value
+
+
+def is_blank(record: Mapping[str, Any]) -> bool:
+    """Whether nothing can be learned from a record in our form: no question, or an answer that says nothing."""
+    if "text" in record:
+        return not record["text"].strip()
+    said = {"user": [], "assistant": []}
+    for message in record["messages"]:
+        says = bool(message["content"].strip()) or bool(message.get("tool_calls"))
+        said.setdefault(message["role"], []).append(says)
+    return not any(said["user"]) or not said["assistant"] or not all(said["assistant"])
+
+
+def with_validation(
+    read: Callable[[Path], Iterable[dict[str, Any]]], path: Path, val_path: Path | None, keys: Keys
+) -> Iterator[dict[str, Any]]:
+    """Records of a file; where there is another for validation, each says to which it belongs."""
+    if val_path is None:
+        yield from read(path)
+    else:
+        for name, file in (("train", path), ("val", val_path)):
+            yield from (record | {keys.split_key: name} for record in read(file))
+
+
+def mix(sources: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+    """Records of several sources, one source after the other; each record as often as its source's weight says.
+
+    0.5 takes every second record, 2 each one twice, 1.5 one in two twice.
+    """
+    for source, weight in sources.items():
+        if not weight > 0:
+            raise InputError(f"{source} has the weight {weight}, expected more than 0.")
+        for i, record in enumerate(read_records(source)):
+            yield from [record] * (int((i + 1) * weight) - int(i * weight))
+
+
+def read_records(source: str | Path) -> Iterator[dict[str, Any]]:
+    """Records of a .json, .jsonl, .csv, .parquet, .txt or .md file, or of a data set by the `datasets` library.
+
+    A data set is named as on the Hugging Face hub, org/name or org/name:config, or is a folder that
+    `Dataset.save_to_disk` wrote. The names of its splits become the split of its records.
+
+    Raises:
+        InputError: no such thing, or it cannot be read.
+    """
+    path = Path(source)
+    if path.suffix in READERS:
+        return READERS[path.suffix](path)
+    if path.is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(source)):
+        return dataset_records(str(source))
+    raise InputError(
+        f"{source} is no file ending in {', '.join(READERS)}, no folder of a saved data set, no org/name of the hub."
+    )
+
+
+def parquet_records(path: Path) -> Iterator[dict[str, Any]]:
+    parquet = needs("pyarrow.parquet")
+    from pyarrow import ArrowException
+
+    try:
+        with open(path, "rb") as file:
+            for batch in parquet.ParquetFile(file).iter_batches(1000):
+                yield from batch.to_pylist()
+    except ArrowException as error:
+        raise InputError(f"{path} is no parquet file that can be read: {error}") from None
+
+
+def dataset_records(source: str) -> Iterator[dict[str, Any]]:
+    datasets = needs("datasets")
+    try:
+        if Path(source).is_dir() and any(Path(source).rglob("state.json")):
+            found = datasets.load_from_disk(source)
+        else:
+            name, _, config = source.partition(":")
+            found = datasets.load_dataset(name, config or None, streaming=True)
+    except Exception as error:  # the library raises whatever its parts raise
+        raise InputError(f"The data set {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    if not isinstance(found, dict):  # a single split
+        yield from found
+    elif len(found) == 1:
+        yield from next(iter(found.values()))
+    else:
+        for split, records in found.items():
+            yield from ({"split": split, **record} for record in records)
+
+
+def needs(module: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        raise InputError(f'This needs the package {module.split(".")[0]}: pip install -e ".[data]"') from None
+
+
+def text_records(path: Path) -> Iterator[dict[str, str]]:
+    """A whole file as one text; of a large one, a part of about a million characters that ends with a line."""
+    with open_text(path) as file:
+        while text := file.read(2**20) + file.readline():
+            yield {"text": text}
 
 
 def json_records(path: Path) -> Iterator[dict[str, Any]]:
@@ -83,3 +300,13 @@ def open_text(path: Path, newline: str | None = None) -> Iterator[io.TextIOBase]
             with open(path, encoding="utf-8", errors="surrogateescape") as lines:
                 line = next(number for number, line in enumerate(lines, 1) if re.search("[\udc80-\udcff]", line))
             raise InputError(f"{path}, line {line}, is not UTF-8: {error.reason}. Save it as UTF-8.") from None
+
+
+READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
+    ".json": json_records,
+    ".jsonl": json_records,
+    ".csv": csv_records,
+    ".parquet": parquet_records,
+    ".txt": text_records,
+    ".md": text_records,
+}

@@ -102,15 +102,17 @@ class Tokenizer:
             return self.processor.id_to_token(token_id)
         return self.processor.id_to_piece(token_id)
 
-    def encode_batch(self, texts: Sequence[str], bos: bool | None = None) -> list[Encoded]:
-        """Many texts at once, on all cores."""
+    def encode_batch(self, texts: Sequence[str], bos: bool | None | Sequence[bool | None] = None) -> list[Encoded]:
+        """Many texts at once, on all cores. `bos` is one for all, or one for each."""
+        each = bos if isinstance(bos, Sequence) else [bos] * len(texts)
         if self.backend == "tokenizers":
             encodings = self.processor.encode_batch(list(texts), add_special_tokens=False)
             encoded = [Encoded(e.ids, e.offsets) for e in encodings]
         else:
             encoded = self.encode_pieces(texts)
         return [
-            self.with_bos(text, e) if self.needs_bos(text, bos) else e for text, e in zip(texts, encoded, strict=True)
+            self.with_bos(e) if self.needs_bos(text, bos) else e
+            for text, e, bos in zip(texts, encoded, each, strict=True)
         ]
 
     def encode_pieces(self, texts: Sequence[str]) -> list[Encoded]:
@@ -136,7 +138,7 @@ class Tokenizer:
             raise InputError("This tokenizer has no BOS token.")
         return bos
 
-    def with_bos(self, text: str, encoded: Encoded) -> Encoded:
+    def with_bos(self, encoded: Encoded) -> Encoded:
         return Encoded([self.bos_id, *encoded.ids], [(0, 0), *encoded.offsets])
 
     def encode(
@@ -178,6 +180,21 @@ class Tokenizer:
         rest = self.decode(ids[start:])[len(self.decode(ids[start:shown])) :]
         if rest:
             yield rest
+
+    @property
+    def unk_id(self) -> int | None:
+        """What stands for a character that the vocabulary does not have; None where it has all."""
+        if self.backend == "sentencepiece":
+            return self.processor.unk_id()
+        unknown = getattr(self.processor.model, "unk_token", None)
+        return None if unknown is None else self.processor.token_to_id(unknown)
+
+    @property
+    def behaviour(self) -> str:
+        """All that decides which tokens a conversation becomes, as a text to compare."""
+        rules = self.processor.to_str() if self.backend == "tokenizers" else self.fingerprint
+        special = (self.use_bos, self.bos_id, self.eos_id, sorted(self.stop_ids), self.chat_template)
+        return hashlib.sha256(f"{rules} {special}".encode()).hexdigest()
 
     @cached_property
     def fingerprint(self) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lit_gpt.data import Dataset, micro_batches, step_records
+from lit_gpt.dataset import Dataset, heaviest_first, micro_batches, step_records
 from lit_gpt.device import peak_memory_gb
 from lit_gpt.errors import InputError
 from lit_gpt.log import Log, duration
@@ -48,6 +48,9 @@ class TrainArgs:
     """Records per optimizer step, over all devices."""
     micro_batch_size: int = 16
     """Records per forward pass on one device. Lower it when memory runs out; the result stays the same."""
+    micro_batch_tokens: int | None = None
+    """Tokens per forward pass instead of records: as many records as fit, like lengths together. A record that has more
+    is alone."""
     share_prefixes: bool = True
     """Compute tokens that several records of a micro-batch begin with, such as a template, only once. The result is the
     same; the larger the micro-batch, the more it saves. Off where adapters have dropout."""
@@ -87,7 +90,7 @@ class TrainArgs:
             "eval_records",
             "save_interval",
         )
-        for name in (*at_least_one, "max_steps", "patience"):
+        for name in (*at_least_one, "max_steps", "patience", "micro_batch_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"train.{name} is {value}, expected 1 or more.")
 
@@ -172,6 +175,7 @@ def fit(
         why = "dropout does not treat" if has_dropout(model) else "this scaling of positions does not turn"
         log.note(f"Prefixes are not shared: {why} a token alike in all its records.")
 
+    first_epoch = heaviest_first(train_data, args.global_batch_size, args.seed)
     started = time.perf_counter()
     if progress.step == 0:
         validate(fabric, model, val_data, args, progress, checkpoints, log, show_sample)
@@ -183,10 +187,11 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        records = step_records(len(train_data), progress.step, args.global_batch_size, args.seed)
-        batches = micro_batches(
-            train_data, records, args.micro_batch_size, fabric.global_rank, fabric.world_size, share_prefixes
-        )
+        turn = first_epoch[progress.step] if progress.step < len(first_epoch) else progress.step
+        records = step_records(len(train_data), turn, args.global_batch_size, args.seed)
+        ranks = fabric.global_rank, fabric.world_size
+        micro = args.micro_batch_size, *ranks, share_prefixes, args.micro_batch_tokens
+        batches = micro_batches(train_data, records, *micro)
         targets = sum(train_data.n_targets(i) for i in records)  # of all devices: each knows the whole step's records
         tokens = sum(train_data.length(i) for i in records)
 
@@ -199,7 +204,7 @@ def fit(
                 loss += part.detach()
         except torch.OutOfMemoryError as error:
             raise InputError(
-                f"Step {progress.step + 1} does not fit. Lower --train.micro_batch_size. ({error})"
+                f"Step {progress.step + 1} does not fit. Lower --train.micro_batch_size (or _tokens). ({error})"
             ) from None
         loss = fabric.all_reduce(loss, reduce_op="sum").item()
         check_finite(loss, f"The loss of step {progress.step + 1}")
@@ -311,9 +316,8 @@ def evaluate(fabric: "Fabric", model: nn.Module, dataset: Dataset, args: TrainAr
     total = torch.zeros(2, device=fabric.device)
     records = range(min(len(dataset), args.eval_records))
     share = args.share_prefixes and not rotates_by_length(model)
-    for idx, layout in micro_batches(
-        dataset, records, args.micro_batch_size, fabric.global_rank, fabric.world_size, share
-    ):
+    ranks = fabric.global_rank, fabric.world_size
+    for idx, layout in micro_batches(dataset, records, args.micro_batch_size, *ranks, share, args.micro_batch_tokens):
         total[0] += model(idx.to(fabric.device), layout=layout.to(fabric.device))
         total[1] += layout.n_targets
     model.train()

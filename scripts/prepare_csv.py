@@ -1,32 +1,27 @@
 """Prepare your own records from a CSV file with a header line.
 
 python scripts/prepare_csv.py --csv_path mine.csv --data_dir data/mine
-python scripts/prepare_csv.py --csv_path qa.csv --data_dir data/qa --data.instruction_key question
+python scripts/prepare_csv.py --csv_path qa.csv --data_dir data/qa --instruction_key question --output_key answer
 """
 
 from pathlib import Path
+from typing import Annotated, Any
 
 from lit_gpt.cli import run
-from lit_gpt.config import SAMPLE
 from lit_gpt.data import DataArgs, prepare
-from lit_gpt.records import csv_records
+from lit_gpt.records import csv_records, with_validation
 
 
-def main(
-    csv_path: Path,
-    data_dir: Path,
-    checkpoint_dir: Path = SAMPLE,
-    data: DataArgs = DataArgs(),
-) -> None:
+def main(csv_path: Path, val_path: Path | None = None, **shared: Annotated[Any, DataArgs]) -> None:
     """Prepare records from a CSV file with a header line.
 
     Args:
         csv_path: A table with a header line, its columns in any order. Everything is text: NA stays NA.
-        data_dir: Where the prepared data go.
-        checkpoint_dir: The checkpoint whose tokenizer and prompt style are used.
-        data: How records become tokens.
+        val_path: Another such file, for validation.
+        shared: How records become tokens; see lit_gpt/data.py.
     """
-    prepare(csv_records(csv_path), checkpoint_dir, data_dir, data)
+    args = DataArgs(**shared)
+    prepare(lambda: with_validation(csv_records, csv_path, val_path, args), args)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Any
 
 from lit_gpt.cli import run
-from lit_gpt.config import SAMPLE
 from lit_gpt.data import DataArgs, prepare
 
 # tests, applications, a hundred codecs that say the same, and what has left the library
@@ -84,19 +84,14 @@ def first_paragraph(docstring: str) -> str:
     return text if 20 <= len(text) <= 600 else ""
 
 
-def main(
-    checkpoint_dir: Path = SAMPLE,
-    data_dir: Path = Path("data/docstrings"),
-    data: DataArgs = DataArgs(),
-) -> None:
+def main(data_dir: Path = Path("data/docstrings"), **shared: Annotated[Any, DataArgs]) -> None:
     """Prepares about 4,000 questions and answers on Python's standard library for a checkpoint's tokenizer.
 
     Args:
-        checkpoint_dir: the checkpoint whose tokenizer and prompt style are used
-        data_dir: where the prepared data goes
-        data: how records become tokens
+        data_dir: Where the prepared data go
+        shared: How records become tokens; see lit_gpt/data.py
     """
-    prepare(records(), checkpoint_dir, data_dir, data)
+    prepare(records, DataArgs(data_dir=data_dir, **shared))
 
 
 if __name__ == "__main__":

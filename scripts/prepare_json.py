@@ -1,32 +1,28 @@
 """Prepare your own records from a .json or .jsonl file.
 
 python scripts/prepare_json.py --json_path mine.jsonl --data_dir data/mine
-python scripts/prepare_json.py --json_path qa.jsonl --data_dir data/qa --data.instruction_key question
+python scripts/prepare_json.py --json_path qa.jsonl --data_dir data/qa --instruction_key question --output_key answer
 """
 
 from pathlib import Path
+from typing import Annotated, Any
 
 from lit_gpt.cli import run
-from lit_gpt.config import SAMPLE
 from lit_gpt.data import DataArgs, prepare
-from lit_gpt.records import json_records
+from lit_gpt.records import json_records, with_validation
 
 
-def main(
-    json_path: Path,
-    data_dir: Path,
-    checkpoint_dir: Path = SAMPLE,
-    data: DataArgs = DataArgs(),
-) -> None:
+def main(json_path: Path, val_path: Path | None = None, **shared: Annotated[Any, DataArgs]) -> None:
     """Prepare records from a .json or .jsonl file.
 
     Args:
-        json_path: A list of objects (.json), or an object per line (.jsonl).
-        data_dir: Where the prepared data go.
-        checkpoint_dir: The checkpoint whose tokenizer and prompt style are used.
-        data: How records become tokens.
+        json_path: A list of objects (.json), or an object per line (.jsonl): instruction and output, prompt and
+            completion, conversations, or texts.
+        val_path: Another such file, for validation.
+        shared: How records become tokens; see lit_gpt/data.py.
     """
-    prepare(json_records(json_path), checkpoint_dir, data_dir, data)
+    args = DataArgs(**shared)
+    prepare(lambda: with_validation(json_records, json_path, val_path, args), args)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 from tiny_tokenizers import SPECIAL, byte_level, write
 
 from lit_gpt import Config, InputError, Tokenizer
-from lit_gpt.data import ANSWER, PROMPT, SPLITS, DataArgs, Dataset, choose_split, micro_batches, prepare
-from lit_gpt.prompts import STYLES
+from lit_gpt.data import DataArgs, choose_split, prepare
+from lit_gpt.dataset import ANSWER, NEITHER, OTHER, TRAIN, VAL, Dataset, micro_batches
+from lit_gpt.prompts import render, style_names
 
 BLOCK_SIZE = 200
 CONFIG = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=300, hidden_size=8, rms_norm_eps=1e-5)
@@ -40,7 +42,7 @@ def tokenizer(checkpoint: Path) -> Tokenizer:
 
 
 def prepared(records, checkpoint: Path, data_dir: Path, **args) -> tuple[Dataset, Dataset]:
-    prepare(records, checkpoint, data_dir, DataArgs(**args))
+    prepare(records, DataArgs(checkpoint_dir=checkpoint, data_dir=data_dir, **args))
     return Dataset(data_dir, "train"), Dataset(data_dir, "val")
 
 
@@ -72,8 +74,8 @@ RECORDS = st.lists(
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     records=RECORDS,
-    style=st.sampled_from(sorted(STYLES)),
-    limit=st.none() | st.integers(1, 180),
+    style=st.sampled_from(style_names()),
+    limit=st.none() | st.integers(2, 180),
     mask_prompt=st.booleans(),
     too_long=st.sampled_from(["drop", "cut_prompt"]),
 )
@@ -83,12 +85,13 @@ def test_tokens_are_the_text_and_trained_is_the_answer(
     """In order, nothing lost or doubled; every record ends with a trained stop token, however long it was."""
     expected, n_blank, n_dropped, n_cut = [], 0, 0, 0
     for record in records:
-        if not record["instruction"].strip() or not record["output"].strip():
+        if not (record["instruction"] + (record.get("input") or "")).strip() or not record["output"].strip():
             n_blank += 1
             continue
-        rendered = STYLES[style](record, tokenizer)
-        # what a chat template says after its stop token is left out; where there is none, one is added
-        text = rendered.text.removesuffix("\n") if style == "chat" else rendered.text + "</s>"
+        rendered = render(style, record, tokenizer)
+        # what a template says after its stop token is left out; where there is none, one is added
+        bare = rendered.text.rstrip("\n")
+        text = bare if bare.endswith("</s>") else rendered.text + "</s>"
         full = tokenizer.encode(text, bos=False if style == "chat" else None).tolist()
         prompt = len(rendered.text[: rendered.turns[0][0]].encode()) + len("<s>") * (style != "chat")
         n_prompt = next(n for n in range(len(full)) if n_bytes(full[:n], tokenizer) >= prompt)
@@ -98,13 +101,13 @@ def test_tokens_are_the_text_and_trained_is_the_answer(
             continue
         n_cut += excess > 0
         n_prompt, full = n_prompt - max(0, excess), full[max(0, excess) :]
-        expected.append((full, [0 if mask_prompt else PROMPT] * n_prompt + [ANSWER] * (len(full) - n_prompt)))
+        expected.append((full, [0 if mask_prompt else OTHER] * n_prompt + [ANSWER] * (len(full) - n_prompt)))
 
     shutil.rmtree(tmp_path / "data", ignore_errors=True)
     args = dict(prompt_style=style, max_seq_length=limit, mask_prompt=mask_prompt, too_long=too_long, val_fraction=0.0)
     if not expected:
         with pytest.raises(InputError, match="No record is left to train on"):
-            prepare(records, checkpoint, tmp_path / "data", DataArgs(**args))
+            prepare(records, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data", **args))
         assert not (tmp_path / "data").exists()
         return
     train, val = prepared(records, checkpoint, tmp_path / "data", **args)
@@ -114,7 +117,7 @@ def test_tokens_are_the_text_and_trained_is_the_answer(
     assert ids.tolist() == expected[0][0] and trained.tolist() == [mark > 0 for mark in expected[0][1]]
 
     meta, lengths = train.meta, [len(full) for full, _ in expected]
-    counts = {"empty instruction or output": n_blank, "too long, dropped": n_dropped, "prompt cut": n_cut}
+    counts = {"empty prompt or answer": n_blank, "too long, dropped": n_dropped, "prompt cut": n_cut}
     assert meta["left_out"] == {what: number for what, number in counts.items() if number}
     found = [meta[key] for key in ("n_records", "n_tokens", "n_trained", "n_val", "longest")]
     assert found == [len(expected), sum(lengths), sum(bool(m) for _, marks in expected for m in marks), 0, max(lengths)]
@@ -146,18 +149,20 @@ def test_a_cut_prompt_keeps_at_least_a_token(checkpoint, tokenizer, tmp_path: Pa
     ((ids, marks),) = stored(train)
     assert marks == [0] + [ANSWER] * n_answer and tokenizer.decode(ids) == "\nfour five"
     with pytest.raises(InputError, match="1 too long, dropped"):
-        prepare([record], checkpoint, tmp_path / "data", DataArgs(max_seq_length=n_answer, **args))
+        prepare([record], DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "b", max_seq_length=n_answer, **args))
 
 
 def test_too_long_can_stop(checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="A record has .* tokens, more than 12"):
-        prepare(QA, checkpoint, tmp_path / "data", DataArgs(too_long="error", max_seq_length=12))
+    with pytest.raises(InputError, match="Record 1 has .* tokens, more than 12"):
+        prepare(
+            QA, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data", too_long="error", max_seq_length=12)
+        )
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("settings", [{"val_fraction": -0.1}, {"val_fraction": 5}, {"max_seq_length": 0}])
 def test_settings_out_of_range(settings: dict) -> None:
-    with pytest.raises(InputError, match=f"data.{next(iter(settings))} is .*, expected"):
+    with pytest.raises(InputError, match=f"--{next(iter(settings))} is .*, expected"):
         DataArgs(**settings)
 
 
@@ -181,41 +186,40 @@ def test_other_keys_and_columns(checkpoint, tmp_path: Path) -> None:
         ({"instruction": ["a"], "output": "b"}, "Record 2: instruction is a list, expected text"),
         ({"instruction": "a", "input": False, "output": "b"}, "Record 2: input is a bool, expected text"),
         ({"instruction": "a", "output": json.loads('"\\ud83d"')}, "Record 2: output holds half a surrogate pair"),
-        ({"instruction": "a", "output": "b", "split": "test"}, "Record 2 says split 'test', expected train or val"),
+        ({"instruction": "a", "output": "b", "split": "all"}, "Record 2 says split 'all', expected train, val or test"),
     ],
 )
 def test_records_that_are_none(checkpoint, tmp_path: Path, record: dict, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        prepare([QA[0], record], checkpoint, tmp_path / "data", DataArgs())
+        prepare([QA[0], record], DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data"))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("records", [[], [{"instruction": " ", "output": "b"}], [{"instruction": "a", "output": None}]])
 def test_nothing_to_learn(checkpoint, tmp_path: Path, records: list) -> None:
     with pytest.raises(InputError, match="No record is left"):
-        prepare(iter(records), checkpoint, tmp_path / "data", DataArgs())
-
-
-PROMPTS = st.binary(min_size=1, max_size=1)
+        prepare(iter(records), DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data"))
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from([None, "train", "val"]), PROMPTS)), st.floats(0, 1))
-def test_splits(records: list[tuple[str | None, bytes]], val_fraction: float) -> None:
-    """Named ones are kept, and an unnamed record goes where records of the same prompt are."""
-    sides = choose_split([split for split, _ in records], [prompt for _, prompt in records], val_fraction).tolist()
-    assert len(sides) == len(records) and all(
-        side == SPLITS[split] for (split, _), side in zip(records, sides) if split
-    )
-    named = {prompt for split, prompt in records if split}
-    free = {(prompt, side) for (split, prompt), side in zip(records, sides) if split is None and prompt not in named}
-    distinct = {prompt for prompt, _ in free}
-    assert len(free) == len(distinct)
-    for (split, prompt), side in zip(records, sides):
-        if split is None and prompt in named:
-            assert (side, prompt) in {(SPLITS[name], other) for name, other in records if name}
-    n_val, wanted = sum(side for _, side in free), val_fraction * len(distinct)
-    at_least_one = n_val == 1 and 0 < wanted and len(distinct) > 1 and "val" not in {split for split, _ in records}
+@given(
+    st.lists(st.tuples(st.sampled_from([-1, TRAIN, VAL]), st.integers(0, 255)), min_size=1),
+    st.floats(0, 1),
+)
+def test_splits(records: list[tuple[int, int]], val_fraction: float) -> None:
+    """Named ones are kept, an unnamed record goes where its prompt is, and no prompt is on both sides."""
+    named, prompts = zip(*records)
+    split, leaked = choose_split(named, prompts, val_fraction)
+    sides = split.tolist()
+    on = {side: {prompt for prompt, found in zip(prompts, sides) if found == side} for side in (TRAIN, VAL)}
+    assert on[TRAIN].isdisjoint(on[VAL]) and leaked == sides.count(NEITHER)
+    said = {side: {prompt for name, prompt in records if name == side} for side in (TRAIN, VAL)}
+    for (name, prompt), side in zip(records, sides):
+        assert side == VAL if name == VAL else True
+        assert side == (NEITHER if prompt in said[VAL] else TRAIN) if name == TRAIN else side != NEITHER
+    free = set(prompts) - said[TRAIN] - said[VAL]
+    n_val, wanted = len(on[VAL] & free), val_fraction * len(free)
+    at_least_one = n_val == 1 and 0 < wanted and len(free) > 1 and not said[VAL]
     assert abs(n_val - wanted) <= 0.5 or at_least_one
 
 
@@ -258,13 +262,13 @@ def test_interrupted_and_repeated(checkpoint, tmp_path: Path) -> None:
     data_dir = tmp_path / "data"
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
-            prepare(broken(lambda: 1 / 0), checkpoint, data_dir, DataArgs())
+            prepare(broken(lambda: 1 / 0), DataArgs(checkpoint_dir=checkpoint, data_dir=data_dir))
         assert list(tmp_path.iterdir()) == []
     prepared(QA, checkpoint, data_dir)
     before = content(data_dir)
     child = os.fork()
     if child == 0:
-        prepare(broken(lambda: os._exit(9)), checkpoint, data_dir, DataArgs())
+        prepare(broken(lambda: os._exit(9)), DataArgs(checkpoint_dir=checkpoint, data_dir=data_dir))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert content(data_dir) == before and len(list(tmp_path.iterdir())) == 2
     train, val = prepared(QA[:10], checkpoint, data_dir)
@@ -277,18 +281,18 @@ def test_a_foreign_folder_is_left_alone(checkpoint, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("All of it.")
     with pytest.raises(InputError, match="holds something else than prepared data. Name another --data_dir"):
-        prepare(QA, checkpoint, tmp_path / "thesis", DataArgs())
+        prepare(QA, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "thesis"))
     assert content(tmp_path / "thesis") == {"chapter.txt": b"All of it."}
     (tmp_path / "mine" / "mine.jsonl").write_text("{}")  # the source of the records, put beside them
     with pytest.raises(InputError, match="holds something else than prepared data"):
-        prepare(QA, checkpoint, tmp_path / "mine", DataArgs())
+        prepare(QA, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "mine"))
     assert (tmp_path / "mine" / "mine.jsonl").is_file()
 
 
 def test_the_report_shows_what_is_trained(checkpoint, tmp_path: Path, capsys) -> None:
     data_dir = tmp_path / "[/b] :smile:"
     records = [{"instruction": "Is [red]this[/red] :bug:?", "output": "[/yes]"}]
-    prepare(records, checkpoint, data_dir, DataArgs(prompt_style="none"))
+    prepare(records, DataArgs(checkpoint_dir=checkpoint, data_dir=data_dir, prompt_style="none"))
     said = capsys.readouterr().out
     assert f"{data_dir}: 1 training and 0 validation records" in said and "Left out or cut: nothing." in said
     assert "<s>Is [red]this[/red] :bug:?→[/yes]</s>←" in said
@@ -339,7 +343,7 @@ def test_another_tokenizer(checkpoint, tokenizer, sample_dir: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("mask_prompt", [True, False])
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", style_names())
 def test_question(checkpoint, tokenizer, tmp_path: Path, style: str, mask_prompt: bool) -> None:
     """A record's prompt is what a model is given to continue; the rest is the answer."""
     train, val = prepared(QA, checkpoint, tmp_path / "data", prompt_style=style, mask_prompt=mask_prompt)
@@ -348,9 +352,9 @@ def test_question(checkpoint, tokenizer, tmp_path: Path, style: str, mask_prompt
             prompt, rest = dataset.question(i)
             assert prompt.tolist() + rest.tolist() == dataset[i][0].tolist() and dataset.length(i) == len(dataset[i][0])
             answer = tokenizer.decode(rest)
-            number = int(answer.strip(" .").split()[-1])
-            asked = STYLES[style]({"instruction": QA[number]["instruction"]}, tokenizer)
-            assert answer == QA[number]["output"] and tokenizer.encode(asked.text, bos=asked.bos).equal(prompt)
+            number = int(re.search(r"It is (\d+)", answer)[1])
+            asked = render(style, {"instruction": QA[number]["instruction"]}, tokenizer)
+            assert QA[number]["output"] in answer and tokenizer.encode(asked.text, bos=asked.bos).equal(prompt)
 
 
 def test_a_vocabulary_beyond_16_bits(tmp_path: Path) -> None:
@@ -380,4 +384,8 @@ def test_the_scripts_agree(checkpoint, tmp_path: Path) -> None:
     for suffix, name in (("json", "prepare_json"), ("jsonl", "prepare_json"), ("csv", "prepare_csv")):
         arguments = {f"{name.removeprefix('prepare_')}_path": tmp_path / f"a.{suffix}"}
         script(name).main(**arguments, data_dir=tmp_path / suffix, checkpoint_dir=checkpoint)
-    assert content(tmp_path / "json") == content(tmp_path / "jsonl") == content(tmp_path / "csv")
+    one, two, three = (content(tmp_path / suffix) for suffix in ("json", "jsonl", "csv"))
+    hashes = [json.loads(files["meta.json"])["hash"] for files in (one, two, three)]
+    assert one == two and hashes[0] != hashes[2], "the columns are in another order"
+    del one["meta.json"], three["meta.json"]
+    assert one == three

@@ -22,7 +22,7 @@ from test_train import FROZEN, column, equal, rows_of, write_data
 from lit_gpt import Tokenizer, cli
 from lit_gpt.checkpoint import build_model, load_model, load_weights
 from lit_gpt.config import Config
-from lit_gpt.data import Dataset
+from lit_gpt.dataset import Dataset
 from lit_gpt.device import launch, weight_dtype
 from lit_gpt.finetuned import load_finetuned
 from lit_gpt.generate import generate

@@ -13,9 +13,10 @@ from conftest import ROOT
 
 from lit_gpt import GPT, InputError, Tokenizer
 from lit_gpt.checkpoint import load_model
-from lit_gpt.data import DataArgs, Dataset, prepare
+from lit_gpt.data import DataArgs, prepare
+from lit_gpt.dataset import Dataset
 from lit_gpt.generate import answers, generate, sample, stream
-from lit_gpt.prompts import STYLES
+from lit_gpt.prompts import render
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.4, -torch.inf, 0.0, 1.3])
 DRAWS, TOLERATED = 50_000, 36.0  # chi-square of up to 6 degrees of freedom stays below it but once in 400,000 times
@@ -146,7 +147,7 @@ def test_as_much_as_the_model_can_read(model: GPT) -> None:
 
 def test_answers_to_a_dataset(model: GPT, tiny_dir: Path, tmp_path: Path) -> None:
     records = [{"instruction": f"Name {i}.", "output": f" It is {i}. "} for i in range(4)]
-    prepare(records, tiny_dir, tmp_path / "data", DataArgs(val_fraction=0.0))
+    prepare(records, DataArgs(checkpoint_dir=tiny_dir, data_dir=tmp_path / "data", val_fraction=0.0))
     tokenizer, dataset = Tokenizer(tiny_dir), Dataset(tmp_path / "data", "train")
     model.train()
     answered = answers(model, tokenizer, dataset, 3, max_new_tokens=7)
@@ -154,7 +155,7 @@ def test_answers_to_a_dataset(model: GPT, tiny_dir: Path, tmp_path: Path) -> Non
     model.eval()
     for i, (question, expected, answer) in enumerate(answered):
         assert (question, expected) == (f"Name {i}.", f"It is {i}.")
-        idx = tokenizer.encode(STYLES["chat"]({"instruction": f"Name {i}."}, tokenizer).text)
+        idx = tokenizer.encode(render("chat", {"instruction": f"Name {i}."}, tokenizer).text)
         out = generate(model, idx, len(idx) + 7, temperature=0.0, eos_id=tokenizer.stop_ids)
         assert tokenizer.decode(out[len(idx) :]).strip() == answer
 
@@ -190,7 +191,7 @@ def test_base_prints_the_answer(model: GPT, tiny_dir: Path, capsys, style: str) 
     """Only the answer goes to stdout."""
     tokenizer = Tokenizer(tiny_dir)
     script("base").main("Who?", tiny_dir, input="Ada", prompt_style=style, max_new_tokens=15)
-    rendered = STYLES["chat" if style == "auto" else style]({"instruction": "Who?", "input": "Ada"}, tokenizer)
+    rendered = render("chat" if style == "auto" else style, {"instruction": "Who?", "input": "Ada"}, tokenizer)
     idx = tokenizer.encode(rendered.text)
     out = generate(model, idx, len(idx) + 15, temperature=0.0, eos_id=tokenizer.stop_ids)
     captured = capsys.readouterr()
@@ -205,7 +206,7 @@ def test_chat_remembers_and_forgets(model: GPT, tiny_dir: Path) -> None:
         messages = [system]
         for question in questions:
             messages.append({"role": "user", "content": question})
-            idx = tokenizer.encode(STYLES["chat"]({"messages": messages}, tokenizer).text)
+            idx = tokenizer.encode(render("chat", {"messages": messages}, tokenizer).text)
             out = generate(model, idx, len(idx) + 10, temperature=0.0, eos_id=tokenizer.stop_ids)
             messages.append({"role": "assistant", "content": tokenizer.decode(out[len(idx) :])})
             expected.append(messages[-1]["content"] + "\n")

@@ -92,7 +92,7 @@ MAY_KNOW = {
     "cli": "errors",
     "device": "errors",
     "quantize": "errors replace",
-    "train": "data device errors log",  # no method, no tokenizer, no file format
+    "train": "dataset device errors log",  # no method, no tokenizer, no file format
     **{surgeon.removeprefix("lit_gpt."): "errors model replace" for surgeon in SURGEONS},
 }
 

@@ -1,6 +1,7 @@
 """From records and conversations to text, against transformers: `pytest tests/test_prompts.py`"""
 
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ from tiny_tokenizers import byte_level, write
 
 from lit_gpt import InputError, Tokenizer
 from lit_gpt.data import mark_trained
-from lit_gpt.prompts import STYLES, style_name
+from lit_gpt.prompts import render, resolve_style, style_names
 
 TEMPLATES = Path(__file__).parent / "data/chat_templates"
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
@@ -83,9 +84,9 @@ def test_chat_is_what_transformers_makes_of_it(load, name: str, conversation: st
     (tokenizer, reference), case, messages = load(name), CASES[name], CONVERSATIONS[conversation]
     if messages[0] == SYSTEM and not case.system:
         with pytest.raises(InputError, match="System role not supported"):
-            STYLES["chat"]({"messages": messages}, tokenizer)
+            render("chat", {"messages": messages}, tokenizer)
         return
-    rendered = STYLES["chat"]({"messages": messages}, tokenizer)
+    rendered = render("chat", {"messages": messages}, tokenizer)
     asked = messages[-1]["role"] == "user"
     options = dict(add_generation_prompt=asked, return_dict=False)
     assert rendered.text == reference.apply_chat_template(messages, tokenize=False, **options)
@@ -112,7 +113,7 @@ def test_chat_is_what_transformers_makes_of_it(load, name: str, conversation: st
 @pytest.mark.parametrize("name", CASES)
 def test_a_record_is_a_conversation(load, name: str) -> None:
     tokenizer, _ = load(name)
-    chat = STYLES["chat"]
+    chat = partial(render, "chat")
     record = {"instruction": "Add.", "input": "2 and 2"}
     question = {"role": "user", "content": "Add.\n\n2 and 2"}
     assert chat(record, tokenizer) == chat({"messages": [question]}, tokenizer)
@@ -122,12 +123,12 @@ def test_a_record_is_a_conversation(load, name: str) -> None:
         assert chat(short | {"output": "4."}, tokenizer) == chat({"messages": [USER, ANSWER]}, tokenizer)
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", style_names())
 @pytest.mark.parametrize("name", CASES)
 def test_generation_continues_where_training_began(load, name: str, style: str) -> None:
     tokenizer, _ = load(name)
     record = {"instruction": "Say it", "input": " twice"}
-    asked, told = STYLES[style](record, tokenizer), STYLES[style](record | {"output": "It it."}, tokenizer)
+    asked, told = render(style, record, tokenizer), render(style, record | {"output": "It it."}, tokenizer)
     ((start, end),) = told.turns
     assert asked.text == told.text[:start] and "It it." in told.text[start:end] and asked.turns == []
 
@@ -150,26 +151,26 @@ def test_a_template_cannot_leave_its_sandbox(load, source: str) -> None:
     tokenizer, _ = load(source, source)
     messages = [dict(USER)]
     with pytest.raises(InputError, match="chat template"):
-        STYLES["chat"]({"messages": messages}, tokenizer)
+        render("chat", {"messages": messages}, tokenizer)
     assert messages == [USER]
 
 
 @pytest.mark.parametrize("source", ["{% for %}", "{{ 1 / 0 }}", "{{ messages + 1 }}", "{{ messages[7].role }}"])
 def test_a_broken_template_is_an_input_error(load, source: str) -> None:
     with pytest.raises(InputError, match="chat template says: "):
-        STYLES["chat"]({"messages": [USER]}, load(source, source)[0])
+        render("chat", {"messages": [USER]}, load(source, source)[0])
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(load) -> None:
     source = "{{ messages | length }}{% for message in messages %}{{ message.content }}{% endfor %}"
     tokenizer, _ = load("counting", source)
-    with pytest.raises(InputError, match="--data.prompt_style alpaca"):
-        STYLES["chat"]({"messages": [USER, ANSWER]}, tokenizer)
+    with pytest.raises(InputError, match="--prompt_style alpaca"):
+        render("chat", {"messages": [USER, ANSWER]}, tokenizer)
 
 
 def test_alpaca_to_the_letter(load) -> None:
     tokenizer, _ = load("chatml")
-    alpaca = STYLES["alpaca"]
+    alpaca = partial(render, "alpaca")
     bare = (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd 2 and 2.\n\n### Response:\n"
@@ -190,11 +191,12 @@ def test_alpaca_to_the_letter(load) -> None:
 def test_the_bare_style_and_auto(load, tmp_path: Path) -> None:
     tokenizer, _ = load("chatml")
     record = {"instruction": "Once ", "input": "upon", "output": " a time"}
-    assert STYLES["none"](record, tokenizer) == ("Once upon a time", [(9, 16)], None)
+    assert render("none", record, tokenizer) == ("Once upon a time", [(9, 16)], None)
     without = write(tmp_path, tokenizer_json=byte_level(), tokenizer_config_json={"eos_token": "</s>"})
-    assert style_name("auto", tokenizer) == "chat" and style_name("auto", Tokenizer(without)) == "alpaca"
+    assert resolve_style("auto", tokenizer) == "chat" and resolve_style("auto", Tokenizer(without)) == "alpaca"
     assert (
-        style_name("auto", tokenizer, trained="none") == "none" and style_name("alpaca", tokenizer, "none") == "alpaca"
+        resolve_style("auto", tokenizer, trained="none") == "none"
+        and resolve_style("alpaca", tokenizer, "none") == "alpaca"
     )
     with pytest.raises(InputError, match="no chat template"):
-        STYLES["chat"](record, Tokenizer(without))
+        render("chat", record, Tokenizer(without))

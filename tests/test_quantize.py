@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 import lit_gpt.quantize
 from lit_gpt import Config, InputError
 from lit_gpt.checkpoint import build_model, load_model, load_weights, read_metadata
-from lit_gpt.data import Dataset, micro_batches
+from lit_gpt.dataset import Dataset, micro_batches
 from lit_gpt.device import launch
 from lit_gpt.finetuned import load_finetuned, read_description
 from lit_gpt.lora import LoRA, LoRALinear, apply_lora, mark_only_lora_as_trainable, merge_lora_weights

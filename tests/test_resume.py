@@ -190,7 +190,7 @@ def data_dirs(tmp_path_factory, tiny_dir: Path) -> list[Path]:
     folder = tmp_path_factory.mktemp("data")
     for name, seed in (("one", 1), ("two", 2)):
         records = [{"instruction": f"What does str.{name} do?", "output": doc} for name, doc in methods[:28]]
-        prepare(records, tiny_dir, folder / name, DataArgs(val_fraction=1 / 7, seed=seed))
+        prepare(records, DataArgs(checkpoint_dir=tiny_dir, data_dir=folder / name, val_fraction=1 / 7, seed=seed))
     return [folder / "one", folder / "two"]
 
 

@@ -26,7 +26,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import lit_gpt.train
 from lit_gpt import Config, InputError
 from lit_gpt.checkpoint import build_model, load_weights
-from lit_gpt.data import DataArgs, Dataset, micro_batches, prepare, step_records
+from lit_gpt.data import DataArgs, prepare
+from lit_gpt.dataset import Dataset, micro_batches, step_records
 from lit_gpt.device import launch, weight_dtype
 from lit_gpt.finetuned import Checkpoints, Finetuned
 from lit_gpt.layout import Segment
@@ -69,7 +70,7 @@ def write_data(data_dir: Path, checkpoint_dir: Path, n_train: int = 40) -> Path:
         for i, (name, doc) in enumerate(methods)
     ]
     records = records[:n_train] + [record | {"split": "val"} for record in records[40:]]
-    prepare(records, checkpoint_dir, data_dir, DataArgs())
+    prepare(records, DataArgs(checkpoint_dir=checkpoint_dir, data_dir=data_dir))
     return data_dir
 
 
@@ -326,6 +327,7 @@ FLIPS: dict[str, tuple[Any, set[str]]] = {  # field -> another value, and all th
     "max_norm": (None, LEARNED),
     "global_batch_size": (16, LENGTH - {"step", "files", "passes", "learning_rate"}),
     "micro_batch_size": (4, {"passes", "computed"}),  # smaller batches have fewer prefixes to share
+    "micro_batch_tokens": (60, {"passes", "computed"}),
     "share_prefixes": (False, {"computed"}),
     "epochs": (1, LENGTH),
     "max_steps": (5, LENGTH),

@@ -1,0 +1,337 @@
+"""What is in prepared data, before anything is trained on them: counts of what goes wrong silently, and how it looks.
+
+Everything is read from what training will read, the arrays on disk, a part at a time.
+"""
+
+import itertools
+import time
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from lit_gpt.config import Config
+from lit_gpt.dataset import ANSWER, NEITHER, OTHER, TRAIN, VAL, Dataset
+from lit_gpt.device import Precision, default_device, weight_dtype
+from lit_gpt.layout import Layout
+from lit_gpt.model import GPT
+from lit_gpt.prompts import style_label
+from lit_gpt.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import Console
+    from rich.text import Text
+
+PART = 2**22  # tokens that are looked at together
+EXAMPLES = 5  # records that are named for each problem
+
+PROBLEMS = {  # what each count means; the first ones should stop a pipeline
+    "no_trained_token": "nothing in the record is trained",
+    "empty_answer": "an answer is nothing but its stop token",
+    "missing_stop": "an answer does not end with a stop token: the model would not learn to stop",
+    "double_bos": "the record begins with two BOS tokens",
+    "out_of_vocabulary": "a token is beyond what the model knows",
+    "leaked": "a validation prompt is in the training data, too",
+    "duplicate": "the same tokens as an earlier record",
+    "unknown_token": "a character that the tokenizer does not know",
+    "control_character": "a control character other than line breaks and tabs",
+}
+HARMLESS = ("duplicate", "unknown_token", "control_character")
+
+
+@dataclass
+class XRay:
+    """The counts, ready for JSON. Records are numbered from 0, as they lie on disk."""
+
+    records: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    trained_tokens: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+    """By prepare, and why; prompts that were cut, too."""
+    problems: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PROBLEMS, 0))
+    """Records with each problem."""
+    examples: dict[str, list[int]] = field(default_factory=dict)
+    non_ascii: int = 0
+    """Records with a character beyond ASCII; nothing wrong with them."""
+    lengths: dict[str, int] = field(default_factory=dict)
+    """Of training records, in tokens: the smallest, the quartiles, and so on."""
+    histogram: list[tuple[int, int, int]] = field(default_factory=list)
+    """(from, to and with, how many training records)"""
+    cutoffs: list[dict[str, Any]] = field(default_factory=list)
+    """For each max_seq_length what it would touch, and take."""
+
+    def note(self, problem: str, records: np.ndarray) -> None:
+        if len(records):
+            self.problems[problem] += len(records)
+            named = self.examples.setdefault(problem, [])
+            named += records[: EXAMPLES - len(named)].tolist()
+
+    def serious(self) -> list[str]:
+        return [name for name, count in self.problems.items() if count and name not in HARMLESS]
+
+
+class Part(NamedTuple):
+    """Some records that lie next to each other."""
+
+    first: int
+    starts: np.ndarray
+    """(n,) where each begins in the two below."""
+    tokens: np.ndarray
+    trained: np.ndarray
+
+
+def parts(data: Dataset) -> Iterator[Part]:
+    """All records but those of neither split, about PART tokens at a time."""
+    first, n = 0, len(data.ends)
+    while first < n:
+        begin = int(data.ends[first - 1]) if first else 0
+        last = max(first + 1, int(np.searchsorted(data.ends, begin + PART, "right")))
+        ends = np.asarray(data.ends[first:last]) - begin
+        span = slice(begin, begin + int(ends[-1]))
+        starts = np.concatenate(([0], ends[:-1]))
+        yield Part(first, starts, np.asarray(data.tokens[span]), np.asarray(data.trained[span]))
+        first = last
+
+
+def xray(data_dir: Path, tokenizer: Tokenizer, config: Config) -> XRay:
+    """Looks at every token of a prepared folder.
+
+    Raises:
+        InputError: the folder was not written by `data.prepare`, or is damaged.
+    """
+    data = Dataset(data_dir, "train")
+    found, split = XRay(left_out=data.meta["left_out"]), np.asarray(data.split)
+    n = len(data.ends)
+    lengths = np.diff(data.ends, prepend=0)
+    same, prompts, prompt_lengths, trained_count = (np.zeros(n, np.int64) for _ in range(4))
+    look = Looker(tokenizer, config)
+    same, prompts, prompt_lengths, trained = (np.zeros(n, np.int64) for _ in range(4))
+    for part in parts(data):
+        here = slice(part.first, part.first + len(part.starts))
+        used = split[here] != NEITHER
+        flags, trained[here], prompt_lengths[here] = look.at(part)
+        found.non_ascii += int((flags.pop("non_ascii") & used).sum())
+        for problem, records in flags.items():
+            found.note(problem, part.first + np.flatnonzero(records & used))
+        for i, (start, length) in enumerate(zip(part.starts, lengths[here]), part.first):
+            content, marks = part.tokens[start : start + length], part.trained[start : start + length]
+            same[i] = hash(content.tobytes() + marks.tobytes())
+            prompts[i] = hash(content[: prompt_lengths[i] or length].tobytes())
+
+    used = np.flatnonzero(split != NEITHER)
+    _, first = np.unique(same[used], return_index=True)
+    found.note("duplicate", np.delete(used, first))
+    val = np.flatnonzero(split == VAL)
+    found.note("leaked", val[np.isin(prompts[val], prompts[split == TRAIN])])
+    for name, code in (("train", TRAIN), ("val", VAL)):
+        mine = split == code
+        found.records[name] = int(mine.sum())
+        found.tokens[name], found.trained_tokens[name] = int(lengths[mine].sum()), int(trained[mine].sum())
+    measure_lengths(found, lengths[split == TRAIN], prompt_lengths[split == TRAIN], data.meta, config)
+    return found
+
+
+class Looker:
+    """What can be said of each record by itself, for many records at once."""
+
+    def __init__(self, tokenizer: Tokenizer, config: Config) -> None:
+        self.bos, self.unk, self.vocab_size = tokenizer.bos_id, tokenizer.unk_id, config.vocab_size
+        self.stops = np.array(sorted(tokenizer.stop_ids))
+        texts = [tokenizer.decode_with_special([i]) for i in range(tokenizer.vocab_size)]
+        self.non_ascii = np.array([not text.isascii() for text in texts])
+        self.control = np.array([any(map(is_control, text)) for text in texts])
+
+    def at(self, part: Part) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+        """({problem: (n,) bool}, (n,) how many tokens are trained, (n,) how long the prompt is; 0 for a text)."""
+        tokens, answer, starts = part.tokens, part.trained == ANSWER, part.starts
+        begins = np.zeros(len(tokens) + 1, bool)
+        begins[starts] = begins[-1] = True
+        first = begins[:-1]
+
+        def any_of(mask: np.ndarray) -> np.ndarray:
+            return np.logical_or.reduceat(mask, starts)
+
+        trained = np.add.reduceat((part.trained > 0) & ~first, starts, dtype=np.int64)  # nothing predicts the first
+        ends_here = answer & ~(np.append(answer[1:], False) & ~begins[1:])
+        starts_here = answer & ~(np.append(False, answer[:-1]) & ~first)
+        stop, known = np.isin(tokens, self.stops), np.minimum(tokens, len(self.control) - 1)
+        bos = tokens == self.bos if self.bos is not None else np.zeros(len(tokens), bool)
+        flags = {
+            "no_trained_token": trained == 0,
+            "empty_answer": any_of(starts_here & ends_here & stop),
+            "missing_stop": any_of(ends_here & ~stop),
+            "double_bos": any_of(bos & first & np.append(bos[1:] & ~first[1:], False)),
+            "out_of_vocabulary": any_of(tokens >= self.vocab_size),
+            "unknown_token": any_of(tokens == (-1 if self.unk is None else self.unk)),
+            "control_character": any_of(self.control[known]),
+            "non_ascii": any_of(self.non_ascii[known]),
+        }
+        places = np.where(answer, np.arange(len(tokens)), len(tokens))
+        prompt = np.minimum.reduceat(places, starts) - starts
+        return flags, trained, np.where(any_of(answer), prompt, 0)
+
+
+def is_control(character: str) -> bool:
+    return unicodedata.category(character) == "Cc" and character not in "\n\r\t"
+
+
+def measure_lengths(
+    found: XRay, lengths: np.ndarray, prompts: np.ndarray, meta: dict[str, Any], config: Config
+) -> None:
+    """The figures about how long training records are, and what a shorter limit would do to them."""
+    if not len(lengths):
+        return
+    shares = {"shortest": 0, "quarter": 25, "median": 50, "three_quarters": 75, "95_percent": 95, "longest": 100}
+    found.lengths = {name: int(np.percentile(lengths, share)) for name, share in shares.items()}
+    width = max(1, -(-found.lengths["longest"] // 16))
+    counts = np.bincount((lengths - 1) // width)
+    found.histogram = [(i * width + 1, (i + 1) * width, int(count)) for i, count in enumerate(counts)]
+    limits = [2**i for i in range(5, 21) if lengths.min() < 2**i < lengths.max()] + [int(lengths.max())]
+    for limit in limits:
+        over = lengths > limit
+        cut = over & (lengths - limit < prompts) if meta["too_long"] == "cut_prompt" else over & False
+        kept = np.where(over & ~cut, 0, np.minimum(lengths, limit))
+        found.cutoffs.append(
+            {"max_seq_length": limit, "cut": int(cut.sum()), "dropped": int((over & ~cut).sum())}
+            | {"tokens_per_epoch": int(kept.sum())}
+        )
+
+
+def add_cost(found: XRay, config: Config, precision: Precision) -> None:
+    """To each cut-off the minutes of an epoch and the GB of a step on its longest record, with LoRA, on this machine.
+
+    Measured on three of the model's blocks with random frozen weights, and scaled: an estimate. Attention, which grows
+    with the square of the length, is that of 256 tokens, and no prefix is shared.
+    """
+    trained = found.trained_tokens["train"] / found.tokens["train"]
+    one, three = (np.array(measure_step(config.replace(n_layer=n), precision, trained)) for n in (1, 3))
+    seconds, saved, weights = (one + (config.n_layer - 1) / 2 * (three - one)).tolist()
+    for row in found.cutoffs:
+        row["minutes_per_epoch"] = round(row["tokens_per_epoch"] * seconds / 60, 2)
+        row["memory_gb"] = round((weights + saved * row["max_seq_length"]) / 1e9, 2)
+
+
+def measure_step(config: Config, precision: Precision, trained: float) -> tuple[float, float, float]:
+    """(seconds per token, bytes per token saved for backward, bytes of weights) of a step through frozen weights.
+
+    `trained` is the share of tokens that the loss counts.
+    """
+    T, device = min(256, config.block_size), default_device()
+    record = torch.zeros(T, dtype=torch.int64), torch.arange(T) >= (1 - trained) * T
+    idx, layout = Layout.end_to_end([record])
+    idx, layout = idx.to(device), layout.to(device)
+    with torch.device(device):
+        model = GPT(config).to(weight_dtype(precision)).requires_grad_(False)
+    model.transformer.wte.register_forward_hook(lambda module, args, x: x.requires_grad_())
+    weights = {param.untyped_storage().data_ptr() for param in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    seconds = []
+    while sum(seconds) < 1 or len(seconds) < 3:
+        saved.clear()
+        since = time.perf_counter()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = model(idx, layout=layout)
+        loss.backward()
+        loss.item()  # waits for the device
+        seconds.append(time.perf_counter() - since)
+    return min(seconds) / T, sum(saved.values()) / T, sum(param.nbytes for param in model.parameters())
+
+
+# ---- for people
+
+
+def print_summary(data_dir: Path, tokenizer: Tokenizer, config: Config, samples: int = 1) -> XRay:
+    """The counts in a few lines, and `samples` training records as the model will see them."""
+    found, console = xray(data_dir, tokenizer, config), plain_console()
+    data = Dataset(data_dir, "train")
+    console.print(
+        f"{data_dir}: {found.records['train']:,} training and {found.records['val']:,} validation records,"
+        f" {sum(found.tokens.values()):,} tokens, of which {sum(found.trained_tokens.values()):,} are trained; the"
+        f" longest record has {data.meta['longest']:,}. Prompt style {style_label(data.meta['prompt_style'])}."
+    )
+    left_out = ", ".join(f"{count:,} {what}" for what, count in found.left_out.items())
+    console.print(f"Left out or cut: {left_out or 'nothing'}.")
+    for name, count in found.problems.items():
+        if count:
+            which = ", ".join(map(str, found.examples[name]))
+            style = "yellow" if name in HARMLESS else "bold red"
+            console.print(
+                f"{name}: {count:,} records ({which}{', ...' * (count > EXAMPLES)}): {PROBLEMS[name]}", style=style
+            )
+    for i in range(min(samples, len(data))):
+        colours = "green, stop tokens red, the rest dim:" if console.is_terminal else "between arrows:"
+        console.print(f"Training record {i}; what is trained is {colours}")
+        console.print(show_record(data, i, tokenizer, console.is_terminal))
+    return found
+
+
+def print_lengths(found: XRay) -> None:
+    """The histogram and the table of cut-offs."""
+    from rich.table import Table
+
+    console, most = plain_console(), max((count for *_, count in found.histogram), default=1)
+    figures = (f"{name.replace('_', ' ')} {value:,}" for name, value in found.lengths.items())
+    console.print(f"Lengths of training records, in tokens: {', '.join(figures)}")
+    for low, high, count in itertools.dropwhile(lambda row: not row[2], found.histogram):
+        console.print(f"{low:>7,} to {high:>7,} {count:>9,} {'█' * round(40 * count / most)}")
+    table = Table(*(name.replace("_", " ") for name in found.cutoffs[0]), box=None)
+    for row in found.cutoffs:
+        table.add_row(*(f"{value:,}" for value in row.values()))
+    console.print(table)
+
+
+def length_figure(found: XRay) -> "Figure":
+    """How long the training records are, and what share of them each cut-off would touch, 900 x 450 pixels."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(9, 4.5), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    low, high, counts = zip(*found.histogram)
+    axes.bar(low, counts, width=high[0] - low[0] + 1, align="edge", color="tab:blue", alpha=0.6, edgecolor="white")
+    axes.set(xlabel="tokens per record", ylabel="training records", xlim=(0, high[-1]))
+    share = axes.twinx()
+    limits = [row["max_seq_length"] for row in found.cutoffs]
+    touched = [(row["cut"] + row["dropped"]) / found.records["train"] for row in found.cutoffs]
+    share.plot(limits, touched, color="tab:orange", marker="o", markersize=4)
+    share.set(ylim=(0, 1.02))
+    share.set_ylabel("of them longer than this", color="tab:orange")
+    share.yaxis.set_major_formatter(PercentFormatter(1))
+    for ax in (axes, share):
+        ax.spines["top"].set_visible(False)
+    return figure
+
+
+def plain_console() -> "Console":
+    from rich.console import Console
+
+    return Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+def show_record(data: Dataset, i: int, tokenizer: Tokenizer, colours: bool) -> "Text":
+    """A record's text, each run of tokens in the colour of what happens to it; without colours, between arrows."""
+    from rich.text import Text
+
+    start, end = data.span(i)
+    tokens, trained = data.tokens[start:end].tolist(), data.trained[start:end].tolist()
+    kinds = [3 if mark and token in tokenizer.stop_ids else mark for token, mark in zip(tokens, trained)]
+    styles = {0: "dim", ANSWER: "green", OTHER: "cyan", 3: "bold red"}
+    text = Text()
+    for kind, group in itertools.groupby(
+        zip(kinds, tokens), key=(lambda pair: pair[0]) if colours else lambda p: p[0] > 0
+    ):
+        part = tokenizer.decode_with_special([token for _, token in group])
+        text.append(part if colours or not kind else f"→{part}←", style=styles[int(kind)])
+    return text

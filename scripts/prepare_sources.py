@@ -1,0 +1,27 @@
+"""Prepare one or several sources of any kind: files, folders of texts, data sets of the Hugging Face hub.
+
+python scripts/prepare_sources.py --sources '{mine.parquet: 1}' --data_dir data/mine
+python scripts/prepare_sources.py --sources '{mine.jsonl: 2, databricks/databricks-dolly-15k: 0.5}' --data_dir data/mix
+python scripts/prepare_sources.py --sources '{book.txt: 1}' --data_dir data/book
+"""
+
+from typing import Annotated, Any
+
+from lit_gpt.cli import run
+from lit_gpt.data import DataArgs, prepare
+from lit_gpt.records import mix
+
+
+def main(sources: dict[str, float], **shared: Annotated[Any, DataArgs]) -> None:
+    """Prepare records of any kind, each source as often as its weight says.
+
+    Args:
+        sources: From each .json, .jsonl, .csv, .parquet, .txt or .md file, saved data set, or org/name of the hub, to
+            how often each of its records is taken: 0.5 is every second one, 2 is twice.
+        shared: How records become tokens; see lit_gpt/data.py.
+    """
+    prepare(lambda: mix(sources), DataArgs(**shared))
+
+
+if __name__ == "__main__":
+    run(main)

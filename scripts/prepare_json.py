@@ -5,14 +5,13 @@ python scripts/prepare_json.py --json_path qa.jsonl --data_dir data/qa --instruc
 """
 
 from pathlib import Path
-from typing import Annotated, Any
 
 from lit_gpt.cli import run
-from lit_gpt.data import DataArgs, prepare
+from lit_gpt.data import DataArgs, Shared, prepare
 from lit_gpt.records import json_records, with_validation
 
 
-def main(json_path: Path, val_path: Path | None = None, **shared: Annotated[Any, DataArgs]) -> None:
+def main(json_path: Path, val_path: Path | None = None, **shared: Shared) -> None:
     """Prepare records from a .json or .jsonl file.
 
     Args:

@@ -5,14 +5,12 @@ python scripts/prepare_sources.py --sources '{mine.jsonl: 2, databricks/databric
 python scripts/prepare_sources.py --sources '{book.txt: 1}' --data_dir data/book
 """
 
-from typing import Annotated, Any
-
 from lit_gpt.cli import run
-from lit_gpt.data import DataArgs, prepare
+from lit_gpt.data import DataArgs, Shared, prepare
 from lit_gpt.records import mix
 
 
-def main(sources: dict[str, float], **shared: Annotated[Any, DataArgs]) -> None:
+def main(sources: dict[str, float], **shared: Shared) -> None:
     """Prepare records of any kind, each source as often as its weight says.
 
     Args:

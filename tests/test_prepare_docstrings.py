@@ -2,7 +2,6 @@
 
 import ast
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -13,20 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from lit_gpt import docstrings
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_docstrings.py"
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("prepare_docstrings", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def records(script) -> list[dict]:
-    return list(script.records())
+def records() -> list[dict]:
+    return list(docstrings.records())
 
 
 def documented_object(record: dict) -> str:
@@ -45,7 +38,7 @@ def test_each_object_and_each_answer_is_there_once(records: list[dict]) -> None:
     assert "textwrap.dedent" in map(documented_object, records)
 
 
-def test_the_split_goes_by_object(script, records: list[dict]) -> None:
+def test_the_split_goes_by_object(records: list[dict]) -> None:
     train, val = ({documented_object(r) for r in records if r["split"] == split} for split in ("train", "val"))
     assert train.isdisjoint(val) and len(train) + len(val) == len(records)
     assert 0.03 < len(val) / len(records) < 0.07
@@ -55,10 +48,10 @@ def test_the_split_goes_by_object(script, records: list[dict]) -> None:
         assert {phrase.split()[0] for phrase in share} == {"What", "Explain", "Describe", "Write"}
 
 
-def test_other_phrasings_leave_the_split(script, records: list[dict], monkeypatch) -> None:
-    monkeypatch.setattr(script, "QUESTIONS", ("And `{name}`, a {kind}?",))
+def test_other_phrasings_leave_the_split(records: list[dict], monkeypatch) -> None:
+    monkeypatch.setattr(docstrings, "QUESTIONS", ("And `{name}`, a {kind}?",))
     before = {documented_object(record): (record["split"], record["output"]) for record in records}
-    after = {documented_object(record): (record["split"], record["output"]) for record in script.records()}
+    after = {documented_object(record): (record["split"], record["output"]) for record in docstrings.records()}
     assert before == after
 
 
@@ -75,8 +68,8 @@ def test_records_are_clean(records: list[dict]) -> None:
             ast.parse(record["input"] + " ...")
 
 
-def test_first_paragraphs(script) -> None:
-    paragraph = script.first_paragraph
+def test_first_paragraphs() -> None:
+    paragraph = docstrings.first_paragraph
     assert paragraph("Return the\nnumber of words\n\nMore.") == "Return the number of words."
     assert paragraph("Is this the whole answer?") == "Is this the whole answer?"
     for noise in (

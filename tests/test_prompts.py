@@ -10,7 +10,7 @@ from tiny_tokenizers import byte_level, write
 
 from lit_gpt import InputError, Tokenizer
 from lit_gpt.data import mark_trained
-from lit_gpt.prompts import render, resolve_style, style_names
+from lit_gpt.prompts import render, resolve_style, style_label, style_names
 
 TEMPLATES = Path(__file__).parent / "data/chat_templates"
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
@@ -200,3 +200,76 @@ def test_the_bare_style_and_auto(load, tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="no chat template"):
         render("chat", record, Tokenizer(without))
+
+
+def test_a_template_that_forgets_earlier_thoughts(load) -> None:
+    """As those of reasoning models do: each answer is trained as the conversation shows it."""
+    tokenizer, reference = load("thinking")
+    thought = {"role": "assistant", "content": "<think>\nTwo and two.\n</think>\n\n4."}
+    for messages, wanted in (
+        ([USER, thought], ["<think>\nTwo and two.\n</think>\n\n4.<|im_end|>"]),
+        ([USER, ANSWER], ["<think>\n\n</think>\n\n4.<|im_end|>"]),
+        ([USER, thought, OTHER, LONG, CODED, ANSWER], ["4.<|im_end|>", LONG["content"] + "<|im_end|>", "..."]),
+    ):
+        rendered = render("chat", {"messages": messages}, tokenizer)
+        assert rendered.text == reference.apply_chat_template(messages, tokenize=False)
+        spoken = [rendered.text[start:end].removesuffix("\n") for start, end in rendered.turns]
+        assert spoken[:2] == wanted[:2] and len(spoken) == len(wanted)
+        encoded = tokenizer.encode_batch([rendered.text], rendered.bos)[0]
+        ids, trained = mark_trained(rendered, encoded, tokenizer)
+        runs = itertools.groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1])
+        assert [tokenizer.decode_with_special([i for i, _ in run]) for on, run in runs if on] == spoken
+
+
+def test_tools_reach_the_template(load) -> None:
+    source = (
+        "{{ tools | tojson if tools }}{% for message in messages %}<{{ message.role }}>"
+        "{{ message.tool_calls | tojson if message.tool_calls }}{{ message.content }}</s>{% endfor %}"
+        "{{ '<assistant>' if add_generation_prompt }}"
+    )
+    tokenizer, reference = load("tools", source)
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "add", "arguments": {"a": 2}}]}
+    messages = [USER, call, {"role": "tool", "content": "4"}, ANSWER]
+    rendered = render("chat", {"messages": messages, "tools": tools}, tokenizer)
+    assert rendered.text == reference.apply_chat_template(messages, tools=tools, tokenize=False)
+    spoken = [rendered.text[start:end] for start, end in rendered.turns]
+    assert spoken == ['[{"name": "add", "arguments": {"a": 2}}]</s>', "4.</s>"]
+    with pytest.raises(InputError, match="alpaca has no place for a message of the role tool"):
+        render("alpaca", {"messages": messages}, tokenizer)
+
+
+@pytest.mark.parametrize("style", [name for name in style_names() if name not in ("chat", "none")])
+def test_named_styles_in_several_turns(load, style: str) -> None:
+    """Every answer is found, whatever is in it, and what asks for it is what training put before it."""
+    tokenizer, _ = load("zephyr")
+    messages = [SYSTEM, OTHER, LONG, USER, ANSWER, CODED, CODE_ONLY]
+    rendered = render(style, {"messages": messages}, tokenizer)
+    spoken = [rendered.text[start:end] for start, end in rendered.turns]
+    for i, (answer, said) in enumerate(zip((LONG, ANSWER, CODE_ONLY), spoken, strict=True)):
+        assert answer["content"] in said and len(said) < len(answer["content"]) + 30
+        asked = render(style, {"messages": messages[: 2 * i + 2]}, tokenizer)
+        assert asked.text == rendered.text[: rendered.turns[i][0]] and rendered.bos is None
+    assert all(part["content"] in rendered.text for part in messages)
+    assert not rendered.text.startswith(tokenizer.id_to_token(tokenizer.bos_id)), "the tokenizer adds it, if any"
+
+
+def test_a_style_of_your_own_is_stored_whole(load, tmp_path: Path) -> None:
+    tokenizer, _ = load("chatml")
+    own = tmp_path / "own.jinja"
+    own.write_text("{% for message in messages %}[{{ message.role }}] {{ message.content }}{{ eos_token }}{% endfor %}")
+    source = resolve_style(str(own), tokenizer)
+    assert source == own.read_text() == resolve_style(source, tokenizer) == resolve_style("auto", tokenizer, source)
+    own.unlink()
+    assert render(source, {"messages": [USER]}, tokenizer).text == "[user] What is 2 + 2?<|im_end|>"
+    assert style_label(source) == "a template of your own" and style_label("chatml") == "chatml"
+    own.write_text("no template")
+    for name, said in (
+        (str(own), "renders no messages"),
+        ("chatm", "Did you mean chatml"),
+        ("x", "Choose one of auto, alp"),
+    ):
+        with pytest.raises(InputError, match=said):
+            resolve_style(name, tokenizer)
+    with pytest.raises(FileNotFoundError):
+        resolve_style(str(tmp_path / "gone.jinja"), tokenizer)

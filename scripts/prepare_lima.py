@@ -1,0 +1,38 @@
+"""Prepare the 1,000 chosen conversations of "LIMA: Less Is More for Alignment" (https://arxiv.org/abs/2305.11206).
+
+python scripts/prepare_lima.py --access_token hf_...
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from lit_gpt.cli import run
+from lit_gpt.data import DataArgs, Shared, prepare
+from lit_gpt.fetch import fetch
+from lit_gpt.records import json_records
+
+URL = "https://huggingface.co/datasets/GAIR/lima/resolve/main/train.jsonl"
+
+
+def records(file: Path) -> Iterator[dict]:
+    for record in json_records(file):
+        turns = zip(["user", "assistant"] * len(record["conversations"]), record["conversations"])
+        yield {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def main(url: str = URL, access_token: str | None = None, data_dir: Path = Path("data/lima"), **shared: Shared) -> None:
+    """Prepare LIMA, conversations of several turns included.
+
+    Args:
+        url: Where the file is.
+        access_token: Of the hub, where you accept the conditions of GAIR/lima first. None is HF_TOKEN.
+        data_dir: Where the prepared data go.
+        shared: How records become tokens; see lit_gpt/data.py.
+    """
+    file = fetch(url, token=access_token or os.environ.get("HF_TOKEN"))
+    prepare(lambda: records(file), DataArgs(data_dir=data_dir, **shared))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,371 @@
+"""Records of every form and from every source, up to tokens on disk: `pytest tests/test_sources.py`"""
+
+import gzip
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+from test_data import CONFIG, QA, content, prepared, script, stored
+from tiny_tokenizers import SPECIAL, byte_level, write
+
+from lit_gpt import InputError, Tokenizer
+from lit_gpt.data import DataArgs, cut_text, prepare
+from lit_gpt.dataset import OTHER, Dataset
+from lit_gpt.records import Keys, in_our_form, is_blank, mix, read_records
+
+USER, ANSWER = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}
+SYSTEM, TOOL = {"role": "system", "content": "Be brief."}, {"role": "tool", "content": "42", "tool_call_id": "1"}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    files = dict(tokenizer_json=byte_level(post_bos=True), tokenizer_config_json=SPECIAL, config_json=CONFIG)
+    return write(tmp_path_factory.mktemp("checkpoint"), **files)
+
+
+def messages(record: dict, **keys: str) -> list[dict]:
+    return in_our_form(record, 7, Keys(**keys))["messages"]
+
+
+# ---- forms
+
+
+def test_the_forms_of_a_conversation() -> None:
+    expected = [SYSTEM, USER, ANSWER]
+    sharegpt = [("system", "Be brief."), ("human", "Who?"), ("gpt", "Ada.")]
+    parts = {"role": "user", "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "o?"}]}
+    for record, keys in (
+        ({"messages": [SYSTEM, USER, ANSWER]}, {}),
+        ({"messages": [SYSTEM, USER, ANSWER, USER, TOOL]}, {}),  # what follows the last answer teaches nothing
+        ({"messages": [{"role": "developer", "content": "Be brief."}, parts, ANSWER]}, {}),
+        ({"talk": [SYSTEM, USER, ANSWER], "instruction": 3}, {"messages_key": "talk"}),
+        ({"conversations": [{"from": role, "value": value} for role, value in sharegpt]}, {}),
+        ({"system": "Be brief.", "conversations": [USER, ANSWER]}, {}),
+        ({"prompt": [SYSTEM, USER], "completion": [ANSWER]}, {}),
+    ):
+        assert messages(record, **keys) == expected
+    single = [USER | {"instruction": "Who?", "input": ""}, ANSWER]
+    assert messages({"prompt": "Who?", "completion": "Ada."}) == single
+    assert messages({"prompt": "no", "completion": "no", "instruction": "Who?", "output": "Ada."}) == single
+    assert messages(
+        {"q": "Who?", "a": "Ada.", "s": "Be brief."}, instruction_key="q", output_key="a", system_key="s"
+    ) == [
+        SYSTEM,
+        *single,
+    ]
+    assert in_our_form({"text": "Once."}, 1, Keys()) == {"text": "Once.", "split": None}
+    tools = [{"name": "f"}]
+    called = {"role": "assistant", "content": None, "tool_calls": [1]}
+    record = in_our_form({"messages": [USER, called, TOOL, ANSWER], "tools": tools}, 1, Keys())
+    assert record["tools"] == tools and record["messages"] == [USER, called | {"content": ""}, TOOL, ANSWER]
+    assert not is_blank(record)
+
+
+@pytest.mark.parametrize(
+    "record, said",
+    [
+        ({"messages": "Who?"}, "Record 7: its conversation is no list"),
+        ({"messages": ["Who?"]}, "Record 7: its conversation is no list"),
+        ({"messages": [{"content": "a"}]}, "Record 7 has a message without a role; it has content"),
+        ({"messages": [{"role": "user", "content": 3}]}, "Record 7: content of user is a int"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a part of type 'image_url'"),
+        ({"text": 3}, "Record 7: text is a int"),
+        ({"a": 1}, "Record 7 has no instruction and no output; it has a. Name its keys: --instruction_key"),
+        ({"instruction": "a", "output": "b", "split": 3}, "Record 7 says split 3, expected train, val or test"),
+    ],
+)
+def test_forms_that_are_none(record: dict, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        in_our_form(record, 7, Keys())
+
+
+@pytest.mark.parametrize(
+    "talk, blank",
+    [
+        ([USER, ANSWER], False),
+        ([], True),
+        ([USER], True),
+        ([ANSWER], True),
+        ([USER | {"content": " "}, ANSWER], True),
+        ([USER, ANSWER | {"content": "\n"}], True),
+        ([USER, ANSWER | {"content": ""}, USER, ANSWER], True),
+    ],
+)
+def test_blank_conversations(talk: list, blank: bool) -> None:
+    assert is_blank(in_our_form({"messages": talk}, 1, Keys())) == blank
+
+
+# ---- sources
+
+
+def test_every_source_gives_the_same_tokens(checkpoint, tmp_path: Path) -> None:
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    lines = "\n".join(map(json.dumps, QA))
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub/train.jsonl").write_text(lines)  # a data set as it lies on the hub
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(QA), tmp_path / "a.parquet")
+    datasets.Dataset.from_list(QA).save_to_disk(tmp_path / "saved")
+    found = {}
+    for name in ("a.jsonl", "a.parquet", "saved", "hub"):
+        data_dir = tmp_path / f"data-{name}"
+        script("prepare_sources").main({str(tmp_path / name): 1.0}, checkpoint_dir=checkpoint, data_dir=data_dir)
+        found[name] = content(data_dir)
+    assert all(files == found["a.jsonl"] for files in found.values())
+
+    both = datasets.DatasetDict(
+        {
+            "train": datasets.Dataset.from_list(QA[:30]),
+            "validation": datasets.Dataset.from_list(QA[30:36]),
+            "test": datasets.Dataset.from_list(QA[36:]),
+        }
+    )
+    both.save_to_disk(tmp_path / "splits")
+    train, val = prepared(read_records(tmp_path / "splits"), checkpoint, tmp_path / "data-splits")
+    assert (len(train), len(val), train.meta["left_out"]) == (30, 6, {"of another split": 4})
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("a.xlsx", b"", "a.xlsx is no file ending in .json, .jsonl, .csv, .parquet"),
+        ("a.parquet", b"PAR1 and more", "a.parquet is no parquet file that can be read"),
+        ("a.txt", b"\xff", "a.txt, line 1, is not UTF-8"),
+        ("folder", None, "The data set .*folder cannot be loaded"),
+    ],
+)
+def test_sources_that_are_none(tmp_path: Path, name: str, content: bytes | None, said: str) -> None:
+    if content is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        list(read_records(tmp_path / name))
+
+
+@given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=3), weights=st.lists(st.floats(0.1, 3), min_size=3))
+def test_mixing_takes_each_source_as_often_as_it_should(sizes, weights) -> None:
+    import lit_gpt.records as records
+
+    original = records.read_records
+    try:
+        records.read_records = lambda name: [{"id": f"{name}{i}"} for i in range(sizes[int(name)])]
+        taken = [record["id"] for record in mix({str(i): weight for i, weight in enumerate(weights[: len(sizes)])})]
+    finally:
+        records.read_records = original
+    expected = [int(size * weight) for size, weight in zip(sizes, weights)]
+    assert len(taken) == sum(expected)
+    for size, weight in zip(sizes, weights):
+        counts = [int((i + 1) * weight) - int(i * weight) for i in range(size)]
+        assert all(abs(count - weight) < 1 for count in counts)
+
+
+def test_weights_must_be_positive() -> None:
+    with pytest.raises(InputError, match="a.jsonl has the weight 0, expected more than 0"):
+        list(mix({"a.jsonl": 0}))
+
+
+# ---- texts
+
+
+@given(n=st.integers(2, 60), limit=st.integers(2, 20))
+def test_a_long_text_is_predicted_once(n: int, limit: int) -> None:
+    """Every token but the first is a target of exactly one piece, with the token before it in sight."""
+    targets = []
+    for ids, trained in cut_text(list(range(n)), limit):
+        assert 2 <= len(ids) <= limit and len(ids) == len(trained) and ids == list(range(ids[0], ids[-1] + 1))
+        targets += [token for token, mark in zip(ids[1:], trained[1:]) if mark]
+    assert targets == list(range(1, n))
+
+
+def test_texts_become_records(checkpoint, tmp_path: Path) -> None:
+    text = "word by word é\n" * 40
+    (tmp_path / "a.txt").write_text(text)
+    train, _ = prepared(read_records(tmp_path / "a.txt"), checkpoint, tmp_path / "data", val_fraction=0.0)
+    tokenizer, records = Tokenizer(checkpoint), stored(train)
+    whole = [*tokenizer.encode(text).tolist(), tokenizer.eos_id]
+    assert len(records) > 1 and all(len(ids) <= 200 for ids, _ in records) and whole[0] == tokenizer.bos_id
+    assert records[0][0] + [i for ids, _ in records[1:] for i in ids[1:]] == whole
+    assert all(marks[1:] == [OTHER] * (len(marks) - 1) for _, marks in records)
+    prompt, rest = train.question(0)
+    assert len(prompt) == 32 and prompt.tolist() + rest.tolist() == records[0][0]
+
+
+def test_a_large_text_comes_in_parts(tmp_path: Path) -> None:
+    text = "".join(f"line {i} é\n" for i in range(300_000))
+    (tmp_path / "a.md").write_text(text)
+    parts = [record["text"] for record in read_records(tmp_path / "a.md")]
+    assert len(parts) > 2 and "".join(parts) == text and all(part.endswith("\n") for part in parts)
+
+
+# ---- nothing twice
+
+
+def test_the_same_is_not_tokenized_twice(checkpoint, tmp_path: Path, monkeypatch, capsys) -> None:
+    records, data_dir, calls = [dict(record) for record in QA], tmp_path / "data", []
+    encode = Tokenizer.encode_batch
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, *args: calls.append(1) or encode(self, *args))
+
+    def run(folder: Path = checkpoint, **args) -> bool:
+        """Whether anything was tokenized."""
+        calls.clear()
+        prepare(lambda: iter(records), DataArgs(checkpoint_dir=folder, data_dir=data_dir, **args))
+        return bool(calls)
+
+    assert run() and not run() and "is up to date" in capsys.readouterr().out
+    before = (data_dir / "meta.json").stat().st_ino
+    assert not run() and (data_dir / "meta.json").stat().st_ino == before
+    assert run(mask_prompt=False) and not run(mask_prompt=False) and run() and not run()
+    records[20]["output"] += "!"
+    assert run() and not run()
+    records.append(dict(QA[0], instruction="One more?"))
+    assert run() and not run()
+    same = write(tmp_path / "same", **{path.name.replace(".", "_"): path.read_bytes() for path in checkpoint.iterdir()})
+    assert not run(same), "the folder's name does not matter"
+    (same / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')  # another stop token
+    assert run(same) and not run(same)
+    (data_dir / "tokens.bin").write_bytes(b"")
+    assert run(same) and not run(same)
+    style = tmp_path / "own.jinja"
+    for end in "ab":  # the file's content matters, not its name
+        style.write_text("{% for message in messages %}{{ message.content }}" + end + "{% endfor %}")
+        assert run(prompt_style=str(style)) and not run(prompt_style=str(style))
+
+
+# ---- downloads
+
+
+class Files(BaseHTTPRequestHandler):
+    """What the server's `files` hold; it may refuse, or break off in the middle."""
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.server.seen.append((self.path, self.headers.get("Authorization")))
+        if self.server.status != 200 or self.path not in self.server.files:
+            return self.send_error(404 if self.server.status == 200 else self.server.status)
+        body = self.server.files[self.path]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: self.server.cut])
+
+
+@pytest.fixture
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Files)
+    server.files, server.seen, server.status, server.cut = {}, [], 200, None
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def parquet(records: list[dict]) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), file)
+    return file.getvalue()
+
+
+LINES = "\n".join(json.dumps({"instruction": r["instruction"], "context": "", "response": r["output"]}) for r in QA)
+TALKS = [{"conversations": ["Who?", "Ada.", "And who?", "Grace."]}, {"conversations": ["Why?", "So."], "source": "x"}]
+LONG = json.dumps([{"input": r["instruction"], "output": r["output"], "source": "x"} for r in QA])
+SETS = {  # script -> (files, flags, how many training and validation records)
+    "prepare_alpaca": ({"/a.json": json.dumps(QA).encode()}, "--url {url}/a.json", (38, 2)),
+    "prepare_alpaca 2k": ({"/a.parquet": parquet(QA)}, "--url {url}/a.parquet", (38, 2)),
+    "prepare_dolly": ({"/dolly.jsonl": LINES.encode()}, "--url {url}/dolly.jsonl", (38, 2)),
+    "prepare_lima": (
+        {"/train.jsonl": "\n".join(map(json.dumps, TALKS)).encode()},
+        "--url {url}/train.jsonl --access_token hf_me --val_fraction 0",
+        (2, 0),
+    ),
+    "prepare_longform": (
+        {"/d/train.json": LONG.encode(), "/d/val.json": LONG.replace("What", "Why").encode()},
+        "--url {url}/d",
+        (40, 40),
+    ),
+}
+
+
+def start(name: str, flags: str, checkpoint: Path, folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / f"scripts/{name.split()[0]}.py", *flags.split()]
+    command += ["--checkpoint_dir", checkpoint, "--data_dir", "data/here"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_ready_scripts(name: str, server, checkpoint, tmp_path: Path) -> None:
+    server.files, flags, sizes = SETS[name]
+    flags = flags.format(url=server.url)
+    run = start(name, flags, checkpoint, tmp_path)
+    assert run.returncode == 0, run.stderr
+    train, val = (Dataset(tmp_path / "data/here", split) for split in ("train", "val"))
+    assert (len(train), len(val)) == sizes
+    if name == "prepare_lima":
+        text = Tokenizer(checkpoint).decode_with_special(stored(train)[0][0])
+        assert "Ada.</s>" in text and text.endswith("Grace.</s>")
+        assert server.seen == [("/train.jsonl", "Bearer hf_me")]
+    elif name != "prepare_longform":  # the records of all others are the same
+        reference, _ = prepared(QA, checkpoint, tmp_path / "reference")
+        assert stored(train) == stored(reference)
+    asked = len(server.seen)
+    again = start(name, flags, checkpoint, tmp_path)
+    assert again.returncode == 0 and "is up to date" in again.stdout and len(server.seen) == asked
+
+
+def test_downloads_that_fail_leave_nothing(server, checkpoint, tmp_path: Path) -> None:
+    server.files = {"/a.json": json.dumps(QA).encode()}
+    url = f"--url {server.url}/a.json"
+    for prepare_it, status, cut, said in (
+        (url, 403, None, "answered 403 Forbidden. Accept its conditions there"),
+        (url, 503, None, "answered 503 Service Unavailable."),
+        (f"--url {server.url}/b.json", 200, None, "answered 404 Not Found."),
+        (url, 200, 500, f"arrived as 500 bytes, expected {len(server.files['/a.json']):,} bytes. Run it again"),
+        ("--url http://127.0.0.1:1/a.json", 200, None, "could not be fetched"),
+        ("--url nonsense", 200, None, "is no address"),
+    ):
+        server.status, server.cut = status, cut
+        run = start("prepare_alpaca", prepare_it, checkpoint, tmp_path)
+        assert run.returncode == 2 and said in run.stderr and run.stderr.count("\n") == 1, run.stderr
+        assert not any((tmp_path / "data/downloads").glob("[!.]*")) and not (tmp_path / "data/here").exists()
+    server.status, server.cut = 200, None
+    assert start("prepare_alpaca", url, checkpoint, tmp_path).returncode == 0
+
+
+def test_checksums(server, tmp_path: Path, monkeypatch) -> None:
+    from lit_gpt.fetch import fetch
+
+    monkeypatch.chdir(tmp_path)
+    body = gzip.compress(b"content")
+    server.files = {"/a.gz": body}
+    with pytest.raises(InputError, match=f"arrived as {hashlib.sha256(body).hexdigest()}, expected 0000"):
+        fetch(f"{server.url}/a.gz", "0000")
+    assert list((tmp_path / "data/downloads").iterdir()) == []
+    assert fetch(f"{server.url}/a.gz", hashlib.sha256(body).hexdigest()).read_bytes() == body
+
+
+def test_own_validation_files(checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, QA[:30])))
+    (tmp_path / "val.jsonl").write_text("\n".join(map(json.dumps, QA[25:])))  # five are in both
+    paths = dict(json_path=tmp_path / "train.jsonl", val_path=tmp_path / "val.jsonl")
+    script("prepare_json").main(**paths, checkpoint_dir=checkpoint, data_dir=tmp_path / "data")
+    train, val = (Dataset(tmp_path / "data", split) for split in ("train", "val"))
+    assert (len(train), len(val)) == (25, 15) and train.meta["left_out"] == {"training on a validation prompt": 5}
+    assert np.intersect1d(train.records, val.records).size == 0

@@ -1,0 +1,179 @@
+"""The X-ray finds what is wrong with prepared data, and counts it exactly: `pytest tests/test_xray.py`"""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_data import CONFIG, content
+from tiny_tokenizers import SPECIAL, byte_level, metaspace, write
+
+from lit_gpt import Config, Tokenizer
+from lit_gpt.data import DataArgs, prepare
+from lit_gpt.dataset import ANSWER, NEITHER, TRAIN, VAL
+from lit_gpt.xray import EXAMPLES, HARMLESS, PROBLEMS, xray
+
+# spells no stop token between turns, but where the answer does itself; doubles BOS where the question asks for it
+TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'user' %}{{ '<s>' if 'twice' in message.content }}"
+    "<s>Q {{ message.content }} A {% else %}{{ message.content }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A tokenizer of 300 tokens and some more that the model does not know."""
+    tokens = ["<s>", "</s>"]
+    tokenizer = json.loads(byte_level(post_bos=True, tokens=tokens))
+    size = len(tokenizer["model"]["vocab"])
+    extra = {"special": False, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    tokenizer["added_tokens"].append({"id": size, "content": "<new>"} | extra)
+    files = dict(
+        tokenizer_json=tokenizer,
+        tokenizer_config_json=SPECIAL | {"chat_template": TEMPLATE},
+        config_json=CONFIG | {"vocab_size": size},
+    )
+    return write(tmp_path_factory.mktemp("checkpoint"), **files)
+
+
+def looked_at(checkpoint: Path, data_dir: Path):
+    return xray(data_dir, Tokenizer(checkpoint), Config.from_checkpoint(checkpoint))
+
+
+WORDS = st.lists(st.sampled_from(["one", "two", "three", "four", "é", "🙂"]), min_size=1, max_size=4)
+FAULTS = ("double_bos", "missing_stop", "out_of_vocabulary", "control_character", "duplicate", "leaked")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(records=st.lists(st.tuples(WORDS, WORDS, st.sets(st.sampled_from(FAULTS))), min_size=1, max_size=12))
+def test_injected_faults_are_counted(checkpoint, tmp_path: Path, records) -> None:
+    """Each record is another, but for what is wrong with it on purpose."""
+    given, expected, n_ascii = [], Counter(), 0
+    for i, (question, answer, faults) in enumerate(records):
+        question, answer = " ".join([f"{i}", *question]), " ".join(answer)
+        question += " twice" * ("double_bos" in faults)
+        question += " <new>" * ("out_of_vocabulary" in faults)
+        answer += "\x07" * ("control_character" in faults)
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        if "missing_stop" in faults:  # the first of two answers
+            messages = [*messages, {"role": "user", "content": "And?"}, {"role": "assistant", "content": "So."}]
+        record = {"messages": messages, "split": "train"}
+        copies = 2 if "duplicate" in faults else 1
+        given += [record] * copies
+        expected.update({fault: copies for fault in faults - {"duplicate", "leaked"}})
+        expected["duplicate"] += copies - 1
+        n_ascii += copies * (question + answer).isascii()
+
+    prepare(given, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data"))
+    leaked = sum("leaked" in faults and "duplicate" in faults for *_, faults in records)
+    split = np.fromfile(tmp_path / "data/split.bin", np.uint8)
+    place = 0
+    for *_, faults in records:  # the second of two copies goes to validation, as no prepare script would do it
+        place += 1 + ("duplicate" in faults)
+        if {"leaked", "duplicate"} <= faults:
+            split[place - 1] = VAL
+    split.tofile(tmp_path / "data/split.bin")
+    expected["leaked"] = leaked
+
+    found = looked_at(checkpoint, tmp_path / "data")
+    assert {name: count for name, count in found.problems.items() if count} == dict(+expected)
+    assert all(len(found.examples[name]) == min(EXAMPLES, count) for name, count in (+expected).items())
+    assert found.non_ascii == len(given) - n_ascii
+    assert found.records == {"train": len(given) - leaked, "val": leaked}
+    assert set(found.serious()) == {name for name in +expected if name not in HARMLESS}
+
+
+def test_faults_that_no_record_can_bring(checkpoint, tmp_path: Path) -> None:
+    """They are written into the files: nothing trained, and an answer that is its stop token alone."""
+    records = [{"instruction": f"Say {i}", "output": f"{i} it is"} for i in range(6)]
+    prepare(records, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data", val_fraction=0.0))
+    ends = np.fromfile(tmp_path / "data/ends.bin", np.int64)
+    trained = np.fromfile(tmp_path / "data/trained.bin", np.uint8)
+    trained[: ends[0]] = 0
+    trained[ends[0] : ends[1] - 1] = 0
+    trained[ends[2] - 1] = 0  # the stop token itself is not trained
+    trained.tofile(tmp_path / "data/trained.bin")
+    found = looked_at(checkpoint, tmp_path / "data")
+    expected = {"no_trained_token": [0], "empty_answer": [1], "missing_stop": [2]}
+    assert found.examples == expected and sum(found.problems.values()) == 3 and set(PROBLEMS) == set(found.problems)
+
+
+def test_unknown_tokens(tmp_path: Path) -> None:
+    special = dict(tokenizer_config_json=SPECIAL, config_json=CONFIG)
+    folder = write(tmp_path / "checkpoint", tokenizer_json=metaspace(byte_fallback=False), **special)
+    records = [{"text": "abc"}, {"text": "日本"}, {"text": "a 日 b"}]
+    prepare(records, DataArgs(checkpoint_dir=folder, data_dir=tmp_path / "data", val_fraction=0.0))
+    found = looked_at(folder, tmp_path / "data")
+    assert found.problems["unknown_token"] == 2 and found.serious() == []
+
+
+def test_a_part_at_a_time_finds_the_same(checkpoint, tmp_path: Path, monkeypatch) -> None:
+    records = [{"instruction": f"Say {i % 7}", "output": f"{i % 5} it is"} for i in range(50)]
+    prepare(records, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data"))
+    whole = looked_at(checkpoint, tmp_path / "data")
+    assert whole.problems["duplicate"] == 15
+    monkeypatch.setattr("lit_gpt.xray.PART", 20)
+    assert looked_at(checkpoint, tmp_path / "data") == whole
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), min_size=1, max_size=20))
+def test_cut_offs_are_what_preparing_again_would_do(checkpoint, tmp_path: Path, lengths) -> None:
+    records = [{"instruction": f"{i} " + "x" * q, "output": "y" * a} for i, (q, a) in enumerate(lengths)]
+    args = dict(checkpoint_dir=checkpoint, val_fraction=0.0)
+    for policy in ("drop", "cut_prompt"):
+        prepare(records, DataArgs(**args, data_dir=tmp_path / "data", too_long=policy))
+        for row in looked_at(checkpoint, tmp_path / "data").cutoffs:
+            if row["dropped"] == len(records):
+                continue
+            limit = row["max_seq_length"]
+            prepare(records, DataArgs(**args, data_dir=tmp_path / "b", too_long=policy, max_seq_length=limit))
+            meta = json.loads((tmp_path / "b/meta.json").read_text())
+            assert row["tokens_per_epoch"] == meta["n_tokens"]
+            assert row["dropped"] == meta["left_out"].get("too long, dropped", 0)
+            assert row["cut"] == meta["left_out"].get("prompt cut", 0)
+
+
+def inspect(*args: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "scripts/inspect_data.py", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_script_guards_a_pipeline(checkpoint, tmp_path: Path) -> None:
+    records = [{"instruction": f"Say {i}", "output": "It is é."} for i in range(30)]
+    prepare(records, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "good"))
+    files = "--json_path", tmp_path / "good.json", "--png_path", tmp_path / "good.png"
+    good = inspect("--data_dir", tmp_path / "good", "--samples", 2, *files)
+    assert good.returncode == 0 and good.stderr == "" and "Training record 1" in good.stdout
+    assert "→It is é.</s>←" in good.stdout and "minutes per epoch" in good.stdout
+    found = json.loads((tmp_path / "good.json").read_text())
+    assert found["records"] == {"train": 28, "val": 2} and found["serious"] == [] and found["non_ascii"] == 30
+    assert found["cutoffs"][-1]["minutes_per_epoch"] >= 0 and found["cutoffs"][-1]["memory_gb"] >= 0
+    assert (tmp_path / "good.png").read_bytes()[:4] == b"\x89PNG"
+
+    records[3]["instruction"] = "twice"
+    prepare(records, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "bad"))
+    bad = inspect("--data_dir", tmp_path / "bad", "--cost", "false")
+    assert bad.returncode == 1 and "double_bos: 1 records (3): the record begins with two BOS" in bad.stdout
+    nothing = inspect("--data_dir", tmp_path)
+    assert nothing.returncode == 2 and nothing.stderr.startswith("error: ") and nothing.stderr.count("\n") == 1
+
+
+def test_training_never_sees_a_validation_prompt(checkpoint, tmp_path: Path) -> None:
+    """Also where the records say themselves to which split they belong."""
+    records = [
+        {"instruction": f"Say {i % 10}", "output": f"{i}", "split": "val" if i < 3 else "train"} for i in range(40)
+    ]
+    prepare(records, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data"))
+    found = looked_at(checkpoint, tmp_path / "data")
+    assert found.problems["leaked"] == 0 and found.records == {"train": 28, "val": 3}
+    assert found.left_out == {"training on a validation prompt": 9}
+    split = np.fromfile(tmp_path / "data/split.bin", np.uint8)
+    assert Counter(split.tolist()) == {TRAIN: 28, VAL: 3, NEITHER: 9}
+    assert ANSWER in np.fromfile(tmp_path / "data/trained.bin", np.uint8) and len(content(tmp_path / "data")) == 5

@@ -27,7 +27,7 @@ import lit_gpt.train
 from lit_gpt import Config, InputError
 from lit_gpt.checkpoint import build_model, load_weights
 from lit_gpt.data import DataArgs, prepare
-from lit_gpt.dataset import Dataset, micro_batches, step_records
+from lit_gpt.dataset import Dataset, heaviest_first, micro_batches, step_records
 from lit_gpt.device import launch, weight_dtype
 from lit_gpt.finetuned import Checkpoints, Finetuned
 from lit_gpt.layout import Segment
@@ -172,6 +172,15 @@ def test_gradient_does_not_depend_on_micro_batches(name: str, tiny_dir, data_dir
     assert error(step_gradients(launch(1, "32-true"), tiny_dir, data, tmp_path, size), expected[n]) < 1e-10
 
 
+@pytest.mark.parametrize("budget", [1, 60, 150, 10_000])
+@pytest.mark.parametrize("share", [False, True])
+def test_gradient_does_not_depend_on_the_token_budget(budget, share, tiny_dir, data_dir, tmp_path, expected) -> None:
+    loop = edited(lit_gpt.train)
+    loop.micro_batches = lambda *args: micro_batches(*args[:5], share, budget)
+    data = first(Dataset(data_dir, "train"), 8)
+    assert error(step_gradients(launch(1, "32-true"), tiny_dir, data, tmp_path, 8, loop.fit), expected[8]) < 1e-10
+
+
 def test_wrong_divisor_fails_the_check(tiny_dir, data_dir, tmp_path, expected) -> None:
     fit = edited(lit_gpt.train, (")) / targets", ")) / layout.n_targets / len(batches)")).fit  # the mean of means
     wrong = step_gradients(launch(1, "32-true"), tiny_dir, first(Dataset(data_dir, "train"), 8), tmp_path, 4, fit)
@@ -281,6 +290,44 @@ def test_micro_batches_lose_and_double_nothing(lengths: list[int], size: int, ra
     assert all(len(layout.segments) <= size for layout in layouts)
     counts = [layout.n_tokens for layout in layouts]
     assert max(counts) - min(counts) <= max(lengths), "of similar length"
+
+
+@given(
+    lengths=st.lists(st.integers(2, 40), min_size=1, max_size=40),
+    prefix=st.integers(0, 30),
+    budget=st.integers(1, 200),
+    ranks=st.integers(1, 4),
+    share=st.booleans(),
+)
+def test_a_token_budget(lengths: list[int], prefix: int, budget: int, ranks: int, share: bool) -> None:
+    """As many records as fit, like lengths together; only one that is too long by itself exceeds the budget."""
+    data = Dataset.__new__(Dataset)
+    lengths = [length + prefix for length in lengths]
+    data.ends, data.records = np.cumsum(lengths), np.arange(len(lengths))
+    data.tokens, data.trained = np.arange(1, data.ends[-1] + 1), np.ones(data.ends[-1], np.uint8)
+    for end, length in zip(data.ends, lengths):
+        data.tokens[end - length : end - length + prefix] = -np.arange(prefix) - 1
+    batches = [micro_batches(data, range(len(lengths)), 1, rank, ranks, share, budget) for rank in range(ranks)]
+    assert len({len(of_rank) for of_rank in batches}) == 1, "unequal passes deadlock"
+    targets = torch.cat([layout.target for of_rank in batches for _, layout in of_rank])
+    assert sorted(targets.tolist()) == sorted(t for i in range(len(lengths)) for t in data[i][0][1:].tolist())
+    for of_rank in batches:
+        own = [[s for s in layout.segments if s.prefix_length or not share or not prefix] for _, layout in of_rank]
+        assert all(layout.n_tokens <= budget or len(own[i]) <= 1 for i, (_, layout) in enumerate(of_rank))
+        longest = [max(layout.pos).item() for _, layout in of_rank if layout.n_targets]
+        assert longest == sorted(longest, reverse=True), "like lengths together, the longest first"
+
+
+@given(lengths=st.lists(st.integers(1, 99), min_size=1, max_size=60), size=st.integers(1, 9), seed=st.integers(0, 9))
+def test_the_heaviest_steps_come_first(lengths: list[int], size: int, seed: int) -> None:
+    data = Dataset.__new__(Dataset)
+    data.ends, data.records = np.cumsum(lengths), np.arange(len(lengths))
+    order = heaviest_first(data, size, seed)
+    assert sorted(order) == list(range(-(-len(lengths) // size)))
+    steps = [[lengths[i] for i in step_records(len(lengths), step, size, seed)] for step in order]
+    assert sum(steps[0]) == max(map(sum, steps)) and max(lengths) in map(max, steps[:2])
+    rest = [step for step in order if step not in order[:2]]
+    assert rest == sorted(rest)
 
 
 @pytest.mark.parametrize("warmup, steps", [(0, 1), (10, 1), (0, 7), (1, 7), (3, 7), (7, 7), (10, 7), (3, 4)])

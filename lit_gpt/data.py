@@ -3,6 +3,7 @@
 import hashlib
 import json
 from array import array
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -235,17 +236,13 @@ def mark_trained(rendered: Rendered, encoded: Encoded, tokenizer: Tokenizer) -> 
     """
     ids, offsets, stops = encoded.ids, encoded.offsets, tokenizer.stop_ids
     trained = bytearray(len(ids))
-    position, last = 0, 0
-    for start, end in rendered.turns:
-        while position < len(ids) and token_start(offsets, position) < start:
-            position += 1
-        last = max(last, position - 1)  # which may hold the whole answer
-        while position < len(ids) and offsets[position][0] < end:
-            trained[position], last = ANSWER, position
-            position += 1
-            if ids[last] in stops:
-                break
-    ids, trained = ids[: last + 1], trained[: last + 1]
+    end, places = 0, range(len(ids))
+    for first, last in rendered.turns:  # in characters; in tokens, it is from begin to end
+        begin = bisect_left(places, first, lo=end, key=lambda i: token_start(offsets, i))
+        end = bisect_left(places, last, lo=begin, key=lambda i: offsets[i][0])
+        end = min([ids.index(stop, begin, end) + 1 for stop in stops if stop in ids[begin:end]], default=end)
+        trained[begin:end] = bytes([ANSWER]) * (end - begin)
+    ids, trained = ids[:end], trained[:end]
     if ids[-1] not in stops:
         ids.append(tokenizer.eos_id)
         trained.append(ANSWER)
@@ -309,10 +306,11 @@ def counting() -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
 
     console = Console(stderr=True)
+    visible = console.is_terminal
     with console.status("Reading") as status:
 
         def show(records: int, tokens: int) -> None:
-            if console.is_terminal and records % 1000 == 0:
+            if visible and records % 1000 == 0:
                 status.update(f"{records:,} records, {tokens:,} tokens")
 
         yield show

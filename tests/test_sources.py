@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -13,14 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_data import CONFIG, QA, content, prepared, script, stored
-from tiny_tokenizers import SPECIAL, byte_level, write
+from tiny_tokenizers import SPECIAL, byte_level, metaspace, sentencepiece, write
 
 from lit_gpt import InputError, Tokenizer
 from lit_gpt.data import DataArgs, cut_text, prepare
 from lit_gpt.dataset import OTHER, Dataset
+from lit_gpt.prompts import render
 from lit_gpt.records import Keys, in_our_form, is_blank, mix, read_records
 
 USER, ANSWER = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}
@@ -369,3 +371,30 @@ def test_own_validation_files(checkpoint, tmp_path: Path) -> None:
     train, val = (Dataset(tmp_path / "data", split) for split in ("train", "val"))
     assert (len(train), len(val)) == (25, 15) and train.meta["left_out"] == {"training on a validation prompt": 5}
     assert np.intersect1d(train.records, val.records).size == 0
+
+
+# ---- tokenizers that change the text
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "sentencepiece"])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(parts=st.lists(st.text("ab é日\n<", max_size=6), min_size=2, max_size=4))
+def test_nothing_is_lost_or_doubled(kind: str, tmp_path: Path, tmp_path_factory, parts: list[str]) -> None:
+    """The stored tokens are those of the whole text, and decode to what the tokenizer itself makes of it."""
+    file = {"metaspace": dict(tokenizer_json=metaspace()), "sentencepiece": dict(tokenizer_model=sentencepiece())}[kind]
+    folder = write(tmp_path / "checkpoint", **file, tokenizer_config_json=SPECIAL, config_json=CONFIG)
+    tokenizer = Tokenizer(folder)
+    parts = [f"{i}{part}x" for i, part in enumerate(parts[: len(parts) // 2 * 2])]  # none is blank
+    roles = ["user", "assistant"] * len(parts)
+    talk = [{"role": role, "content": part} for role, part in zip(roles, parts)]
+    args = DataArgs(checkpoint_dir=folder, data_dir=tmp_path / "data", prompt_style="redpajama", val_fraction=0.0)
+    prepare([{"messages": talk}], args)
+    ((ids, marks),) = stored(Dataset(tmp_path / "data", "train"))
+    rendered = render("redpajama", {"messages": talk}, tokenizer)
+    whole = tokenizer.encode(rendered.text).tolist()
+    assert ids == whole[: len(ids)] and tokenizer.decode(whole[len(ids) :]).strip() == "", "after the last stop token"
+    runs = [list(run) for on, run in itertools.groupby(zip(ids, marks), key=lambda pair: pair[1]) if on]
+    assert len(runs) == len(parts) // 2 and all(run[-1][0] == tokenizer.eos_id for run in runs)
+    for run, answer in zip(runs, parts[1::2]):
+        said = tokenizer.decode([token for token, _ in run])
+        assert said.strip() == tokenizer.decode(tokenizer.encode(answer, bos=False)).strip()

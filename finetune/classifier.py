@@ -21,7 +21,7 @@ from lit_gpt.cli import command, run
 from lit_gpt.device import launch, weight_dtype
 from lit_gpt.finetuned import Checkpoints, Finetuned, claim_out_dir, load_trained, start_run
 from lit_gpt.lora import LoRA, apply_lora, lora_filter
-from lit_gpt.recipe import LaunchArgs
+from lit_gpt.recipe import LaunchArgs, set_blocks
 from lit_gpt.sweep import steps_of, sweep_steps
 from lit_gpt.train import TrainArgs, fit
 
@@ -112,7 +112,8 @@ def main(
             classify.fit_logistic_regression(model, train_data, train.micro_batch_size)
             checkpoints.save("best")
         else:
-            fit(fabric, model, train_data, val_data, train, checkpoints, args.resume)
+            set_blocks(gpt, args)
+            fit(fabric, model, train_data, val_data, train, checkpoints, args.resume, optimizer_class=args.optimizer)
             load_trained(model, folder / "best", "classifier")
         seconds += time.perf_counter() - since
         return classify.evaluate(model, val_data, train.micro_batch_size, seconds)

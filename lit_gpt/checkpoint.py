@@ -5,8 +5,9 @@ import json
 import shutil
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -229,9 +230,9 @@ class Writer:
 
     KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8"}
 
-    def __init__(self, path: Path, metadata: dict[str, str], n_tensors: int) -> None:
+    def __init__(self, path: Path, metadata: Mapping[str, str], n_tensors: int) -> None:
         """`n_tensors` is the most that will come."""
-        self.header: dict[str, Any] = {"__metadata__": {"format": "pt"} | metadata}
+        self.header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
         self.room, self.size = len(json.dumps(self.header)) + 256 * (n_tensors + 1) // 8 * 8, 0
         self.room += -self.room % 8  # the data begin at a multiple of 8
         self.file = path.open("wb")
@@ -308,32 +309,45 @@ def write_checkpoint(
     """Writes tensors, given under our names, with the companions of `source`. Never more than one is in memory."""
     if out_dir.exists() and any(out_dir.iterdir()):
         raise InputError(f"{out_dir} is not empty. Name another folder, or delete it first.")
-    stem, n_tensors = "model" if hugging_face else "lit_model", len(build_model(config).state_dict())
     with new_folder(out_dir) as folder:
-        shards: list[Writer] = []
-        dtypes = set()
-        for name, tensor in to_hf(tensors, config) if hugging_face else tensors:
-            if not shards or (shards[-1].size and shards[-1].size + tensor.nbytes > (max_shard or MAX_SHARD)):
-                if shards:
-                    shards[-1].close()
-                shards.append(Writer(folder / f"{stem}-{len(shards)}.safetensors", metadata, n_tensors))
-            shards[-1].add(name, tensor)
-            dtypes.add(str(tensor.dtype).removeprefix("torch."))
-        shards[-1].close()
-        names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        names = names if len(shards) > 1 else [f"{stem}.safetensors"]
-        for i, name in enumerate(names):
-            (folder / f"{stem}-{i}.safetensors").rename(folder / name)
-        if len(shards) > 1:
-            index: dict[str, Any] = {"metadata": {"total_size": sum(shard.size for shard in shards)}}
-            keys = ((key, name) for name, shard in zip(names, shards, strict=True) for key in shard.header)
-            index["weight_map"] = {key: name for key, name in keys if key != "__metadata__"}
-            (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-        copy_companions(source, folder, config, dtypes.pop() if len(dtypes) == 1 else None)
-        if not hugging_face:
-            config.save(folder)
+        write_files(tensors, config, source, folder, hugging_face, metadata, max_shard)
         if check is not None:
             check(folder)
+
+
+def write_files(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    config: Config,
+    source: Path,
+    folder: Path,
+    hugging_face: bool = True,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+    max_shard: int | None = None,
+) -> None:
+    """Writes them into a folder that is there."""
+    stem, n_tensors = "model" if hugging_face else "lit_model", len(build_model(config).state_dict())
+    shards: list[Writer] = []
+    dtypes = set()
+    for name, tensor in to_hf(tensors, config) if hugging_face else tensors:
+        if not shards or (shards[-1].size and shards[-1].size + tensor.nbytes > (max_shard or MAX_SHARD)):
+            if shards:
+                shards[-1].close()
+            shards.append(Writer(folder / f"{stem}-{len(shards)}.safetensors", metadata, n_tensors))
+        shards[-1].add(name, tensor)
+        dtypes.add(str(tensor.dtype).removeprefix("torch."))
+    shards[-1].close()
+    names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = names if len(shards) > 1 else [f"{stem}.safetensors"]
+    for i, name in enumerate(names):
+        (folder / f"{stem}-{i}.safetensors").rename(folder / name)
+    if len(shards) > 1:
+        index: dict[str, Any] = {"metadata": {"total_size": sum(shard.size for shard in shards)}}
+        keys = ((key, name) for name, shard in zip(names, shards, strict=True) for key in shard.header)
+        index["weight_map"] = {key: name for key, name in keys if key != "__metadata__"}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    copy_companions(source, folder, config, dtypes.pop() if len(dtypes) == 1 else None)
+    if not hugging_face:
+        config.save(folder)
 
 
 def copy_companions(source: Path, folder: Path, config: Config, dtype: str | None) -> None:
@@ -345,3 +359,6 @@ def copy_companions(source: Path, folder: Path, config: Config, dtype: str | Non
     if dtype is not None:
         hf["dtype" if "dtype" in hf else "torch_dtype"] = dtype
     (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+    if Config.from_checkpoint(folder).replace(name=config.name) != config:  # it stood in the old folder's name alone
+        hf |= {"rope_scaling": config.rope_scaling, "max_position_embeddings": config.block_size}
+        (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")

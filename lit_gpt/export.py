@@ -39,6 +39,8 @@ def export_merged(
     source = Path(checkpoint_dir or description.checkpoint_dir)
     tokenizer, weight = Tokenizer(source), trained.transformer.wte.weight
     if description.method != "lora":
+        if description.method == "full":
+            raise InputError(f"{finetuned} holds a whole model, nothing to merge: --checkpoint_dir {source}.")
         raise InputError(f"{finetuned} was trained with {description.method}; only LoRA can be merged.")
     if description.quantize is None:
         expected, model = logits_of(trained, tokenizer), merge(trained)

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,17 +16,30 @@ import torch
 from torch import nn
 
 from lit_gpt import peft
-from lit_gpt.checkpoint import build_model, load_model, load_weights, read_metadata, read_tensors, save_tensors
+from lit_gpt.adapter import Adapter, adapter_filter, adapter_v2_filter, apply_adapter, apply_adapter_v2
+from lit_gpt.checkpoint import (
+    build_model,
+    checked_tensors,
+    load_model,
+    load_weights,
+    read_metadata,
+    read_tensors,
+    save_tensors,
+    weight_files,
+    write_files,
+)
 from lit_gpt.classify import Classifier, ClassifierArgs, TrainedClassifier, mark_trainable
 from lit_gpt.cli import plain, read_hyperparameters, save_hyperparameters
 from lit_gpt.config import SAMPLE, Config, read_json
 from lit_gpt.errors import InputError
 from lit_gpt.files import beside, new_folder, recover
+from lit_gpt.full import Full, mark_chosen_as_trainable
 from lit_gpt.lora import LoRA, apply_lora, lora_filter
 from lit_gpt.model import GPT
 from lit_gpt.quantize import Quantize, quantize_linears
 from lit_gpt.tokenizer import Tokenizer
 
+NUMBER = " number"  # in the name of what an optimizer keeps as a plain number
 QuantizeAs = Literal["auto", "none", Quantize]  # auto: as in training
 
 # what a run writes into its out_dir, and what is left of it where one is killed
@@ -36,10 +49,9 @@ RUN_FILES += [name for file in ("metrics.csv", "report.md", "loss.png") for name
 RUN_FILES += ["hyperparameters.yaml", "tensorboard", "wandb"]
 # what may differ when a run goes on: where its files are (fingerprints tell whether they are the same), when to stop,
 # and what changes no result
-MAY_CHANGE = {"checkpoint_dir", "data_dir", "out_dir", "devices", "logger", "n_answers", "train.max_hours"}
-MAY_CHANGE |= {
-    f"train.{key}" for key in ("patience", "micro_batch_size", "share_prefixes", "save_interval", "keep_steps")
-}
+MAY_CHANGE = {"checkpoint_dir", "data_dir", "out_dir", "devices", "activation_checkpointing", "logger", "n_answers"}
+MAY_CHANGE |= {f"train.{key}" for key in ("max_hours", "patience", "save_interval", "keep_steps")}
+MAY_CHANGE |= {f"train.{key}" for key in ("micro_batch_size", "micro_batch_tokens", "share_prefixes")}
 
 
 @dataclass(frozen=True)
@@ -51,9 +63,12 @@ class Method:
     filter: Callable[[str, Any], bool]
 
 
-def with_lora(model: GPT, lora: LoRA) -> GPT:
-    apply_lora(model, lora)
-    return model
+def in_place(surgeon: Callable[[GPT, Any], Any]) -> Callable[[GPT, Any], GPT]:
+    def apply(model: GPT, settings: Any) -> GPT:
+        surgeon(model, settings)
+        return model
+
+    return apply
 
 
 def as_classifier(model: GPT, trained: TrainedClassifier) -> Classifier:
@@ -65,7 +80,10 @@ def as_classifier(model: GPT, trained: TrainedClassifier) -> Classifier:
 
 
 METHODS = {
-    "lora": Method("LoRA", LoRA, with_lora, lora_filter),
+    "lora": Method("LoRA", LoRA, in_place(apply_lora), lora_filter),
+    "adapter": Method("LLaMA-Adapter", Adapter, in_place(apply_adapter), adapter_filter),
+    "adapter_v2": Method("LLaMA-Adapter v2", Adapter, in_place(apply_adapter_v2), adapter_v2_filter),
+    "full": Method("Full fine-tuning", Full, in_place(mark_chosen_as_trainable), lambda key, value: True),
     "classifier": Method("Classifier", TrainedClassifier, as_classifier, lambda key, value: value.requires_grad),
 }
 
@@ -103,13 +121,16 @@ class Checkpoints:
         """Saves the weights, and with them the optimizer and `progress`, which is JSON."""
         with new_folder(self.out_dir / name) as folder:
             self.write_weights(folder)
-            tensors = flatten(optimizer.state_dict())
+            tensors = flatten(optimizer.state_dict()["state"])  # its settings are the run's
             save_tensors(tensors, folder / "state.safetensors", {"progress": json.dumps(progress)})
 
     def write_weights(self, folder: Path) -> None:
-        state = self.model.state_dict(keep_vars=True)
-        weights = {key: value for key, value in state.items() if self.keep(key, value)}
+        """What the method keeps, as a file; all weights, as a Hugging Face folder."""
+        weights = {key: value for key, value in self.model.named_parameters() if self.keep(key, value)}
         header = {"lit_gpt": json.dumps(asdict(self.description))}
+        if self.description.method == "full":
+            source = Path(self.description.checkpoint_dir)
+            return write_files(weights.items(), self.model.config, source, folder, metadata=header)
         save_tensors(weights, folder / f"{self.description.method}.safetensors", header)
 
     def recover(self) -> None:
@@ -127,21 +148,32 @@ class Checkpoints:
             raise InputError(f"{last} was trained with another {' and '.join(changed)}. Use the settings of that run.")
         load_trained(self.model, last, found.method)
         tensors = dict(read_tensors([last / "state.safetensors"]))
-        optimizer.load_state_dict(unflatten(tensors, optimizer.state_dict()["param_groups"]))
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": unflatten(tensors), "param_groups": groups})
         return json.loads(read_metadata(last / "state.safetensors")["progress"])
 
 
-def flatten(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What an optimizer remembers, by name. Its settings are the run's."""
-    return {f"{i}.{key}": v for i, entry in state["state"].items() for key, v in entry.items() if torch.is_tensor(v)}
+def flatten(state: dict[Any, Any], prefix: str = "") -> dict[str, torch.Tensor]:
+    """What an optimizer remembers, in which some nest dictionaries, by name."""
+    found = {}
+    for key, value in state.items():
+        if isinstance(value, dict):
+            found |= flatten(value, f"{prefix}{key}.")
+        elif value is not None:
+            is_tensor = torch.is_tensor(value)
+            found[f"{prefix}{key}{'' if is_tensor else NUMBER}"] = value if is_tensor else torch.tensor(value)
+    return found
 
 
-def unflatten(tensors: dict[str, torch.Tensor], param_groups: list[dict[str, Any]]) -> dict[str, Any]:
-    state: dict[int, dict[str, torch.Tensor]] = {}
+def unflatten(tensors: dict[str, torch.Tensor]) -> dict[Any, Any]:
+    state: dict[Any, Any] = {}
     for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
-    return {"state": state, "param_groups": param_groups}
+        index, *path, key = name.split(".")
+        entry = state.setdefault(int(index), {})
+        for part in path:
+            entry = entry.setdefault(part, {})
+        entry[key.removesuffix(NUMBER)] = tensor.item() if key.endswith(NUMBER) else tensor
+    return state
 
 
 def claim_out_dir(out_dir: Path, resume: bool, overwrite: bool) -> None:
@@ -219,7 +251,9 @@ def finetuned_file(finetuned_dir: Path) -> Path:
             for method in METHODS:
                 if (folder / f"{method}.safetensors").is_file():
                     return folder / f"{method}.safetensors"
-    names = " or ".join(f"{method}.safetensors" for method in METHODS)
+            if (folder / "config.json").is_file():  # all weights
+                return weight_files(folder)[0]
+    names = " or ".join(f"{method}.safetensors" for method in METHODS if method != "full")
     raise InputError(f"{finetuned_dir} holds nothing trained: expected {names} in it or in its folder best.")
 
 
@@ -267,6 +301,9 @@ def load_finetuned(
     """
     from_peft = (finetuned_dir / peft.CONFIG).is_file()
     description = describe_peft(finetuned_dir) if from_peft else read_description(finetuned_dir)
+    if description.method == "full":  # a model of its own
+        description = replace(description, checkpoint_dir=str(finetuned_file(finetuned_dir).parent))
+        checkpoint_dir = None
     checkpoint_dir = Path(checkpoint_dir or description.checkpoint_dir)
     if not checkpoint_dir.is_dir():
         raise InputError(
@@ -283,8 +320,10 @@ def load_finetuned(
     if from_peft:
         lora, tensors = peft.load_peft(finetuned_dir, model.config)
         apply_lora(model, lora)
-        put(model, tensors, lora_filter, finetuned_dir)
+        put(model, tensors.items(), lora_filter, finetuned_dir)
         return model.eval(), replace(description, settings=asdict(lora), base=base)
+    if description.method == "full":
+        return model.eval(), description
     if base != description.base:
         raise InputError(
             f"{finetuned_dir} was trained on another base than {checkpoint_dir}: on {description.checkpoint_dir}."
@@ -312,16 +351,22 @@ def load_classifier(
 def load_trained(model: GPT, finetuned_dir: Path, method: str) -> None:
     """Puts trained weights into a model that the method has been applied to. Every key must fit, both ways."""
     file = finetuned_file(finetuned_dir)
-    put(model, dict(read_tensors([file])), METHODS[method].filter, file)
+    tensors = checked_tensors(model, file.parent) if method == "full" else read_tensors([file])
+    put(model, tensors, METHODS[method].filter, file)
 
 
-def put(model: nn.Module, found: dict[str, torch.Tensor], keep: Callable[[str, Any], bool], source: Path) -> None:
+def put(
+    model: nn.Module, found: Iterable[tuple[str, torch.Tensor]], keep: Callable[[str, Any], bool], source: Path
+) -> None:
     """Copies `found` into the parameters that `keep` names. Raises InputError where they are not the same ones."""
-    expected = {key: value for key, value in model.state_dict(keep_vars=True).items() if keep(key, value)}
-    unfit = sorted(expected.keys() ^ found.keys())
-    unfit += [key for key in expected.keys() & found.keys() if expected[key].shape != found[key].shape]
-    if unfit:
-        raise InputError(f"{source} does not fit this model: {', '.join(unfit[:5])}.")
+    expected = {key: value for key, value in model.named_parameters() if keep(key, value)}
+    unfit, missing = [], set(expected)
     with torch.no_grad():
-        for key, value in found.items():
-            expected[key].copy_(value)
+        for key, value in found:
+            missing.discard(key)
+            if key in expected and expected[key].shape == value.shape:
+                expected[key].copy_(value)
+            else:
+                unfit.append(key)
+    if unfit or missing:
+        raise InputError(f"{source} does not fit this model: {', '.join((unfit + sorted(missing))[:5])}.")

@@ -240,8 +240,10 @@ class CausalSelfAttention(nn.Module):
         v = self.split(self.norm_v(self.v(x)))
         if input_pos is not None:
             k, v = self.kv_cache(input_pos, k, v)  # (B, ng, S, hs)
-        y = attend(q, k, v, view, self.window, self.attention)
-        return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
+        return self.proj(self.look(q, k, v, view).transpose(1, 2).flatten(2))  # (B, T, C)
+
+    def look(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, view: View) -> torch.Tensor:
+        return attend(q, k, v, view, self.window, self.attention)  # (B, nh, T, hs)
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, heads * hs) -> (B, heads, T, hs)"""
@@ -439,6 +441,14 @@ class GemmaRMSNorm(RMSNorm):
         return ((1 + self.weight.to(y.dtype)) * y).to(x.dtype)
 
 
+class LayerNorm(nn.LayerNorm):
+    """Weights that are trained in float32 over a model in bfloat16 are rounded as they are used."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = (None if param is None else param.to(x.dtype) for param in (self.weight, self.bias))
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class PerHead(nn.Module):
     """One norm for the elements of every head, (B, T, heads * hs): Qwen 3, Gemma 3."""
 
@@ -455,9 +465,7 @@ class EachHead(nn.Module):
 
     def __init__(self, config: Config, heads: int) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(
-            nn.LayerNorm(config.head_size, eps=config.norm_eps, bias=False) for _ in range(heads)
-        )
+        self.norms = nn.ModuleList(LayerNorm(config.head_size, eps=config.norm_eps, bias=False) for _ in range(heads))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         parts = x.chunk(len(self.norms), dim=-1)
@@ -554,9 +562,9 @@ MLPS = {"LLaMAMLP": LLaMAMLP, "GptNeoxMLP": GptNeoxMLP, "LLaMAMoE": LLaMAMoE}
 NORMS = {
     "RMSNorm": RMSNorm,
     "GemmaRMSNorm": GemmaRMSNorm,
-    "LayerNorm": nn.LayerNorm,
-    "LayerNorm_without_bias": partial(nn.LayerNorm, bias=False),
-    "LayerNorm_without_weight": partial(nn.LayerNorm, elementwise_affine=False),
+    "LayerNorm": LayerNorm,
+    "LayerNorm_without_bias": partial(LayerNorm, bias=False),
+    "LayerNorm_without_weight": partial(LayerNorm, elementwise_affine=False),
 }
 QK_NORMS: dict[str | None, Callable[[Config, int], nn.Module]] = {
     None: lambda config, heads: nn.Identity(),

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+from lit_gpt.blocks import ActivationCheckpointing, compile_blocks, recompute_blocks
 from lit_gpt.cli import command
 from lit_gpt.config import SAMPLE, Config
 from lit_gpt.dataset import Dataset
@@ -34,6 +35,13 @@ class LaunchArgs:
     precision: Precision = "auto"
     """Of the frozen weights and the arithmetic. What an adapter trains is always float32. auto is bf16-true on a GPU
     that has it, else 32-true."""
+    optimizer: str = "torch.optim.AdamW"
+    """The path of its class, such as bitsandbytes.optim.AdamW8bit or bitsandbytes.optim.PagedAdamW8bit on a GPU."""
+    activation_checkpointing: ActivationCheckpointing = "none"
+    """Save memory by computing again in backward: block all but what goes into a block, selective all but the results
+    of matrix products and attention. The result stays the same."""
+    compile: bool = False
+    """Compile the blocks with torch.compile: the first steps take minutes, all others less time."""
     devices: int = 1
     """GPUs, or processes where there is no GPU."""
     resume: bool = False
@@ -89,6 +97,13 @@ def begin(args: RunArgs, settings: dict[str, Any]) -> Run:
     return Run(args, settings, config, tokenizer, train_data, val_data, fabric)
 
 
+def set_blocks(model: GPT, args: LaunchArgs) -> None:
+    """How the blocks run, by the flags of the recipe."""
+    recompute_blocks(model, args.activation_checkpointing)
+    if args.compile:
+        compile_blocks(model)
+
+
 def finetune(run: Run, model: GPT, train: TrainArgs, method: str, method_settings: Any, base: str) -> None:
     """Trains what requires a gradient, saves it, and reports; the answers before and after stand side by side.
 
@@ -106,6 +121,7 @@ def finetune(run: Run, model: GPT, train: TrainArgs, method: str, method_setting
     )
     if fabric.is_global_zero:
         start_run(out_dir, run.settings)  # only now that everything has been found in order
+    set_blocks(model, args)
     before = answers(model, run.tokenizer, val_data, args.n_answers if fabric.is_global_zero else 0)
     log = fit(
         fabric,
@@ -116,6 +132,7 @@ def finetune(run: Run, model: GPT, train: TrainArgs, method: str, method_setting
         Checkpoints(out_dir, model, description),
         resume=args.resume,
         show_sample=lambda: answers(model, run.tokenizer, val_data, min(args.n_answers, 1)),
+        optimizer_class=args.optimizer,
     )
 
     if fabric.is_global_zero:

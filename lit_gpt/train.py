@@ -5,10 +5,12 @@ they are spread over micro-batches and devices, so that accumulation and more de
 """
 
 import hashlib
+import inspect
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,7 +41,7 @@ class TrainArgs:
     weight_decay: float = 0.01
     """AdamW's, on matrices only."""
     beta1: float = 0.9
-    """AdamW's memory of the gradient."""
+    """AdamW's memory of the gradient, or the momentum of an optimizer that has one."""
     beta2: float = 0.95
     """AdamW's memory of its square."""
     max_norm: float | None = 1.0
@@ -131,6 +133,7 @@ def fit(
     checkpoints: "Checkpoints",
     resume: bool = False,
     show_sample: Callable[[], list] | None = None,
+    optimizer_class: str = "torch.optim.AdamW",
 ) -> Log:
     """Trains the parameters of `model` that require a gradient, and saves `best` and `last`.
 
@@ -146,7 +149,7 @@ def fit(
             "There are no training records: all went to validation. Prepare the data with a smaller fraction."
         )
     steps = args.steps(len(train_data))
-    optimizer = make_optimizer(model, args)
+    optimizer = make_optimizer(model, args, optimizer_class)
     model, optimizer = fabric.setup(model, optimizer)
     params = [param for group in optimizer.param_groups for param in group["params"]]
 
@@ -246,16 +249,33 @@ def fit(
     return log
 
 
-def make_optimizer(model: nn.Module, args: TrainArgs) -> torch.optim.Optimizer:
-    """AdamW. Norms and biases, which are vectors, do not decay."""
+def make_optimizer(model: nn.Module, args: TrainArgs, path: str = "torch.optim.AdamW") -> torch.optim.Optimizer:
+    """An optimizer by its class path, with as many of the settings as it knows. Norms and biases, which are vectors, do
+    not decay.
+
+    Raises:
+        InputError: there is no such class, or it wants something else.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        kind = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"--optimizer {path}: {error}. Name a class by its path, such as torch.optim.AdamW or"
+            " bitsandbytes.optim.PagedAdamW8bit."
+        ) from None
+    known, betas = inspect.signature(kind).parameters, (args.beta1, args.beta2)
+    options = {"lr": args.learning_rate, "betas": betas, "weight_decay": 0.0, "momentum": args.beta1}
+    options = {key: value for key, value in options.items() if key in known}
     params = [param for param in model.parameters() if param.requires_grad]
     groups = [
         {"params": [param for param in params if param.ndim >= 2], "weight_decay": args.weight_decay},
         {"params": [param for param in params if param.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=args.learning_rate, betas=(args.beta1, args.beta2)
-    )
+    try:
+        return kind([group for group in groups if group["params"]], **options)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--optimizer {path} cannot be made with {options}: {error}.") from None
 
 
 def has_dropout(model: nn.Module) -> bool:

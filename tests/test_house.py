@@ -93,7 +93,7 @@ MAY_KNOW = {
     "device": "errors",
     "quantize": "errors replace",
     "train": "dataset device errors log",  # no method, no tokenizer, no file format
-    **{surgeon.removeprefix("lit_gpt."): "errors model replace" for surgeon in SURGEONS},
+    **{surgeon.removeprefix("lit_gpt."): "errors model replace" for surgeon in sorted(SURGEONS)},
 }
 
 

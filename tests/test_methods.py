@@ -1,0 +1,375 @@
+"""Every method from its script to answers, and what may be combined with what: `pytest tests/test_methods.py`"""
+
+import io
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_finetune import script
+from test_train import column, edited, equal, rows_of, write_data
+
+import lit_gpt.adapter
+from lit_gpt import GPT, InputError
+from lit_gpt.adapter import (
+    Adapter,
+    adapter_filter,
+    adapter_v2_filter,
+    apply_adapter,
+    apply_adapter_v2,
+    mark_only_adapter_as_trainable,
+    mark_only_adapter_v2_as_trainable,
+)
+from lit_gpt.blocks import recompute_blocks
+from lit_gpt.checkpoint import build_model, load_model, load_weights
+from lit_gpt.config import Config
+from lit_gpt.dataset import Dataset, micro_batches
+from lit_gpt.export import export_merged
+from lit_gpt.finetuned import load_finetuned
+from lit_gpt.full import Full, mark_chosen_as_trainable
+from lit_gpt.generate import generate
+from lit_gpt.lora import LoRA, apply_lora, lora_filter, mark_only_lora_as_trainable
+from lit_gpt.quantize import quantize_linears
+from lit_gpt.train import TrainArgs, make_optimizer
+
+TRAIN = TrainArgs(learning_rate=0.02, global_batch_size=4, micro_batch_size=4, max_steps=4, warmup_steps=1)
+TRAIN = replace(TRAIN, eval_interval=2, save_interval=2)
+PROMPTS = Adapter(prompt_length=3, start_layer=1)
+METHODS: dict[str, dict[str, Any]] = {  # the flags of one run each, of the script that has its first word's name
+    "lora": {"lora": LoRA(mlp=True)},
+    "lora nf4": {"lora": LoRA(mlp=True), "quantize": "bnb.nf4"},
+    "lora int8": {"lora": LoRA(mlp=True), "quantize": "bnb.int8"},
+    "adapter": {"adapter": PROMPTS},
+    "adapter nf4": {"adapter": PROMPTS, "quantize": "bnb.nf4"},
+    "adapter_v2": {"adapter": PROMPTS},
+    "adapter_v2 nf4-dq": {"adapter": PROMPTS, "quantize": "bnb.nf4-dq"},
+    "full": {},
+    "full last": {"train_only": 1},
+    "full pattern": {"train_only": ["transformer.h.0.mlp", "transformer.h.1.norm_1.weight"]},
+}
+
+
+def trains(name: str) -> Callable[[str], bool]:
+    """Which parameters of the tiny model a method is there to change."""
+    if name.startswith("full"):
+        parts = {"full": "", "full last": ("transformer.h.1.", "transformer.ln_f", "lm_head")}
+        parts["full pattern"] = ("transformer.h.0.mlp.", "transformer.h.1.norm_1.weight")
+        return lambda key: key.startswith(parts[name])
+    return {"lora": lora_filter, "adapter": adapter_filter, "adapter_v2": adapter_v2_filter}[name.split()[0]]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory, tiny_dir: Path) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "str", tiny_dir)
+
+
+def finetune(name: str, tiny_dir: Path, data_dir: Path, out_dir: Path, train: TrainArgs = TRAIN, **more: Any) -> None:
+    main = script(f"finetune/{name.split()[0]}.py").main
+    settings = METHODS[name] | dict(n_answers=0, precision="32-true") | more
+    main(checkpoint_dir=tiny_dir, data_dir=data_dir, out_dir=out_dir, train=train, **settings)
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def run(request, tmp_path_factory, tiny_dir: Path, data_dir: Path) -> tuple[str, Path]:
+    out_dir = tmp_path_factory.mktemp("run") / "out"
+    finetune(request.param, tiny_dir, data_dir, out_dir)
+    return request.param, out_dir
+
+
+def unmoved(name: str, tiny_dir: Path) -> GPT:
+    """The model of a method before its first step, with the random numbers that its script began with."""
+    torch.manual_seed(1337)
+    model, settings = build_model(Config.from_checkpoint(tiny_dir)), METHODS[name]
+    quantize_linears(model, settings.get("quantize"))
+    load_weights(model, tiny_dir)
+    surgeons = {"lora": apply_lora, "adapter": apply_adapter, "adapter_v2": apply_adapter_v2}
+    if surgeon := surgeons.get(name.split()[0]):
+        surgeon(model, settings.get("lora") or settings["adapter"])
+    return model
+
+
+def test_exactly_its_parameters_moved(run, tiny_dir) -> None:
+    """All of them but the prompts of the first step's zero gates, which move from the second on; and no others."""
+    name, out_dir = run
+    before, after = unmoved(name, tiny_dir).state_dict(), load_finetuned(None, out_dir / "last")[0].state_dict()
+    assert before.keys() == after.keys()
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert moved == {key for key in before if trains(name)(key)}
+    assert column(out_dir, "val_loss")[-1] < column(out_dir, "val_loss")[0]
+
+
+def test_what_was_saved_is_what_was_trained(run, tiny_dir, data_dir, tmp_path) -> None:
+    """The validation loss that the run printed last is that of the saved file, to the last digit."""
+    name, out_dir = run
+    model = load_finetuned(None, out_dir / "last")[0]
+    val_data = Dataset(data_dir, "val")
+    with torch.no_grad():
+        batches = micro_batches(val_data, range(len(val_data)), 4, 0, 1, True)
+        loss, targets = map(sum, zip(*((model(idx, layout=layout), layout.n_targets) for idx, layout in batches)))
+    assert (loss / targets).item() == pytest.approx(column(out_dir, "val_loss")[-1], rel=1e-6)
+    assert quantized_codes(model) == quantized_codes(unmoved(name, tiny_dir))
+
+
+def quantized_codes(model: GPT) -> list:
+    return [param.sum().item() for key, param in model.named_parameters() if key.endswith("codes")]
+
+
+def test_a_run_goes_on_as_if_it_had_not_stopped(run, tiny_dir, data_dir, tmp_path) -> None:
+    """Stopped after one step and after another, bit for bit; max_hours is looked at after each."""
+    name, out_dir = run
+    for resume in (False, True, True, True):
+        finetune(name, tiny_dir, data_dir, tmp_path / "out", replace(TRAIN, max_hours=1e-9), resume=resume)
+    names = {path.relative_to(out_dir) for path in out_dir.rglob("*.safetensors")}
+    assert names == {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.safetensors")}
+    for file in names:
+        if file.parts[0] == "last":  # stopping early validates more often, so that another step may be the best
+            assert equal(load_file(out_dir / file), load_file(tmp_path / "out" / file)), file
+    losses = [[row["loss"] for row in rows_of(folder) if row["loss"]] for folder in (out_dir, tmp_path / "out")]
+    assert losses[0] == losses[1]
+
+
+def test_answers_are_those_of_the_model(run, data_dir) -> None:
+    """generate/base.py --finetuned, with a key-value cache, against the logits of whole texts."""
+    name, out_dir = run
+    model = load_finetuned(None, out_dir)[0]
+    prompt, _ = Dataset(data_dir, "val").question(0)
+    text = prompt
+    for _ in range(8):
+        text = torch.cat((text, model(text[None])[0, -1].argmax()[None]))
+    assert generate(model, prompt, len(prompt) + 8, temperature=0.0).tolist() == text.tolist()
+    with redirect_stdout(io.StringIO()) as stdout:
+        script("generate/base.py").main("What does str.upper do?", finetuned=out_dir, max_new_tokens=5)
+    assert stdout.getvalue().strip()
+
+
+def test_another_base_is_refused(run, tied_dir) -> None:
+    name, out_dir = run
+    if name.startswith("full"):
+        with pytest.raises(InputError, match="holds a whole model, nothing to merge: --checkpoint_dir"):
+            export_merged(out_dir, None, out_dir / "merged")
+    else:
+        with pytest.raises(InputError, match="another base|does not fit"):
+            load_finetuned(tied_dir, out_dir)
+
+
+@pytest.mark.parametrize("name", ["full", "full last"])
+def test_a_full_model_is_a_folder_of_hugging_face(name, tiny_dir, data_dir, tmp_path) -> None:
+    """transformers loads it, and it is a base for what comes next."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    finetune(name, tiny_dir, data_dir, tmp_path / "full")
+    theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path / "full/best", output_loading_info=True)
+    assert not any(report.values()) and AutoTokenizer.from_pretrained(tmp_path / "full/best")("a").input_ids
+    ids = torch.arange(20)[None]
+    assert torch.allclose(theirs(ids).logits, load_model(tmp_path / "full/best")(ids), atol=1e-4)
+    finetune("lora", tmp_path / "full/best", data_dir, tmp_path / "lora")
+    assert load_finetuned(None, tmp_path / "lora")[1].checkpoint_dir == str(tmp_path / "full/best")
+
+
+def test_full_trains_a_tied_tensor_once(tied_dir, data_dir, tmp_path) -> None:
+    finetune("full", tied_dir, data_dir, tmp_path / "full")
+    keys = load_file(tmp_path / "full/best/model.safetensors").keys()
+    assert "model.embed_tokens.weight" in keys and "lm_head.weight" not in keys
+    assert load_finetuned(None, tmp_path / "full")[0].config.tie_embeddings
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_bfloat16(name, tiny_dir, data_dir, tmp_path) -> None:
+    """Under bf16-true the loss is that of float32, roughly; full trains bfloat16 weights, LoRA float32 ones."""
+    for precision in ("32-true", "bf16-true"):
+        finetune(name, tiny_dir, data_dir, tmp_path / precision, precision=precision)
+    wide, narrow = (column(tmp_path / precision, "loss") for precision in ("32-true", "bf16-true"))
+    assert narrow == pytest.approx(wide, rel=0.05) and narrow != wide
+    file = "lora.safetensors" if name == "lora" else "model.safetensors"
+    dtypes = {tensor.dtype for tensor in load_file(tmp_path / "bf16-true/last" / file).values()}
+    assert dtypes == {torch.float32 if name == "lora" else torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["adapter", "adapter_v2"])
+def test_adapters_are_float32_over_a_bfloat16_base(name, tiny_dir, data_dir, tmp_path) -> None:
+    finetune(name, tiny_dir, data_dir, tmp_path / "out", precision="bf16-true")
+    tensors = load_file(tmp_path / f"out/last/{name}.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert column(tmp_path / "out", "val_loss")[-1] < column(tmp_path / "out", "val_loss")[0]
+
+
+# ---- the mathematics of the adapter
+
+
+@torch.no_grad()
+def test_an_adapter_changes_nothing_at_birth(tiny_dir) -> None:
+    idx = torch.arange(30).view(2, 15)
+    expected = load_model(tiny_dir)(idx)
+    for name in ("adapter", "adapter_v2"):
+        assert torch.equal(unmoved(name, tiny_dir)(idx), expected)
+
+
+@torch.no_grad()
+def test_the_prompt_is_looked_at_beside_the_text(tiny_dir) -> None:
+    """Attention with prompt, by hand from the formula of the paper, for the last token of a text in one head."""
+    model = unmoved("adapter", tiny_dir)
+    attention = model.transformer.h[1].attn
+    attention.adapter_gate.normal_()
+    C, hs, head = model.config.n_embd, attention.head_size, 4
+    group = head // (model.config.n_head // model.config.n_query_groups)
+    q, k, v = (torch.randn(1, heads, 5, hs) for heads in (6, 2, 2))
+    y = attention.look(q, k, v, None)[0, head, -1]
+
+    def softmax(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return (q[0, head, -1] @ keys.T / hs**0.5).softmax(-1) @ values
+
+    rows = slice(group * hs, (group + 1) * hs)
+    prompt = attention.adapter_prompt
+    assert prompt.shape == (3, C)
+    expected = softmax(k[0, group], v[0, group])
+    expected += attention.adapter_gate[head, 0, 0] * softmax(
+        prompt @ attention.k.weight[rows].T, prompt @ attention.v.weight[rows].T
+    )
+    assert torch.allclose(y, expected, atol=1e-6)
+
+
+def test_a_prompt_that_is_remembered_would_not_train(tiny_dir) -> None:
+    """What `test_exactly_its_parameters_moved` is there to find: keys computed once, before training."""
+    keys = "        keys = self.split(self.norm_k(self.k(prompt)))"
+    cached = (
+        "        if not hasattr(self, 'kept'):\n"
+        "            self.kept = [x.detach() for x in (self.norm_k(self.k(prompt)), self.norm_v(self.v(prompt)))]\n"
+        "        keys = self.split(self.kept[0])"
+    )
+    values = "values = self.split(self.norm_v(self.v(prompt)))"
+    module = edited(lit_gpt.adapter, (keys, cached), (values, "values = self.split(self.kept[1])"))
+    model = build_model(Config.from_checkpoint(tiny_dir))
+    load_weights(model, tiny_dir)
+    module.apply_adapter(model, PROMPTS)
+    module.mark_only_adapter_as_trainable(model)
+    torch.nn.init.ones_(model.transformer.h[1].attn.adapter_gate)
+    with torch.no_grad():
+        model(torch.arange(9)[None])  # a validation before the first step
+    model(torch.arange(9)[None]).square().sum().backward()
+    assert model.transformer.h[1].attn.adapter_prompt.grad is None
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (
+            lambda model: apply_adapter(model, Adapter(start_layer=2)),
+            "start_layer is 2, but the model's blocks are 0 to",
+        ),
+        (lambda model: Adapter(prompt_length=0), "prompt_length is 0, expected 1 or more"),
+        (lambda model: [apply_adapter(model, PROMPTS), apply_adapter_v2(model, PROMPTS)], "already carries an adapter"),
+        (lambda model: mark_chosen_as_trainable(model, Full(3)), "train_only is 3, but the model has 2 blocks"),
+        (lambda model: mark_chosen_as_trainable(model, Full(["h.1"])), "'h.1', which no parameter's name begins with"),
+        (lambda model: make_optimizer(model, TRAIN, "AdamW"), "--optimizer AdamW: .*Name a class by its path"),
+        (lambda model: make_optimizer(model, TRAIN, "torch.optim.Adam2"), "Adam2.*Name a class by its path"),
+        (lambda model: make_optimizer(model, TRAIN, "torch.nn.Linear"), "cannot be made with"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(act, message, tiny_dir) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        act(load_model(tiny_dir).requires_grad_())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pattern_ends_where_a_name_does(tiny_dir) -> None:
+    model = load_model(tiny_dir)
+    assert mark_chosen_as_trainable(model, Full(["transformer.h.1.mlp.fc_1"])) == ["transformer.h.1.mlp.fc_1.weight"]
+    assert all("attn" in name for name in mark_chosen_as_trainable(model, Full([r"transformer\.h\.\d+\.attn\."])))
+    with pytest.raises(InputError, match="no parameter's name begins with"):
+        mark_chosen_as_trainable(model, Full(["transformer.h.1.mlp.fc"]))
+
+
+# ---- combinations: shared prefixes, and blocks computed again in backward
+
+
+def exact(name: str, tiny_dir: Path) -> GPT:
+    """In float64, with nothing at zero that would hide a gradient."""
+    model = unmoved(name, tiny_dir)
+    marks = {"lora": mark_only_lora_as_trainable, "adapter": mark_only_adapter_as_trainable}
+    marks |= {"adapter_v2": mark_only_adapter_v2_as_trainable}
+    if name.startswith("full"):
+        mark_chosen_as_trainable(model, Full(**METHODS[name]))
+    else:
+        marks[name.split()[0]](model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, param in model.double().named_parameters():
+            if key.endswith(("lora_B", "adapter_gate", "adapter_bias")):
+                param.add_(0.1 * torch.randn(param.shape, generator=generator, dtype=param.dtype))
+    return model
+
+
+def gradients(model: GPT, data_dir: Path, size: int, share: bool) -> dict[str, torch.Tensor]:
+    data = Dataset(data_dir, "train")
+    for idx, layout in micro_batches(data, range(6), size, 0, 1, share):
+        assert share == any(segment.prefix_length for segment in layout.segments)
+        model(idx, layout=layout).backward()
+    return {name: param.grad for name, param in model.named_parameters() if param.requires_grad}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_sharing_prefixes_and_computing_again_change_no_gradient(name, tiny_dir, data_dir) -> None:
+    expected = gradients(exact(name, tiny_dir), data_dir, 1, share=False)
+    assert all(grad is not None and grad.abs().max() > 0 for grad in expected.values())
+    for how, share in (("none", True), ("block", True), ("selective", False), ("selective", True)):
+        model = exact(name, tiny_dir)
+        recompute_blocks(model, how)
+        found = gradients(model, data_dir, 6, share)
+        for key in expected:
+            assert (found[key] - expected[key]).abs().max() <= 1e-10 * expected[key].abs().max(), (key, how, share)
+
+
+def test_less_is_kept_for_backward(tiny_dir, data_dir) -> None:
+    ((idx, layout),) = micro_batches(Dataset(data_dir, "train"), range(6), 6, 0, 1, False)
+
+    def kept(how: str) -> int:
+        """Bytes, without the parameters."""
+        model, sizes = exact("full", tiny_dir), {}
+        recompute_blocks(model, how)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.update({x.data_ptr(): x.nbytes}) or x, abs):
+            model.hidden(idx, layout=layout)
+        weights = {param.data_ptr() for param in model.parameters()}
+        return sum(size for at, size in sizes.items() if at not in weights)
+
+    assert kept("block") < 0.5 * kept("selective") and kept("selective") < 0.8 * kept("none")
+
+
+def test_dropout_is_the_same_when_computed_again(tiny_dir, data_dir, tmp_path) -> None:
+    settings = {"lora": LoRA(dropout=0.3)}
+    for how in ("none", "block", "selective"):
+        finetune("lora", tiny_dir, data_dir, tmp_path / how, activation_checkpointing=how, **settings)
+    for how in ("block", "selective"):
+        assert rows_of(tmp_path / how) == rows_of(tmp_path / "none")
+
+
+def test_compiled(tiny_dir, data_dir, tmp_path) -> None:
+    """The same run; and other lengths compile nothing anew."""
+    from torch._dynamo.utils import counters
+
+    for compiled in (False, True):
+        finetune("lora", tiny_dir, data_dir, tmp_path / str(compiled), compile=compiled)
+    plain, compiled = (column(tmp_path / which, "loss") for which in ("False", "True"))
+    assert compiled == pytest.approx(plain, rel=1e-5) and len(plain) == 4
+    graphs = counters["stats"]["unique_graphs"]
+    finetune("lora", tiny_dir, data_dir, tmp_path / "again", replace(TRAIN, seed=2), compile=True)
+    assert 0 < graphs and counters["stats"]["unique_graphs"] <= 2 * graphs, "as many as for a new model"
+
+
+# ---- optimizers
+
+
+@pytest.mark.parametrize("path", ["torch.optim.SGD", "torch.optim.Adafactor", "bitsandbytes.optim.AdamW8bit"])
+def test_optimizers_by_class_path(path, tiny_dir, data_dir, tmp_path) -> None:
+    """They train, and go on bit for bit."""
+    finetune("lora", tiny_dir, data_dir, tmp_path / "whole", optimizer=path)
+    for resume in (False, True, True, True):
+        train = replace(TRAIN, max_hours=1e-9)
+        finetune("lora", tiny_dir, data_dir, tmp_path / "parts", train, optimizer=path, resume=resume)
+    whole, parts = (load_file(tmp_path / part / "last/lora.safetensors") for part in ("whole", "parts"))
+    assert equal(whole, parts) and any(tensor.abs().sum() > 0 for key, tensor in whole.items() if "lora_B" in key)
+    with pytest.raises(InputError, match="optimizer was"):
+        finetune("lora", tiny_dir, data_dir, tmp_path / "parts", optimizer="torch.optim.Adam", resume=True)

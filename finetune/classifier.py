@@ -21,6 +21,7 @@ from lit_gpt.cli import command, run
 from lit_gpt.device import launch, weight_dtype
 from lit_gpt.finetuned import Checkpoints, Finetuned, claim_out_dir, load_trained, start_run
 from lit_gpt.lora import LoRA, apply_lora, lora_filter
+from lit_gpt.quantize import Quantize, quantization, quantize_linears
 from lit_gpt.recipe import LaunchArgs, set_blocks
 from lit_gpt.sweep import steps_of, sweep_steps
 from lit_gpt.train import TrainArgs, fit
@@ -35,6 +36,7 @@ def main(
     pooling: Pooling = "last",
     balanced: bool = False,
     lora: LoRA = LoRA(r=8, alpha=16, query=True, value=True),
+    quantize: Quantize = "bnb.nf4",
     train: TrainArgs = TrainArgs(learning_rate=3e-4, warmup_steps=10, global_batch_size=16, epochs=3),
     text_key: str = "text",
     label_key: str = "label",
@@ -50,14 +52,15 @@ def main(
         data_path: A .csv, .json or .jsonl file of texts and labels. A column `split` may say train or val.
         out_dir: Where the trained weights, the settings and the report of this run go.
         method: features: a logistic regression on hidden states that are computed once. head: the output layer alone.
-            last_k: also the last k blocks and the final norm. lora: the output layer, and LoRA in the blocks. full:
-            all weights.
+            last_k: also the last k blocks and the final norm. lora: the output layer, and LoRA in the blocks. qlora:
+            the same over a quantized base. full: all weights.
         k: For last_k: how many blocks.
         head_layers: Hidden layers in the output layer.
         pooling: Which hidden state stands for a text: of its last token, the mean of all, or of its first. In a causal
             model the first token knows nothing of the others.
         balanced: Weigh each class by the inverse of how often it occurs, so that rare classes count as much.
-        lora: For the method lora: the rank, and which matrices of which layers.
+        lora: For the methods lora and qlora: the rank, and which matrices of which layers.
+        quantize: For the method qlora: the 4 or 8 bits of the frozen linears; see lit_gpt/quantize.py.
         train: The optimizer, the batch and the intervals; see lit_gpt/train.py.
         text_key: The column of the texts.
         label_key: The column of the labels.
@@ -88,8 +91,9 @@ def main(
         """From the base model to a classifier in `folder`, and how good it is on the texts that were set aside."""
         since = time.perf_counter()
         gpt = build_model(config)
+        quantize_linears(gpt, quantize if classifier.method == "qlora" else None)
         base = load_weights(gpt, args.checkpoint_dir, weight_dtype(args.precision), fabric.device)
-        if classifier.method == "lora":
+        if classifier.uses_lora:
             apply_lora(gpt, lora)
         model = Classifier(gpt, len(data.names), classifier, classify.class_weights(data.labels, balanced))
         classify.mark_trainable(model, classifier, lora_filter)
@@ -104,8 +108,9 @@ def main(
             since = time.perf_counter()
 
         trained = TrainedClassifier(asdict(classifier), asdict(lora), data.names, limit)
+        source = str(args.checkpoint_dir)
         description = Finetuned(
-            "classifier", asdict(trained), str(args.checkpoint_dir), base, tokenizer.fingerprint, prompt_style="none"
+            "classifier", asdict(trained), source, base, tokenizer.fingerprint, "none", quantization(gpt)
         )
         checkpoints = Checkpoints(folder, model, description)
         if classifier.method == "features":

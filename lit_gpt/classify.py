@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-Method = Literal["features", "head", "last_k", "lora", "full"]
+Method = Literal["features", "head", "last_k", "lora", "qlora", "full"]
 Pooling = Literal["last", "mean", "first"]
 
 
@@ -54,6 +54,10 @@ class ClassifierArgs:
             )
         if self.method == "features" and self.head_layers:
             raise InputError("A logistic regression on features has no hidden layers: use --method head.")
+
+    @property
+    def uses_lora(self) -> bool:
+        return self.method in ("lora", "qlora")
 
     def first_trained_block(self, n_layer: int) -> int:
         """Below it nothing changes, so that its input can be computed once."""
@@ -143,7 +147,7 @@ def mark_trainable(model: Classifier, args: ClassifierArgs, is_lora: Callable[[s
         parts = name.split(".")
         if parts[0] == "head":
             param.requires_grad = True
-        elif args.method == "lora":
+        elif args.uses_lora:
             param.requires_grad = is_lora(name)
         elif args.method == "full":
             param.requires_grad = True

@@ -72,10 +72,11 @@ def in_place(surgeon: Callable[[GPT, Any], Any]) -> Callable[[GPT, Any], GPT]:
 
 
 def as_classifier(model: GPT, trained: TrainedClassifier) -> Classifier:
-    if trained.args["method"] == "lora":
+    args = ClassifierArgs(**trained.args)
+    if args.uses_lora:
         apply_lora(model, LoRA(**trained.lora))
-    classifier = Classifier(model, len(trained.names), ClassifierArgs(**trained.args))
-    mark_trainable(classifier, ClassifierArgs(**trained.args), lora_filter)
+    classifier = Classifier(model, len(trained.names), args)
+    mark_trainable(classifier, args, lora_filter)
     return classifier
 
 

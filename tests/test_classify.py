@@ -219,12 +219,12 @@ def run(*command, **options) -> str:
     ).stdout
 
 
-@pytest.mark.parametrize(("method", "least"), [("features", 60), ("last_k", 80), ("lora", 80)])
+@pytest.mark.parametrize(("method", "least"), [("features", 60), ("last_k", 80), ("lora", 80), ("qlora", 80)])
 def test_a_classifier_learns_and_labels(method, least, tiny_dir, tmp_path) -> None:
     """From the command line to labels of the same texts."""
     csv_path = write_texts(tmp_path / "texts.csv", 120)
     flags = ["--checkpoint_dir", tiny_dir, "--data_path", csv_path, "--out_dir", tmp_path / "out", "--method", method]
-    flags += ["--train.learning_rate", 0.02 if method == "lora" else 0.003, "--train.epochs", 10, "--k", 2]
+    flags += ["--train.learning_rate", 0.02 if "lora" in method else 0.003, "--train.epochs", 10, "--k", 2]
     flags += ["--pooling", "mean"]
     output = run(ROOT / "finetune/classifier.py", *flags)
     assert float(output.split("Accuracy ")[1].split(" %")[0]) >= least
@@ -240,7 +240,8 @@ def test_a_classifier_learns_and_labels(method, least, tiny_dir, tmp_path) -> No
         capture_output=True,
         text=True,
     )
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "generate/classify.py" in refused.stderr
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert "generate/classify.py" in refused.stderr.splitlines()[-1]  # bitsandbytes may say more before
 
 
 def test_sweep(csv_path, tiny_dir, tmp_path) -> None:

@@ -1,0 +1,101 @@
+"""scripts/compare_methods.py on a tiny model: `pytest tests/test_compare.py`"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, make_tiny
+from test_train import write_data
+from torch.nn import functional as F
+
+from lit_gpt import InputError, Tokenizer
+from lit_gpt.checkpoint import load_model
+from lit_gpt.compare import METHODS, Budget, settle, text_loss
+from lit_gpt.finetuned import load_finetuned
+from lit_gpt.log import read_metrics
+
+
+def compare(folder: Path, **flags: Any) -> subprocess.CompletedProcess:
+    flags = {"checkpoint_dir": folder / "base", "data_dir": folder / "data", "out_dir": folder / "out"} | flags
+    command = [sys.executable, ROOT / "scripts/compare_methods.py"]
+    command += [part for flag, value in flags.items() for part in (f"--{flag}", value)]
+    return subprocess.run([*map(str, command)], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, sample_dir) -> Path:
+    """A comparison of everything. Its model has enough blocks for all methods."""
+    folder = tmp_path_factory.mktemp("compare")
+    make_tiny(folder / "base", sample_dir, num_hidden_layers=5)
+    write_data(folder / "data", folder / "base")
+    result = compare(folder, steps=4, flags="[--train.learning_rate, '0.01']")
+    assert result.returncode == 0, result.stderr
+    assert (folder / "out/compare.md").read_text() in result.stdout
+    return folder
+
+
+def outcomes(folder: Path) -> dict[str, dict]:
+    found = [json.loads(path.read_text()) for path in (folder / "out").glob("*/outcome.json")]
+    return {outcome["method"]: outcome for outcome in found}
+
+
+def test_all_methods_stand_side_by_side(folder) -> None:
+    """On the same tokens; the figures are those of the models."""
+    found, table = outcomes(folder), (folder / "out/compare.md").read_text()
+    assert found.keys() == METHODS.keys() and all(f"| {name} |" in table for name in METHODS)
+    rows = [read_metrics(path) for path in (folder / "out").glob("*/metrics.csv")]
+    assert len({tuple(row["tokens"] for row in run) for run in rows}) == 1 and len(rows) == len(METHODS)
+    model = load_model(folder / "base")
+    assert found["full"]["trained"] == sum(param.numel() for param in model.parameters())
+    assert found["LoRA, r 8"]["trained"] == found["QLoRA, r 8"]["trained"] == 5 * 8 * (48 + 48 + 48 + 16)
+    assert found["adapter"]["trained"] == 3 * (10 * 48 + 6) < found["adapter v2"]["trained"]
+    assert found["last 4 blocks"]["trained"] < found["full"]["trained"]
+    text = (ROOT / "lit_gpt/general.txt").read_text()
+    tuned, _ = load_finetuned(None, folder / "out/full/last")
+    tokenizer = Tokenizer(folder / "base")
+    gap = text_loss(tuned, tokenizer, text) - text_loss(model, tokenizer, text)
+    assert found["full"]["forgotten"] == pytest.approx(gap, rel=1e-6) and gap != 0
+    assert (folder / "out/compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+@torch.no_grad()
+def test_loss_of_a_text(tiny_dir) -> None:
+    """By hand: paragraphs apart, each token but the first of each."""
+    model, tokenizer = load_model(tiny_dir), Tokenizer(tiny_dir)
+    parts = ["The sun rose over the harbour.", "Then it rained."]
+    ids = [tokenizer.encode(part)[None] for part in parts]
+    losses = torch.cat([F.cross_entropy(model(x)[0, :-1], x[0, 1:], reduction="none") for x in ids])
+    assert text_loss(model, tokenizer, "\n\n".join(parts) + "\n") == pytest.approx(losses.mean().item(), rel=1e-5)
+
+
+def test_it_goes_on_where_it_stopped(folder, tmp_path) -> None:
+    """What is done is not repeated; a run that was killed goes on."""
+    shutil.copytree(folder / "out", tmp_path / "out")
+    before = outcomes(tmp_path)
+    (tmp_path / "out/adapter/outcome.json").unlink()
+    result = compare(folder, out_dir=tmp_path / "out", flags="[--train.learning_rate, '0.01']")
+    assert result.returncode == 0 and "Continuing after step 4" in result.stderr
+    assert [line for line in result.stderr.splitlines() if line in METHODS] == ["adapter"]
+    assert outcomes(tmp_path)["adapter"]["val_loss"] == before["adapter"]["val_loss"]
+
+
+def test_the_budget_is_found_by_a_few_steps(folder, tmp_path) -> None:
+    result = compare(folder, out_dir=tmp_path / "out", minutes=0.05, methods='["LoRA, r 8"]')
+    steps = json.loads((tmp_path / "out/compare.json").read_text())["steps"]
+    assert result.returncode == 0 and steps >= 1
+    rows = read_metrics(tmp_path / "out/LoRA-r-8/metrics.csv")
+    assert rows[-1]["step"] == steps
+
+
+def test_what_cannot_be_is_refused(folder, tmp_path) -> None:
+    result = compare(folder, methods="[lora]")
+    assert result.returncode == 2 and result.stderr.startswith("error: No method is called 'lora'. Known are: full;")
+    with pytest.raises(InputError, match="holds another comparison"):
+        settle(Budget("elsewhere", "data", 0, []), folder / "out")
+    result = compare(folder, out_dir=tmp_path / "out", steps=1, flags="[--learning_rat, '1']")
+    assert result.returncode == 2 and "full.py failed, for the reason above" in result.stderr.splitlines()[-1]

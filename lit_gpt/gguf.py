@@ -1,4 +1,4 @@
-"""GGUF files (llama.cpp's format) of the llama architecture, rewritten as Hugging Face checkpoint folders."""
+"""GGUF files (llama.cpp's format) of llama and qwen2, rewritten as Hugging Face checkpoint folders."""
 
 import json
 import math
@@ -37,17 +37,17 @@ IGNORES_MERGES = {"llama-bpe"}  # a word that is a token is not taken apart, wha
 ADDS_BOS = {"llama-bpe"}  # unless the file says otherwise
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # values of `tokenizer.ggml.token_type`: tokens taken out of a text first
 
-REQUIRED_KEYS = (
-    "llama.block_count", "llama.context_length", "llama.embedding_length", "llama.feed_forward_length",
-    "llama.attention.head_count", "llama.attention.layer_norm_rms_epsilon",
-    "tokenizer.ggml.pre", "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges",
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+TOKENIZER_KEYS = tuple(f"tokenizer.ggml.{key}" for key in ("pre", "tokens", "token_type", "merges"))
+REQUIRED_KEYS = (  # of the architecture
+    "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
 )  # fmt: skip
-# Any other key of the architecture that is not 0 means arithmetic that LlamaForCausalLM does not do.
+# Any other of its keys that is not 0 means arithmetic that the class in ARCHITECTURES does not do.
 OPTIONAL_KEYS = (
-    "llama.attention.head_count_kv", "llama.attention.key_length", "llama.attention.value_length",
-    "llama.rope.freq_base", "llama.rope.dimension_count", "llama.rope.scaling.type", "llama.rope.scaling.factor",
-    "llama.rope.scaling.original_context_length", "llama.rope.scaling.finetuned", "llama.rope.scale_linear",
-    "llama.vocab_size", "llama.tensor_data_layout",
+    "attention.head_count_kv", "attention.key_length", "attention.value_length", "rope.freq_base",
+    "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
+    "rope.scaling.finetuned", "rope.scale_linear", "vocab_size", "tensor_data_layout",
 )  # fmt: skip
 
 # Types of metadata values, as letters of `struct` where they are numbers.
@@ -197,16 +197,18 @@ def import_gguf() -> Any:
 
 
 def check_metadata(metadata: dict[str, Any]) -> None:
-    """Refuses by name what a LlamaForCausalLM folder with a byte-level BPE tokenizer cannot express."""
+    """Refuses by name what a Hugging Face folder with a byte-level BPE tokenizer cannot express."""
     architecture, tokenizer = metadata.get("general.architecture"), metadata.get("tokenizer.ggml.model")
-    if architecture != "llama":
-        raise InputError(f"The GGUF file's architecture is {architecture}; expected llama. Pass another --gguf_path.")
+    if architecture not in ARCHITECTURES:
+        known = " or ".join(ARCHITECTURES)
+        raise InputError(f"The GGUF file's architecture is {architecture}; expected {known}. Pass another --gguf_path.")
     if tokenizer != "gpt2":
         raise InputError(
             f"The GGUF file's tokenizer is of the kind {tokenizer}; expected gpt2 (byte-level BPE), the one that "
             "tokenizer.json repeats exactly. Use the model's Hugging Face folder instead."
         )
-    missing = [key for key in REQUIRED_KEYS if key not in metadata]
+    required = [f"{architecture}.{key}" for key in REQUIRED_KEYS]
+    missing = [key for key in (*required, *TOKENIZER_KEYS) if key not in metadata]
     if missing:
         raise InputError(
             f"The GGUF file has no {', '.join(missing)}. Make it again with llama.cpp's convert_hf_to_gguf.py."
@@ -216,36 +218,40 @@ def check_metadata(metadata: dict[str, Any]) -> None:
             f"The GGUF file is one of {metadata['split.count']} parts; expected a whole one. "
             "Join them: llama-gguf-split --merge FIRST_PART WHOLE_FILE"
         )
-    known = {*REQUIRED_KEYS, *OPTIONAL_KEYS}
-    foreign = [key for key, value in metadata.items() if key.startswith("llama.") and key not in known and value]
+    known = {*required, *(f"{architecture}.{key}" for key in OPTIONAL_KEYS)}
+    own = {key: value for key, value in metadata.items() if key.startswith(f"{architecture}.")}
+    foreign = [key for key, value in own.items() if key not in known and value]
     if foreign:
         found = ", ".join(f"{key} = {metadata[key]}" for key in foreign)
-        raise InputError(f"The GGUF file has {found}; a plain llama has none. Use the model's Hugging Face folder.")
+        raise InputError(
+            f"The GGUF file has {found}; a plain {architecture} has none. Use the model's Hugging Face folder."
+        )
 
 
 def hf_config(metadata: dict[str, Any], tensors: dict[str, StoredTensor], dtype: str) -> dict[str, Any]:
     """config.json, but for the special tokens."""
+    kind = metadata["general.architecture"]
 
     def number(key: str, default: float | None = None) -> Any:
-        value = metadata.get(f"llama.{key}", default)
+        value = metadata.get(f"{kind}.{key}", default)
         if isinstance(value, list) and len(set(value)) == 1:  # one number per layer
             value = value[0]
         if not isinstance(value, int | float):
-            raise InputError(f"The GGUF file has llama.{key} = {value}; expected one number for all layers.")
+            raise InputError(f"The GGUF file has {kind}.{key} = {value}; expected one number for all layers.")
         return float(str(np.float32(value))) if isinstance(value, float) else value  # 1e-5, not 9.999999747378752e-06
 
     heads, n_embd = number("attention.head_count"), number("embedding_length")
     head_size = number("attention.key_length", n_embd // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if number(key, head_size) != head_size:
-            raise InputError(f"The GGUF file has llama.{key} = {number(key)}; expected the head size, {head_size}.")
+            raise InputError(f"The GGUF file has {kind}.{key} = {number(key)}; expected the head size, {head_size}.")
     n_layer = number("block_count")
     if n_layer > len(tensors):
         raise InputError(f"The GGUF file has {len(tensors)} tensors for {n_layer} layers. Fetch it again.")
     rope_theta = number("rope.freq_base", 10000.0)
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
         "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
         "hidden_size": n_embd,
         "intermediate_size": number("feed_forward_length"),
@@ -258,8 +264,7 @@ def hf_config(metadata: dict[str, Any], tensors: dict[str, StoredTensor], dtype:
         "max_position_embeddings": number("context_length"),
         "rope_theta": rope_theta,
         "rope_scaling": rope_scaling(metadata, tensors, rope_theta, head_size),
-        "attention_bias": False,
-        "mlp_bias": False,
+        **({"attention_bias": False, "mlp_bias": False} if kind == "llama" else {}),
         "tie_word_embeddings": "output.weight" not in tensors,
         "torch_dtype": dtype,
     }
@@ -269,9 +274,10 @@ def rope_scaling(
     metadata: dict[str, Any], tensors: dict[str, StoredTensor], rope_theta: float, head_size: int
 ) -> dict[str, Any] | None:
     """Nothing, linear, or Llama 3's, of which the file holds only what each frequency is divided by."""
-    factor = metadata.get("llama.rope.scaling.factor", metadata.get("llama.rope.scale_linear")) or 1.0
-    kind = metadata.get("llama.rope.scaling.type", "linear")
-    original = metadata.get("llama.rope.scaling.original_context_length", 8192)
+    prefix = f"{metadata['general.architecture']}.rope"
+    factor = metadata.get(f"{prefix}.scaling.factor", metadata.get(f"{prefix}.scale_linear")) or 1.0
+    kind = metadata.get(f"{prefix}.scaling.type", "linear")
+    original = metadata.get(f"{prefix}.scaling.original_context_length", 8192)
     if ROPE_FACTORS not in tensors and (kind == "none" or kind == "linear" and factor == 1.0):
         return None
     if ROPE_FACTORS not in tensors and kind == "linear":
@@ -402,10 +408,13 @@ def tensor_sources(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ..
     for layer in range(config["num_hidden_layers"]):
         for name, (hf_name, letters) in LAYER_TENSORS.items():
             names[f"blk.{layer}.{name}"] = (f"model.layers.{layer}.{hf_name}", letters)
-    return {
-        f"{hf_name}.weight": (f"{name}.weight", tuple(sizes[letter] for letter in letters))
-        for name, (hf_name, letters) in names.items()
-    }
+    found = {}
+    for name, (hf_name, letters) in names.items():
+        shape = tuple(sizes[letter] for letter in letters)
+        found[f"{hf_name}.weight"] = (f"{name}.weight", shape)
+        if config["model_type"] == "qwen2" and name.endswith(("attn_q", "attn_k", "attn_v")):
+            found[f"{hf_name}.bias"] = (f"{name}.bias", shape[:1])
+    return found
 
 
 def check_tensors(sources: dict[str, tuple[str, tuple[int, ...]]], tensors: dict[str, StoredTensor]) -> None:
@@ -422,17 +431,17 @@ def check_tensors(sources: dict[str, tuple[str, tuple[int, ...]]], tensors: dict
             problems.append(f"{name} is of the type {tensors[name].kind.name}, which gguf cannot dequantize")
     if problems:
         more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise InputError(f"The GGUF file is no plain llama: {'; '.join(sorted(problems)[:5])}{more}. Fetch it again.")
+        raise InputError(f"The GGUF file is not what it says: {'; '.join(sorted(problems)[:5])}{more}. Fetch it again.")
 
 
 def hf_tensor(name: str, stored: StoredTensor, config: dict[str, Any]) -> torch.Tensor:
     """One tensor with Hugging Face's order of rows.
 
-    llama.cpp rotates the neighbours 2i and 2i + 1 of a head, Hugging Face i and i + head_size / 2.
+    Of llama, llama.cpp rotates the neighbours 2i and 2i + 1 of a head, Hugging Face i and i + head_size / 2.
     """
     values = torch.from_numpy(stored.dequantize().reshape(stored.shape).copy())
     heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(name.split(".")[-2])
-    if heads:
+    if heads and config["model_type"] == "llama":
         pairs = values.view(config[heads], -1, 2, values.shape[-1])  # (H, size / 2, 2, E)
         values = pairs.transpose(1, 2).reshape(values.shape)
     return values.to(getattr(torch, config["torch_dtype"]))

@@ -22,10 +22,19 @@ from record_llama_cpp import OTHER_KINDS, TOKENS_FILE, llama_cpp_tokens, vocabul
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import lit_gpt.gguf
+from lit_gpt.checkpoint import load_model
 from lit_gpt.errors import InputError
 from lit_gpt.gguf import FILES, convert_gguf
 
@@ -167,7 +176,7 @@ def gguf_tensors(model: LlamaForCausalLM, kind: str = "F32") -> dict[str, tuple[
     tensors = {}
     for name, tensor in model.state_dict().items():
         weight = tensor.numpy()
-        if "q_proj" in name or "k_proj" in name:
+        if model.config.model_type == "llama" and ("q_proj" in name or "k_proj" in name):
             heads = model.config.num_attention_heads if "q_proj" in name else model.config.num_key_value_heads
             weight = rows_as_in_llama_cpp(weight, heads)
         for theirs, ggml in names.items():
@@ -202,8 +211,10 @@ def gguf_metadata() -> dict[str, Any]:
     }
 
 
-def converted(folder: Path, metadata: dict[str, Any], tensors: dict, dtype: str = "float32") -> Path:
-    write_gguf(folder / "tiny.gguf", metadata, tensors)
+def converted(
+    folder: Path, metadata: dict[str, Any], tensors: dict, dtype: str = "float32", architecture: str = "llama"
+) -> Path:
+    write_gguf(folder / "tiny.gguf", metadata, tensors, architecture=architecture)
     convert_gguf(folder / "tiny.gguf", folder / "tiny", dtype)
     assert sorted(path.name for path in folder.iterdir()) == ["tiny", "tiny.gguf"]
     return folder / "tiny"
@@ -230,6 +241,28 @@ def test_tiny_model_comes_back_bit_for_bit(tied: bool, tmp_path: Path) -> None:
     for name, value in {**TINY, "tie_word_embeddings": tied, "bos_token_id": 1, "eos_token_id": [2, 3]}.items():
         assert getattr(found, name) == value, name
     assert found.pad_token_id is None and GenerationConfig.from_pretrained(folder).pad_token_id == 2
+
+
+@pytest.mark.parametrize("tied", (False, True))
+def test_qwen2_comes_back_bit_for_bit(tied: bool, tmp_path: Path) -> None:
+    """It has biases, and its rows are in Hugging Face's order."""
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**TINY, tie_word_embeddings=tied)).eval()
+    for name, param in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(param)
+    metadata = {key.replace("llama.", "qwen2."): value for key, value in gguf_metadata().items()}
+    metadata["tokenizer.ggml.pre"] = "qwen2"
+    folder = converted(tmp_path, metadata, gguf_tensors(model), architecture="qwen2")
+    stored, expected = load_file(folder / "model.safetensors"), model.state_dict()
+    assert stored.keys() == expected.keys() - ({"lm_head.weight"} if tied else set())
+    assert [name for name in stored if not torch.equal(stored[name], expected[name])] == []
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(model))
+    with torch.no_grad():
+        assert torch.allclose(load_model(folder)(torch.arange(100)[None]), logits(model), atol=1e-5)
+    without = {name: value for name, value in gguf_tensors(model).items() if name != "blk.1.attn_k.bias"}
+    write_gguf(tmp_path / "bad.gguf", metadata, without, architecture="qwen2")
+    refused(tmp_path / "bad.gguf", "blk.1.attn_k.bias is missing")
 
 
 @pytest.mark.parametrize(("kind", "dtype"), (("F16", "float32"), ("Q8_0", "float32"), ("F32", "bfloat16")))

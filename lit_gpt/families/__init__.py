@@ -20,7 +20,7 @@ from lit_gpt.errors import InputError
 
 FAMILIES = (
     "llama", "mistral", "mixtral", "qwen", "gemma", "phi", "phi3", "gpt_neox", "falcon", "gpt2", "stablelm", "olmo",
-    "granite", "smollm3", "gemma2",
+    "granite", "smollm3", "gemma2", "starcoder2",
 )  # fmt: skip
 
 

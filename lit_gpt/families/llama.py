@@ -6,45 +6,78 @@ from lit_gpt.families import usual
 
 MODEL_TYPES = ("llama",)
 
+SMOL = dict(vocab_size=49152, block_size=8192, rope_base=100000, norm_eps=1e-5, tie_embeddings=True)
+SMOL_SIZES = {
+    "135M": SMOL | dict(n_layer=30, n_head=9, n_query_groups=3, n_embd=576, intermediate_size=1536),
+    "360M": SMOL | dict(n_layer=32, n_head=15, n_query_groups=5, n_embd=960, intermediate_size=2560),
+    "1.7B": SMOL | dict(n_layer=24, n_head=32, n_embd=2048, intermediate_size=8192, rope_base=130000),
+}
+TINY = dict(n_layer=22, n_head=32, n_query_groups=4, n_embd=2048, intermediate_size=5632, block_size=2048)
+SIZES = {  # of Llama 1 and 2; the vocabulary of both has 32,000 tokens
+    "3b": dict(n_layer=26, n_head=32, n_embd=3200, intermediate_size=8640),  # OpenLLaMA's
+    "7b": dict(n_layer=32, n_head=32, n_embd=4096, intermediate_size=11008),
+    "13b": dict(n_layer=40, n_head=40, n_embd=5120, intermediate_size=13824),
+    "30b": dict(n_layer=60, n_head=52, n_embd=6656, intermediate_size=17920),
+    "65b": dict(n_layer=80, n_head=64, n_embd=8192, intermediate_size=22016),
+    "34b": dict(n_layer=48, n_head=64, n_query_groups=8, n_embd=8192, intermediate_size=22016),  # Code Llama's
+    "70b": dict(n_layer=80, n_head=64, n_query_groups=8, n_embd=8192, intermediate_size=28672),
+}
+LLAMA_1 = dict(block_size=2048, norm_eps=1e-6)
+LLAMA_2 = dict(block_size=4096, norm_eps=1e-5)
+CODE = dict(block_size=16384, norm_eps=1e-5, rope_base=1000000)
+CONDENSED_4, CONDENSED_8 = (dict(rope_scaling=dict(rope_type="linear", factor=factor)) for factor in (4.0, 8.0))
 LLAMA_3 = dict(vocab_size=128256, n_query_groups=8, rope_base=500000, norm_eps=1e-5)
-LLAMA_3_SCALING = dict(
-    rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
-)
+SIZES_3 = {
+    "1B": dict(n_layer=16, n_head=32, n_embd=2048, intermediate_size=8192, tie_embeddings=True),
+    "3B": dict(n_layer=28, n_head=24, n_embd=3072, head_size=128, intermediate_size=8192, tie_embeddings=True),
+    "8B": dict(n_layer=32, n_head=32, n_embd=4096, intermediate_size=14336),
+    "70B": dict(n_layer=80, n_head=64, n_embd=8192, intermediate_size=28672),
+    "405B": dict(n_layer=126, n_head=128, n_embd=16384, intermediate_size=53248),
+}
+
+
+def llama_3(size: str, factor: float | None) -> dict[str, Any]:
+    if factor is None:
+        return LLAMA_3 | SIZES_3[size] | dict(block_size=8192)
+    kind = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    return LLAMA_3 | SIZES_3[size] | dict(block_size=131072, rope_scaling=kind | dict(factor=factor))
+
+
 MODELS: dict[str, dict[str, Any]] = {
-    "HuggingFaceTB/SmolLM2-135M": dict(
-        n_layer=30, n_head=9, n_query_groups=3, n_embd=576, intermediate_size=1536, vocab_size=49152, block_size=8192,
-        rope_base=100000, norm_eps=1e-5, tie_embeddings=True,
-    ),
-    "HuggingFaceTB/SmolLM2-360M": dict(
-        n_layer=32, n_head=15, n_query_groups=5, n_embd=960, intermediate_size=2560, vocab_size=49152, block_size=8192,
-        rope_base=100000, norm_eps=1e-5, tie_embeddings=True,
-    ),
-    "HuggingFaceTB/SmolLM2-1.7B": dict(
-        n_layer=24, n_head=32, n_embd=2048, intermediate_size=8192, vocab_size=49152, block_size=8192,
-        rope_base=130000, norm_eps=1e-5, tie_embeddings=True,
-    ),
-    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": dict(
-        n_layer=22, n_head=32, n_query_groups=4, n_embd=2048, intermediate_size=5632, vocab_size=32000, block_size=2048,
-        norm_eps=1e-5,
-    ),
-    "meta-llama/Llama-2-7b-hf": dict(
-        n_layer=32, n_head=32, n_embd=4096, intermediate_size=11008, vocab_size=32000, block_size=4096, norm_eps=1e-5
-    ),
-    "meta-llama/Llama-2-13b-hf": dict(
-        n_layer=40, n_head=40, n_embd=5120, intermediate_size=13824, vocab_size=32000, block_size=4096, norm_eps=1e-5
-    ),
-    "meta-llama/Llama-3.2-1B": LLAMA_3 | dict(
-        n_layer=16, n_head=32, n_embd=2048, intermediate_size=8192, block_size=131072, tie_embeddings=True,
-        rope_scaling=LLAMA_3_SCALING | dict(factor=32.0),
-    ),
-    "meta-llama/Llama-3.2-3B": LLAMA_3 | dict(
-        n_layer=28, n_head=24, n_embd=3072, head_size=128, intermediate_size=8192, block_size=131072,
-        tie_embeddings=True, rope_scaling=LLAMA_3_SCALING | dict(factor=32.0),
-    ),
-    "meta-llama/Llama-3.1-8B": LLAMA_3 | dict(
-        n_layer=32, n_head=32, n_embd=4096, intermediate_size=14336, block_size=131072,
-        rope_scaling=LLAMA_3_SCALING | dict(factor=8.0),
-    ),
+    **{f"HuggingFaceTB/SmolLM2-{size}{kind}": SMOL_SIZES[size] for size in SMOL_SIZES for kind in ("", "-Instruct")},
+    "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": TINY | dict(norm_eps=1e-5),
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": TINY | dict(norm_eps=1e-5),
+    **{f"huggyllama/llama-{size}": LLAMA_1 | SIZES[size] for size in ("7b", "13b", "30b", "65b")},
+    **{f"meta-llama/Llama-2-{size}{kind}-hf": LLAMA_2 | SIZES[size]
+       for size in ("7b", "13b", "70b") for kind in ("", "-chat")},
+    "meta-llama/Meta-Llama-3-8B": llama_3("8B", None),
+    "meta-llama/Meta-Llama-3-8B-Instruct": llama_3("8B", None),
+    "meta-llama/Meta-Llama-3-70B": llama_3("70B", None),
+    "meta-llama/Meta-Llama-3-70B-Instruct": llama_3("70B", None),
+    **{f"meta-llama/Llama-3.1-{size}{kind}": llama_3(size, 8.0)
+       for size in ("8B", "70B", "405B") for kind in ("", "-Instruct")},
+    **{f"meta-llama/Llama-3.2-{size}{kind}": llama_3(size, 32.0)
+       for size in ("1B", "3B") for kind in ("", "-Instruct")},
+    "meta-llama/Llama-3.3-70B-Instruct": llama_3("70B", 8.0),
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": llama_3("8B", 8.0),
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-70B": llama_3("70B", 8.0),
+    **{f"lmsys/vicuna-{size}-v1.3": LLAMA_1 | SIZES[of] for size, of in (("7b", "7b"), ("13b", "13b"), ("33b", "30b"))},
+    **{f"lmsys/vicuna-{size}-v1.5": LLAMA_2 | SIZES[size] for size in ("7b", "13b")},
+    **{f"lmsys/vicuna-{size}-v1.5-16k": LLAMA_2 | SIZES[size] | CONDENSED_4 | dict(block_size=16384)
+       for size in ("7b", "13b")},
+    **{f"lmsys/longchat-{size}-16k": LLAMA_1 | SIZES[size] | CONDENSED_8 | dict(block_size=16384)
+       for size in ("7b", "13b")},
+    **{f"openlm-research/open_llama_{size}": LLAMA_1 | SIZES[size] for size in ("3b", "7b", "13b")},
+    "garage-bAInd/Platypus-30B": LLAMA_1 | SIZES["30b"],
+    **{f"garage-bAInd/Platypus2-{size}": LLAMA_2 | SIZES[size.lower()] for size in ("7B", "13B", "70B")},
+    "garage-bAInd/Platypus2-70B-instruct": LLAMA_2 | SIZES["70b"],
+    "NousResearch/Nous-Hermes-13b": LLAMA_1 | SIZES["13b"] | dict(vocab_size=32001),
+    "NousResearch/Nous-Hermes-llama-2-7b": LLAMA_2 | SIZES["7b"],
+    "NousResearch/Nous-Hermes-Llama2-13b": LLAMA_2 | SIZES["13b"] | dict(vocab_size=32032),
+    "stabilityai/FreeWilly2": LLAMA_2 | SIZES["70b"],
+    **{f"codellama/CodeLlama-{size}{kind}-hf": CODE | SIZES[size] | (
+        {} if size == "34b" or kind == "-Python" else dict(vocab_size=32016))
+       for size in ("7b", "13b", "34b") for kind in ("", "-Python", "-Instruct")},
 }  # fmt: skip
 
 WEIGHTS = {
@@ -66,7 +99,7 @@ TRANSPOSED = ()
 IGNORED = ("rotary_emb.inv_freq",)  # old exports saved this constant in every layer
 
 # what their config.json does not say: the positions of LongChat's first models are condensed by 8
-LONGCHAT = dict(rope_scaling=dict(rope_type="linear", factor=8.0), block_size=16384)
+LONGCHAT = CONDENSED_8 | dict(block_size=16384)
 EXCEPTIONS = {"longchat-7b-16k": LONGCHAT, "longchat-13b-16k": LONGCHAT}
 
 

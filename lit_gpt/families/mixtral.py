@@ -10,12 +10,12 @@ MIXTRAL = dict(
     mlp="LLaMAMoE", n_expert=8, n_expert_per_token=2, n_layer=32, n_head=32, n_query_groups=8, n_embd=4096,
     intermediate_size=14336, vocab_size=32000, block_size=32768, norm_eps=1e-5, rope_base=1000000.0,
 )  # fmt: skip
+SIZE_22B = dict(n_layer=56, n_head=48, n_embd=6144, intermediate_size=16384, block_size=65536)
 MODELS: dict[str, dict[str, Any]] = {
     "mistralai/Mixtral-8x7B-v0.1": MIXTRAL,
     "mistralai/Mixtral-8x7B-Instruct-v0.1": MIXTRAL,
-    "mistralai/Mixtral-8x22B-v0.1": MIXTRAL | dict(
-        n_layer=56, n_head=48, n_embd=6144, intermediate_size=16384, block_size=65536
-    ),
+    "mistralai/Mixtral-8x22B-v0.1": MIXTRAL | SIZE_22B,
+    "mistralai/Mixtral-8x22B-Instruct-v0.1": MIXTRAL | SIZE_22B | dict(vocab_size=32768),
 }  # fmt: skip
 
 WEIGHTS = {theirs: ours for theirs, ours in llama.WEIGHTS.items() if ".mlp." not in theirs} | {

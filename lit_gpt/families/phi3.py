@@ -13,8 +13,13 @@ PHI_4 = dict(
 )  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "microsoft/Phi-3-mini-4k-instruct": PHI_3 | dict(block_size=4096, sliding_window=2047),
+    "microsoft/Phi-3-medium-4k-instruct": PHI_3 | dict(
+        n_layer=40, n_head=40, n_query_groups=10, n_embd=5120, intermediate_size=17920, block_size=4096,
+        sliding_window=2047,
+    ),
     "microsoft/phi-4": PHI_4,
-}
+    "microsoft/Phi-4-reasoning": PHI_4 | dict(block_size=32768, rope_base=500000),
+}  # fmt: skip
 
 WEIGHTS = {key: value for key, value in llama.WEIGHTS.items() if not key.endswith(("_proj",))} | {
     "model.layers.{}.self_attn.qkv_proj": (

@@ -21,6 +21,7 @@ QWEN_3 = dict(
     qk_norm="per_head", norm_eps=1e-6, rope_base=1000000.0, vocab_size=151936, block_size=40960, head_size=128,
     n_query_groups=8,
 )  # fmt: skip
+QWEN_3_MOE = dict(mlp="LLaMAMoE", n_expert=128, n_expert_per_token=8, n_query_groups=4)
 SIZES_3 = {
     "0.6B": dict(n_layer=28, n_head=16, n_embd=1024, intermediate_size=3072, tie_embeddings=True),
     "1.7B": dict(n_layer=28, n_head=16, n_embd=2048, intermediate_size=6144, tie_embeddings=True),
@@ -28,16 +29,25 @@ SIZES_3 = {
     "8B": dict(n_layer=36, n_head=32, n_embd=4096, intermediate_size=12288),
     "14B": dict(n_layer=40, n_head=40, n_embd=5120, intermediate_size=17408),
     "32B": dict(n_layer=64, n_head=64, n_embd=5120, intermediate_size=25600),
-    "30B-A3B": dict(
-        mlp="LLaMAMoE", n_expert=128, n_expert_per_token=8, moe_intermediate_size=768, n_layer=48, n_head=32,
-        n_query_groups=4, n_embd=2048, intermediate_size=6144,
+    "30B-A3B": QWEN_3_MOE | dict(
+        moe_intermediate_size=768, n_layer=48, n_head=32, n_embd=2048, intermediate_size=6144
+    ),
+    "235B-A22B": QWEN_3_MOE | dict(
+        moe_intermediate_size=1536, n_layer=94, n_head=64, n_embd=4096, intermediate_size=12288
     ),
 }  # fmt: skip
+WITH_BASE = ("0.6B", "1.7B", "4B", "8B", "14B", "30B-A3B")  # Qwen 3 without instruction tuning
 MODELS: dict[str, dict[str, Any]] = {
+    **{f"Qwen/Qwen2-{size}": QWEN_2 | SIZES_2[size] | dict(block_size=131072)
+       for size in ("0.5B", "1.5B", "7B", "72B")},
+    **{f"Qwen/Qwen2-{size}-Instruct": QWEN_2 | SIZES_2[size] for size in ("0.5B", "1.5B", "7B")},
     **{f"Qwen/Qwen2.5-{size}": QWEN_2 | sizes | (dict(block_size=131072) if size in LONG else {})
        for size, sizes in SIZES_2.items()},
     **{f"Qwen/Qwen2.5-{size}-Instruct": QWEN_2 | sizes for size, sizes in SIZES_2.items()},
+    **{f"Qwen/Qwen2.5-Coder-{size}{kind}": QWEN_2 | SIZES_2[size]
+       for size in ("0.5B", "1.5B", "3B", "7B", "14B", "32B") for kind in ("", "-Instruct")},
     **{f"Qwen/Qwen3-{size}": QWEN_3 | sizes for size, sizes in SIZES_3.items()},
+    **{f"Qwen/Qwen3-{size}-Base": QWEN_3 | SIZES_3[size] | dict(block_size=32768) for size in WITH_BASE},
 }  # fmt: skip
 
 WEIGHTS = llama.WEIGHTS | {

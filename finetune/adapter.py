@@ -48,7 +48,7 @@ def main(
 
     model = build_model(this.config)  # no weights yet
     quantize_linears(model, quantize)
-    base = load_weights(model, args.checkpoint_dir, weight_dtype(args.precision), this.fabric.device)
+    base = load_weights(model, args.checkpoint_dir, weight_dtype(args.precision), this.device)
     apply_adapter(model, adapter)  # gates are zero, so nothing has changed yet
     mark_only_adapter_as_trainable(model)
 

@@ -48,7 +48,7 @@ def main(
 
     model = build_model(this.config)  # no weights yet
     quantize_linears(model, quantize)
-    base = load_weights(model, args.checkpoint_dir, weight_dtype(args.precision), this.fabric.device)
+    base = load_weights(model, args.checkpoint_dir, weight_dtype(args.precision), this.device)
     apply_adapter_v2(model, adapter)  # gates and biases are zero, scales one: nothing has changed yet
     mark_only_adapter_v2_as_trainable(model)
 

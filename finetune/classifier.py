@@ -14,76 +14,56 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from lit_gpt import Config, Tokenizer, classify
+from lit_gpt import Config, InputError, Tokenizer, classify
 from lit_gpt.checkpoint import build_model, load_weights
-from lit_gpt.classify import Classifier, ClassifierArgs, Method, Pooling, Scores, Texts, TrainedClassifier
+from lit_gpt.classify import Classifier, ClassifierArgs, Scores, TextArgs, Texts, TrainedClassifier
 from lit_gpt.cli import command, run
-from lit_gpt.device import launch, weight_dtype
+from lit_gpt.device import is_sharded, loading_device, weight_dtype
 from lit_gpt.finetuned import Checkpoints, Finetuned, claim_out_dir, load_trained, start_run
 from lit_gpt.lora import LoRA, apply_lora, lora_filter
 from lit_gpt.quantize import Quantize, quantization, quantize_linears
-from lit_gpt.recipe import LaunchArgs, set_blocks
+from lit_gpt.recipe import LaunchArgs, chosen, set_blocks, start
 from lit_gpt.sweep import steps_of, sweep_steps
 from lit_gpt.train import TrainArgs, fit
 
 
 def main(
-    data_path: Path,
     out_dir: Path = Path("out/classifier"),
-    method: Method = "last_k",
-    k: int = 1,
-    head_layers: int = 0,
-    pooling: Pooling = "last",
-    balanced: bool = False,
     lora: LoRA = LoRA(r=8, alpha=16, query=True, value=True),
     quantize: Quantize = "bnb.nf4",
     train: TrainArgs = TrainArgs(learning_rate=3e-4, warmup_steps=10, global_batch_size=16, epochs=3),
-    text_key: str = "text",
-    label_key: str = "label",
-    max_seq_length: int = 512,
-    val_fraction: float = 0.2,
     sweep: bool = False,
     sweep_seeds: int = 3,
-    **shared: Annotated[Any, LaunchArgs],
+    **shared: Annotated[Any, LaunchArgs, ClassifierArgs, TextArgs],
 ) -> None:
     """Fine-tune a classifier.
 
     Args:
-        data_path: A .csv, .json or .jsonl file of texts and labels. A column `split` may say train or val.
         out_dir: Where the trained weights, the settings and the report of this run go.
-        method: features: a logistic regression on hidden states that are computed once. head: the output layer alone.
-            last_k: also the last k blocks and the final norm. lora: the output layer, and LoRA in the blocks. qlora:
-            the same over a quantized base. full: all weights.
-        k: For last_k: how many blocks.
-        head_layers: Hidden layers in the output layer.
-        pooling: Which hidden state stands for a text: of its last token, the mean of all, or of its first. In a causal
-            model the first token knows nothing of the others.
-        balanced: Weigh each class by the inverse of how often it occurs, so that rare classes count as much.
         lora: For the methods lora and qlora: the rank, and which matrices of which layers.
         quantize: For the method qlora: the 4 or 8 bits of the frozen linears; see lit_gpt/quantize.py.
         train: The optimizer, the batch and the intervals; see lit_gpt/train.py.
-        text_key: The column of the texts.
-        label_key: The column of the labels.
-        max_seq_length: Longer texts are cut to their first tokens.
-        val_fraction: Share of the distinct texts that is set aside for validation, where no column names a split.
         sweep: Try everything between the output layer and all blocks, and draw accuracy against minutes.
         sweep_seeds: How often, each time with other texts for validation.
-        shared: The flags of every recipe: --checkpoint_dir, --precision ...; see lit_gpt/recipe.py.
+        shared: --method, --pooling ..., --data_path ... and --checkpoint_dir, --precision ...; see lit_gpt/classify.py
+            and lit_gpt/recipe.py.
     """
-    settings = {key: value for key, value in locals().items() if key != "shared"}
-    args = LaunchArgs(out_dir=out_dir, **shared)
+    settings = {key: value for key, value in locals().items() if key != "shared"} | shared
+    classifier, source = chosen(ClassifierArgs, shared), chosen(TextArgs, shared)
+    args = chosen(LaunchArgs, shared | {"out_dir": out_dir})
     settings |= vars(args)
-    classifier = ClassifierArgs(method, k, head_layers, pooling, balanced)
     claim_out_dir(out_dir, args.resume, args.overwrite)
     tokenizer, config = Tokenizer(args.checkpoint_dir), Config.from_checkpoint(args.checkpoint_dir)
-    steps = steps_of(classifier, config.n_layer) if sweep else {method: classifier}
+    steps = steps_of(classifier, config.n_layer) if sweep else {classifier.method: classifier}
     depths = {step.first_trained_block(config.n_layer) for step in steps.values()} - {0}
-    data = classify.read_labelled(data_path, text_key, label_key)
-    limit = min(max_seq_length, config.block_size)
+    data = classify.read_labelled(source.data_path, source.text_key, source.label_key)
+    limit = min(source.max_seq_length, config.block_size)
     ids = classify.encode(data.texts, tokenizer, limit)
     texts = Texts(ids, data.labels, np.arange(len(ids)))
-    sides = partial(classify.split, data, val_fraction)
-    fabric = launch(args.devices, args.precision, args.seed, args.logger, str(out_dir))
+    sides = partial(classify.split, data, source.val_fraction)
+    fabric = start(args)
+    if fabric.world_size > 1 and (depths or is_sharded(fabric)):
+        raise InputError("Several devices train --method lora, qlora or full, with --strategy auto and no --sweep.")
     if fabric.is_global_zero:
         start_run(out_dir, settings)
 
@@ -92,10 +72,10 @@ def main(
         since = time.perf_counter()
         gpt = build_model(config)
         quantize_linears(gpt, quantize if classifier.method == "qlora" else None)
-        base = load_weights(gpt, args.checkpoint_dir, weight_dtype(args.precision), fabric.device)
+        base = load_weights(gpt, args.checkpoint_dir, weight_dtype(args.precision), loading_device(fabric))
         if classifier.uses_lora:
             apply_lora(gpt, lora)
-        model = Classifier(gpt, len(data.names), classifier, classify.class_weights(data.labels, balanced))
+        model = Classifier(gpt, len(data.names), classifier, classify.class_weights(data.labels, classifier.balanced))
         classify.mark_trainable(model, classifier, lora_filter)
 
         train_data, val_data = (texts.choose(part) for part in sides(seed))
@@ -108,11 +88,8 @@ def main(
             since = time.perf_counter()
 
         trained = TrainedClassifier(asdict(classifier), asdict(lora), data.names, limit)
-        source = str(args.checkpoint_dir)
-        description = Finetuned(
-            "classifier", asdict(trained), source, base, tokenizer.fingerprint, "none", quantization(gpt)
-        )
-        checkpoints = Checkpoints(folder, model, description)
+        of = str(args.checkpoint_dir), base, tokenizer.fingerprint, "none", quantization(gpt)
+        checkpoints = Checkpoints(folder, model, Finetuned("classifier", asdict(trained), *of))
         if classifier.method == "features":
             classify.fit_logistic_regression(model, train_data, train.micro_batch_size)
             checkpoints.save("best")
@@ -127,6 +104,7 @@ def main(
         sweep_steps(train_one, steps, data, sides, range(sweep_seeds), out_dir)
     else:
         scores = train_one(classifier, args.seed, out_dir)
+    if not sweep and fabric.is_global_zero:
         classify.report(scores, data.names, out_dir, command(), settings)
 
 

@@ -43,10 +43,10 @@ def main(
     """
     settings = locals()
     args = RunArgs(out_dir=out_dir, **shared)
-    this = begin(args, settings)  # finds what is wrong before a weight is read, and starts the processes
+    this = begin(args, settings, shard=True)  # finds what is wrong before a weight is read, and starts the processes
 
     model = build_model(this.config)  # no weights yet
-    base = load_weights(model, args.checkpoint_dir, weight_dtype(args.precision), this.fabric.device)
+    base = load_weights(model, args.checkpoint_dir, weight_dtype(args.precision), this.device)
     mark_chosen_as_trainable(model, Full(train_only))
 
     finetune(this, model, train, "full", Full(train_only), base)

@@ -50,7 +50,7 @@ def main(
 
     model = build_model(this.config)  # no weights yet
     quantize_linears(model, quantize)  # its linears will keep codes of what they are loaded with
-    base = load_weights(model, args.checkpoint_dir, weight_dtype(args.precision), this.fabric.device)
+    base = load_weights(model, args.checkpoint_dir, weight_dtype(args.precision), this.device)
     apply_lora(model, lora)  # the chosen linears -> LoRALinear, in place; B is zero, so nothing has changed yet
     mark_only_lora_as_trainable(model)
 

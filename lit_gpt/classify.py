@@ -38,14 +38,38 @@ Pooling = Literal["last", "mean", "first"]
 
 
 @dataclass(frozen=True)
+class TextArgs:
+    """Where the texts and labels are."""
+
+    data_path: Path
+    """A .csv, .json or .jsonl file of texts and labels. A column `split` may say train or val."""
+    text_key: str = "text"
+    """The column of the texts."""
+    label_key: str = "label"
+    """The column of the labels."""
+    max_seq_length: int = 512
+    """Longer texts are cut to their first tokens."""
+    val_fraction: float = 0.2
+    """Share of the distinct texts that is set aside for validation, where no column names a split."""
+
+
+@dataclass(frozen=True)
 class ClassifierArgs:
-    """What is trained of a classifier. finetune/classifier.py explains each."""
+    """What is trained of a classifier."""
 
     method: Method = "last_k"
+    """features: a logistic regression on hidden states that are computed once. head: the output layer alone. last_k:
+    also the last k blocks and the final norm. lora: the output layer, and LoRA in the blocks. qlora: the same over a
+    quantized base. full: all weights."""
     k: int = 1
+    """For last_k: how many blocks."""
     head_layers: int = 0
+    """Hidden layers in the output layer."""
     pooling: Pooling = "last"
+    """Which hidden state stands for a text: of its last token, the mean of all, or of its first. In a causal model the
+    first token knows nothing of the others."""
     balanced: bool = False
+    """Weigh each class by the inverse of how often it occurs, so that rare classes count as much."""
 
     def __post_init__(self) -> None:
         if self.k < 1 or self.head_layers < 0:

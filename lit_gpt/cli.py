@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
@@ -42,6 +43,8 @@ def run(main: Callable[..., None]) -> None:
 
 def fail(line: str, status: int = 2) -> None:
     sys.stdout.flush()
+    if int(os.environ.get("LOCAL_RANK") or 0):
+        time.sleep(10)  # what all processes of a run find wrong the first one says, and ends the others
     line = re.sub(r"\s*\n\s*", " ", line.strip())  # a message of another library may have several
     print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(status)

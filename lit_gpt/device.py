@@ -1,10 +1,12 @@
-"""Where a run happens: devices, precision, processes. The only file that says "cuda", "mps" or "ddp"."""
+"""Where a run happens: devices, precision, processes. The only file that says "cuda", "mps", "ddp" or "fsdp"."""
 
 import atexit
+import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 Precision = Literal["auto", "bf16-true", "bf16-mixed", "16-true", "16-mixed", "32-true"]
 DType = Literal["float32", "bfloat16", "float16"]
 LoggerName = Literal["tensorboard", "wandb"]
+Strategy = Literal["auto", "ddp", "fsdp"]
 
 
 def accelerator() -> str:
@@ -59,37 +62,146 @@ def launch(
     seed: int = 0,
     logger: LoggerName | None = None,
     log_dir: str = "out",
+    num_nodes: int = 1,
+    strategy: Strategy = "auto",
+    shard: bool = False,
 ) -> "Fabric":
-    """Starts the processes of a run, one per device, each with the same seed.
+    """Starts the processes of a run, one per device, each with the same seed. Under torchrun they are there already.
+
+    `shard` is what strategy "auto" means where there are several: split all weights among the devices (fsdp), or give
+    each a copy (ddp).
 
     Raises:
-        InputError: there are fewer devices, or the logger is not installed.
+        InputError: there are fewer devices, torchrun was told another number, or the logger is not installed.
     """
     from lightning.fabric import Fabric
 
     kind = accelerator()
-    if devices < 1:
-        raise InputError(f"--devices {devices}, expected 1 or more.")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+        if devices not in (1, local) or num_nodes not in (1, world // local):
+            raise InputError(
+                f"torchrun started {local} processes on each of {world // local} machines, but --devices is {devices}"
+                f" and --num_nodes {num_nodes}. Leave both flags out."
+            )
+        devices, num_nodes = local, world // local
+    if min(devices, num_nodes) < 1:
+        raise InputError(f"--devices {devices} --num_nodes {num_nodes}, expected 1 or more.")
     if kind == "cuda" and devices > torch.cuda.device_count():
         raise InputError(f"--devices {devices}, but this machine has {torch.cuda.device_count()} GPUs.")
-    if kind == "mps" and devices > 1:
+    if kind == "mps" and devices * num_nodes > 1:
         raise InputError(f"--devices {devices}, but PyTorch drives one Apple GPU only.")
+    if strategy == "auto":
+        strategy = "fsdp" if shard else "ddp"
     fabric = Fabric(
         accelerator=kind,
         devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
+        num_nodes=num_nodes,
+        strategy=strategy_of(strategy, devices * num_nodes) if devices * num_nodes > 1 else "auto",
         plugins=[precision_plugin(resolve_precision(precision), kind)],
         loggers=make_loggers(logger, log_dir),
     )
     fabric.launch()
-    atexit.register(end, getattr(fabric.strategy.launcher, "procs", []))
+    if fabric.world_size > 1:
+        watch(getattr(fabric.strategy.launcher, "procs", []), first=fabric.is_global_zero)
     torch.manual_seed(seed)
     return fabric
 
 
-def end(processes: list[subprocess.Popen]) -> None:
+def strategy_of(name: Strategy, n_processes: int) -> Any:
+    """Fabric's. fsdp is torch's `fully_shard`: each block, and then the rest, is whole only while it is at work."""
+    if name == "ddp":
+        return name
+    from lightning.fabric.strategies import ModelParallelStrategy
+
+    return ModelParallelStrategy(split_weights, data_parallel_size=n_processes, tensor_parallel_size=1)
+
+
+def split_weights(model: torch.nn.Module, mesh: Any) -> torch.nn.Module:
+    """Keeps a slice of the rows of every parameter, trained or frozen, in codes or not, on each device."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in getattr(model, "gpt", model).transformer.h:
+        fully_shard(block, mesh=mesh["data_parallel"])
+    return fully_shard(model, mesh=mesh["data_parallel"])
+
+
+def is_sharded(fabric: "Fabric") -> bool:
+    """Whether each process will hold a slice of the model only, so that all must take part whenever it is used."""
+    return type(fabric.strategy).__name__ == "ModelParallelStrategy"
+
+
+def is_first() -> bool:
+    """Whether this process is the first of its run, or the only one."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def loading_device(fabric: "Fabric") -> torch.device:
+    """Where weights are read to: what is to be split goes through the host's memory, as a whole model per process."""
+    return torch.device("cpu") if is_sharded(fabric) else fabric.device
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter that is split among the processes, put together; any other as it is. All must call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def whole_parameters(
+    model: torch.nn.Module, keep: Callable[[str, torch.Tensor], bool]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters that `keep` chooses, one after the other, put together. All processes must go through them."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):  # what a validation left whole belongs to `fully_shard`, and is not to be lent
+            module.reshard()
+    for name, param in model.named_parameters():
+        if keep(name, param):
+            yield name, whole(param).detach()
+
+
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def split_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, which every process has, split as `like` is."""
+    if not hasattr(like, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+def watch(processes: list[subprocess.Popen], first: bool) -> None:
+    """Ends all processes of a run within seconds of the end of one, and lets that one have the last word.
+
+    Without it the others wait for the one that is gone, or print what they think of its absence.
+    """
+    parent = os.getppid()
+    atexit.register(end, processes)
+
+    def look() -> None:
+        while True:
+            time.sleep(0.5)
+            if processes and (failed := [process for process in processes if process.poll()]):
+                if failed[0].returncode < 0:
+                    rank = processes.index(failed[0]) + 1
+                    print(f"error: process {rank} was ended by signal {-failed[0].returncode}.", file=sys.stderr)
+                end(processes, seconds=0)
+                os._exit(2 if failed[0].returncode == 2 else 1)
+            if not processes and os.getppid() != parent:  # the first process, which started this one, is gone
+                os._exit(1)
+
+    def report(*error: Any) -> None:
+        time.sleep(2 if first else 10)  # if it is the echo of another's end, this one will not live so long
+        sys.__excepthook__(*error)
+
+    sys.excepthook = report
+    threading.Thread(target=look, daemon=True).start()
+
+
+def end(processes: list[subprocess.Popen], seconds: float = 5) -> None:
     """Ends the other processes of a run whose first one has failed: they would wait for it, for up to half an hour."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + seconds
     for process in processes:
         try:
             process.wait(max(0, deadline - time.monotonic()))

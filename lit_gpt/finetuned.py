@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,7 @@ from lit_gpt.checkpoint import (
 from lit_gpt.classify import Classifier, ClassifierArgs, TrainedClassifier, mark_trainable
 from lit_gpt.cli import plain, read_hyperparameters, save_hyperparameters
 from lit_gpt.config import SAMPLE, Config, read_json
+from lit_gpt.device import is_first, split_like, whole, whole_parameters
 from lit_gpt.errors import InputError
 from lit_gpt.files import beside, new_folder, recover
 from lit_gpt.full import Full, mark_chosen_as_trainable
@@ -49,7 +51,8 @@ RUN_FILES += [name for file in ("metrics.csv", "report.md", "loss.png") for name
 RUN_FILES += ["hyperparameters.yaml", "tensorboard", "wandb"]
 # what may differ when a run goes on: where its files are (fingerprints tell whether they are the same), when to stop,
 # and what changes no result
-MAY_CHANGE = {"checkpoint_dir", "data_dir", "out_dir", "devices", "activation_checkpointing", "logger", "n_answers"}
+MAY_CHANGE = {"checkpoint_dir", "data_dir", "out_dir", "logger", "n_answers"}
+MAY_CHANGE |= {"devices", "num_nodes", "strategy", "activation_checkpointing"}
 MAY_CHANGE |= {f"train.{key}" for key in ("max_hours", "patience", "save_interval", "keep_steps")}
 MAY_CHANGE |= {f"train.{key}" for key in ("micro_batch_size", "micro_batch_tokens", "share_prefixes")}
 
@@ -107,32 +110,37 @@ class Finetuned:
 class Checkpoints:
     """The folders `last` and `best` of a run.
 
-    Both hold the trained weights with all that is needed to use them, `last` also what is needed to train on.
+    Both hold the trained weights with all that is needed to use them, `last` also what is needed to train on. Every
+    process of a run must call its methods, since each may hold a part of the weights; only the first one writes.
     """
 
     def __init__(self, out_dir: Path, model: GPT, description: Finetuned) -> None:
-        self.out_dir, self.model, self.description = out_dir, model, description
+        self.out_dir, self.model, self.description, self.writes = out_dir, model, description, is_first()
         self.keep = METHODS[description.method].filter
 
     def save(self, name: str) -> None:
-        with new_folder(self.out_dir / name) as folder:
+        with new_folder(self.out_dir / name) if self.writes else nullcontext() as folder:
             self.write_weights(folder)
 
     def save_state(self, name: str, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
         """Saves the weights, and with them the optimizer and `progress`, which is JSON."""
-        with new_folder(self.out_dir / name) as folder:
+        with new_folder(self.out_dir / name) if self.writes else nullcontext() as folder:
             self.write_weights(folder)
             tensors = flatten(optimizer.state_dict()["state"])  # its settings are the run's
-            save_tensors(tensors, folder / "state.safetensors", {"progress": json.dumps(progress)})
+            if folder is not None:
+                save_tensors(tensors, folder / "state.safetensors", {"progress": json.dumps(progress)})
 
-    def write_weights(self, folder: Path) -> None:
+    def write_weights(self, folder: Path | None) -> None:
         """What the method keeps, as a file; all weights, as a Hugging Face folder."""
-        weights = {key: value for key, value in self.model.named_parameters() if self.keep(key, value)}
+        weights = whole_parameters(self.model, self.keep)
         header = {"lit_gpt": json.dumps(asdict(self.description))}
-        if self.description.method == "full":
-            source = Path(self.description.checkpoint_dir)
-            return write_files(weights.items(), self.model.config, source, folder, metadata=header)
-        save_tensors(weights, folder / f"{self.description.method}.safetensors", header)
+        if folder is None:
+            for _ in weights:  # only to take part
+                pass
+        elif self.description.method == "full":
+            write_files(weights, self.model.config, Path(self.description.checkpoint_dir), folder, metadata=header)
+        else:
+            save_tensors(dict(weights), folder / f"{self.description.method}.safetensors", header)
 
     def recover(self) -> None:
         for name in ("last", "best"):
@@ -148,9 +156,12 @@ class Checkpoints:
         if changed:
             raise InputError(f"{last} was trained with another {' and '.join(changed)}. Use the settings of that run.")
         load_trained(self.model, last, found.method)
-        tensors = dict(read_tensors([last / "state.safetensors"]))
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": unflatten(tensors), "param_groups": groups})
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        state = unflatten(dict(read_tensors([last / "state.safetensors"])))
+        for index, entry in state.items():
+            like = params[index]
+            entry |= {k: split_like(v, like) for k, v in entry.items() if getattr(v, "shape", None) == like.shape}
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         return json.loads(read_metadata(last / "state.safetensors")["progress"])
 
 
@@ -162,7 +173,7 @@ def flatten(state: dict[Any, Any], prefix: str = "") -> dict[str, torch.Tensor]:
             found |= flatten(value, f"{prefix}{key}.")
         elif value is not None:
             is_tensor = torch.is_tensor(value)
-            found[f"{prefix}{key}{'' if is_tensor else NUMBER}"] = value if is_tensor else torch.tensor(value)
+            found[f"{prefix}{key}{'' if is_tensor else NUMBER}"] = whole(value) if is_tensor else torch.tensor(value)
     return found
 
 
@@ -366,7 +377,7 @@ def put(
         for key, value in found:
             missing.discard(key)
             if key in expected and expected[key].shape == value.shape:
-                expected[key].copy_(value)
+                expected[key].copy_(split_like(value, expected[key]))
             else:
                 unfit.append(key)
     if unfit or missing:

@@ -3,15 +3,17 @@
 In between a recipe builds its model, loads it and changes it: that is what it is there to show.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import torch
 
 from lit_gpt.blocks import ActivationCheckpointing, compile_blocks, recompute_blocks
 from lit_gpt.cli import command
 from lit_gpt.config import SAMPLE, Config
 from lit_gpt.dataset import Dataset
-from lit_gpt.device import LoggerName, Precision, launch
+from lit_gpt.device import LoggerName, Precision, Strategy, is_sharded, launch, loading_device
 from lit_gpt.finetuned import METHODS, Checkpoints, Finetuned, claim_out_dir, load_trained, start_run
 from lit_gpt.generate import answers
 from lit_gpt.model import GPT
@@ -43,7 +45,12 @@ class LaunchArgs:
     compile: bool = False
     """Compile the blocks with torch.compile: the first steps take minutes, all others less time."""
     devices: int = 1
-    """GPUs, or processes where there is no GPU."""
+    """GPUs of each machine, or processes where there is no GPU. Under torchrun, its number."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: Strategy = "auto"
+    """ddp: each device has all weights. fsdp: they are split among the devices. auto is fsdp for full fine-tuning, and
+    ddp for all that trains little."""
     resume: bool = False
     """Continue the run in out_dir."""
     overwrite: bool = False
@@ -78,12 +85,20 @@ class Run(NamedTuple):
     train_data: Dataset
     val_data: Dataset
     fabric: "Fabric"
+    device: torch.device
+    """Where weights are read to."""
 
 
-def begin(args: RunArgs, settings: dict[str, Any]) -> Run:
+def chosen(kind: type, shared: dict[str, Any]) -> Any:
+    """The settings of one kind, where a recipe's flags are those of several."""
+    return kind(**{field.name: shared[field.name] for field in fields(kind) if field.name in shared})
+
+
+def begin(args: RunArgs, settings: dict[str, Any], shard: bool = False) -> Run:
     """Looks at everything that can be found wrong before a weight is read, then starts the processes.
 
-    `settings` are the arguments of the recipe's `main`, as `locals()` gives them in its first line.
+    `settings` are the arguments of the recipe's `main`, as `locals()` gives them in its first line. `shard` is what
+    --strategy auto means on several devices.
 
     Raises:
         InputError: out_dir is taken, something is no checkpoint or no prepared data, or they do not fit each other.
@@ -92,9 +107,15 @@ def begin(args: RunArgs, settings: dict[str, Any]) -> Run:
     tokenizer, config = Tokenizer(args.checkpoint_dir), Config.from_checkpoint(args.checkpoint_dir)
     train_data, val_data = Dataset(args.data_dir, "train"), Dataset(args.data_dir, "val")
     train_data.check_fits(tokenizer, config)
-    fabric = launch(args.devices, args.precision, args.seed, args.logger, str(args.out_dir))
+    fabric = start(args, shard)
     settings = {key: value for key, value in settings.items() if key != "shared"} | vars(args)
-    return Run(args, settings, config, tokenizer, train_data, val_data, fabric)
+    return Run(args, settings, config, tokenizer, train_data, val_data, fabric, loading_device(fabric))
+
+
+def start(args: LaunchArgs, shard: bool = False) -> "Fabric":
+    """The processes of a run, by the flags of the recipe."""
+    where = args.num_nodes, args.strategy, shard
+    return launch(args.devices, args.precision, args.seed, args.logger, str(args.out_dir), *where)
 
 
 def set_blocks(model: GPT, args: LaunchArgs) -> None:
@@ -122,7 +143,9 @@ def finetune(run: Run, model: GPT, train: TrainArgs, method: str, method_setting
     if fabric.is_global_zero:
         start_run(out_dir, run.settings)  # only now that everything has been found in order
     set_blocks(model, args)
-    before = answers(model, run.tokenizer, val_data, args.n_answers if fabric.is_global_zero else 0)
+    # a model that is split among the processes answers only if all ask it: the report then goes without
+    n_answers = args.n_answers if fabric.is_global_zero and not is_sharded(fabric) else 0
+    before = answers(model, run.tokenizer, val_data, n_answers)
     log = fit(
         fabric,
         model,
@@ -131,11 +154,12 @@ def finetune(run: Run, model: GPT, train: TrainArgs, method: str, method_setting
         train,
         Checkpoints(out_dir, model, description),
         resume=args.resume,
-        show_sample=lambda: answers(model, run.tokenizer, val_data, min(args.n_answers, 1)),
+        show_sample=lambda: answers(model, run.tokenizer, val_data, min(n_answers, 1)),
         optimizer_class=args.optimizer,
     )
 
     if fabric.is_global_zero:
-        load_trained(model, out_dir / "best", method)  # what --finetuned will use
-        after = answers(model, run.tokenizer, val_data, args.n_answers)
+        if n_answers:
+            load_trained(model, out_dir / "best", method)  # what --finetuned will use
+        after = answers(model, run.tokenizer, val_data, n_answers)
         finish(log, out_dir, METHODS[method].title, command(), run.settings, before, after)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lit_gpt.dataset import Dataset, heaviest_first, micro_batches, step_records
-from lit_gpt.device import peak_memory_gb
+from lit_gpt.device import own_part, peak_memory_gb, whole
 from lit_gpt.errors import InputError
 from lit_gpt.log import Log, duration
 
@@ -149,8 +149,8 @@ def fit(
             "There are no training records: all went to validation. Prepare the data with a smaller fraction."
         )
     steps = args.steps(len(train_data))
-    optimizer = make_optimizer(model, args, optimizer_class)
-    model, optimizer = fabric.setup(model, optimizer)
+    model = fabric.setup_module(model)  # first: it may replace the parameters by slices of them
+    optimizer = fabric.setup_optimizers(make_optimizer(model, args, optimizer_class))
     params = [param for group in optimizer.param_groups for param in group["params"]]
 
     progress = Progress(data_fingerprint(train_data), args.global_batch_size, args.seed)
@@ -239,7 +239,7 @@ def fit(
             why = f"{args.max_hours} hours are over" if out_of_time else f"no gain in {args.patience} validations"
             log.note(f"Stopped after step {progress.step} of {steps}: {why}.")
             break
-    if not len(val_data) and fabric.is_global_zero:
+    if not len(val_data):
         checkpoints.save("best")  # nothing to judge by: the last is the best
     per_step = [row["seconds"] for row in log.rows if row["seconds"] is not None]
     if per_step:
@@ -300,7 +300,7 @@ def learning_rate(step: int, steps: int, args: TrainArgs) -> float:
 def clip(fabric: "Fabric", model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float | None) -> float:
     """The gradient's norm before it is clipped, or where it is not."""
     max_norm = math.inf if max_norm is None else max_norm
-    return fabric.clip_gradients(model, optimizer, max_norm=max_norm, error_if_nonfinite=False).item()
+    return whole(fabric.clip_gradients(model, optimizer, max_norm=max_norm, error_if_nonfinite=False)).item()
 
 
 def validate(
@@ -321,8 +321,7 @@ def validate(
         progress.evals_without_gain += 1
         if loss < progress.best_val_loss:
             progress.best_val_loss, progress.evals_without_gain = loss, 0
-            if fabric.is_global_zero:
-                checkpoints.save("best")
+            checkpoints.save("best")
     if show_sample is not None and fabric.is_global_zero:
         for sample in show_sample():
             log.note(f"{sample.question}\n    -> {sample.answer}")
@@ -348,14 +347,14 @@ def evaluate(fabric: "Fabric", model: nn.Module, dataset: Dataset, args: TrainAr
 def save(
     fabric: "Fabric", checkpoints: "Checkpoints", optimizer: torch.optim.Optimizer, progress: Progress, args: TrainArgs
 ) -> None:
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    if not all(torch.isfinite(param).all() for param in params):  # seen here, and not by the next step's loss
+    params = [own_part(param) for group in optimizer.param_groups for param in group["params"]]
+    bad = torch.tensor(float(not all(torch.isfinite(param).all() for param in params)), device=fabric.device)
+    if fabric.all_reduce(bad, reduce_op="sum"):  # seen here, and not by the next step's loss
         check_finite(math.nan, f"A trained weight after step {progress.step}")
     progress.scaler = fabric.strategy.precision.state_dict()
-    if fabric.is_global_zero:
-        if args.keep_steps:  # before `last`: a run killed in between comes by here again
-            checkpoints.save(f"step-{progress.step:06d}")
-        checkpoints.save_state("last", optimizer, asdict(progress))
+    if args.keep_steps:  # before `last`: a run killed in between comes by here again
+        checkpoints.save(f"step-{progress.step:06d}")
+    checkpoints.save_state("last", optimizer, asdict(progress))
     fabric.barrier()
 
 

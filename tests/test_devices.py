@@ -1,0 +1,246 @@
+"""Several processes on the CPU: the same step, whole files, one last word: `pytest tests/test_devices.py`
+
+What runs on GPUs differs in the kernels and in NCCL, not in this code; it has never run there.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from test_methods import TRAIN, exact, finetune
+from test_train import DESCRIPTION, column, first, write_data
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import lit_gpt.train
+from lit_gpt.dataset import Dataset
+from lit_gpt.device import launch, loading_device, own_part, whole
+from lit_gpt.finetuned import Checkpoints, load_finetuned
+from lit_gpt.train import TrainArgs
+
+NAMES = ("lora", "lora nf4", "adapter", "adapter_v2 nf4-dq", "full", "full last")
+STRATEGIES = ("ddp", "fsdp")
+SETTINGS = {  # the flags of METHODS that the runs below need, as a command line has them
+    "full": [],
+    "lora nf4": ["--quantize", "bnb.nf4", "--lora.mlp", "true"],
+}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory, tiny_dir: Path) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "str", tiny_dir)
+
+
+# ---- one step, in float64
+
+
+def step(fabric: Any, name: str, tiny_dir: Path, data_dir: Path, out_dir: Path) -> dict[str, torch.Tensor]:
+    """The gradient of the mean over 5 records, as the optimizer gets it, and the loss."""
+    model, found = exact(name, tiny_dir), {}
+
+    def keep(*_: Any) -> None:
+        grads = {key: param.grad for key, param in model.named_parameters() if param.grad is not None}
+        found.update({key: whole(grad).clone() for key, grad in grads.items()})
+        rows = [own_part(param).shape[0] for param in model.parameters() if param.dim() == 2]
+        found["rows here"] = torch.tensor(float(sum(rows)))
+
+    handle = register_optimizer_step_pre_hook(keep)
+    data, args = first(Dataset(data_dir, "train"), 5), TrainArgs(global_batch_size=5, micro_batch_size=1, max_norm=None)
+    checkpoints = Checkpoints(out_dir, model, replace(DESCRIPTION, method="lora"))
+    log = lit_gpt.train.fit(fabric, model, data, first(data, 0), args, checkpoints)
+    handle.remove()
+    return found | {"loss": torch.tensor(log.rows[-1]["loss"] if fabric.is_global_zero else 0.0).double()}
+
+
+def one_of_two(tiny_dir: Path, data_dir: Path, out_dir: Path) -> None:
+    found = {}
+    for strategy in STRATEGIES:
+        fabric = launch(2, "32-true", strategy=strategy)
+        assert (loading_device(fabric).type, fabric.world_size) == ("cpu", 2)
+        for name in NAMES:
+            found[f"{strategy} {name}"] = step(fabric, name, tiny_dir, data_dir, out_dir / strategy / name)
+    torch.save(found, out_dir / f"{fabric.global_rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, tiny_dir, data_dir) -> list[dict[str, Any]]:
+    out_dir = tmp_path_factory.mktemp("two")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    subprocess.run([*map(str, (*torchrun, tiny_dir, data_dir, out_dir))], check=True)
+    return [torch.load(out_dir / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_is_that_of_one_process(name, strategy, two, tiny_dir, data_dir, tmp_path) -> None:
+    """Five records on two: the last pass of one is empty. Split, each holds half of the rows."""
+    expected = step(launch(1, "32-true"), name, tiny_dir, data_dir, tmp_path)
+    for rank in two:
+        found = rank[f"{strategy} {name}"]
+        assert found.keys() == expected.keys() and len(found) > 3
+        for key in found.keys() - {"loss", "rows here"}:
+            assert (found[key] - expected[key]).abs().max() <= 1e-10 * expected[key].abs().max(), key
+        assert found["rows here"] / expected["rows here"] == pytest.approx(0.5 if strategy == "fsdp" else 1, abs=0.01)
+    assert two[0][f"{strategy} {name}"]["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-6)
+
+
+# ---- whole runs
+
+
+def run(name: str, tiny_dir: Path, data_dir: Path, out_dir: Path, *flags: Any, command: tuple = ()) -> str:
+    """A script on several processes; its settings are those of METHODS and TRAIN."""
+    train = [
+        *("--train.learning_rate", TRAIN.learning_rate, "--train.global_batch_size", 4, "--train.micro_batch_size", 4),
+        *("--train.max_steps", 4, "--train.warmup_steps", 1, "--train.eval_interval", 2, "--train.save_interval", 2),
+    ]
+    where = ["--checkpoint_dir", tiny_dir, "--data_dir", data_dir, "--out_dir", out_dir, "--n_answers", 0]
+    script = ROOT / f"finetune/{name.split()[0]}.py"
+    settings = [*where, "--precision", "32-true", *train, *SETTINGS[name], *flags]
+    command = [*map(str, (*(command or (sys.executable,)), script, *settings))]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stderr
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_run_goes_on_with_another_number_of_processes(name, tiny_dir, data_dir, tmp_path) -> None:
+    """One process, two with all weights, two with half of them: each takes over from another."""
+    finetune(name, tiny_dir, data_dir, tmp_path / "one")
+    soon = replace(TRAIN, max_hours=1e-9)
+    finetune(name, tiny_dir, data_dir, tmp_path / "in", soon)
+    split = ("--devices", 2, "--strategy", "fsdp")
+    run(name, tiny_dir, data_dir, tmp_path / "in", *split, "--resume", "true")
+    run(name, tiny_dir, data_dir, tmp_path / "out", *split, "--train.max_hours", 1e-9)
+    finetune(name, tiny_dir, data_dir, tmp_path / "out", soon, resume=True)
+    run(name, tiny_dir, data_dir, tmp_path / "out", "--devices", 2, "--strategy", "ddp", "--resume", "true")
+    for other in ("in", "out"):
+        losses = [column(tmp_path / folder, "loss") for folder in ("one", other)]
+        assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+        one, two = (load_finetuned(None, tmp_path / folder / "last")[0].state_dict() for folder in ("one", other))
+        assert all(torch.allclose(one[key], two[key], rtol=0, atol=2e-3) for key in one)
+        shapes = [
+            {key: (tensor.shape, tensor.dtype) for key, tensor in load_file(file).items()}
+            for folder in ("one", other)
+            for file in sorted((tmp_path / folder / "last").glob("*.safetensors"))
+        ]
+        assert shapes[:2] == shapes[2:], "weights and the optimizer's state"
+
+
+def test_torchrun_and_what_auto_means(tiny_dir, data_dir, tmp_path) -> None:
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+    finetune("full", tiny_dir, data_dir, tmp_path / "one")
+    run("full", tiny_dir, data_dir, tmp_path / "two", command=torchrun)
+    assert column(tmp_path / "one", "loss") == pytest.approx(column(tmp_path / "two", "loss"), rel=1e-5)
+    report = (tmp_path / "two/report.md").read_text()
+    assert "Optimizer steps | 4" in report
+
+
+def test_two_machines(tiny_dir, data_dir, tmp_path) -> None:
+    """Two torchruns of one process each, that find each other by an address, as on two machines."""
+    finetune("full", tiny_dir, data_dir, tmp_path / "one")
+    port = 20_000 + os.getpid() % 20_000
+    flags = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    script = str(ROOT / "finetune/full.py")
+    settings = ["--config", str(tmp_path / "one/hyperparameters.yaml"), "--out_dir", str(tmp_path / "two")]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--node_rank", str(rank), *flags, script, *settings],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert column(tmp_path / "one", "loss") == pytest.approx(column(tmp_path / "two", "loss"), rel=1e-5)
+
+
+# ---- ends
+
+FAILING = """
+import os, sys, time
+from lit_gpt import InputError
+from lit_gpt.cli import run
+from lit_gpt.device import launch
+
+def main(how: str, devices: int = 2) -> None:
+    fabric = launch(devices, "32-true")
+    if how == "input everywhere":
+        raise InputError("This cannot be. Type something else.")
+    if how == "input in the first" and fabric.is_global_zero:
+        raise InputError("The first cannot go on.")
+    if not fabric.is_global_zero:
+        if how == "kill":
+            os.kill(os.getpid(), 9)
+        if how == "raise":
+            raise RuntimeError("a bug in the second")
+        if how == "input":
+            raise InputError("The second cannot go on.")
+    fabric.barrier()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    run(main)
+"""
+ENDS = {  # how it fails: exit status, the last line, how many lines begin with "error:"
+    "input everywhere": (2, "error: This cannot be. Type something else.", 1),
+    "input in the first": (2, "error: The first cannot go on.", 1),
+    "kill": (1, "error: process 1 was ended by signal 9.", 1),
+    "raise": (1, "RuntimeError: a bug in the second", 0),
+    "input": (2, "error: The second cannot go on.", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory) -> dict[str, tuple[int, str, float]]:
+    """All at once, since some of them take ten seconds of waiting."""
+    script = tmp_path_factory.mktemp("ends") / "failing.py"
+    script.write_text(FAILING)
+    since = time.monotonic()
+    runs = {
+        how: subprocess.Popen([sys.executable, script, "--how", how], stderr=subprocess.PIPE, text=True) for how in ENDS
+    }
+    found = {}
+    for how, process in runs.items():
+        stderr = process.communicate(timeout=120)[1]
+        found[how] = (process.returncode, stderr, time.monotonic() - since)
+    return found
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_who_fails_has_the_last_word(how, ended) -> None:
+    status, stderr, seconds = ended[how]
+    lines = stderr.strip().splitlines()
+    assert (status, lines[-1], sum(line.startswith("error:") for line in lines)) == ENDS[how], stderr
+    assert stderr.count("Traceback") == (how == "raise") and seconds < 60, "instead of half an hour"
+
+
+def test_nobody_is_left(ended) -> None:
+    left = subprocess.run(["pgrep", "-f", "failing.py"], capture_output=True, text=True).stdout
+    assert left == ""
+
+
+@pytest.mark.parametrize(
+    ("environment", "settings", "message"),
+    [
+        ({}, dict(devices=0), "--devices 0 --num_nodes 1, expected 1 or more"),
+        (dict(LOCAL_WORLD_SIZE="2", WORLD_SIZE="4"), dict(devices=3), "started 2 processes on each of 2 machines, but"),
+        (dict(LOCAL_WORLD_SIZE="2", WORLD_SIZE="4"), dict(num_nodes=3), "--num_nodes 3. Leave both flags out"),
+    ],
+)
+def test_numbers_that_do_not_fit(environment, settings, message, monkeypatch) -> None:
+    for key, value in (environment | {"TORCHELASTIC_RUN_ID": "x"} if environment else {}).items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(lit_gpt.InputError, match=message):
+        launch(**settings)
+
+
+if __name__ == "__main__":
+    one_of_two(*map(Path, sys.argv[1:]))

@@ -3,6 +3,7 @@
 In between a recipe builds its model, loads it and changes it: that is what it is there to show.
 """
 
+import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -10,14 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import torch
 
 from lit_gpt.blocks import ActivationCheckpointing, compile_blocks, recompute_blocks
+from lit_gpt.checkpoint import build_model
 from lit_gpt.cli import command
 from lit_gpt.config import SAMPLE, Config
 from lit_gpt.dataset import Dataset
-from lit_gpt.device import LoggerName, Precision, Strategy, is_sharded, launch, loading_device
+from lit_gpt.device import LoggerName, Precision, Strategy, is_sharded, launch, loading_device, weight_dtype
 from lit_gpt.finetuned import METHODS, Checkpoints, Finetuned, claim_out_dir, load_trained, start_run
 from lit_gpt.generate import answers
+from lit_gpt.memory import Setup, heaviest_lengths, plan
 from lit_gpt.model import GPT
-from lit_gpt.quantize import quantization
+from lit_gpt.quantize import Quantize, quantization
 from lit_gpt.report import finish
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.train import TrainArgs, fit
@@ -71,6 +74,7 @@ class RunArgs(LaunchArgs):
     """How many validation records to answer before and after, for the report."""
 
 
+SPEED = {True: 2e11, False: 1e14}  # operations a second, roughly: of a CPU, of a GPU
 Shared = Annotated[Any, RunArgs]  # `**shared: Shared` makes them flags of a recipe's `main`
 
 
@@ -125,6 +129,19 @@ def set_blocks(model: GPT, args: LaunchArgs) -> None:
         compile_blocks(model)
 
 
+def say_plan(run: Run, train: TrainArgs, method: str, settings: Any, quantize: Quantize | None) -> None:
+    """Prints the memory that the heaviest step will take, where an epoch is long enough for that: a plan takes about a
+    quarter of a second a block."""
+    tokens, n_params = int(run.train_data.lengths().sum()), sum(p.numel() for p in build_model(run.config).parameters())
+    epoch = 6 * n_params * tokens / SPEED[run.fabric.device.type == "cpu"]  # seconds
+    if run.config.n_expert or 0.25 * run.config.n_layer > 0.05 * epoch:
+        return
+    lengths = heaviest_lengths(run.train_data, train)
+    how = run.args.activation_checkpointing, run.args.optimizer
+    found = plan(Setup(run.config, method, settings, weight_dtype(run.args.precision), quantize, *how, lengths))
+    print(f"Planned peak of a step: {found}.", file=sys.stderr)
+
+
 def finetune(run: Run, model: GPT, train: TrainArgs, method: str, method_settings: Any, base: str) -> None:
     """Trains what requires a gradient, saves it, and reports; the answers before and after stand side by side.
 
@@ -143,6 +160,8 @@ def finetune(run: Run, model: GPT, train: TrainArgs, method: str, method_setting
     if fabric.is_global_zero:
         start_run(out_dir, run.settings)  # only now that everything has been found in order
     set_blocks(model, args)
+    if fabric.is_global_zero:
+        say_plan(run, train, method, method_settings, quantization(model))
     # a model that is split among the processes answers only if all ask it: the report then goes without
     n_answers = args.n_answers if fabric.is_global_zero and not is_sharded(fabric) else 0
     before = answers(model, run.tokenizer, val_data, n_answers)

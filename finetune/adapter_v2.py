@@ -10,9 +10,8 @@ from pathlib import Path
 from lit_gpt.adapter import Adapter, apply_adapter_v2, mark_only_adapter_v2_as_trainable
 from lit_gpt.checkpoint import build_model, load_weights
 from lit_gpt.cli import run
-from lit_gpt.device import weight_dtype
 from lit_gpt.quantize import Quantize, quantize_linears
-from lit_gpt.recipe import RunArgs, Shared, begin, finetune
+from lit_gpt.recipe import Shared, begin, finetune
 from lit_gpt.train import TrainArgs
 
 
@@ -20,17 +19,7 @@ def main(
     out_dir: Path = Path("out/adapter_v2/docstrings"),
     adapter: Adapter = Adapter(prompt_length=10, start_layer=2),
     quantize: Quantize | None = None,
-    train: TrainArgs = TrainArgs(
-        learning_rate=5e-3,
-        warmup_steps=10,
-        weight_decay=0.02,
-        max_norm=1.0,
-        global_batch_size=16,
-        micro_batch_size=16,
-        epochs=1,
-        eval_interval=50,
-        save_interval=50,
-    ),
+    train: TrainArgs = TrainArgs(learning_rate=5e-3, weight_decay=0.02, global_batch_size=16, epochs=1),
     **shared: Shared,
 ) -> None:
     """Fine-tune with LLaMA-Adapter v2.
@@ -42,13 +31,11 @@ def main(
         train: The optimizer, the batch and the intervals; see lit_gpt/train.py.
         shared: The flags of every recipe: --checkpoint_dir, --data_dir, --precision ...; see lit_gpt/recipe.py.
     """
-    settings = locals()
-    args = RunArgs(out_dir=out_dir, **shared)
-    this = begin(args, settings)  # finds what is wrong before a weight is read, and starts the processes
+    this = begin(locals())  # finds what is wrong before a weight is read, and starts the processes
 
     model = build_model(this.config)  # no weights yet
     quantize_linears(model, quantize)
-    base = load_weights(model, args.checkpoint_dir, weight_dtype(args.precision), this.device)
+    base = load_weights(model, *this.source)
     apply_adapter_v2(model, adapter)  # gates and biases are zero, scales one: nothing has changed yet
     mark_only_adapter_v2_as_trainable(model)
 

@@ -10,26 +10,15 @@ from pathlib import Path
 
 from lit_gpt.checkpoint import build_model, load_weights
 from lit_gpt.cli import run
-from lit_gpt.device import weight_dtype
 from lit_gpt.full import Full, mark_chosen_as_trainable
-from lit_gpt.recipe import RunArgs, Shared, begin, finetune
+from lit_gpt.recipe import Shared, begin, finetune
 from lit_gpt.train import TrainArgs
 
 
 def main(
     out_dir: Path = Path("out/full/docstrings"),
     train_only: int | list[str] | None = None,
-    train: TrainArgs = TrainArgs(
-        learning_rate=5e-5,
-        warmup_steps=10,
-        weight_decay=0.01,
-        max_norm=1.0,
-        global_batch_size=16,
-        micro_batch_size=16,
-        epochs=1,
-        eval_interval=50,
-        save_interval=50,
-    ),
+    train: TrainArgs = TrainArgs(learning_rate=5e-5, warmup_steps=10, global_batch_size=16, epochs=1),
     **shared: Shared,
 ) -> None:
     """Fine-tune all weights, or some.
@@ -41,12 +30,10 @@ def main(
         train: The optimizer, the batch and the intervals; see lit_gpt/train.py.
         shared: The flags of every recipe: --checkpoint_dir, --data_dir, --precision ...; see lit_gpt/recipe.py.
     """
-    settings = locals()
-    args = RunArgs(out_dir=out_dir, **shared)
-    this = begin(args, settings, shard=True)  # finds what is wrong before a weight is read, and starts the processes
+    this = begin(locals(), shard=True)  # finds what is wrong before a weight is read, and starts the processes
 
     model = build_model(this.config)  # no weights yet
-    base = load_weights(model, args.checkpoint_dir, weight_dtype(args.precision), this.device)
+    base = load_weights(model, *this.source)
     mark_chosen_as_trainable(model, Full(train_only))
 
     finetune(this, model, train, "full", Full(train_only), base)

@@ -11,10 +11,9 @@ from pathlib import Path
 
 from lit_gpt.checkpoint import build_model, load_weights
 from lit_gpt.cli import run
-from lit_gpt.device import weight_dtype
 from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
 from lit_gpt.quantize import Quantize, quantize_linears
-from lit_gpt.recipe import RunArgs, Shared, begin, finetune
+from lit_gpt.recipe import Shared, begin, finetune
 from lit_gpt.train import TrainArgs
 
 
@@ -22,17 +21,7 @@ def main(
     out_dir: Path = Path("out/lora/docstrings"),
     lora: LoRA = LoRA(r=8, alpha=16, dropout=0.0, query=True, value=True),
     quantize: Quantize | None = None,
-    train: TrainArgs = TrainArgs(
-        learning_rate=1e-3,
-        warmup_steps=10,
-        weight_decay=0.01,
-        max_norm=1.0,
-        global_batch_size=16,
-        micro_batch_size=16,
-        epochs=1,
-        eval_interval=50,
-        save_interval=50,
-    ),
+    train: TrainArgs = TrainArgs(learning_rate=1e-3, warmup_steps=10, global_batch_size=16, epochs=1),
     **shared: Shared,
 ) -> None:
     """Fine-tune with LoRA.
@@ -44,13 +33,11 @@ def main(
         train: The optimizer, the batch and the intervals; see lit_gpt/train.py.
         shared: The flags of every recipe: --checkpoint_dir, --data_dir, --precision ...; see lit_gpt/recipe.py.
     """
-    settings = locals()
-    args = RunArgs(out_dir=out_dir, **shared)
-    this = begin(args, settings)  # finds what is wrong before a weight is read, and starts the processes
+    this = begin(locals())  # finds what is wrong before a weight is read, and starts the processes
 
     model = build_model(this.config)  # no weights yet
     quantize_linears(model, quantize)  # its linears will keep codes of what they are loaded with
-    base = load_weights(model, args.checkpoint_dir, weight_dtype(args.precision), this.device)
+    base = load_weights(model, *this.source)
     apply_lora(model, lora)  # the chosen linears -> LoRALinear, in place; B is zero, so nothing has changed yet
     mark_only_lora_as_trainable(model)
 

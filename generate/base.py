@@ -8,39 +8,31 @@ The answer goes to stdout as it is made, everything else to stderr.
 
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 from lit_gpt import InputError
 from lit_gpt.cli import run
-from lit_gpt.device import Precision, default_device, inference_dtype, peak_memory_gb
-from lit_gpt.finetuned import QuantizeAs, load_for_use
+from lit_gpt.device import default_device, peak_memory_gb
+from lit_gpt.finetuned import Shared, UseArgs, load_for_use
 from lit_gpt.generate import stream
 from lit_gpt.prompts import render, resolve_style
 
 
 def main(
     prompt: str,
-    checkpoint_dir: Path | None = None,
-    finetuned: Path | None = None,
     input: str = "",
     prompt_style: str = "auto",
     num_samples: int = 1,
     max_new_tokens: int = 200,
     temperature: float = 0.0,
     top_k: int | None = None,
-    top_p: float | None = None,
-    precision: Precision = "auto",
-    quantize: QuantizeAs = "auto",
-    seed: int = 1337,
+    **shared: Shared,
 ) -> None:
     """Answer a prompt.
 
     Args:
         prompt: The instruction; with --prompt_style none the text to continue.
-        checkpoint_dir: The model. None is the sample model, or the base of what was fine-tuned.
-        finetuned: What a fine-tuning script wrote: an out_dir (its best), or one folder of it. It is not merged.
         input: Further text for the instruction to work on.
         prompt_style: The text around the prompt: chat (the checkpoint's template), alpaca, one of lit_gpt/styles/, a
             .jinja file, or none. auto is what the fine-tuned weights were trained with, else chat where there is one.
@@ -48,27 +40,24 @@ def main(
         max_new_tokens: The longest answer.
         temperature: 0 takes the likeliest token each time; 1 samples from what the model says.
         top_k: Sample from the k likeliest tokens only.
-        top_p: Sample from the fewest likeliest tokens that together have this probability.
-        precision: Of the weights and the arithmetic.
-        quantize: Keep the linears in 4 or 8 bits: a smaller model, and on a CPU a slower one. auto is what the
-            fine-tuned weights were trained on, none the weights as they are.
-        seed: Of the sampling.
+        shared: --checkpoint_dir, --finetuned, --precision ...: with which model, and how; see lit_gpt/finetuned.py.
     """
-    if temperature == 0 and (num_samples > 1 or top_k is not None or top_p is not None):
+    args, device = UseArgs(**shared), default_device()
+    if temperature == 0 and (num_samples > 1 or top_k is not None or args.top_p is not None):
         raise InputError(
             "At --temperature 0 all answers are the same: --num_samples, --top_k and --top_p need a higher one."
         )
-    device = default_device()
     since = time.perf_counter()
-    dtype = inference_dtype(precision)
-    model, tokenizer, trained_style = load_for_use(checkpoint_dir, finetuned, dtype, device, quantize)
+    model, tokenizer, trained_style = load_for_use(args, device)
     print(f"Loaded in {time.perf_counter() - since:.1f} s.", file=sys.stderr)
 
     style = resolve_style(prompt_style, tokenizer, trained_style)
     rendered = render(style, {"instruction": prompt, "input": input}, tokenizer)
     idx = tokenizer.encode(rendered.text, device, rendered.bos)
-    generator = torch.Generator(device).manual_seed(seed)
-    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, eos_id=tokenizer.stop_ids, generator=generator)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    options = dict(
+        temperature=temperature, top_k=top_k, top_p=args.top_p, eos_id=tokenizer.stop_ids, generator=generator
+    )
     for _ in range(num_samples):
         since, new = time.perf_counter(), []
         tokens = stream(model, idx, len(idx) + max_new_tokens, **options)

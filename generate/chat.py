@@ -7,50 +7,39 @@ An empty line or Ctrl-D ends the conversation, /new begins another.
 """
 
 import sys
-from pathlib import Path
 
 import torch
 
 from lit_gpt.cli import run
-from lit_gpt.device import Precision, default_device, inference_dtype
-from lit_gpt.finetuned import QuantizeAs, load_for_use
+from lit_gpt.device import default_device
+from lit_gpt.finetuned import Shared, UseArgs, load_for_use
 from lit_gpt.generate import stream
 from lit_gpt.prompts import render, resolve_style
 
 
 def main(
-    checkpoint_dir: Path | None = None,
-    finetuned: Path | None = None,
     system: str | None = None,
     max_new_tokens: int = 500,
     temperature: float = 0.7,
     top_k: int | None = 50,
-    top_p: float | None = None,
-    precision: Precision = "auto",
-    quantize: QuantizeAs = "auto",
-    seed: int = 1337,
+    **shared: Shared,
 ) -> None:
     """Talk to a model.
 
     Args:
-        checkpoint_dir: The model. None is the sample model, or the base of what was fine-tuned.
-        finetuned: What a fine-tuning script wrote: an out_dir (its best), or one folder of it. It is not merged.
         system: The system prompt. None is the template's own.
         max_new_tokens: The longest answer.
         temperature: 0 takes the likeliest token each time; 1 samples from what the model says.
         top_k: Sample from the k likeliest tokens only.
-        top_p: Sample from the fewest likeliest tokens that together have this probability.
-        precision: Of the weights and the arithmetic.
-        quantize: Keep the linears in 4 or 8 bits: a smaller model, and on a CPU a slower one. auto is what the
-            fine-tuned weights were trained on, none the weights as they are.
-        seed: Of the sampling.
+        shared: --checkpoint_dir, --finetuned, --precision ...: with which model, and how; see lit_gpt/finetuned.py.
     """
-    device = default_device()
-    dtype = inference_dtype(precision)
-    model, tokenizer, trained_style = load_for_use(checkpoint_dir, finetuned, dtype, device, quantize)
+    args, device = UseArgs(**shared), default_device()
+    model, tokenizer, trained_style = load_for_use(args, device)
     style = resolve_style("auto", tokenizer, trained_style)
-    generator = torch.Generator(device).manual_seed(seed)
-    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, eos_id=tokenizer.stop_ids, generator=generator)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    options = dict(
+        temperature=temperature, top_k=top_k, top_p=args.top_p, eos_id=tokenizer.stop_ids, generator=generator
+    )
 
     opening = [{"role": "system", "content": system}] if system is not None else []
     messages = list(opening)

@@ -24,16 +24,15 @@ def to_lit(name: str, tensor: torch.Tensor, config: Config) -> list[Named]:
     Raises:
         KeyError: the family does not know the name.
     """
-    family = families.load(config.family)
-    if name.endswith(family.IGNORED):
+    if name.endswith(families.fact(config.family, "IGNORED")):
         return []
-    prefix = getattr(family, "PREFIX", "")  # which some checkpoints leave out
+    prefix = families.fact(config.family, "PREFIX")
     names = translate(name, weights(config)) or translate(prefix + name, weights(config))
     if names is None:
         raise KeyError(name)
     if config.tie_embeddings and names[0].startswith("lm_head."):
         return []
-    if is_transposed(name, family.TRANSPOSED):
+    if is_transposed(name, families.fact(config.family, "TRANSPOSED")):
         tensor = tensor.T
     parts = split(tensor, names, config) if len(names) > 1 else [tensor]
     return list(zip(names, parts, strict=True))
@@ -45,14 +44,14 @@ def to_hf(tensors: Iterable[Named], config: Config) -> Iterator[Named]:
     Raises:
         KeyError: the family does not know a name.
     """
-    family, waiting = families.load(config.family), {}
+    transposed, waiting = families.fact(config.family, "TRANSPOSED"), {}
     for name, tensor in tensors:
         theirs, together = hf_name(name, config)
         waiting[name] = tensor
         if all(other in waiting for other in together):
             parts = [waiting.pop(other) for other in together]
             tensor = join(parts, together, config) if len(parts) > 1 else parts[0]
-            yield theirs, tensor.T.contiguous() if is_transposed(theirs, family.TRANSPOSED) else tensor
+            yield theirs, tensor.T.contiguous() if is_transposed(theirs, transposed) else tensor
     assert not waiting, f"parts of fused tensors are missing: {', '.join(waiting)}"
 
 

@@ -176,12 +176,10 @@ def watch(processes: list[subprocess.Popen], first: bool) -> None:
 
     Without it the others wait for the one that is gone, or print what they think of its absence.
     """
-    parent = os.getppid()
-    atexit.register(end, processes)
+    parent, leaving = os.getppid(), threading.Event()
 
     def look() -> None:
-        while True:
-            time.sleep(0.5)
+        while not leaving.wait(0.5):
             if processes and (failed := [process for process in processes if process.poll()]):
                 if failed[0].returncode < 0:
                     rank = processes.index(failed[0]) + 1
@@ -190,13 +188,25 @@ def watch(processes: list[subprocess.Popen], first: bool) -> None:
                 os._exit(2 if failed[0].returncode == 2 else 1)
             if not processes and os.getppid() != parent:  # the first process, which started this one, is gone
                 os._exit(1)
+        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+            torch.distributed.destroy_process_group()  # NCCL's is Fabric's to destroy
+
+    thread = threading.Thread(target=look, daemon=True)
+
+    def leave() -> None:
+        # gloo's threads must not outlive the interpreter, in which they abort now and then. They end here, in a thread
+        # that is not waited for too long: one that waits for another process's tensor does not end
+        leaving.set()
+        thread.join(timeout=5)
+        end(processes)
 
     def report(*error: Any) -> None:
-        time.sleep(2 if first else 10)  # if it is the echo of another's end, this one will not live so long
+        time.sleep(5 if first else 10)  # if it is the echo of another's end, this one will not live so long
         sys.__excepthook__(*error)
 
     sys.excepthook = report
-    threading.Thread(target=look, daemon=True).start()
+    atexit.register(leave)
+    thread.start()
 
 
 def end(processes: list[subprocess.Popen], seconds: float = 5) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ from lit_gpt.checkpoint import (
 from lit_gpt.classify import Classifier, ClassifierArgs, TrainedClassifier, mark_trainable
 from lit_gpt.cli import plain, read_hyperparameters, save_hyperparameters
 from lit_gpt.config import SAMPLE, Config, read_json
-from lit_gpt.device import is_first, split_like, whole, whole_parameters
+from lit_gpt.device import Precision, inference_dtype, is_first, split_like, whole, whole_parameters
 from lit_gpt.errors import InputError
 from lit_gpt.files import beside, new_folder, recover
 from lit_gpt.full import Full, mark_chosen_as_trainable
@@ -105,6 +105,28 @@ class Finetuned:
     prompt_style: str
     quantize: Quantize | None = None
     """How the base was quantized in training. `base` does not depend on it."""
+
+
+@dataclass(frozen=True)
+class UseArgs:
+    """Flags of every script that generates text: with which model, and how."""
+
+    checkpoint_dir: Path | None = None
+    """The model. None is the sample model, or the base of what was fine-tuned."""
+    finetuned: Path | None = None
+    """What a fine-tuning script wrote: an out_dir (its best), or one folder of it. It is not merged."""
+    top_p: float | None = None
+    """Sample from the fewest likeliest tokens that together have this probability."""
+    precision: Precision = "auto"
+    """Of the weights and the arithmetic."""
+    quantize: QuantizeAs = "auto"
+    """Keep the linears in 4 or 8 bits: a smaller model, and on a CPU a slower one. auto is what the fine-tuned weights
+    were trained on, none the weights as they are."""
+    seed: int = 1337
+    """Of the sampling."""
+
+
+Shared = Annotated[Any, UseArgs]  # `**shared: Shared` makes them flags of a script's `main`
 
 
 class Checkpoints:
@@ -269,31 +291,23 @@ def finetuned_file(finetuned_dir: Path) -> Path:
     raise InputError(f"{finetuned_dir} holds nothing trained: expected {names} in it or in its folder best.")
 
 
-def load_for_use(
-    checkpoint_dir: Path | None,
-    finetuned_dir: Path | None,
-    dtype: torch.dtype | None,
-    device: torch.device | None,
-    quantize: QuantizeAs = "auto",
-) -> tuple[GPT, Tokenizer, str | None]:
-    """A model, its tokenizer, and the prompt style it was fine-tuned with, if it was.
-
-    `checkpoint_dir` None is the base of what was fine-tuned, or the sample model. What was trained stays unmerged.
-    `quantize` "auto" is what it was trained on, or nothing.
+def load_for_use(args: UseArgs, device: torch.device) -> tuple[GPT, Tokenizer, str | None]:
+    """A model, its tokenizer, and the prompt style it was fine-tuned with, if it was. That stays unmerged.
 
     Raises:
         InputError: see `load_finetuned` and `load_weights`.
     """
-    if finetuned_dir is None:
-        checkpoint_dir = checkpoint_dir or SAMPLE
-        kind = None if quantize in ("auto", "none") else quantize
+    dtype = inference_dtype(args.precision)
+    if args.finetuned is None:
+        checkpoint_dir = args.checkpoint_dir or SAMPLE
+        kind = None if args.quantize in ("auto", "none") else args.quantize
         return load_model(checkpoint_dir, dtype, device, kind), Tokenizer(checkpoint_dir), None
-    model, description = load_finetuned(checkpoint_dir, finetuned_dir, dtype, device, quantize)
+    model, description = load_finetuned(args.checkpoint_dir, args.finetuned, dtype, device, args.quantize)
     if not isinstance(model, GPT):
-        raise InputError(f"{finetuned_dir} holds a classifier, which writes no text: use generate/classify.py.")
-    tokenizer = Tokenizer(checkpoint_dir or description.checkpoint_dir)
+        raise InputError(f"{args.finetuned} holds a classifier, which writes no text: use generate/classify.py.")
+    tokenizer = Tokenizer(args.checkpoint_dir or description.checkpoint_dir)
     if description.tokenizer not in ("", tokenizer.fingerprint):
-        raise InputError(f"{finetuned_dir} was trained with another tokenizer than the one of its base now is.")
+        raise InputError(f"{args.finetuned} was trained with another tokenizer than the one of its base now is.")
     return model, tokenizer, description.prompt_style or None
 
 

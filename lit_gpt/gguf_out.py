@@ -70,20 +70,15 @@ def check(config: Config) -> None:
 
 
 def add_settings(writer: Any, config: Config, kind: GGUFType) -> None:
-    writer.add_name(config.name)
-    writer.add_file_type(FILE_TYPES[kind])
-    writer.add_block_count(config.n_layer)
-    writer.add_context_length(config.block_size)
-    writer.add_embedding_length(config.n_embd)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.n_head)
-    writer.add_head_count_kv(config.n_query_groups)
-    writer.add_key_length(config.head_size)
-    writer.add_value_length(config.head_size)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope_base)
-    writer.add_rope_dimension_count(config.head_size)
-    writer.add_vocab_size(config.padded_vocab_size)
+    known = dict(
+        name=config.name, file_type=FILE_TYPES[kind], vocab_size=config.padded_vocab_size, block_count=config.n_layer,
+        context_length=config.block_size, embedding_length=config.n_embd, feed_forward_length=config.intermediate_size,
+        head_count=config.n_head, head_count_kv=config.n_query_groups, key_length=config.head_size,
+        value_length=config.head_size, layer_norm_rms_eps=config.norm_eps, rope_freq_base=config.rope_base,
+        rope_dimension_count=config.head_size,
+    )  # fmt: skip
+    for key, value in known.items():
+        getattr(writer, f"add_{key}")(value)
     scaling = config.rope_scaling or {}
     if scaling.get("rope_type") == "linear":
         writer.add_string("llama.rope.scaling.type", "linear")

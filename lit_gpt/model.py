@@ -142,15 +142,9 @@ class Block(nn.Module):
         self.mlp = MLPS["LLaMAMLP" if layer in config.dense_layers else config.mlp](config)
         self.rope, self.window = config.rope_of(layer), self.attn.window
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        view: View = None,
-        input_pos: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        x = x + self.attn(self.norm_1(x), cos, sin, view, input_pos)
+    def forward(self, x: torch.Tensor, *where: Any) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C). `where` the tokens are, and what they may look at, is for attention to know."""
+        x = x + self.attn(self.norm_1(x), *where)
         return x + self.mlp(self.norm_2(x))
 
 

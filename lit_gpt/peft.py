@@ -69,7 +69,7 @@ def save_peft(trained: Tensors, lora: LoRA, config: Config, base: str, folder: P
         "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != lora.alpha},
         "use_rslora": lora.rslora,
         "use_dora": lora.dora,
-        "fan_in_fan_out": bool(families.load(config.family).TRANSPOSED),
+        "fan_in_fan_out": bool(families.fact(config.family, "TRANSPOSED")),
         "bias": "none",
     }
     save_tensors(tensors, folder / WEIGHTS, {})

@@ -92,13 +92,18 @@ class Run(NamedTuple):
     device: torch.device
     """Where weights are read to."""
 
+    @property
+    def source(self) -> tuple[Path, torch.dtype, torch.device]:
+        """From where `load_weights` reads the base, as what, and to where."""
+        return self.args.checkpoint_dir, weight_dtype(self.args.precision), self.device
+
 
 def chosen(kind: type, shared: dict[str, Any]) -> Any:
     """The settings of one kind, where a recipe's flags are those of several."""
     return kind(**{field.name: shared[field.name] for field in fields(kind) if field.name in shared})
 
 
-def begin(args: RunArgs, settings: dict[str, Any], shard: bool = False) -> Run:
+def begin(settings: dict[str, Any], shard: bool = False) -> Run:
     """Looks at everything that can be found wrong before a weight is read, then starts the processes.
 
     `settings` are the arguments of the recipe's `main`, as `locals()` gives them in its first line. `shard` is what
@@ -107,13 +112,14 @@ def begin(args: RunArgs, settings: dict[str, Any], shard: bool = False) -> Run:
     Raises:
         InputError: out_dir is taken, something is no checkpoint or no prepared data, or they do not fit each other.
     """
+    settings = {key: value for key, value in settings.items() if key != "shared"} | settings["shared"]
+    args = chosen(RunArgs, settings)
     claim_out_dir(args.out_dir, args.resume, args.overwrite)
     tokenizer, config = Tokenizer(args.checkpoint_dir), Config.from_checkpoint(args.checkpoint_dir)
     train_data, val_data = Dataset(args.data_dir, "train"), Dataset(args.data_dir, "val")
     train_data.check_fits(tokenizer, config)
     fabric = start(args, shard)
-    settings = {key: value for key, value in settings.items() if key != "shared"} | vars(args)
-    return Run(args, settings, config, tokenizer, train_data, val_data, fabric, loading_device(fabric))
+    return Run(args, settings | vars(args), config, tokenizer, train_data, val_data, fabric, loading_device(fabric))
 
 
 def start(args: LaunchArgs, shard: bool = False) -> "Fabric":

@@ -190,7 +190,7 @@ def test_base_samples(tiny_dir: Path, capsys) -> None:
 def test_base_prints_the_answer(model: GPT, tiny_dir: Path, capsys, style: str) -> None:
     """Only the answer goes to stdout."""
     tokenizer = Tokenizer(tiny_dir)
-    script("base").main("Who?", tiny_dir, input="Ada", prompt_style=style, max_new_tokens=15)
+    script("base").main("Who?", checkpoint_dir=tiny_dir, input="Ada", prompt_style=style, max_new_tokens=15)
     rendered = render("chat" if style == "auto" else style, {"instruction": "Who?", "input": "Ada"}, tokenizer)
     idx = tokenizer.encode(rendered.text)
     out = generate(model, idx, len(idx) + 15, temperature=0.0, eos_id=tokenizer.stop_ids)
@@ -218,7 +218,7 @@ def test_chat_remembers_and_forgets(model: GPT, tiny_dir: Path) -> None:
 
 def test_a_full_conversation(tiny_dir: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("word " * 300 + "\nHi\n"))
-    script("chat").main(tiny_dir, max_new_tokens=5)
+    script("chat").main(checkpoint_dir=tiny_dir, max_new_tokens=5)
     said = capsys.readouterr()
     assert said.err == "The conversation fills the model's 256 tokens. /new begins another.\n" and said.out
 

@@ -19,15 +19,9 @@ from lit_gpt.memory import Setup, adapt, batch_of, fill, largest_batch, plan, pl
 from lit_gpt.quantize import QuantizedLinear, quantize_linears
 
 SMALL = Config(
-    name="small",
-    n_layer=3,
-    n_head=4,
-    n_query_groups=2,
-    n_embd=64,
-    intermediate_size=160,
-    vocab_size=512,
+    name="small", n_layer=3, n_head=4, n_query_groups=2, n_embd=64, intermediate_size=160, vocab_size=512,
     block_size=256,
-)
+)  # fmt: skip
 BASE = Setup(SMALL, settings=LoRA(mlp=True), dtype=torch.float32, lengths=(90, 40, 7))
 SETUPS = {
     "lora": BASE,

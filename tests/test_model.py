@@ -18,16 +18,9 @@ from lit_gpt.model import RMSNorm, SummedLoss
 from lit_gpt.rope import Rope, apply_rope
 
 SIZES = dict(
-    vocab_size=97,
-    hidden_size=48,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    bos_token_id=None,
-    eos_token_id=None,
-)
+    vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
+    num_key_value_heads=2, max_position_embeddings=128, bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
 LINEAR = dict(rope_type="linear", factor=2.5)
 LLAMA3 = dict(
     rope_type="llama3",

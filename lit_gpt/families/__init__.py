@@ -4,9 +4,12 @@ A family file defines
     MODEL_TYPES  the `model_type`s of config.json that it understands
     MODELS       published names and their sizes
     WEIGHTS      their module names -> ours; {} stands for a number, ("stacked" or "grouped", ours ...) for a fused one
+    from_hf      config.json -> arguments of Config
+and, where it is not what USUAL says,
     TRANSPOSED   their modules whose weights are (in, out)
     IGNORED      tensors that some checkpoints carry and no model needs
-    from_hf      config.json -> arguments of Config
+    PREFIX       of their names, which some checkpoints leave out
+    EXCEPTIONS   arguments of Config that no config.json says, by the name of the folder
 To add one, write the file and put its name into FAMILIES; see tutorials/add_a_model_family.md.
 """
 
@@ -24,8 +27,21 @@ FAMILIES = (
 )  # fmt: skip
 
 
+USUAL: dict[str, Any] = {
+    "TRANSPOSED": (),
+    "IGNORED": ("rotary_emb.inv_freq",),  # old exports saved this constant in every layer
+    "PREFIX": "",
+    "EXCEPTIONS": {},
+}
+
+
 def load(family: str) -> ModuleType:
     return import_module(f"lit_gpt.families.{family}")
+
+
+def fact(family: str, name: str) -> Any:
+    """What a family's file says, or what is usual."""
+    return getattr(load(family), name, USUAL[name])
 
 
 def published() -> dict[str, tuple[str, dict[str, Any]]]:
@@ -57,7 +73,7 @@ def from_hf(hf: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
         raise InputError(f"{path} holds a value of a wrong type ({error}). Copy or download it again.") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    return kinds[kind], settings | getattr(family, "EXCEPTIONS", {}).get(path.parent.name, {})
+    return kinds[kind], settings | fact(kinds[kind], "EXCEPTIONS").get(path.parent.name, {})
 
 
 ACTIVATIONS = {  # Hugging Face's names of them

@@ -40,7 +40,6 @@ TWO_NORMS = {
     "transformer.h.{}.input_layernorm": "transformer.h.{}.ln_attn",
     "transformer.h.{}.post_attention_layernorm": "transformer.h.{}.ln_mlp",
 }
-TRANSPOSED, IGNORED = (), ("rotary_emb.inv_freq",)
 
 
 def weights(config: Any) -> dict[str, Any]:

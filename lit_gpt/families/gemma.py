@@ -18,7 +18,7 @@ MODELS: dict[str, dict[str, Any]] = {
     f"google/gemma-{size}{kind}": GEMMA | sizes for size, sizes in SIZES.items() for kind in ("", "-it")
 }
 
-WEIGHTS, TRANSPOSED, IGNORED = llama.WEIGHTS, (), llama.IGNORED
+WEIGHTS = llama.WEIGHTS
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,6 @@ WEIGHTS = llama.WEIGHTS | {
     "model.layers.{}.self_attn.q_norm": "transformer.h.{}.attn.norm_q.norm",
     "model.layers.{}.self_attn.k_norm": "transformer.h.{}.attn.norm_k.norm",
 }
-TRANSPOSED, IGNORED = (), llama.IGNORED
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:

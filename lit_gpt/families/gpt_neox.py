@@ -66,7 +66,6 @@ WEIGHTS = {
     "gpt_neox.final_layer_norm": "transformer.ln_f",
     "embed_out": "lm_head",
 }  # fmt: skip
-TRANSPOSED = ()
 IGNORED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")  # constants of old exports
 
 

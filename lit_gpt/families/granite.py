@@ -20,7 +20,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "ibm-granite/granite-3.1-8b-instruct": GRANITE_3 | SIZE_8B | V_3_1,
 }
 
-WEIGHTS, TRANSPOSED, IGNORED = llama.WEIGHTS, (), llama.IGNORED
+WEIGHTS = llama.WEIGHTS
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:

@@ -95,8 +95,6 @@ WEIGHTS = {
     "lm_head": "lm_head",
 }
 
-TRANSPOSED = ()
-IGNORED = ("rotary_emb.inv_freq",)  # old exports saved this constant in every layer
 
 # what their config.json does not say: the positions of LongChat's first models are condensed by 8
 LONGCHAT = CONDENSED_8 | dict(block_size=16384)

@@ -19,7 +19,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "HuggingFaceH4/zephyr-7b-beta": MISTRAL_7B | dict(sliding_window=4096),
 }
 
-WEIGHTS, TRANSPOSED, IGNORED = llama.WEIGHTS, (), llama.IGNORED
+WEIGHTS = llama.WEIGHTS
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:

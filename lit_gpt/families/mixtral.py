@@ -24,7 +24,6 @@ WEIGHTS = {theirs: ours for theirs, ours in llama.WEIGHTS.items() if ".mlp." not
     "model.layers.{}.block_sparse_moe.experts.{}.w3": "transformer.h.{}.mlp.experts.{}.fc_2",
     "model.layers.{}.block_sparse_moe.experts.{}.w2": "transformer.h.{}.mlp.experts.{}.proj",
 }
-TRANSPOSED, IGNORED = (), llama.IGNORED
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:

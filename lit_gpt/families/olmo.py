@@ -37,14 +37,12 @@ NAMES_OF_2 = {
     "model.layers.{}.post_attention_layernorm": "transformer.h.{}.norm_1",
     "model.layers.{}.post_feedforward_layernorm": "transformer.h.{}.norm_2",
 }
-TRANSPOSED, IGNORED = (), llama.IGNORED
 
 
 def weights(config: Any) -> dict[str, Any]:
     """In OLMo 2 a name means another norm."""
-    if config.block != "post_norm":
-        return WEIGHTS
-    return {theirs: ours for theirs, ours in WEIGHTS.items() if "layernorm" not in theirs} | NAMES_OF_2
+    others = {theirs: ours for theirs, ours in WEIGHTS.items() if "layernorm" not in theirs}
+    return others | NAMES_OF_2 if config.block == "post_norm" else WEIGHTS
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from lit_gpt.errors import InputError
-from lit_gpt.families import usual
+from lit_gpt.families import llama, usual
 
 MODEL_TYPES = ("phi",)
 
@@ -18,21 +18,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "microsoft/phi-2": PHI | dict(n_layer=32, n_embd=2560, rotary_percentage=0.4),
 }
 
-WEIGHTS = {
-    "model.embed_tokens": "transformer.wte",
-    "model.layers.{}.input_layernorm": "transformer.h.{}.norm_1",
-    "model.layers.{}.self_attn.q_proj": "transformer.h.{}.attn.q",
-    "model.layers.{}.self_attn.k_proj": "transformer.h.{}.attn.k",
-    "model.layers.{}.self_attn.v_proj": "transformer.h.{}.attn.v",
+LIKE_LLAMA = ("embed_tokens", "input_layernorm", "q_proj", "k_proj", "v_proj", "lm_head")
+WEIGHTS = {theirs: ours for theirs, ours in llama.WEIGHTS.items() if theirs.endswith(LIKE_LLAMA)} | {
     "model.layers.{}.self_attn.dense": "transformer.h.{}.attn.proj",
     "model.layers.{}.self_attn.q_layernorm": "transformer.h.{}.attn.norm_q.norm",
     "model.layers.{}.self_attn.k_layernorm": "transformer.h.{}.attn.norm_k.norm",
     "model.layers.{}.mlp.fc1": "transformer.h.{}.mlp.fc",
     "model.layers.{}.mlp.fc2": "transformer.h.{}.mlp.proj",
     "model.final_layernorm": "transformer.ln_f",
-    "lm_head": "lm_head",
 }
-TRANSPOSED, IGNORED = (), ("rotary_emb.inv_freq",)
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,6 @@ WEIGHTS = {key: value for key, value in llama.WEIGHTS.items() if not key.endswit
     "model.layers.{}.mlp.gate_up_proj": ("stacked", "transformer.h.{}.mlp.fc_1", "transformer.h.{}.mlp.fc_2"),
     "model.layers.{}.mlp.down_proj": "transformer.h.{}.mlp.proj",
 }  # fmt: skip
-TRANSPOSED, IGNORED = (), llama.IGNORED
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:

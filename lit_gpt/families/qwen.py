@@ -58,7 +58,6 @@ WEIGHTS = llama.WEIGHTS | {
     "model.layers.{}.mlp.experts.{}.up_proj": "transformer.h.{}.mlp.experts.{}.fc_2",
     "model.layers.{}.mlp.experts.{}.down_proj": "transformer.h.{}.mlp.experts.{}.proj",
 }
-TRANSPOSED, IGNORED = (), llama.IGNORED
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "HuggingFaceTB/SmolLM3-3B-Base": SMOLLM3_3B,
 }
 
-WEIGHTS, TRANSPOSED, IGNORED = llama.WEIGHTS, (), llama.IGNORED
+WEIGHTS = llama.WEIGHTS
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:

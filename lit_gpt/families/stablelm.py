@@ -28,7 +28,6 @@ WEIGHTS = llama.WEIGHTS | {
     "model.layers.{}.self_attn.q_layernorm.norms.{}": "transformer.h.{}.attn.norm_q.norms.{}",
     "model.layers.{}.self_attn.k_layernorm.norms.{}": "transformer.h.{}.attn.norm_k.norms.{}",
 }
-TRANSPOSED, IGNORED = (), llama.IGNORED
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:

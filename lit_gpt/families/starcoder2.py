@@ -27,7 +27,6 @@ WEIGHTS = {theirs: ours for theirs, ours in llama.WEIGHTS.items() if ".mlp." not
     "model.layers.{}.mlp.c_fc": "transformer.h.{}.mlp.fc",
     "model.layers.{}.mlp.c_proj": "transformer.h.{}.mlp.proj",
 }
-TRANSPOSED, IGNORED = (), llama.IGNORED
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:

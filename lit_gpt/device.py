@@ -45,6 +45,11 @@ def weight_dtype(precision: Precision) -> torch.dtype:
     return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(resolve_precision(precision), torch.float32)
 
 
+def autocast_dtype(precision: Precision) -> torch.dtype | None:
+    """What mixed precision computes in; None where nothing is cast."""
+    return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+
+
 def inference_dtype(precision: Precision) -> torch.dtype:
     """Raises InputError for mixed precision, which is about gradients."""
     if precision.endswith("mixed"):

@@ -30,7 +30,13 @@ def mark_chosen_as_trainable(model: GPT, full: Full) -> list[str]:
         blocks = "|".join(map(str, range(n_layer - only, n_layer)))
         head = [r"lm_head\."] if "lm_head.weight" in names else []  # not an embedding of all tokens
         only = [rf"transformer\.h\.({blocks})\.", r"transformer\.ln_f\.", *head]
+    if only == []:
+        raise InputError("train_only is empty: nothing would train. Leave it out to train all.")
     for pattern in only or ():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(f"train_only has {pattern!r}, which is no pattern of names ({error}).") from None
         if not any(fits(name, pattern) for name in names):
             raise InputError(f"train_only has {pattern!r}, which no parameter's name begins with. One is {names[-1]}.")
     chosen = [name for name in names if only is None or any(fits(name, pattern) for pattern in only)]

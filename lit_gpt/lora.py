@@ -72,6 +72,7 @@ class LoRA:
                 f"lora.r is {min(ranks)}, expected 1 or more; lora.alpha {min(alphas)}, expected more than 0;"
                 f" lora.dropout {self.dropout}, expected 0 to 1."
             )
+        check_patterns([*(self.modules or ()), *self.rank_pattern, *self.alpha_pattern])
         if not self.modules and not any(getattr(self, place) for place in PLACES):
             raise InputError(f"LoRA has nothing to adapt. Turn on at least one of {', '.join(PLACES)}.")
 
@@ -104,6 +105,14 @@ class LoRA:
         if not blocks or not all(0 <= block < n_layer for block in blocks):
             raise InputError(f"lora.layers is {self.layers}, but the model's blocks are 0 to {n_layer - 1}.")
         return blocks
+
+
+def check_patterns(patterns: Iterable[str]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(f"{pattern!r} is no pattern of names ({error}). One is attn.q or mlp.fc_[12].") from None
 
 
 def fits(name: str, patterns: Iterable[str]) -> str | None:
@@ -179,7 +188,7 @@ def apply_lora(model: GPT, lora: LoRA) -> list[str]:
     """Wraps the linears that `lora` names, in place, and returns their names.
 
     Raises:
-        InputError: the model has none of them, or already carries LoRA.
+        InputError: the model has none of them, or already carries LoRA; a pattern is for none of them.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise InputError("This model already carries LoRA: merge it first (`python scripts/merge_lora.py`).")
@@ -194,6 +203,9 @@ def apply_lora(model: GPT, lora: LoRA) -> list[str]:
     names = replace_modules(model, wrap)
     if not names:
         raise InputError(f"{lora} matches no linear of {model.config.name}.")
+    for pattern in (*lora.rank_pattern, *lora.alpha_pattern):
+        if not any(fits(name, [pattern]) for name in names):
+            raise InputError(f"lora has a rank or alpha for {pattern!r}, but adapts no such module, but {names[-1]}.")
     return names
 
 

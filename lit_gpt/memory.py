@@ -7,6 +7,7 @@ the allocator wastes, and where CUDA's kernels keep other things than the CPU's:
 
     attention with a mask or in float32      keys and values of grouped heads are repeated for every query head
     AdamW                                    works on all parameters at once: up to one more copy of the trained ones
+    8-bit optimizers                         cannot step without values: what bitsandbytes keeps is entered
     4 bits, a few tokens                     multiplies by the codes, and makes no weight
 """
 
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,6 +28,7 @@ from lit_gpt.blocks import ActivationCheckpointing, recompute_blocks
 from lit_gpt.checkpoint import build_model
 from lit_gpt.config import Config
 from lit_gpt.dataset import Dataset, heaviest_first, micro_batches, step_records
+from lit_gpt.device import autocast_dtype, weight_dtype
 from lit_gpt.errors import InputError
 from lit_gpt.finetuned import METHODS
 from lit_gpt.full import Full
@@ -36,6 +38,7 @@ from lit_gpt.quantize import Quantize, QuantizedLinear, frozen, quantize_linears
 from lit_gpt.train import TrainArgs, make_optimizer
 
 OUTSIDE_GB = 1.0  # of a card: the CUDA context, and what the allocator cannot use
+EIGHT_BITS = ("bitsandbytes.optim.AdamW8bit", "bitsandbytes.optim.PagedAdamW8bit")
 PARTS = ("weights", "quantized", "trained", "gradients", "optimizer", "activations", "logits", "workspace")
 
 
@@ -50,6 +53,8 @@ class Setup:
     """Of that method."""
     dtype: torch.dtype = torch.bfloat16
     """Of the frozen weights."""
+    autocast: torch.dtype | None = None
+    """What mixed precision computes in."""
     quantize: Quantize | None = None
     activation_checkpointing: ActivationCheckpointing = "none"
     optimizer: str = "torch.optim.AdamW"
@@ -57,16 +62,21 @@ class Setup:
     """Tokens of each record of a micro-batch; all are trained on."""
 
 
-def setup_of(
-    method: str, settings: dict[str, Any], config: Config, dtype: torch.dtype, tokens: int | None = None
-) -> Setup:
+def check_method(method: str) -> None:
+    """Raises InputError where this is no script of a language model."""
+    if method not in METHODS or method == "classifier":
+        raise InputError(f"There is no plan for finetune/{method}.py. Choose lora, full, adapter or adapter_v2.")
+
+
+def setup_of(method: str, settings: dict[str, Any], config: Config, tokens: int | None = None) -> Setup:
     """What a script's settings say. The records are those of the heaviest step; or all of `tokens` tokens.
 
     Raises:
-        InputError: not a script of a language model, or no prepared data where `tokens` is not given.
+        InputError: the model reads no such record, or there are no prepared data where `tokens` is not given.
     """
-    if method not in METHODS or method == "classifier":
-        raise InputError(f"There is no plan for finetune/{method}.py. Choose lora, full, adapter or adapter_v2.")
+    check_method(method)
+    if tokens is not None and not 1 <= tokens <= config.block_size:
+        raise InputError(f"--tokens is {tokens}, but {config.name} reads 1 to {config.block_size}.")
     of_method = Full(settings["train_only"]) if method == "full" else settings[method.removesuffix("_v2")]
     train = settings["train"]
     if tokens is None:
@@ -74,8 +84,17 @@ def setup_of(
     else:
         n = min(train.micro_batch_size, train.global_batch_size)
         longest = (tokens,) * (n if train.micro_batch_tokens is None else max(1, train.micro_batch_tokens // tokens))
-    how, optimizer = settings["activation_checkpointing"], settings["optimizer"]
-    return Setup(config, method, of_method, dtype, settings.get("quantize"), how, optimizer, longest)
+    return Setup(
+        config=config,
+        method=method,
+        settings=of_method,
+        dtype=weight_dtype(settings["precision"]),
+        autocast=autocast_dtype(settings["precision"]),
+        quantize=settings.get("quantize"),
+        activation_checkpointing=settings["activation_checkpointing"],
+        optimizer=settings["optimizer"],
+        lengths=longest,
+    )
 
 
 def heaviest_lengths(data: Dataset, train: TrainArgs) -> tuple[int, ...]:
@@ -156,7 +175,7 @@ def plan(setup: Setup) -> Plan:
     """The peak of a training step with these settings.
 
     Raises:
-        InputError: a mixture of experts, whose shapes are known only as it runs.
+        InputError: a mixture of experts, whose shapes are known only as it runs, or an optimizer that reads values.
     """
     if setup.config.n_expert:
         raise InputError("A mixture of experts decides as it runs what is computed: there is no plan for it.")
@@ -164,7 +183,12 @@ def plan(setup: Setup) -> Plan:
     quantize_linears(model, setup.quantize)
     batch = batch_of(setup.lengths)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        return watch_steps(adapt(fill(model, setup), setup), batch, setup.optimizer)
+        try:
+            return watch_steps(adapt(fill(model, setup), setup), batch, setup)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            raise InputError(
+                f"--optimizer {setup.optimizer} reads values as it steps: there is no plan for it."
+            ) from None
 
 
 def batch_of(lengths: Sequence[int]) -> tuple[torch.Tensor, Layout]:
@@ -200,16 +224,20 @@ def quantized_params(model: nn.Module) -> Iterator[nn.Parameter]:
             yield from (getattr(module, name) for name in module.layout())
 
 
-def watch_steps(model: GPT, batch: tuple[torch.Tensor, Layout], optimizer_class: str) -> Plan:
+def watch_steps(model: GPT, batch: tuple[torch.Tensor, Layout], setup: Setup) -> Plan:
     """Two steps of a model, fake or real: the second one has the optimizer's memory from its beginning."""
-    optimizer = make_optimizer(model, TrainArgs(), optimizer_class)
+    codes_only = setup.optimizer in EIGHT_BITS
+    optimizer = make_optimizer(model, TrainArgs(), "torch.optim.SGD" if codes_only else setup.optimizer)
+    if codes_only:
+        optimizer.step = lambda: optimizer.state.setdefault("codes", [codes_of(param) for param in params])
     params = [param for param in model.parameters() if param.requires_grad]
     (idx, layout), ledger = batch, Ledger()
     enter_model(model, ledger)
     with ledger, part_of_head(model, ledger):
         for _ in range(2):
             ledger.part = "activations"
-            loss = model(idx, layout=layout)
+            with torch.autocast(idx.device.type, setup.autocast, enabled=setup.autocast is not None):
+                loss = model(idx, layout=layout)
             ledger.part = "workspace"
             loss.backward()
             del loss
@@ -221,6 +249,12 @@ def watch_steps(model: GPT, batch: tuple[torch.Tensor, Layout], optimizer_class:
                     ledger.note(tensor, "optimizer")
             optimizer.zero_grad()
     return Plan({part: ledger.at_peak()[part] for part in PARTS})
+
+
+def codes_of(param: torch.Tensor) -> torch.Tensor:
+    """As large as what 8-bit Adam keeps: two codes a value and two scales for 256; floats of small parameters."""
+    n = param.numel()
+    return torch.empty(2 * n + 8 * -(n // -256) if n >= 4096 else 8 * n, dtype=torch.uint8, device=param.device)
 
 
 def plan_generation(setup: Setup, n_prompt: int = 64, n_total: int = 256) -> Plan:
@@ -264,17 +298,21 @@ def part_of_head(model: GPT, ledger: Ledger) -> Iterator[None]:
 
 
 def largest_batch(setup: Setup, gb: float, limit: int = 512) -> int:
-    """How many records of the first one's length fit, 0 if none does; found by halving, up to `limit`."""
+    """How many records of the first one's length fit, 0 if none does, up to `limit`.
 
-    def fits(n: int) -> bool:
-        return plan(replace(setup, lengths=(setup.lengths[0],) * n)).gb <= gb
-
-    low, high = 0, 1  # low fits, high is not known to
-    while high <= limit and fits(high):
-        low, high = high, 2 * high
+    Peaks grow by about as much with each record: a line through two of them says which to try next.
+    """
+    peaks: dict[int, float] = {}
+    low, high, n = 0, limit + 1, 1  # low fits, high does not
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        peaks[n] = plan(replace(setup, lengths=(setup.lengths[0],) * n)).gb
+        low, high = (n, high) if peaks[n] <= gb else (low, n)
+        n = 8
+        if len(peaks) > 1:
+            a, b = sorted(peaks)[-2:]
+            slope = (peaks[b] - peaks[a]) / (b - a)
+            n = int(b + (gb - peaks[b]) / slope) if slope > 0 else 2 * b
+        n = min(max(n, low + 1), high - 1)
     return low
 
 
@@ -287,7 +325,9 @@ def switches(setup: Setup) -> dict[str, Setup]:
         if setup.activation_checkpointing == "none" or (how, setup.activation_checkpointing) == ("block", "selective"):
             found[f"--activation_checkpointing {how}"] = replace(setup, activation_checkpointing=how)
     if setup.dtype == torch.float32:
-        found["--precision bf16-true"] = replace(setup, dtype=torch.bfloat16)
+        found["--precision bf16-true"] = replace(setup, dtype=torch.bfloat16, autocast=None)
+    if setup.optimizer == "torch.optim.AdamW":
+        found[f"--optimizer {EIGHT_BITS[0]}"] = replace(setup, optimizer=EIGHT_BITS[0])
     if len(setup.lengths) > 1:
         found["--train.micro_batch_size 1"] = replace(setup, lengths=(max(setup.lengths),))
     return found

@@ -15,7 +15,17 @@ from lit_gpt.checkpoint import build_model
 from lit_gpt.cli import command
 from lit_gpt.config import SAMPLE, Config
 from lit_gpt.dataset import Dataset
-from lit_gpt.device import LoggerName, Precision, Strategy, is_sharded, launch, loading_device, weight_dtype
+from lit_gpt.device import (
+    LoggerName,
+    Precision,
+    Strategy,
+    autocast_dtype,
+    is_sharded,
+    launch,
+    loading_device,
+    weight_dtype,
+)
+from lit_gpt.errors import InputError
 from lit_gpt.finetuned import METHODS, Checkpoints, Finetuned, claim_out_dir, load_trained, start_run
 from lit_gpt.generate import answers
 from lit_gpt.memory import Setup, heaviest_lengths, plan
@@ -43,8 +53,8 @@ class LaunchArgs:
     optimizer: str = "torch.optim.AdamW"
     """The path of its class, such as bitsandbytes.optim.AdamW8bit or bitsandbytes.optim.PagedAdamW8bit on a GPU."""
     activation_checkpointing: ActivationCheckpointing = "none"
-    """Save memory by computing again in backward: block all but what goes into a block, selective all but the results
-    of matrix products and attention. The result stays the same."""
+    """Save memory by computing again in backward: block all but what goes into a block, selective the MLPs, which keep
+    the most. The result stays the same."""
     compile: bool = False
     """Compile the blocks with torch.compile: the first steps take minutes, all others less time."""
     devices: int = 1
@@ -142,10 +152,23 @@ def say_plan(run: Run, train: TrainArgs, method: str, settings: Any, quantize: Q
     epoch = 6 * n_params * tokens / SPEED[run.fabric.device.type == "cpu"]  # seconds
     if run.config.n_expert or 0.25 * run.config.n_layer > 0.05 * epoch:
         return
-    lengths = heaviest_lengths(run.train_data, train)
-    how = run.args.activation_checkpointing, run.args.optimizer
-    found = plan(Setup(run.config, method, settings, weight_dtype(run.args.precision), quantize, *how, lengths))
-    print(f"Planned peak of a step: {found}.", file=sys.stderr)
+    args = run.args
+    setup = Setup(
+        config=run.config,
+        method=method,
+        settings=settings,
+        dtype=weight_dtype(args.precision),
+        autocast=autocast_dtype(args.precision),
+        quantize=quantize,
+        activation_checkpointing=args.activation_checkpointing,
+        optimizer=args.optimizer,
+        lengths=heaviest_lengths(run.train_data, train),
+    )
+    try:
+        split = " before it is split among the devices" if is_sharded(run.fabric) else ""
+        print(f"Planned peak of a step{split}: {plan(setup)}.", file=sys.stderr)
+    except InputError as error:  # a plan is a courtesy
+        print(f"No plan of the memory: {error}", file=sys.stderr)
 
 
 def finetune(run: Run, model: GPT, train: TrainArgs, method: str, method_settings: Any, base: str) -> None:

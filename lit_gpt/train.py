@@ -259,7 +259,9 @@ def make_optimizer(model: nn.Module, args: TrainArgs, path: str = "torch.optim.A
     module, _, name = path.rpartition(".")
     try:
         kind = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        if not issubclass(kind, torch.optim.Optimizer) or kind is torch.optim.LBFGS:
+            raise TypeError(f"{name} is no optimizer that steps by gradients alone")
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise InputError(
             f"--optimizer {path}: {error}. Name a class by its path, such as torch.optim.AdamW or"
             " bitsandbytes.optim.PagedAdamW8bit."

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from lit_gpt import Config, memory
 from lit_gpt.cli import parse, run
-from lit_gpt.device import weight_dtype
 from lit_gpt.memory import largest_batch, plan, plan_generation, switches, table
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +35,7 @@ def main(
             meant then.
     """
     path = script if script.is_file() else ROOT / script
+    memory.check_method(path.stem)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -43,7 +43,7 @@ def main(
     if settings["precision"] == "auto" and card_gb is not None:
         settings["precision"] = "bf16-true"
     config = Config.from_name(model_name) if model_name else Config.from_checkpoint(settings["checkpoint_dir"])
-    setup = memory.setup_of(path.stem, settings, config, weight_dtype(settings["precision"]), tokens)
+    setup = memory.setup_of(path.stem, settings, config, tokens)
 
     n, longest = len(setup.lengths), max(setup.lengths)
     what = f"{setup.quantize or str(setup.dtype).removeprefix('torch.')}, {n} records of up to {longest:,} tokens"

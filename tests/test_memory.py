@@ -31,6 +31,8 @@ SETUPS = {
     "lora nf4-dq, block": replace(BASE, quantize="bnb.nf4-dq", activation_checkpointing="block"),
     "lora int8": replace(BASE, quantize="bnb.int8"),
     "lora bf16": replace(BASE, dtype=torch.bfloat16),
+    "lora, mixed": replace(BASE, autocast=torch.bfloat16),
+    "full, mixed": replace(BASE, method="full", settings=Full(), autocast=torch.bfloat16),
     "full": replace(BASE, method="full", settings=Full()),
     "full last": replace(BASE, method="full", settings=Full(1)),
     "full, sgd": replace(BASE, method="full", settings=Full(), optimizer="torch.optim.SGD"),
@@ -49,7 +51,7 @@ def real(setup: Setup):
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.load_weight(torch.randn(module.out_features, module.in_features))
-    return watch_steps(adapt(model, setup), batch_of(setup.lengths), setup.optimizer)
+    return watch_steps(adapt(model, setup), batch_of(setup.lengths), setup)
 
 
 @pytest.mark.parametrize("name", SETUPS)
@@ -128,28 +130,49 @@ def test_the_plan_is_what_a_process_takes() -> None:
     assert int(output.stdout) / 1e9 == pytest.approx(plan(setup).gb, rel=0.1), output.stderr
 
 
-# ---- against what others measured on an A100, in GB: lit-gpt's table of 2023 for generating in bfloat16
+# ---- against what others measured on an A100, in GB: lit-gpt's tables of 2023 for generating 256 tokens
 
-MEASURED = {"phi-1_5": 2.86, "stablelm-base-alpha-3b": 7.30, "Llama-2-7b-hf": 13.52, "Llama-2-13b-hf": 26.21}
-MEASURED_NF4 = {"Llama-2-7b-hf": 4.57, "Llama-2-13b-hf": 8.32, "CodeLlama-34b-hf": 20.52}
+MEASURED = {
+    "none": {"phi-1_5": 2.86, "stablelm-base-alpha-3b": 7.30, "Llama-2-7b-hf": 13.52, "falcon-7b": 14.50},
+    "bnb.nf4": {
+        "phi-1_5": 1.39, "stablelm-base-alpha-3b": 3.20, "Llama-2-7b-hf": 4.57, "Llama-2-13b-hf": 8.32,
+        "CodeLlama-34b-hf": 20.52, "falcon-7b": 5.72, "falcon-40b": 26.55,
+    },
+    "bnb.nf4-dq": {
+        "phi-1_5": 1.33, "stablelm-base-alpha-3b": 3.04, "Llama-2-7b-hf": 4.26, "Llama-2-13b-hf": 7.72,
+        "CodeLlama-34b-hf": 18.95, "falcon-7b": 5.38, "falcon-40b": 24.63, "Llama-2-70b-hf": 37.21,
+    },
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MEASURED)
-def test_generating_takes_what_was_measured(name) -> None:
-    setup = Setup(Config.from_name(name))
-    assert plan_generation(setup).gb == pytest.approx(MEASURED[name], rel=0.1)
-
-
-@pytest.mark.parametrize("name", MEASURED_NF4)
-def test_generating_with_4_bits_takes_what_was_measured(name) -> None:
-    setup = Setup(Config.from_name(name), quantize="bnb.nf4")
-    assert plan_generation(setup).gb == pytest.approx(MEASURED_NF4[name], rel=0.1)
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, rows in MEASURED.items() for name in rows])
+def test_generating_takes_what_was_measured(kind, name) -> None:
+    """Of 4 bits lit-gpt's figures hold one head in 16 bits more than the model has (its loading, we believe); and it
+    kept a head of its own for Falcon, whose head is the embedding. With these, all rows agree to 5 %."""
+    config, quantize = Config.from_name(name), None if kind == "none" else kind
+    head = 2 * config.n_embd * config.vocab_size / 1e9
+    more = head * ((quantize is not None) + config.tie_embeddings)
+    assert plan_generation(Setup(config, quantize=quantize)).gb + more == pytest.approx(MEASURED[kind][name], rel=0.05)
 
 
 def test_qlora_of_7b_in_7_gb() -> None:
     """1,304 tokens, where lit-gpt needed 13.84 GB."""
     setup = Setup(Config.from_name("Llama-2-7b-hf"), settings=LoRA(), quantize="bnb.nf4-dq", lengths=(1304,))
     assert plan(replace(setup, activation_checkpointing="block")).gb < 7
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit"])
+def test_optimizers_of_8_bits(name) -> None:
+    """Two bytes a value, and two floats for 256 of them; 8 bytes where a parameter is small."""
+    setup = replace(BASE, method="full", settings=Full(), optimizer=f"bitsandbytes.optim.{name}")
+    sizes = [param.numel() for param in build_model(SMALL).parameters()]
+    found = plan(setup).parts["optimizer"]
+    assert found == pytest.approx(sum(2 * n + n / 32 if n >= 4096 else 8 * n for n in sizes), rel=0.01)
+
+
+def test_an_optimizer_without_a_plan() -> None:
+    with pytest.raises(InputError, match="Adafactor reads values as it steps"):
+        plan(replace(BASE, optimizer="torch.optim.Adafactor"))
 
 
 # ---- the script
@@ -165,5 +188,10 @@ def test_script(tiny_dir: Path, capsys) -> None:
     assert "SmolLM2-135M, full, float32" in capsys.readouterr().out
     with pytest.raises(InputError, match="no plan for finetune/classifier.py"):
         main(Path("finetune/classifier.py"), ["--data_path", "x.csv"], "SmolLM2-135M", 64)
+    for wrong in (-5, 0, 100_000):
+        with pytest.raises(InputError, match=f"--tokens is {wrong}, but SmolLM2-135M reads 1 to"):
+            main(model_name="SmolLM2-135M", tokens=wrong)
+    with pytest.raises(InputError, match="no plan for finetune/merge_lora.py"):
+        main(Path("scripts/merge_lora.py"))
     with pytest.raises(InputError, match="mixture of experts"):
         main(model_name="Mixtral-8x7B-v0.1", tokens=64)

@@ -192,21 +192,20 @@ def apply_lora(model: GPT, lora: LoRA) -> list[str]:
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise InputError("This model already carries LoRA: merge it first (`python scripts/merge_lora.py`).")
-    lora.blocks(model.config.n_layer)  # refuses layers that are not there, even if only the head is adapted
-
-    def wrap(name: str, module: nn.Module) -> nn.Module | None:
-        if hasattr(module, "in_features") and lora.matches(name, model.config.n_layer):
-            kind = DoRALinear if lora.dora else LoRALinear
-            return kind(module, lora.rank_of(name), lora.scaling_of(name), lora.dropout)
-        return None
-
-    names = replace_modules(model, wrap)
+    n_layer, kind = model.config.n_layer, DoRALinear if lora.dora else LoRALinear
+    lora.blocks(n_layer)  # refuses layers that are not there, even if only the head is adapted
+    linears = [name for name, module in model.named_modules() if hasattr(module, "in_features")]
+    names = [name for name in linears if lora.matches(name, n_layer)]
     if not names:
         raise InputError(f"{lora} matches no linear of {model.config.name}.")
     for pattern in (*lora.rank_pattern, *lora.alpha_pattern):
         if not any(fits(name, [pattern]) for name in names):
-            raise InputError(f"lora has a rank or alpha for {pattern!r}, but adapts no such module, but {names[-1]}.")
-    return names
+            raise InputError(f"lora has a rank or an alpha for {pattern!r}, of which nothing is adapted.")
+
+    def wrap(name: str, module: nn.Module) -> nn.Module | None:
+        return kind(module, lora.rank_of(name), lora.scaling_of(name), lora.dropout) if name in names else None
+
+    return replace_modules(model, wrap)
 
 
 def lora_filter(key: str, value: Any = None) -> bool:

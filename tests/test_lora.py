@@ -274,6 +274,10 @@ def test_small_updates_survive_over_a_bfloat16_base(untied_dir) -> None:
         (dict(layers=[-1]), r"lora.layers is \[-1\], but"),
         (dict(layers=[]), r"lora.layers is \[\], but"),
         (NOWHERE | dict(head=True, layers=9), "lora.layers is 9, but"),
+        (dict(modules=["("]), r"'\(' is no pattern of names"),
+        (dict(rank_pattern={"attn.[": 4}), "is no pattern of names"),
+        (dict(rank_pattern={"attn.qq": 4}), "a rank or an alpha for 'attn.qq', of which nothing is adapted"),
+        (dict(alpha_pattern={"mlp.fc_1": 4}), "'mlp.fc_1', of which nothing is adapted"),
     ],
 )
 def test_settings_that_cannot_work_say_why(untied_dir, settings, message) -> None:

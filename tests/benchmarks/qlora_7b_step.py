@@ -11,15 +11,14 @@ what was in use.
 """
 
 import argparse
-import functools
 import threading
 import time
 from pathlib import Path
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from lit_gpt import GPT, Config
+from lit_gpt.blocks import recompute_blocks
 from lit_gpt.checkpoint import build_model
 from lit_gpt.device import default_device, peak_memory_gb, weight_dtype
 from lit_gpt.layout import Layout
@@ -76,8 +75,7 @@ def main() -> None:
     model = random_model(Config.from_name(args.name, n_layer=args.n_layer), args.quantize, device, dtype)
     apply_lora(model, LoRA(r=8, alpha=16, query=True, value=True))
     mark_only_lora_as_trainable(model)
-    for block in model.transformer.h:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    recompute_blocks(model, "block")
     optimizer = make_optimizer(model, TrainArgs())
     trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
     gb = sum(param.nbytes for param in model.parameters()) / 1e9

@@ -16,7 +16,7 @@ from torch import nn
 from lit_gpt.config import Config, read_json
 from lit_gpt.convert import hf_name, to_hf, to_lit
 from lit_gpt.errors import InputError
-from lit_gpt.files import new_folder
+from lit_gpt.files import must_be_empty, new_folder
 from lit_gpt.model import GPT
 from lit_gpt.quantize import Quantize, QuantizedLinear, quantize_linears
 
@@ -264,8 +264,9 @@ def convert(
     refuse it.
 
     Raises:
-        InputError: see `load_weights`.
+        InputError: see `must_be_empty` and `load_weights`.
     """
+    must_be_empty(out_dir)
     model = build_model(Config.from_checkpoint(checkpoint_dir))
     files = weight_files(checkpoint_dir)
     # a pass of its own, since it stands in the header; files are mapped into memory, so it reads little of them
@@ -307,8 +308,7 @@ def write_checkpoint(
     check: Callable[[Path], None] | None,
 ) -> None:
     """Writes tensors, given under our names, with the companions of `source`. Never more than one is in memory."""
-    if out_dir.exists() and any(out_dir.iterdir()):
-        raise InputError(f"{out_dir} is not empty. Name another folder, or delete it first.")
+    must_be_empty(out_dir)
     with new_folder(out_dir) as folder:
         write_files(tensors, config, source, folder, hugging_face, metadata, max_shard)
         if check is not None:

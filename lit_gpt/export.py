@@ -7,7 +7,7 @@ import torch
 
 from lit_gpt.checkpoint import save_hf
 from lit_gpt.errors import InputError
-from lit_gpt.files import new_folder
+from lit_gpt.files import must_be_empty, new_folder
 from lit_gpt.finetuned import load_finetuned
 from lit_gpt.lora import LoRA, lora_filter, merge_lora_weights
 from lit_gpt.model import GPT
@@ -33,8 +33,9 @@ def export_merged(
     the original weights and those that the codes stand for; how far each is from what was trained is printed.
 
     Raises:
-        InputError: see `load_finetuned` and `prove`.
+        InputError: see `must_be_empty`, `load_finetuned` and `prove`.
     """
+    must_be_empty(out_dir)
     trained, description = load_finetuned(checkpoint_dir, finetuned)
     source = Path(checkpoint_dir or description.checkpoint_dir)
     tokenizer, weight = Tokenizer(source), trained.transformer.wte.weight
@@ -79,8 +80,9 @@ def export_peft(finetuned: Path, checkpoint_dir: Path | None, out_dir: Path) -> 
     """Writes a LoRA as peft's adapter, reads it back and proves that it is the same.
 
     Raises:
-        InputError: see `load_finetuned`, `save_peft` and `difference`.
+        InputError: see `must_be_empty`, `load_finetuned` and `save_peft`; or what is read back differs.
     """
+    must_be_empty(out_dir)
     model, description = load_finetuned(checkpoint_dir, finetuned)
     if description.method != "lora":
         raise InputError(f"{finetuned} was trained with {description.method}; peft knows LoRA.")

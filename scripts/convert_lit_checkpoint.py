@@ -17,6 +17,7 @@ from lit_gpt.cli import run
 from lit_gpt.config import SAMPLE
 from lit_gpt.device import DType, as_dtype
 from lit_gpt.export import export_merged, export_peft
+from lit_gpt.files import must_be_empty
 from lit_gpt.gguf_out import export_gguf
 from lit_gpt.proof import logits_of, prove
 
@@ -45,6 +46,7 @@ def main(
     """
     if dtype == "q8_0" and format != "gguf":
         raise InputError("--dtype q8_0 is for --format gguf. Here: float32, bfloat16 or float16.")
+    must_be_empty(out_dir)
     if format == "gguf":
         if finetuned is not None:
             raise InputError("--format gguf takes a whole model. Merge first: scripts/merge_lora.py.")

@@ -239,11 +239,11 @@ def test_a_pickle_that_would_run_code_does_not(copy, tmp_path) -> None:
     assert (tmp_path / "it ran").exists()  # it would have
 
 
-def test_a_folder_with_something_in_it_is_refused(copy, tmp_path) -> None:
+def test_a_folder_with_something_in_it_is_refused(tmp_path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("mine")
     with pytest.raises(InputError, match="out is not empty"):
-        convert(copy, tmp_path / "out", hugging_face=False)
+        convert(tmp_path / "not even there", tmp_path / "out", hugging_face=False)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 

@@ -111,6 +111,21 @@ def test_peft_folder_from_the_script(tiny, tmp_path) -> None:
         assert error(theirs(tokens(1, 15)).logits, ours(tokens(1, 15))) < 1e-5
 
 
+@pytest.mark.parametrize("format", ["hf", "merged", "peft", "gguf"])
+def test_a_folder_with_something_in_it_is_left_alone(format, tiny, tmp_path) -> None:
+    """Also the checkpoint's own; before anything is loaded."""
+    adapter, before = tmp_path / "lora", {path: path.stat().st_mtime_ns for path in tiny.iterdir()}
+    act = {
+        "hf": lambda: convert(tiny, tiny, True),
+        "merged": lambda: export_merged(adapter, tiny, tiny),
+        "peft": lambda: export_peft(adapter, tiny, tiny),
+        "gguf": lambda: gguf_out.export_gguf(tiny, tiny, "float16"),
+    }[format]
+    with pytest.raises(InputError, match="model is not empty. Name another folder"):
+        act()
+    assert {path: path.stat().st_mtime_ns for path in tiny.iterdir()} == before
+
+
 # ---- GGUF
 
 

@@ -231,7 +231,8 @@ class Writer:
     KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8"}
 
     def __init__(self, path: Path, metadata: Mapping[str, str], n_tensors: int) -> None:
-        """`n_tensors` is the most that will come."""
+        """`n_tensors` is the most that will come. Values of `metadata` may change until `close`, not their length."""
+        self.metadata = metadata
         self.header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
         self.room, self.size = len(json.dumps(self.header)) + 256 * (n_tensors + 1) // 8 * 8, 0
         self.room += -self.room % 8  # the data begin at a multiple of 8
@@ -245,8 +246,11 @@ class Writer:
         self.file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
     def close(self) -> None:
+        self.header["__metadata__"] |= self.metadata
+        header = json.dumps(self.header).encode()
+        assert len(header) <= self.room, f"{self.file.name}: a header of {len(header)} bytes in room for {self.room}"
         self.file.seek(0)
-        self.file.write(struct.pack("<Q", self.room) + json.dumps(self.header).encode().ljust(self.room))
+        self.file.write(struct.pack("<Q", self.room) + header.ljust(self.room))
         self.file.close()
 
 
@@ -268,14 +272,17 @@ def convert(
     """
     must_be_empty(out_dir)
     model = build_model(Config.from_checkpoint(checkpoint_dir))
-    files = weight_files(checkpoint_dir)
-    # a pass of its own, since it stands in the header; files are mapped into memory, so it reads little of them
-    own = read_metadata(files[0]).get(FINGERPRINT) or fingerprint(
-        {name: digest(name, tensor) for name, tensor in checked_tensors(model, checkpoint_dir)}
-    )
-    tensors = ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in checked_tensors(model, checkpoint_dir))
-    metadata = {FINGERPRINT: own}
-    write_checkpoint(tensors, model.config, checkpoint_dir, out_dir, hugging_face, metadata, max_shard, check)
+    own = read_metadata(weight_files(checkpoint_dir)[0]).get(FINGERPRINT)
+    metadata = {FINGERPRINT: own or fingerprint({})}  # as long as what is known in the end
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        digests = {}
+        for name, tensor in checked_tensors(model, checkpoint_dir):
+            digests[name] = digest(name, tensor)
+            yield name, tensor.to(dtype or tensor.dtype)
+        metadata[FINGERPRINT] = own or fingerprint(digests)
+
+    write_checkpoint(tensors(), model.config, checkpoint_dir, out_dir, hugging_face, metadata, max_shard, check)
 
 
 def save_hf(
@@ -324,18 +331,17 @@ def write_files(
     metadata: Mapping[str, str] = MappingProxyType({}),
     max_shard: int | None = None,
 ) -> None:
-    """Writes them into a folder that is there."""
+    """Writes them into a folder that is there. Headers come last: `metadata` may be completed with the last tensor."""
     stem, n_tensors = "model" if hugging_face else "lit_model", len(build_model(config).state_dict())
     shards: list[Writer] = []
     dtypes = set()
     for name, tensor in to_hf(tensors, config) if hugging_face else tensors:
         if not shards or (shards[-1].size and shards[-1].size + tensor.nbytes > (max_shard or MAX_SHARD)):
-            if shards:
-                shards[-1].close()
             shards.append(Writer(folder / f"{stem}-{len(shards)}.safetensors", metadata, n_tensors))
         shards[-1].add(name, tensor)
         dtypes.add(str(tensor.dtype).removeprefix("torch."))
-    shards[-1].close()
+    for shard in shards:
+        shard.close()
     names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     names = names if len(shards) > 1 else [f"{stem}.safetensors"]
     for i, name in enumerate(names):

@@ -133,6 +133,26 @@ def test_fingerprint_follows_copies_and_tells_weights_apart(copy, tmp_path) -> N
 @pytest.mark.parametrize("dtype", [torch.bfloat16, None])
 def test_tensors_are_converted_one_at_a_time(copy, dtype, monkeypatch) -> None:
     """With another dtype no more than two of the file's tensors live at once; without, they are the model."""
+    alive = watch(monkeypatch)
+    model = load_model(copy, dtype=dtype)
+    assert len(alive) == len(list(model.parameters())) > 15
+    assert max(alive) <= 2 if dtype else max(alive) >= 15
+
+
+@pytest.mark.parametrize("hugging_face", [False, True])
+@pytest.mark.parametrize("max_shard", [None, 20_000])
+def test_a_copy_reads_every_tensor_once(hugging_face, max_shard, copy, tmp_path, monkeypatch) -> None:
+    """And holds no more than two; all its files say what it is a copy of."""
+    expected, alive = fingerprint(copy), watch(monkeypatch)
+    convert(copy, tmp_path / "out", hugging_face, max_shard=max_shard)
+    assert len(alive) == len(tensors_of(copy)) > 15 and max(alive) <= 2
+    written = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert {checkpoint.read_metadata(file)[checkpoint.FINGERPRINT] for file in written} == {expected}
+    assert (len(written) > 1) == (max_shard is not None)
+
+
+def watch(monkeypatch) -> list[int]:
+    """How many tensors of the files were alive, each time that one was read."""
     read, seen, alive = checkpoint.read_tensors, [], []
 
     def watched(paths):
@@ -142,9 +162,7 @@ def test_tensors_are_converted_one_at_a_time(copy, dtype, monkeypatch) -> None:
             yield name, tensor
 
     monkeypatch.setattr(checkpoint, "read_tensors", watched)
-    model = load_model(copy, dtype=dtype)
-    assert len(seen) == len(list(model.parameters())) > 15
-    assert max(alive) <= 2 if dtype else max(alive) >= 15
+    return alive
 
 
 def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:

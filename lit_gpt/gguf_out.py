@@ -64,7 +64,9 @@ def check(config: Config) -> None:
     ]
     if config.rope_scaling and config.rope_scaling["rope_type"] not in ("linear", "llama3"):
         other.append(f"{config.rope_scaling['rope_type']} positions")
-    if other or config.no_rope_layers:
+    if config.no_rope_layers:
+        other.append("layers without positions")
+    if other:
         raise InputError(
             f"{config.name} is no plain llama ({', '.join(other)}): convert it with llama.cpp's own script."
         )

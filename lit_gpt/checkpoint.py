@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lit_gpt import families
 from lit_gpt.config import Config, read_json
 from lit_gpt.convert import hf_name, to_hf, to_lit
 from lit_gpt.errors import InputError
@@ -356,12 +357,21 @@ def write_files(
         config.save(folder)
 
 
-def copy_companions(source: Path, folder: Path, config: Config, dtype: str | None) -> None:
-    """Copies the tokenizer and the settings; config.json says what the weights now are."""
+def copy_others(source: Path, folder: Path) -> None:
+    """Copies the companions but config.json, which is about the weights."""
     for pattern in COMPANIONS:
         for path in source.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
-    hf = read_json(source / "config.json") | {"tie_word_embeddings": config.tie_embeddings}
+            if path.name != "config.json":
+                shutil.copyfile(path, folder / path.name)
+
+
+def copy_companions(source: Path, folder: Path, config: Config, dtype: str | None) -> None:
+    """Copies the tokenizer and the settings; config.json says what the weights now are."""
+    copy_others(source, folder)
+    hf = read_json(source / "config.json")
+    renamed, new = getattr(families.load(config.family), "OLD", {}).get(hf.get("model_type"), ({}, {}))
+    hf = {renamed.get(key, key): value for key, value in hf.items() if key != "auto_map"}  # no code goes along
+    hf |= new | {"tie_word_embeddings": config.tie_embeddings}
     if dtype is not None:
         hf["dtype" if "dtype" in hf else "torch_dtype"] = dtype
     (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from lit_gpt.checkpoint import save_hf
+from lit_gpt.checkpoint import copy_others, save_hf
 from lit_gpt.errors import InputError
 from lit_gpt.files import must_be_empty, new_folder
 from lit_gpt.finetuned import Finetuned, describe_peft, finetuned_file, load_finetuned, read_description
@@ -126,6 +126,7 @@ def export_peft(finetuned: Path, checkpoint_dir: Path | None, out_dir: Path) -> 
     tokenizer, weights = Tokenizer(source), {k: v for k, v in model.state_dict().items() if lora_filter(k)}
     with new_folder(out_dir) as folder:
         save_peft(weights, LoRA(**description.settings), model.config, str(source), folder)
+        copy_others(source, folder)
         again, _ = load_finetuned(source, folder, quantize=description.quantize or "none")
         found = difference(logits_of(model, tokenizer), logits_of(again, tokenizer))
         print(f"Read back: {found}.")

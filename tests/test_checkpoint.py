@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
+from test_families import CASES, make, tokens
 from test_model import edit_config, make_checkpoint, reference
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -119,6 +120,37 @@ def test_there_and_back_is_bit_identical(kind, max_shard, dtype, request, tmp_pa
     text = "Größe, 3.14 and\n\tall that"
     assert AutoTokenizer.from_pretrained(back)(text) == AutoTokenizer.from_pretrained(source)(text)
     assert Config.from_checkpoint(back, name="") == Config.from_checkpoint(source, name="")
+
+
+OLD_CONFIGS = {  # (case of test_families, its model_type before transformers knew it, names then)
+    "RefinedWeb": (
+        "falcon 40b",
+        dict(num_hidden_layers="n_layer", num_attention_heads="n_head", num_kv_heads="n_head_kv"),
+    ),
+    "RefinedWebModel": ("falcon 7b", dict(num_hidden_layers="n_layer", num_attention_heads="n_head")),
+    "stablelm_epoch": ("stablelm", dict(layer_norm_eps="norm_eps")),
+}
+
+
+@pytest.mark.parametrize("model_type", OLD_CONFIGS)
+@torch.no_grad()
+def test_a_copy_needs_no_code_of_its_own(model_type, tmp_path) -> None:
+    """Where config.json named code, transformers' own class loads what is written."""
+    from transformers import AutoModelForCausalLM
+
+    case, names = OLD_CONFIGS[model_type]
+    source = make(tmp_path / "source", *CASES[case])
+    expected = reference(source)(tokens(1, 9)).logits
+    hf = json.loads((source / "config.json").read_text())
+    old = {names.get(key, key): value for key, value in hf.items() if key != "new_decoder_architecture"}
+    old |= dict(model_type=model_type, architectures=["Other"], auto_map={"AutoModelForCausalLM": "other.Other"})
+    if case == "stablelm":
+        old |= dict(rope_pct=0.25, rope_theta=old.pop("rope_parameters")["rope_theta"])
+    (source / "config.json").write_text(json.dumps(old))
+    convert(source, tmp_path / "copy", hugging_face=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "copy", attn_implementation="eager")
+    assert type(model).__name__ in ("FalconForCausalLM", "StableLmForCausalLM")
+    assert (model(tokens(1, 9)).logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_fingerprint_follows_copies_and_tells_weights_apart(copy, tmp_path) -> None:

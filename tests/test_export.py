@@ -170,6 +170,19 @@ def test_peft_folder_from_the_script(tiny, tmp_path) -> None:
     with torch.no_grad():
         ours, _ = load_finetuned(None, adapter)
         assert error(theirs(tokens(1, 15)).logits, ours(tokens(1, 15))) < 1e-5
+        assert torch.equal(load_finetuned(tiny, tmp_path / "peft")[0](tokens(1, 15)), ours(tokens(1, 15)))
+    # with the tokenizer, its template and what ends a text
+    again, before = Tokenizer(tmp_path / "peft"), Tokenizer(tiny)
+    assert again.behaviour == before.behaviour and not (tmp_path / "peft" / "config.json").exists()
+
+
+@torch.no_grad()
+def test_peft_of_a_head_that_is_the_embedding(tied_dir, tmp_path) -> None:
+    adapter = write_adapter(tmp_path / "lora", tied_dir, LoRA(r=4, head=True))
+    export_peft(adapter, None, tmp_path / "peft")
+    ours, again = (load_finetuned(tied_dir, folder)[0] for folder in (adapter, tmp_path / "peft"))
+    assert torch.equal(ours(tokens(1, 15)), again(tokens(1, 15)))
+    assert error(load_model(tied_dir)(tokens(1, 15)), ours(tokens(1, 15))) > 1e-2
 
 
 @pytest.mark.parametrize("format", ["hf", "merged", "peft", "gguf"])
@@ -221,9 +234,10 @@ def test_rotary_scaling_of_llama_3_goes_along(sample_dir, tmp_path) -> None:
 
 
 def test_no_plain_llama_is_refused(tmp_path) -> None:
-    folder = make(tmp_path / "model", *CASES["qwen3"])
-    with pytest.raises(InputError, match="no plain llama .*qk_norm"):
-        gguf_out.check(Config.from_checkpoint(folder))
+    for case, reason in (("qwen3", ".*qk_norm"), ("smollm3", ".layers without positions")):
+        folder = make(tmp_path / case, *CASES[case])
+        with pytest.raises(InputError, match=f"no plain llama {reason}"):
+            gguf_out.check(Config.from_checkpoint(folder))
 
 
 LLAMA_CPP = """

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lit_gpt import families
 from lit_gpt.config import Config, read_json
 from lit_gpt.convert import hf_name, to_hf, to_lit
 from lit_gpt.errors import InputError
-from lit_gpt.files import new_folder
+from lit_gpt.files import must_be_empty, new_folder
 from lit_gpt.model import GPT
 from lit_gpt.quantize import Quantize, QuantizedLinear, quantize_linears
 
@@ -231,7 +232,8 @@ class Writer:
     KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8"}
 
     def __init__(self, path: Path, metadata: Mapping[str, str], n_tensors: int) -> None:
-        """`n_tensors` is the most that will come."""
+        """`n_tensors` is the most that will come. Values of `metadata` may change until `close`, not their length."""
+        self.metadata = metadata
         self.header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
         self.room, self.size = len(json.dumps(self.header)) + 256 * (n_tensors + 1) // 8 * 8, 0
         self.room += -self.room % 8  # the data begin at a multiple of 8
@@ -245,8 +247,11 @@ class Writer:
         self.file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
     def close(self) -> None:
+        self.header["__metadata__"] |= self.metadata
+        header = json.dumps(self.header).encode()
+        assert len(header) <= self.room, f"{self.file.name}: a header of {len(header)} bytes in room for {self.room}"
         self.file.seek(0)
-        self.file.write(struct.pack("<Q", self.room) + json.dumps(self.header).encode().ljust(self.room))
+        self.file.write(struct.pack("<Q", self.room) + header.ljust(self.room))
         self.file.close()
 
 
@@ -264,17 +269,21 @@ def convert(
     refuse it.
 
     Raises:
-        InputError: see `load_weights`.
+        InputError: see `must_be_empty` and `load_weights`.
     """
+    must_be_empty(out_dir)
     model = build_model(Config.from_checkpoint(checkpoint_dir))
-    files = weight_files(checkpoint_dir)
-    # a pass of its own, since it stands in the header; files are mapped into memory, so it reads little of them
-    own = read_metadata(files[0]).get(FINGERPRINT) or fingerprint(
-        {name: digest(name, tensor) for name, tensor in checked_tensors(model, checkpoint_dir)}
-    )
-    tensors = ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in checked_tensors(model, checkpoint_dir))
-    metadata = {FINGERPRINT: own}
-    write_checkpoint(tensors, model.config, checkpoint_dir, out_dir, hugging_face, metadata, max_shard, check)
+    own = read_metadata(weight_files(checkpoint_dir)[0]).get(FINGERPRINT)
+    metadata = {FINGERPRINT: own or fingerprint({})}  # as long as what is known in the end
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        digests = {}
+        for name, tensor in checked_tensors(model, checkpoint_dir):
+            digests[name] = digest(name, tensor)
+            yield name, tensor.to(dtype or tensor.dtype)
+        metadata[FINGERPRINT] = own or fingerprint(digests)
+
+    write_checkpoint(tensors(), model.config, checkpoint_dir, out_dir, hugging_face, metadata, max_shard, check)
 
 
 def save_hf(
@@ -307,8 +316,7 @@ def write_checkpoint(
     check: Callable[[Path], None] | None,
 ) -> None:
     """Writes tensors, given under our names, with the companions of `source`. Never more than one is in memory."""
-    if out_dir.exists() and any(out_dir.iterdir()):
-        raise InputError(f"{out_dir} is not empty. Name another folder, or delete it first.")
+    must_be_empty(out_dir)
     with new_folder(out_dir) as folder:
         write_files(tensors, config, source, folder, hugging_face, metadata, max_shard)
         if check is not None:
@@ -324,18 +332,17 @@ def write_files(
     metadata: Mapping[str, str] = MappingProxyType({}),
     max_shard: int | None = None,
 ) -> None:
-    """Writes them into a folder that is there."""
+    """Writes them into a folder that is there. Headers come last: `metadata` may be completed with the last tensor."""
     stem, n_tensors = "model" if hugging_face else "lit_model", len(build_model(config).state_dict())
     shards: list[Writer] = []
     dtypes = set()
     for name, tensor in to_hf(tensors, config) if hugging_face else tensors:
         if not shards or (shards[-1].size and shards[-1].size + tensor.nbytes > (max_shard or MAX_SHARD)):
-            if shards:
-                shards[-1].close()
             shards.append(Writer(folder / f"{stem}-{len(shards)}.safetensors", metadata, n_tensors))
         shards[-1].add(name, tensor)
         dtypes.add(str(tensor.dtype).removeprefix("torch."))
-    shards[-1].close()
+    for shard in shards:
+        shard.close()
     names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     names = names if len(shards) > 1 else [f"{stem}.safetensors"]
     for i, name in enumerate(names):
@@ -350,12 +357,21 @@ def write_files(
         config.save(folder)
 
 
-def copy_companions(source: Path, folder: Path, config: Config, dtype: str | None) -> None:
-    """Copies the tokenizer and the settings; config.json says what the weights now are."""
+def copy_others(source: Path, folder: Path) -> None:
+    """Copies the companions but config.json, which is about the weights."""
     for pattern in COMPANIONS:
         for path in source.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
-    hf = read_json(source / "config.json") | {"tie_word_embeddings": config.tie_embeddings}
+            if path.name != "config.json":
+                shutil.copyfile(path, folder / path.name)
+
+
+def copy_companions(source: Path, folder: Path, config: Config, dtype: str | None) -> None:
+    """Copies the tokenizer and the settings; config.json says what the weights now are."""
+    copy_others(source, folder)
+    hf = read_json(source / "config.json")
+    renamed, new = getattr(families.load(config.family), "OLD", {}).get(hf.get("model_type"), ({}, {}))
+    hf = {renamed.get(key, key): value for key, value in hf.items() if key != "auto_map"}  # no code goes along
+    hf |= new | {"tie_word_embeddings": config.tie_embeddings}
     if dtype is not None:
         hf["dtype" if "dtype" in hf else "torch_dtype"] = dtype
     (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")

@@ -6,6 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lit_gpt.errors import InputError
+
+
+def must_be_empty(folder: Path) -> None:
+    """Raises InputError where something is in the way of a new folder: `new_folder` would replace it."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file, expected a folder. Name another one.")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty. Name another folder, or delete it first.")
+
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from lit_gpt.checkpoint import Writer
 from lit_gpt.errors import InputError
-from lit_gpt.files import new_folder
+from lit_gpt.files import must_be_empty, new_folder
 
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
@@ -76,8 +76,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 def convert_gguf(gguf_path: Path, checkpoint_dir: Path, dtype: str = "float32") -> None:
     """Writes the GGUF file as a Hugging Face checkpoint folder, which appears when it is complete."""
-    if checkpoint_dir.exists() and not (checkpoint_dir.is_dir() and not any(checkpoint_dir.iterdir())):
-        raise InputError(f"{checkpoint_dir} exists; expected no such folder. Remove it or change --checkpoint_dir.")
+    must_be_empty(checkpoint_dir)
     metadata, tensors = read_gguf(gguf_path)
     check_metadata(metadata)
     config = hf_config(metadata, tensors, dtype)

@@ -11,7 +11,7 @@ from lit_gpt.checkpoint import load_model
 from lit_gpt.config import Config
 from lit_gpt.convert import hf_name
 from lit_gpt.errors import InputError
-from lit_gpt.files import new_folder
+from lit_gpt.files import must_be_empty, new_folder
 from lit_gpt.gguf import LAYER_TENSORS, OTHER_TENSORS, PRE_TOKENIZERS, convert_gguf, import_gguf, words_of
 from lit_gpt.model import GPT
 from lit_gpt.proof import difference, logits_of
@@ -32,8 +32,9 @@ def export_gguf(checkpoint_dir: Path, out_dir: Path, kind: GGUFType) -> Path:
     Vectors stay in float32, as llama.cpp wants them; matrices become `kind`. q8_0 has 8 bits and a scale for every 32.
 
     Raises:
-        InputError: another architecture, or a tokenizer that llama.cpp has no name for.
+        InputError: another architecture, a tokenizer that llama.cpp has no name for; see also `must_be_empty`.
     """
+    must_be_empty(out_dir)
     gguf, config, tokenizer = import_gguf(), Config.from_checkpoint(checkpoint_dir), Tokenizer(checkpoint_dir)
     check(config)
     metadata = vocabulary(checkpoint_dir, config, tokenizer)
@@ -63,7 +64,9 @@ def check(config: Config) -> None:
     ]
     if config.rope_scaling and config.rope_scaling["rope_type"] not in ("linear", "llama3"):
         other.append(f"{config.rope_scaling['rope_type']} positions")
-    if other or config.no_rope_layers:
+    if config.no_rope_layers:
+        other.append("layers without positions")
+    if other:
         raise InputError(
             f"{config.name} is no plain llama ({', '.join(other)}): convert it with llama.cpp's own script."
         )

@@ -33,7 +33,7 @@ def save_peft(trained: Tensors, lora: LoRA, config: Config, base: str, folder: P
 
     Raises:
         InputError: DoRA on a part of what the original fuses: its one magnitude would need the other parts' too. Or
-            LoRA on the experts of a mixture, which transformers 5 keeps in one tensor.
+            LoRA on the experts of a mixture, which transformers 5 keeps in one tensor. Or on the head of gpt_neox.
     """
     if any(".experts." in name for name in trained):
         raise InputError(
@@ -46,6 +46,11 @@ def save_peft(trained: Tensors, lora: LoRA, config: Config, base: str, folder: P
     tensors, ranks, alphas = {}, {}, {}
     for module in ours:
         theirs, together = hf_name(f"{module}.weight", config)
+        if theirs == "embed_out.weight":
+            raise InputError(
+                "The head of gpt_neox is embed_out or lm_head to peft, by the version of transformers. Merge instead:"
+                " scripts/merge_lora.py."
+            )
         theirs, together = theirs.removesuffix(".weight"), [name.removesuffix(".weight") for name in together]
         if theirs in ranks:
             continue
@@ -114,6 +119,7 @@ def load_peft(folder: Path, config: Config) -> tuple[LoRA, Tensors]:
     Raises:
         InputError: it is no LoRA, trains something else besides, or does not fit the model.
     """
+    config = config.replace(tie_embeddings=False)  # a change to the head is one, whether it is the embedding or not
     settings, file = read_json(folder / CONFIG), folder / WEIGHTS
     refuse(settings, folder)
     if not file.is_file():
@@ -121,6 +127,8 @@ def load_peft(folder: Path, config: Config) -> tuple[LoRA, Tensors]:
     found: dict[str, Tensors] = defaultdict(dict)
     leaves = {theirs: ours for ours, theirs in LEAVES.items()} | {"lora_magnitude_vector.weight": "lora_magnitude"}
     for name, tensor in read_tensors([file]):
+        if name.endswith((".base_layer.weight", ".base_layer.bias")):
+            continue  # peft saves a head that it adapts, as it was before
         if not (match := re.fullmatch(rf"{START}(.+)\.({'|'.join(map(re.escape, leaves))})", name)):
             raise InputError(f"{file} holds {name}, which is no part of a LoRA.")
         found[match[1]][leaves[match[2]]] = tensor.float()

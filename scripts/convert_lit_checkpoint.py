@@ -16,7 +16,8 @@ from lit_gpt.checkpoint import convert, load_model
 from lit_gpt.cli import run
 from lit_gpt.config import SAMPLE
 from lit_gpt.device import DType, as_dtype
-from lit_gpt.export import export_merged, export_peft
+from lit_gpt.export import export_merged, export_peft, whole_model
+from lit_gpt.files import must_be_empty
 from lit_gpt.gguf_out import export_gguf
 from lit_gpt.proof import logits_of, prove
 
@@ -36,7 +37,8 @@ def main(
         out_dir: Where it goes.
         checkpoint_dir: What scripts/convert_hf_checkpoint.py wrote, or a Hugging Face folder. None is the sample model,
             or the base of what was fine-tuned.
-        finetuned: What finetune/lora.py wrote, to be merged first, or kept apart with --format peft.
+        finetuned: What finetune/lora.py wrote, to be merged first, or kept apart with --format peft. Or what
+            finetune/full.py wrote, which is copied.
         format: hf is for AutoModelForCausalLM.from_pretrained(out_dir), peft for PeftModel.from_pretrained(base,
             out_dir), gguf (of the llama architecture) for llama.cpp.
         dtype: Of the copy. None is that of each tensor. q8_0 is for gguf.
@@ -45,6 +47,9 @@ def main(
     """
     if dtype == "q8_0" and format != "gguf":
         raise InputError("--dtype q8_0 is for --format gguf. Here: float32, bfloat16 or float16.")
+    must_be_empty(out_dir)
+    if finetuned is not None and format != "peft" and (whole := whole_model(finetuned)):
+        checkpoint_dir, finetuned = whole, None
     if format == "gguf":
         if finetuned is not None:
             raise InputError("--format gguf takes a whole model. Merge first: scripts/merge_lora.py.")
@@ -57,7 +62,7 @@ def main(
         export_merged(finetuned, checkpoint_dir, out_dir, as_dtype(dtype), max_shard=int(max_shard_size * 1e9))
     else:
         source = checkpoint_dir or SAMPLE
-        expected = logits_of(load_model(source), Tokenizer(source)) if prove_it else None
+        expected = logits_of(load_model(source, as_dtype(dtype)), Tokenizer(source)) if prove_it else None
         check = (lambda folder: prove(expected, folder)) if prove_it else None
         convert(source, out_dir, True, as_dtype(dtype), int(max_shard_size * 1e9), check)
     print(f"Wrote {out_dir}.")

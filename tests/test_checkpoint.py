@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
+from test_families import CASES, make, tokens
 from test_model import edit_config, make_checkpoint, reference
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -121,6 +122,37 @@ def test_there_and_back_is_bit_identical(kind, max_shard, dtype, request, tmp_pa
     assert Config.from_checkpoint(back, name="") == Config.from_checkpoint(source, name="")
 
 
+OLD_CONFIGS = {  # (case of test_families, its model_type before transformers knew it, names then)
+    "RefinedWeb": (
+        "falcon 40b",
+        dict(num_hidden_layers="n_layer", num_attention_heads="n_head", num_kv_heads="n_head_kv"),
+    ),
+    "RefinedWebModel": ("falcon 7b", dict(num_hidden_layers="n_layer", num_attention_heads="n_head")),
+    "stablelm_epoch": ("stablelm", dict(layer_norm_eps="norm_eps")),
+}
+
+
+@pytest.mark.parametrize("model_type", OLD_CONFIGS)
+@torch.no_grad()
+def test_a_copy_needs_no_code_of_its_own(model_type, tmp_path) -> None:
+    """Where config.json named code, transformers' own class loads what is written."""
+    from transformers import AutoModelForCausalLM
+
+    case, names = OLD_CONFIGS[model_type]
+    source = make(tmp_path / "source", *CASES[case])
+    expected = reference(source)(tokens(1, 9)).logits
+    hf = json.loads((source / "config.json").read_text())
+    old = {names.get(key, key): value for key, value in hf.items() if key != "new_decoder_architecture"}
+    old |= dict(model_type=model_type, architectures=["Other"], auto_map={"AutoModelForCausalLM": "other.Other"})
+    if case == "stablelm":
+        old |= dict(rope_pct=0.25, rope_theta=old.pop("rope_parameters")["rope_theta"])
+    (source / "config.json").write_text(json.dumps(old))
+    convert(source, tmp_path / "copy", hugging_face=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "copy", attn_implementation="eager")
+    assert type(model).__name__ in ("FalconForCausalLM", "StableLmForCausalLM")
+    assert (model(tokens(1, 9)).logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
 def test_fingerprint_follows_copies_and_tells_weights_apart(copy, tmp_path) -> None:
     base = fingerprint(copy)
     convert(copy, tmp_path / "ours", hugging_face=False, dtype=torch.bfloat16)
@@ -133,6 +165,26 @@ def test_fingerprint_follows_copies_and_tells_weights_apart(copy, tmp_path) -> N
 @pytest.mark.parametrize("dtype", [torch.bfloat16, None])
 def test_tensors_are_converted_one_at_a_time(copy, dtype, monkeypatch) -> None:
     """With another dtype no more than two of the file's tensors live at once; without, they are the model."""
+    alive = watch(monkeypatch)
+    model = load_model(copy, dtype=dtype)
+    assert len(alive) == len(list(model.parameters())) > 15
+    assert max(alive) <= 2 if dtype else max(alive) >= 15
+
+
+@pytest.mark.parametrize("hugging_face", [False, True])
+@pytest.mark.parametrize("max_shard", [None, 20_000])
+def test_a_copy_reads_every_tensor_once(hugging_face, max_shard, copy, tmp_path, monkeypatch) -> None:
+    """And holds no more than two; all its files say what it is a copy of."""
+    expected, alive = fingerprint(copy), watch(monkeypatch)
+    convert(copy, tmp_path / "out", hugging_face, max_shard=max_shard)
+    assert len(alive) == len(tensors_of(copy)) > 15 and max(alive) <= 2
+    written = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert {checkpoint.read_metadata(file)[checkpoint.FINGERPRINT] for file in written} == {expected}
+    assert (len(written) > 1) == (max_shard is not None)
+
+
+def watch(monkeypatch) -> list[int]:
+    """How many tensors of the files were alive, each time that one was read."""
     read, seen, alive = checkpoint.read_tensors, [], []
 
     def watched(paths):
@@ -142,9 +194,7 @@ def test_tensors_are_converted_one_at_a_time(copy, dtype, monkeypatch) -> None:
             yield name, tensor
 
     monkeypatch.setattr(checkpoint, "read_tensors", watched)
-    model = load_model(copy, dtype=dtype)
-    assert len(seen) == len(list(model.parameters())) > 15
-    assert max(alive) <= 2 if dtype else max(alive) >= 15
+    return alive
 
 
 def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -239,11 +289,11 @@ def test_a_pickle_that_would_run_code_does_not(copy, tmp_path) -> None:
     assert (tmp_path / "it ran").exists()  # it would have
 
 
-def test_a_folder_with_something_in_it_is_refused(copy, tmp_path) -> None:
+def test_a_folder_with_something_in_it_is_refused(tmp_path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("mine")
     with pytest.raises(InputError, match="out is not empty"):
-        convert(copy, tmp_path / "out", hugging_face=False)
+        convert(tmp_path / "not even there", tmp_path / "out", hugging_face=False)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 

@@ -1,8 +1,10 @@
 """What leaves the toolkit is the model, and is proven to be: `pytest tests/test_export.py`"""
 
 import json
+import runpy
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,12 +16,13 @@ from test_peft import trained, weights_of
 
 from lit_gpt import Config, InputError, Tokenizer, gguf_out
 from lit_gpt import export as exporting
-from lit_gpt.checkpoint import convert, load_model, save_tensors
+from lit_gpt.checkpoint import convert, load_model, save_hf, save_tensors, write_files
 from lit_gpt.export import export_merged, export_peft
 from lit_gpt.finetuned import load_finetuned
 from lit_gpt.generate import stream
-from lit_gpt.lora import LoRA
+from lit_gpt.lora import LoRA, LoRALinear
 from lit_gpt.proof import TEXTS, difference, logits_of, prove
+from lit_gpt.replace import replace_modules
 
 EVERYWHERE = LoRA(r=4, alpha=8, query=True, key=True, value=True, projection=True, mlp=True)
 
@@ -80,11 +83,69 @@ def test_both_bases_of_a_quantized_one(tiny, tmp_path, capsys) -> None:
     assert dequantized.largest < 1e-4 * dequantized.scale and dequantized.largest < 0.01 * original.largest
 
 
-def test_what_is_not_the_model_is_not_kept(tiny, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(exporting, "merge", lambda model: load_model(tiny))  # forgets the change
+@pytest.mark.parametrize("quantize", [None, "bnb.nf4"])
+def test_a_merge_that_forgets_the_change_is_not_written(quantize, tiny, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(exporting, "merge_lora_weights", lambda part: replace_modules(part, unwrapped))
+    with pytest.raises(InputError, match="merged is not the model that was trained: logits"):
+        export_merged(write_adapter(tmp_path / "lora", tiny, quantize=quantize), None, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def unwrapped(name: str, module: torch.nn.Module) -> torch.nn.Module | None:
+    return module.linear if isinstance(module, LoRALinear) else None
+
+
+@pytest.mark.parametrize("base", ["original", "dequantized"])
+def test_one_model_at_a_time(base, tiny, tmp_path, monkeypatch) -> None:
+    """Of a quantized one; and its base is bfloat16, as most are."""
+    alive, most = weakref.WeakSet(), []
+
+    def watched(*args, **kwargs):
+        loaded = load_finetuned(*args, **kwargs)
+        alive.add(loaded[0])
+        most.append(len(alive))
+        return loaded
+
+    convert(tiny, tmp_path / "base", True, torch.bfloat16)
+    adapter = write_adapter(tmp_path / "lora", tmp_path / "base", quantize="bnb.nf4")
+    monkeypatch.setattr(exporting, "load_finetuned", watched)
+    export_merged(adapter, None, tmp_path / "merged", base=base)
+    assert most == [1, 1, 1]
+    assert next(load_model(tmp_path / "merged").parameters()).dtype == torch.bfloat16
+
+
+def test_what_is_no_lora_is_refused_before_it_is_loaded(tmp_path) -> None:
+    header = dict(method="classifier", settings={}, checkpoint_dir="gone", base="", tokenizer="", prompt_style="")
+    save_tensors({"head": torch.ones(1)}, tmp_path / "classifier.safetensors", {"lit_gpt": json.dumps(header)})
+    for act in (export_merged, export_peft):
+        with pytest.raises(InputError, match="was trained with classifier"):
+            act(tmp_path, None, tmp_path / "out")
+
+
+def test_a_whole_model_is_copied(tiny, tmp_path) -> None:
+    header = dict(method="full", settings={}, checkpoint_dir="gone", base="", tokenizer="", prompt_style="")
+    model, best = load_model(tiny), tmp_path / "run" / "best"
+    model.lm_head.weight.data *= 2
+    best.mkdir(parents=True)
+    write_files(model.named_parameters(), model.config, tiny, best, metadata={"lit_gpt": json.dumps(header)})
+    runpy.run_path(str(ROOT / "scripts/convert_lit_checkpoint.py"))["main"](tmp_path / "copy", finetuned=best.parent)
+    for (name, ours), copied in zip(model.state_dict().items(), load_model(tmp_path / "copy").state_dict().values()):
+        assert torch.equal(ours, copied), name
+    with pytest.raises(InputError, match="holds a whole model, nothing to merge: --checkpoint_dir .*run/best"):
+        export_merged(best.parent, None, tmp_path / "merged")
+
+
+def test_a_little_less_than_the_model_is_not_kept(tiny, tmp_path) -> None:
+    """A copy is exact in any dtype: one row of one weight shows."""
+    exact = load_model(tiny, torch.bfloat16)
+    expected = logits_of(exact, Tokenizer(tiny))
+    exact.transformer.h[0].mlp.proj.weight.data[3] *= 1.05
+    with pytest.raises(InputError, match="not the model: logits"):
+        save_hf(exact, tiny, tmp_path / "wrong", check=lambda folder: prove(expected, folder))
+
+
+def test_what_is_not_the_model_is_not_kept(tiny, tmp_path) -> None:
     adapter = write_adapter(tmp_path / "lora", tiny)
-    export_merged(adapter, None, tmp_path / "same")  # what was written is what was merged
-    monkeypatch.undo()
     expected = logits_of(load_finetuned(None, adapter)[0], Tokenizer(tiny))
     with pytest.raises(InputError, match="not the model: logits"):
         convert(tiny, tmp_path / "wrong", True, check=lambda folder: prove(expected, folder))
@@ -93,8 +154,8 @@ def test_what_is_not_the_model_is_not_kept(tiny, tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize(("dtype", "largest"), [(torch.float16, 0.01), (torch.bfloat16, 0.1)])
 def test_rounding_is_not_an_error(dtype, largest, tiny, tmp_path, capsys) -> None:
-    expected = logits_of(load_model(tiny), Tokenizer(tiny))
-    convert(tiny, tmp_path / "copy", True, dtype, check=lambda folder: prove(expected, folder))
+    expected, rounded = (logits_of(load_model(tiny, kind), Tokenizer(tiny)) for kind in (None, dtype))
+    convert(tiny, tmp_path / "copy", True, dtype, check=lambda folder: prove(rounded, folder))
     assert f"Read back in {str(dtype)[6:]}" in capsys.readouterr().out
     found = difference(expected, logits_of(load_model(tmp_path / "copy"), Tokenizer(tiny)))
     assert 0 < found.largest < largest * found.scale and found.mean < found.largest
@@ -109,6 +170,34 @@ def test_peft_folder_from_the_script(tiny, tmp_path) -> None:
     with torch.no_grad():
         ours, _ = load_finetuned(None, adapter)
         assert error(theirs(tokens(1, 15)).logits, ours(tokens(1, 15))) < 1e-5
+        assert torch.equal(load_finetuned(tiny, tmp_path / "peft")[0](tokens(1, 15)), ours(tokens(1, 15)))
+    # with the tokenizer, its template and what ends a text
+    again, before = Tokenizer(tmp_path / "peft"), Tokenizer(tiny)
+    assert again.behaviour == before.behaviour and not (tmp_path / "peft" / "config.json").exists()
+
+
+@torch.no_grad()
+def test_peft_of_a_head_that_is_the_embedding(tied_dir, tmp_path) -> None:
+    adapter = write_adapter(tmp_path / "lora", tied_dir, LoRA(r=4, head=True))
+    export_peft(adapter, None, tmp_path / "peft")
+    ours, again = (load_finetuned(tied_dir, folder)[0] for folder in (adapter, tmp_path / "peft"))
+    assert torch.equal(ours(tokens(1, 15)), again(tokens(1, 15)))
+    assert error(load_model(tied_dir)(tokens(1, 15)), ours(tokens(1, 15))) > 1e-2
+
+
+@pytest.mark.parametrize("format", ["hf", "merged", "peft", "gguf"])
+def test_a_folder_with_something_in_it_is_left_alone(format, tiny, tmp_path) -> None:
+    """Also the checkpoint's own; before anything is loaded."""
+    adapter, before = tmp_path / "lora", {path: path.stat().st_mtime_ns for path in tiny.iterdir()}
+    act = {
+        "hf": lambda: convert(tiny, tiny, True),
+        "merged": lambda: export_merged(adapter, tiny, tiny),
+        "peft": lambda: export_peft(adapter, tiny, tiny),
+        "gguf": lambda: gguf_out.export_gguf(tiny, tiny, "float16"),
+    }[format]
+    with pytest.raises(InputError, match="model is not empty. Name another folder"):
+        act()
+    assert {path: path.stat().st_mtime_ns for path in tiny.iterdir()} == before
 
 
 # ---- GGUF
@@ -145,9 +234,10 @@ def test_rotary_scaling_of_llama_3_goes_along(sample_dir, tmp_path) -> None:
 
 
 def test_no_plain_llama_is_refused(tmp_path) -> None:
-    folder = make(tmp_path / "model", *CASES["qwen3"])
-    with pytest.raises(InputError, match="no plain llama .*qk_norm"):
-        gguf_out.check(Config.from_checkpoint(folder))
+    for case, reason in (("qwen3", ".*qk_norm"), ("smollm3", ".layers without positions")):
+        folder = make(tmp_path / case, *CASES[case])
+        with pytest.raises(InputError, match=f"no plain llama {reason}"):
+            gguf_out.check(Config.from_checkpoint(folder))
 
 
 LLAMA_CPP = """

@@ -41,6 +41,11 @@ TWO_NORMS = {
     "transformer.h.{}.post_attention_layernorm": "transformer.h.{}.ln_mlp",
 }
 
+# before transformers knew Falcon: names in config.json that have others now, and what it has to say besides
+NAMES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_head_kv": "num_kv_heads"}
+NOW = {"model_type": "falcon", "architectures": ["FalconForCausalLM"]}
+OLD = {"RefinedWebModel": (NAMES, NOW), "RefinedWeb": (NAMES, NOW | {"new_decoder_architecture": True})}
+
 
 def weights(config: Any) -> dict[str, Any]:
     """Two norms side by side have names of their own."""

@@ -29,6 +29,14 @@ WEIGHTS = llama.WEIGHTS | {
     "model.layers.{}.self_attn.k_layernorm.norms.{}": "transformer.h.{}.attn.norm_k.norms.{}",
 }
 
+# before transformers knew StableLM: names in config.json that have others now, and what it has to say besides
+OLD = {
+    "stablelm_epoch": (
+        {"rope_pct": "partial_rotary_factor", "norm_eps": "layer_norm_eps"},
+        {"model_type": "stablelm", "architectures": ["StableLmForCausalLM"]},
+    )
+}
+
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     old = {"partial_rotary_factor": hf.get("rope_pct", 0.25), "layer_norm_eps": hf.get("norm_eps", 1e-5)}

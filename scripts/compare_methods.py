@@ -50,8 +50,8 @@ def main(
         out_dir: Where the runs, compare.md and compare.png go.
         methods: Which ones of those that lit_gpt/compare.py names. None is all.
         minutes: For all together, about. The steps that fit are found by a few of full fine-tuning.
-        steps: Optimizer steps of 16 records for each method, instead.
-        tokens: Tokens of the records, prompts too, that each method reads, about, instead.
+        steps: In place of minutes, the optimizer steps of 16 records that each method takes.
+        tokens: In place of minutes, about how many tokens each method reads, those of prompts too.
         general_text: A text that has nothing to do with the data, on which forgetting is measured. None is
             lit_gpt/general.txt.
         flags: More flags for the scripts in finetune/.

@@ -23,7 +23,7 @@ from lit_gpt.finetuned import Checkpoints, Finetuned, claim_out_dir, load_traine
 from lit_gpt.lora import LoRA, apply_lora, lora_filter
 from lit_gpt.quantize import Quantize, quantization, quantize_linears
 from lit_gpt.recipe import LaunchArgs, chosen, set_blocks, start
-from lit_gpt.sweep import steps_of, sweep_steps
+from lit_gpt.sweep import check_sweep, steps_of, sweep_steps
 from lit_gpt.train import TrainArgs, fit
 
 
@@ -53,6 +53,8 @@ def main(
     args = chosen(LaunchArgs, shared | {"out_dir": out_dir})
     settings |= vars(args)
     claim_out_dir(out_dir, args.resume, args.overwrite)
+    if sweep:
+        check_sweep(sweep_seeds)
     tokenizer, config = Tokenizer(args.checkpoint_dir), Config.from_checkpoint(args.checkpoint_dir)
     steps = steps_of(classifier, config.n_layer) if sweep else {classifier.method: classifier}
     depths = {step.first_trained_block(config.n_layer) for step in steps.values()} - {0}
@@ -60,7 +62,9 @@ def main(
     limit = min(source.max_seq_length, config.block_size)
     ids = classify.encode(data.texts, tokenizer, limit)
     texts = Texts(ids, data.labels, np.arange(len(ids)))
-    sides = partial(classify.split, data, source.val_fraction)
+    sides, seeds = partial(classify.split, data, source.val_fraction), range(sweep_seeds) if sweep else [args.seed]
+    for seed in seeds:
+        sides(seed)  # what is wrong with them is found before anything is written
     fabric = start(args)
     if fabric.world_size > 1 and (depths or is_sharded(fabric)):
         raise InputError("Several devices train --method lora, qlora or full, with --strategy auto and no --sweep.")
@@ -75,10 +79,11 @@ def main(
         base = load_weights(gpt, args.checkpoint_dir, weight_dtype(args.precision), loading_device(fabric))
         if classifier.uses_lora:
             apply_lora(gpt, lora)
-        model = Classifier(gpt, len(data.names), classifier, classify.class_weights(data.labels, classifier.balanced))
+        train_data, val_data = (texts.choose(part) for part in sides(seed))
+        weights = classify.class_weights(train_data.labels, classifier.balanced)
+        model = Classifier(gpt, len(data.names), classifier, weights)
         classify.mark_trainable(model, classifier, lora_filter)
 
-        train_data, val_data = (texts.choose(part) for part in sides(seed))
         seconds = 0.0
         if depth := classifier.first_trained_block(config.n_layer):  # nothing changes below it: computed once, and kept
             cache = out_dir / "hidden.safetensors"
@@ -101,7 +106,7 @@ def main(
         return classify.evaluate(model, val_data, train.micro_batch_size, seconds)
 
     if sweep:
-        sweep_steps(train_one, steps, data, sides, range(sweep_seeds), out_dir)
+        sweep_steps(train_one, steps, data, sides, seeds, out_dir)
     else:
         scores = train_one(classifier, args.seed, out_dir)
     if not sweep and fabric.is_global_zero:

@@ -3,7 +3,8 @@
     python generate/classify.py --finetuned out/classifier --texts mails.csv > labelled.csv
     echo "You have won a prize" | python generate/classify.py --finetuned out/classifier
 
-Writes a line per text, comma-separated: the label, and the probability of each class.
+Writes a line per text, comma-separated: the label, and the probability of each class; of a blank text only the commas,
+so that lines stay beside lines.
 """
 
 import csv
@@ -13,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lit_gpt import InputError
 from lit_gpt.classify import Texts, compute, encode
 from lit_gpt.cli import run
 from lit_gpt.device import Precision, default_device, inference_dtype
 from lit_gpt.finetuned import load_classifier
-from lit_gpt.records import csv_records, json_records
+from lit_gpt.records import csv_records, json_records, open_text
 
 
 def main(
@@ -39,24 +41,38 @@ def main(
         batch_size: How many texts at once.
         precision: Of the weights and the arithmetic.
     """
+    if batch_size < 1:
+        raise InputError(f"--batch_size is {batch_size}, expected 1 or more.")
+    found = read_texts(texts, text_key)
+    filled = [i for i, text in enumerate(found) if text.strip()]
+    if not filled:
+        raise InputError(f"There is no text in {texts or 'the standard input'}: nothing to label.")
     device = default_device()
     model, tokenizer, trained = load_classifier(checkpoint_dir, finetuned, inference_dtype(precision), device)
-    found = [text for text in read_texts(texts, text_key) if text.strip()]
-    ids = encode(found, tokenizer, trained.max_seq_length)
+    ids = encode([found[i] for i in filled], tokenizer, trained.max_seq_length)
     dataset = Texts(ids, [0] * len(ids), np.arange(len(ids)))  # the labels are not known, and not looked at
     probabilities = torch.from_numpy(compute(model.logits, dataset, batch_size)).softmax(1)
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["label", *trained.names])
-    for row in probabilities:
-        writer.writerow([trained.names[row.argmax()], *(f"{p:.4f}" for p in row.tolist())])
+    lines = [[""] * (1 + len(trained.names)) for _ in found]
+    for i, row in zip(filled, probabilities, strict=True):
+        lines[i] = [trained.names[row.argmax()], *(f"{p:.4f}" for p in row.tolist())]
+    writer.writerows(lines)
 
 
 def read_texts(path: Path | None, text_key: str) -> list[str]:
     if path is None:
-        return sys.stdin.read().splitlines()
+        return [line.removesuffix("\n") for line in sys.stdin]
     if path.suffix not in (".csv", ".json", ".jsonl"):
-        return path.read_text(encoding="utf-8").splitlines()
-    return [str(record[text_key]) for record in (csv_records if path.suffix == ".csv" else json_records)(path)]
+        with open_text(path) as file:
+            return [line.removesuffix("\n") for line in file]
+    texts = []
+    for number, record in enumerate((csv_records if path.suffix == ".csv" else json_records)(path), 1):
+        if text_key not in record:
+            has = ", ".join(map(str, record)) or "nothing"
+            raise InputError(f"{path}, record {number} has no {text_key}; it has {has}. Name the column: --text_key.")
+        texts.append("" if record[text_key] is None else str(record[text_key]))
+    return texts
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ class TextArgs:
     max_seq_length: int = 512
     """Longer texts are cut to their first tokens."""
     val_fraction: float = 0.2
-    """Share of the distinct texts that is set aside for validation, where no column names a split."""
+    """Share of the distinct texts that is set aside for validation, where no column names a split. The scores are of
+    these texts; since the first eval_records of them also choose `best`, they are a little optimistic."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def mark_trainable(model: Classifier, args: ClassifierArgs, is_lora: Callable[[s
 
 
 def class_weights(labels: Sequence[int], balanced: bool) -> torch.Tensor | None:
-    """The inverse of each class's share, such that the mean over all texts is 1; None where all count alike."""
+    """The inverse of each class's share, such that the mean over these texts is 1; None where all count alike."""
     counts = np.bincount(labels)
     return torch.tensor(len(labels) / (len(counts) * counts), dtype=torch.float32) if balanced else None
 
@@ -261,7 +262,11 @@ def encode(texts: Sequence[str], tokenizer: Tokenizer, limit: int) -> list[np.nd
 
 
 def split(data: Labelled, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(training, validation) records: by their column, else at random; a text is never on both sides."""
+    """(training, validation) records: by their column, else at random; a text is never on both sides.
+
+    Raises:
+        InputError: a side is empty, or there is nothing to learn a class from.
+    """
     if any(data.splits):
         val = np.array([name == "val" for name in data.splits])
     else:
@@ -271,7 +276,13 @@ def split(data: Labelled, val_fraction: float, seed: int) -> tuple[np.ndarray, n
         val = np.isin(group, chosen)
     if val.all() or not val.any():
         raise InputError("All texts are on one side of the split. Change --val_fraction or the column split.")
-    return np.flatnonzero(~val), np.flatnonzero(val)
+    train = np.flatnonzero(~val)
+    if unseen := set(data.labels) - {data.labels[i] for i in train}:
+        raise InputError(
+            f"All texts labelled {data.names[min(unseen)]!r} are set aside for validation. Change --val_fraction,"
+            " --seed or the column split, or leave them out."
+        )
+    return train, np.flatnonzero(val)
 
 
 def in_batches(dataset: Dataset, size: int) -> Iterator[tuple[np.ndarray, torch.Tensor, Layout]]:
@@ -418,11 +429,12 @@ def evaluate(model: Classifier, dataset: Texts, size: int, seconds: float) -> Sc
     """How good a classifier is on these texts."""
     model.eval()
     trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
-    return score(dataset.labels, compute(model.logits, dataset, size).argmax(1), trained, seconds)
+    predicted = compute(model.logits, dataset, size).argmax(1)
+    return score(dataset.labels, predicted, model.head[-1].out_features, trained, seconds)
 
 
-def score(labels: np.ndarray, predicted: np.ndarray, trained: int = 0, seconds: float = 0.0) -> Scores:
-    n_classes = 1 + max(labels.max(), predicted.max())
+def score(labels: np.ndarray, predicted: np.ndarray, n_classes: int, trained: int = 0, seconds: float = 0.0) -> Scores:
+    """A class that neither occurs nor is predicted has an F1 of 0."""
     confusion = np.zeros((n_classes, n_classes), np.int64)
     np.add.at(confusion, (labels, predicted), 1)
     hits, both = confusion.diagonal(), confusion.sum(0) + confusion.sum(1)  # F1 = 2 TP / (2 TP + FP + FN)

@@ -6,11 +6,12 @@ data.
 """
 
 import gc
+import hashlib
 import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +26,7 @@ from lit_gpt.full import Full, mark_chosen_as_trainable
 from lit_gpt.layout import Layout
 from lit_gpt.log import read_metrics, write_whole
 from lit_gpt.model import GPT
+from lit_gpt.report import check_can_draw
 from lit_gpt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -75,17 +77,46 @@ class Budget:
 
     checkpoint_dir: str
     data_dir: str
+    general_text: str
+    """The sha256 of it."""
     steps: int
+    """0 where they are still to be found."""
     flags: list[str]
 
     @property
     def common(self) -> list[str]:
-        n_records, batch = len(Dataset(Path(self.data_dir), "train")), 16
         return [
             *("--checkpoint_dir", self.checkpoint_dir, "--data_dir", self.data_dir, "--n_answers", "0"),
-            *("--train.max_steps", str(self.steps), "--train.epochs", str(-(-self.steps * batch // n_records))),
+            # an epoch has one step or more: with so many epochs it is max_steps that ends the run
+            *("--train.max_steps", str(self.steps), "--train.epochs", str(self.steps)),
             *("--train.eval_interval", str(self.steps), "--train.save_interval", "20", *self.flags),
         ]
+
+
+def fingerprint(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check(budget: Budget, text: str) -> None:
+    """Looks at everything that can be found wrong before the first run is launched.
+
+    Raises:
+        InputError: no matplotlib, no checkpoint, data or text, or they do not fit each other.
+    """
+    check_can_draw()
+    tokenizer, config = Tokenizer(budget.checkpoint_dir), Config.from_checkpoint(budget.checkpoint_dir)
+    for split, name in (("train", "training"), ("val", "validation")):
+        data = Dataset(Path(budget.data_dir), split)
+        data.check_fits(tokenizer, config)
+        if not len(data):
+            raise InputError(f"{budget.data_dir} has no {name} records. Prepare the data with some.")
+    if not paragraphs(text, tokenizer, config.block_size):
+        raise InputError("The general text has no paragraph of two tokens or more: nothing to measure forgetting on.")
+
+
+def steps_for(tokens: int, data_dir: Path) -> int:
+    """The optimizer steps of 16 records that read about so many tokens."""
+    return max(1, round(tokens / (Dataset(data_dir, "train").lengths().mean() * 16)))
 
 
 def settle(budget: Budget, out_dir: Path) -> Budget:
@@ -96,11 +127,12 @@ def settle(budget: Budget, out_dir: Path) -> Budget:
     """
     path = out_dir / "compare.json"
     if path.is_file():
-        found = Budget(**json.loads(path.read_text(encoding="utf-8")))
-        same = [getattr(found, f.name) == getattr(budget, f.name) for f in fields(Budget) if f.name != "steps"]
-        if not all(same) or budget.steps not in (0, found.steps):
-            raise InputError(f"{out_dir} holds another comparison: {found}. Name another --out_dir.")
-        return found
+        found, now = json.loads(path.read_text(encoding="utf-8")), asdict(budget)
+        changed = [key for key in now if now[key] != found.get(key) and (key, now[key]) != ("steps", 0)]
+        if changed:
+            what = ", ".join(f"{key} was {found.get(key)}, now {now[key]}" for key in changed)
+            raise InputError(f"{out_dir} holds another comparison: {what}. Name another --out_dir.")
+        return Budget(**found)
     out_dir.mkdir(parents=True, exist_ok=True)
     return budget
 
@@ -159,14 +191,18 @@ def trained_parameters(folder: Path) -> int:
 @torch.no_grad()
 def text_loss(model: GPT, tokenizer: Tokenizer, text: str) -> float:
     """Mean loss per token of the paragraphs of a text, in nats."""
-    limit, device = model.config.block_size, next(model.parameters()).device
-    records = [tokenizer.encode(part.strip())[:limit] for part in text.split("\n\n") if part.strip()]
-    loss, targets = 0.0, 0
-    for ids in records:
+    device, loss, targets = next(model.parameters()).device, 0.0, 0
+    for ids in paragraphs(text, tokenizer, model.config.block_size):
         idx, layout = Layout.end_to_end([(ids, torch.ones(len(ids)))])
         loss += model(idx.to(device), layout=layout.to(device)).item()
         targets += layout.n_targets
     return loss / targets
+
+
+def paragraphs(text: str, tokenizer: Tokenizer, limit: int) -> list[torch.Tensor]:
+    """The tokens of each, at most `limit`. The first is not predicted: one that has no other is left out."""
+    found = (tokenizer.encode(part.strip())[:limit] for part in text.split("\n\n") if part.strip())
+    return [ids for ids in found if len(ids) > 1]
 
 
 def compare(names: Sequence[str], scripts: Path, budget: Budget, text: str, out_dir: Path) -> list[Outcome]:
@@ -174,7 +210,7 @@ def compare(names: Sequence[str], scripts: Path, budget: Budget, text: str, out_
     outcomes, tokenizer = [], Tokenizer(budget.checkpoint_dir)
     base_loss = text_loss(load_model(Path(budget.checkpoint_dir)), tokenizer, text)
     for name in names:
-        folder = out_dir / name.replace(",", "").replace(" ", "-")
+        folder = folder_of(name, out_dir)
         done = folder / "outcome.json"
         if not done.is_file():
             print(f"\n{name}", file=sys.stderr, flush=True)
@@ -182,9 +218,20 @@ def compare(names: Sequence[str], scripts: Path, budget: Budget, text: str, out_
             write_whole(done, json.dumps(asdict(measure(name, folder, text, base_loss)), indent=2) + "\n")
             gc.collect()
         outcomes.append(Outcome(**json.loads(done.read_text(encoding="utf-8"))))
-        first = read_metrics(folder / "metrics.csv")[0]["val_loss"]
+        first = loss_before([outcome.method for outcome in outcomes], out_dir)
         write_whole(out_dir / "compare.md", table(outcomes, first) + "\n")
+        figure(outcomes, first).savefig(out_dir / "compare.png")
     return outcomes
+
+
+def folder_of(name: str, out_dir: Path) -> Path:
+    return out_dir / name.replace(",", "").replace(" ", "-")
+
+
+def loss_before(names: Sequence[str], out_dir: Path) -> float:
+    """The validation loss before training: that of a base whose weights are not quantized, where there is one."""
+    name = next((name for name in names if "--quantize" not in METHODS[name].flags), names[0])
+    return read_metrics(folder_of(name, out_dir) / "metrics.csv")[0]["val_loss"]
 
 
 def table(outcomes: Sequence[Outcome], first: float) -> str:

@@ -49,9 +49,13 @@ RUN_FOLDERS = ("last", "best", "step-" + 6 * "[0-9]")
 RUN_FILES = [name for folder in RUN_FOLDERS for name in (folder, f".{folder}.partial", f".{folder}.old")]
 RUN_FILES += [name for file in ("metrics.csv", "report.md", "loss.png") for name in (file, f"{file}.tmp")]
 RUN_FILES += ["hyperparameters.yaml", "tensorboard", "wandb"]
+# of a classifier, and of a sweep over how much of it trains
+RUN_FILES += ["confusion.png", "hidden.safetensors", "hidden.tmp"]
+RUN_FILES += ["sweep.csv", "sweep.csv.tmp", "sweep.md", "sweep.png"]
+RUN_FILES += [f"seed-[0-9]*-{step}" for step in ("features", "head", "last-[0-9]*")]
 # what may differ when a run goes on: where its files are (fingerprints tell whether they are the same), when to stop,
 # and what changes no result
-MAY_CHANGE = {"checkpoint_dir", "data_dir", "out_dir", "logger", "n_answers"}
+MAY_CHANGE = {"checkpoint_dir", "data_dir", "out_dir", "logger", "n_answers", "sweep_seeds"}
 MAY_CHANGE |= {"devices", "num_nodes", "strategy", "activation_checkpointing"}
 MAY_CHANGE |= {f"train.{key}" for key in ("max_hours", "patience", "save_interval", "keep_steps")}
 MAY_CHANGE |= {f"train.{key}" for key in ("micro_batch_size", "micro_batch_tokens", "share_prefixes")}
@@ -241,7 +245,8 @@ def start_run(out_dir: Path, settings: dict[str, Any]) -> None:
             for found in out_dir.glob(name):
                 shutil.rmtree(found) if found.is_dir() else found.unlink()
     recover(out_dir / "last")
-    if not (settings["resume"] and (out_dir / "last").is_dir() and path.is_file()):
+    began = (out_dir / "last").is_dir() or (out_dir / "sweep.csv").is_file()
+    if not (settings["resume"] and began and path.is_file()):
         return save_hyperparameters(path, settings)
     before, now = flat(read_hyperparameters(path)), flat(plain(settings))
     changed = [key for key, value in before.items() if key not in MAY_CHANGE and key in now and now[key] != value]

@@ -4,6 +4,7 @@ import html
 import re
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,12 +14,19 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_gpt.cli import as_yaml
+from lit_gpt.errors import InputError
 from lit_gpt.log import Log, Row, read_metrics, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Answer = tuple[str, str, str, str]  # prompt, expected, before, after
+
+
+def check_can_draw() -> None:
+    """Raises InputError where there is no matplotlib: before the runs whose plot is the point of them."""
+    if find_spec("matplotlib") is None:
+        raise InputError("The plot needs matplotlib: pip install -e '.[report]'")
 
 
 def loss_figure(rows: list[Row]) -> "Figure":

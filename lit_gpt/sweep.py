@@ -4,6 +4,7 @@ import csv
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ import numpy as np
 from lit_gpt.classify import ClassifierArgs, Labelled, Scores, score
 from lit_gpt.errors import InputError
 from lit_gpt.log import write_whole
+from lit_gpt.report import check_can_draw
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,6 +31,15 @@ def steps_of(classifier: ClassifierArgs, n_layer: int) -> dict[str, ClassifierAr
         "head": replace(classifier, method="head"),
     }
     return steps | {f"last {k}": replace(classifier, method="last_k", k=k) for k in (*powers, n_layer)}
+
+
+def check_sweep(n_seeds: int) -> None:
+    """Raises InputError where a sweep could not begin or not be drawn."""
+    if n_seeds < 1:
+        raise InputError(f"--sweep_seeds is {n_seeds}, expected 1 or more.")
+    if find_spec("sklearn") is None:
+        raise InputError("A sweep needs scikit-learn: pip install -e '.[classify]'")
+    check_can_draw()
 
 
 def sweep_steps(
@@ -143,16 +154,14 @@ def sweep_figure(entries: Sequence[dict]) -> "Figure":
 
 def word_baseline(data: Labelled, train: np.ndarray, val: np.ndarray) -> Scores:
     """A logistic regression on the TF-IDF weights of words and pairs of words: what needs no model at all."""
-    try:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-    except ModuleNotFoundError:
-        raise InputError("The baseline needs scikit-learn: pip install -e '.[classify]'") from None
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
     since = time.perf_counter()
     words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2)
     model = make_pipeline(words, LogisticRegression(C=10, max_iter=2000))
     model.fit([data.texts[i] for i in train], [data.labels[i] for i in train])
     predicted = model.predict([data.texts[i] for i in val])
     trained = model[-1].coef_.size + model[-1].intercept_.size
-    return score(np.array(data.labels)[val], predicted, trained, time.perf_counter() - since)
+    return score(np.array(data.labels)[val], predicted, len(data.names), trained, time.perf_counter() - since)

@@ -3,6 +3,7 @@
     python scripts/compare_methods.py
     python scripts/compare_methods.py --minutes 5 --methods '["full", "LoRA, r 8"]'
     python scripts/compare_methods.py --steps 100 --flags '[--precision, bf16-true]'
+    python scripts/compare_methods.py --tokens 1000000
 
 Interrupted, the same command goes on.
 """
@@ -13,9 +14,19 @@ from pathlib import Path
 
 from lit_gpt import InputError
 from lit_gpt.cli import run
-from lit_gpt.compare import METHODS, Budget, compare, figure, seconds_per_step, settle, write_budget
+from lit_gpt.compare import (
+    METHODS,
+    Budget,
+    check,
+    compare,
+    fingerprint,
+    seconds_per_step,
+    settle,
+    steps_for,
+    write_budget,
+)
 from lit_gpt.config import SAMPLE
-from lit_gpt.log import read_metrics
+from lit_gpt.records import open_text
 
 SCRIPTS = Path(__file__).parents[1] / "finetune"
 
@@ -27,6 +38,7 @@ def main(
     methods: list[str] | None = None,
     minutes: float = 30,
     steps: int | None = None,
+    tokens: int | None = None,
     general_text: Path | None = None,
     flags: list[str] | None = None,
 ) -> None:
@@ -38,7 +50,8 @@ def main(
         out_dir: Where the runs, compare.md and compare.png go.
         methods: Which ones of those that lit_gpt/compare.py names. None is all.
         minutes: For all together, about. The steps that fit are found by a few of full fine-tuning.
-        steps: Optimizer steps of 16 records for each method, instead.
+        steps: In place of minutes, the optimizer steps of 16 records that each method takes.
+        tokens: In place of minutes, about how many tokens each method reads, those of prompts too.
         general_text: A text that has nothing to do with the data, on which forgetting is measured. None is
             lit_gpt/general.txt.
         flags: More flags for the scripts in finetune/.
@@ -46,16 +59,27 @@ def main(
     methods = [*METHODS] if methods is None else methods
     if unknown := [name for name in methods if name not in METHODS]:
         raise InputError(f"No method is called {unknown[0]!r}. Known are: {'; '.join(METHODS)}.")
-    text = (general_text or files("lit_gpt") / "general.txt").read_text(encoding="utf-8")
-    budget = settle(Budget(str(checkpoint_dir), str(data_dir), steps or 0, flags or []), out_dir)
+    if not methods:
+        raise InputError(f"--methods is empty. Known are: {'; '.join(METHODS)}.")
+    for name, value in (("minutes", minutes), ("steps", steps), ("tokens", tokens)):
+        if value is not None and value <= 0:
+            raise InputError(f"--{name} is {value}, expected more than 0.")
+    if steps is not None and tokens is not None:
+        raise InputError("--steps and --tokens both say when to stop: choose one.")
+    if tokens is not None and any("global_batch_size" in flag for flag in flags or []):
+        raise InputError("--tokens counts on 16 records a step: with another global_batch_size say --steps.")
+    with open_text(general_text or Path(str(files("lit_gpt") / "general.txt"))) as file:
+        text = file.read()
+    budget = Budget(str(checkpoint_dir), str(data_dir), fingerprint(text), steps or 0, flags or [])
+    check(budget, text)
+    if tokens is not None:
+        budget = replace(budget, steps=steps_for(tokens, data_dir))
+    budget = settle(budget, out_dir)
     if not budget.steps:
         each = seconds_per_step(SCRIPTS, replace(budget, steps=4), out_dir)
         budget = replace(budget, steps=max(1, round(minutes * 60 / len(methods) / each)))
     write_budget(budget, out_dir)
-    outcomes = compare(methods, SCRIPTS, budget, text, out_dir)
-
-    first = read_metrics(next(out_dir.glob("*/metrics.csv")))[0]["val_loss"]
-    figure(outcomes, first).savefig(out_dir / "compare.png")
+    compare(methods, SCRIPTS, budget, text, out_dir)
     print(f"{(out_dir / 'compare.md').read_text(encoding='utf-8')}\nPlot: {out_dir / 'compare.png'}")
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import runpy
 import subprocess
 import sys
 from dataclasses import asdict
@@ -28,25 +29,32 @@ from lit_gpt.classify import (
     in_batches,
     mark_trainable,
     read_labelled,
+    report,
     score,
     split,
     start_at,
 )
+from lit_gpt.cli import save_hyperparameters
+from lit_gpt.finetuned import start_run
 from lit_gpt.layout import Layout
 from lit_gpt.lora import lora_filter
-from lit_gpt.sweep import saturation, steps_of, summarize
+from lit_gpt.sweep import check_sweep, saturation, steps_of, summarize
 
-WORDS = {"up": "raise higher above climb over top", "down": "lower beneath under fall sink below"}
+WORDS = {
+    "up": "raise higher above climb over top",
+    "down": "lower beneath under fall sink below",
+    "side": "left right beside along across flank",
+}
 
 
-def write_texts(path: Path, n: int) -> Path:
+def write_texts(path: Path, n: int, turns: tuple[str, ...] = ("up", "down")) -> Path:
     """Texts of words that tell their class, with others around them."""
     chance = np.random.default_rng(0)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("text", "label"))
         for i in range(n):
-            label = ("up", "down")[i % 2]
+            label = turns[i % len(turns)]
             words = [*chance.choice(WORDS[label].split(), 3), *chance.choice("the a of and to it".split(), 4)]
             writer.writerow((" ".join(chance.permutation(words)), label))
     return path
@@ -88,15 +96,13 @@ def test_pooling_is_that_of_each_text_alone(pooling, share_prefixes, tiny_dir, t
     records = [texts[i] for i in range(9)]
     records = [(torch.cat((prefix, ids)), torch.cat((trained[:1].expand(4), trained))) if i % 3 == 0 else (ids, trained)
                for i, (ids, trained) in enumerate(records)]  # fmt: skip
+    records = [(torch.cat((ids[:-1], torch.tensor([i]))), trained) for i, (ids, trained) in enumerate(records)]
     idx, layout = Layout.end_to_end(records, share_prefixes)
-    got = {int(y): row for y, row in zip(range(9), model.features(idx, layout))}
+    got = {int(y): row for y, row in zip(layout.target, model.features(idx, layout), strict=True)}
     expected = [of(model.gpt.transformer.ln_f(model.gpt.hidden(ids[None, :-1]))[0]) for ids, _ in records]
-    if share_prefixes:  # the records are in another order, and every row is one of them
-        assert idx.numel() < sum(len(ids) for ids, _ in records)
-        for row in got.values():
-            assert min((row - other).abs().max() for other in expected) < 1e-6
-    else:
-        assert all((got[i] - expected[i]).abs().max() < 1e-6 for i in range(9))
+    assert (idx.numel() < sum(len(ids) for ids, _ in records)) == share_prefixes
+    assert (layout.target.tolist() == list(range(9))) != share_prefixes  # then they are in another order
+    assert all((got[i] - expected[i]).abs().max() < 1e-6 for i in range(9))
     assert model.features(*Layout.end_to_end([(torch.zeros(1).long(), torch.zeros(1).bool())])).shape == (0, 48)
 
 
@@ -181,10 +187,22 @@ def test_scores() -> None:
 
     chance = np.random.default_rng(0)
     labels, predicted = chance.integers(0, 4, 100), chance.integers(0, 4, 100)
-    found = score(labels, predicted)
+    found = score(labels, predicted, 4)
     assert found.accuracy == pytest.approx(accuracy_score(labels, predicted))
     assert found.f1.mean() == pytest.approx(f1_score(labels, predicted, average="macro"))
     assert (found.confusion == confusion_matrix(labels, predicted)).all()
+
+
+def test_scores_without_a_class(tmp_path) -> None:
+    """The third is not among the validation texts, and never predicted."""
+    from sklearn.metrics import f1_score
+
+    labels, predicted = np.array([0, 1, 1, 0]), np.array([0, 1, 0, 0])
+    found = score(labels, predicted, 3)
+    expected = f1_score(labels, predicted, labels=[0, 1, 2], average="macro", zero_division=0)
+    assert found.confusion.shape == (3, 3) and found.f1.mean() == pytest.approx(expected)
+    report(found, ["a", "b", "c"], tmp_path, "command", {})
+    assert "| F1 of c | 0.0000 |" in (tmp_path / "report.md").read_text()
 
 
 def test_split_keeps_equal_texts_together(csv_path) -> None:
@@ -196,6 +214,61 @@ def test_split_keeps_equal_texts_together(csv_path) -> None:
     assert split(doubled, 0.3, seed=2)[1].tolist() != sides[1].tolist()
     named = data._replace(splits=["val", None, "train"] * 20)
     assert split(named, 0.3, 0)[1].tolist() == list(range(0, 60, 3))
+    with pytest.raises(InputError, match="labelled 'down' are set aside"):  # records are up and down in turn
+        split(data._replace(splits=["train", "val"] * 30)._replace(names=["up", "down"], labels=[0, 1] * 30), 0.3, 0)
+
+
+def test_an_overwritten_run_leaves_nothing(tmp_path) -> None:
+    """Of a sweep neither; what others put there stays."""
+    settings = {"overwrite": True, "resume": False, "k": 1}
+    for name in ("seed-0-last-2/best/x", "seed-12-head/last/x", "seed-0-features/x", "seeds/x", "seed-0-notes/x"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    for name in ("sweep.csv", "sweep.md", "sweep.png", "confusion.png", "hidden.safetensors"):
+        (tmp_path / name).touch()
+    start_run(tmp_path, settings)
+    assert {path.name for path in tmp_path.iterdir()} == {"hyperparameters.yaml", "seeds", "seed-0-notes"}
+
+
+def test_a_sweep_goes_on_with_its_settings(tmp_path) -> None:
+    settings = {"overwrite": False, "resume": True, "k": 1, "sweep_seeds": 3}
+    save_hyperparameters(tmp_path / "hyperparameters.yaml", settings)
+    (tmp_path / "sweep.csv").touch()
+    start_run(tmp_path, settings | {"sweep_seeds": 5})
+    with pytest.raises(InputError, match="k was 1, now 2"):
+        start_run(tmp_path, settings | {"k": 2})
+
+
+def test_a_sweep_that_cannot_end_does_not_begin(monkeypatch) -> None:
+    with pytest.raises(InputError, match="--sweep_seeds is 0"):
+        check_sweep(0)
+    monkeypatch.setattr("lit_gpt.report.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="matplotlib: pip install"):
+        check_sweep(1)
+
+
+def test_a_bad_split_leaves_no_out_dir(csv_path, tiny_dir, tmp_path) -> None:
+    main = runpy.run_path(str(ROOT / "finetune/classifier.py"))["main"]
+    shared = {"checkpoint_dir": tiny_dir, "data_path": csv_path, "val_fraction": 1.0}
+    with pytest.raises(InputError, match="on one side"):
+        main(out_dir=tmp_path / "out", **shared)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"texts": "blank.txt"}, "There is no text in .*blank.txt"),
+        ({"texts": "texts.csv", "text_key": "body"}, "record 1 has no body; it has text, label"),
+        ({"texts": "texts.csv", "batch_size": 0}, "--batch_size is 0"),
+    ],
+)
+def test_what_cannot_be_labelled(flags, message, tmp_path) -> None:
+    write_texts(tmp_path / "texts.csv", 2)
+    (tmp_path / "blank.txt").write_text("\n  \n")
+    main = runpy.run_path(str(ROOT / "generate/classify.py"))["main"]
+    with pytest.raises(InputError, match=message):
+        main(finetuned=tmp_path, **flags | {"texts": tmp_path / flags["texts"]})
 
 
 @pytest.mark.parametrize(
@@ -219,22 +292,39 @@ def run(*command, **options) -> str:
     ).stdout
 
 
-@pytest.mark.parametrize(("method", "least"), [("features", 60), ("last_k", 80), ("lora", 80), ("qlora", 80)])
-def test_a_classifier_learns_and_labels(method, least, tiny_dir, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("method", "least", "turns", "more"),
+    [
+        ("features", 60, ("up", "down"), []),
+        ("head", 60, ("up", "side", "down", "up"), ["--head_layers", 1, "--balanced", "true"]),
+        ("last_k", 80, ("up", "down"), []),
+        ("lora", 80, ("up", "down"), []),
+        ("qlora", 80, ("up", "down"), []),
+        ("full", 80, ("up", "down"), []),
+    ],
+)
+def test_a_classifier_learns_and_labels(method, least, turns, more, tiny_dir, tmp_path) -> None:
     """From the command line to labels of the same texts."""
-    csv_path = write_texts(tmp_path / "texts.csv", 120)
+    csv_path = write_texts(tmp_path / "texts.csv", 120, turns)
     flags = ["--checkpoint_dir", tiny_dir, "--data_path", csv_path, "--out_dir", tmp_path / "out", "--method", method]
-    flags += ["--train.learning_rate", 0.02 if "lora" in method else 0.003, "--train.epochs", 10, "--k", 2]
-    flags += ["--pooling", "mean"]
+    flags += ["--train.learning_rate", 0.02 if "lora" in method or method == "head" else 0.003, "--train.epochs", 10]
+    flags += ["--k", 2, "--pooling", "mean", *more]
     output = run(ROOT / "finetune/classifier.py", *flags)
     assert float(output.split("Accuracy ")[1].split(" %")[0]) >= least
     assert (tmp_path / "out/report.md").is_file() and (tmp_path / "out/confusion.png").is_file()
-    labels = run(ROOT / "generate/classify.py", "--finetuned", tmp_path / "out", "--texts", csv_path)
     with open(csv_path) as file:
-        expected = [row["label"] for row in csv.DictReader(file)]
-    found = list(csv.DictReader(io.StringIO(labels)))
-    assert np.mean([row["label"] == name for row, name in zip(found, expected, strict=True)]) >= 0.85
-    assert all(abs(float(row["up"]) + float(row["down"]) - 1) < 2e-4 for row in found)
+        records = list(csv.DictReader(file))
+    label = (ROOT / "generate/classify.py", "--finetuned", tmp_path / "out")
+    if method == "full":  # from the standard input; a blank line keeps its place
+        found = list(csv.DictReader(io.StringIO(run(*label, input="\n".join(["", *(r["text"] for r in records)])))))
+        assert set(found.pop(0).values()) == {""}
+    else:
+        found = list(csv.DictReader(io.StringIO(run(*label, "--texts", csv_path))))
+    right = [row["label"] == record["label"] for row, record in zip(found, records, strict=True)]
+    assert np.mean(right) >= (0.85 if method != "head" else 0.7)
+    assert all(abs(sum(float(row[name]) for name in set(turns)) - 1) < 3e-4 for row in found)
+    if method != "lora":
+        return
     refused = subprocess.run(
         [sys.executable, ROOT / "generate/base.py", "--finetuned", tmp_path / "out", "--prompt", "x"],
         capture_output=True,

@@ -1,6 +1,7 @@
 """scripts/compare_methods.py on a tiny model: `pytest tests/test_compare.py`"""
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,10 @@ from torch.nn import functional as F
 
 from lit_gpt import InputError, Tokenizer
 from lit_gpt.checkpoint import load_model
-from lit_gpt.compare import METHODS, Budget, settle, text_loss
+from lit_gpt.compare import METHODS, Budget, check, loss_before, settle, steps_for, text_loss, write_budget
+from lit_gpt.dataset import Dataset
 from lit_gpt.finetuned import load_finetuned
-from lit_gpt.log import read_metrics
+from lit_gpt.log import HEADER, read_metrics
 
 
 def compare(folder: Path, **flags: Any) -> subprocess.CompletedProcess:
@@ -37,6 +39,11 @@ def folder(tmp_path_factory, sample_dir) -> Path:
     assert result.returncode == 0, result.stderr
     assert (folder / "out/compare.md").read_text() in result.stdout
     return folder
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory, tiny_dir) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "str", tiny_dir)
 
 
 def outcomes(folder: Path) -> dict[str, dict]:
@@ -96,6 +103,61 @@ def test_what_cannot_be_is_refused(folder, tmp_path) -> None:
     result = compare(folder, methods="[lora]")
     assert result.returncode == 2 and result.stderr.startswith("error: No method is called 'lora'. Known are: full;")
     with pytest.raises(InputError, match="holds another comparison"):
-        settle(Budget("elsewhere", "data", 0, []), folder / "out")
+        settle(Budget("elsewhere", "data", "", 0, []), folder / "out")
     result = compare(folder, out_dir=tmp_path / "out", steps=1, flags="[--learning_rat, '1']")
     assert result.returncode == 2 and "full.py failed, for the reason above" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"methods": []}, "--methods is empty"),
+        ({"minutes": 0}, "--minutes is 0, expected more than 0"),
+        ({"steps": 0}, "--steps is 0"),
+        ({"tokens": -1}, "--tokens is -1"),
+        ({"tokens": 1, "steps": 1}, "choose one"),
+        ({"tokens": 1, "flags": ["--train.global_batch_size", "4"]}, "16 records a step"),
+        ({"checkpoint_dir": Path("nowhere")}, "nowhere"),
+        ({"data_dir": Path("nowhere")}, "nowhere holds no prepared data"),
+        ({"general_text": "\n\n \n"}, "general text has no paragraph"),
+    ],
+)
+def test_nothing_is_launched_that_cannot_end_well(flags, message, tiny_dir, data_dir, tmp_path) -> None:
+    main = runpy.run_path(str(ROOT / "scripts/compare_methods.py"))["main"]
+    if "general_text" in flags:
+        (tmp_path / "text.txt").write_text(flags["general_text"])
+        flags = flags | {"general_text": tmp_path / "text.txt"}
+    settings = {"checkpoint_dir": tiny_dir, "data_dir": data_dir, "out_dir": tmp_path / "out"} | flags
+    with pytest.raises(InputError, match=message):
+        main(**settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_matplotlib_is_missed_at_once(tiny_dir, data_dir, monkeypatch) -> None:
+    monkeypatch.setattr("lit_gpt.report.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install"):
+        check(Budget(str(tiny_dir), str(data_dir), "", 1, []), "Some text.")
+
+
+def test_a_budget_is_one_of_the_same_text(tmp_path) -> None:
+    budget = Budget("base", "data", "one text", 3, [])
+    write_budget(settle(budget, tmp_path / "out"), tmp_path / "out")
+    assert settle(Budget("base", "data", "one text", 0, []), tmp_path / "out") == budget
+    for other in (Budget("base", "data", "another", 0, []), Budget("base", "data", "one text", 4, [])):
+        with pytest.raises(InputError, match="holds another comparison: (general_text was one text|steps was 3), now"):
+            settle(other, tmp_path / "out")
+
+
+def test_tokens_are_steps_of_mean_records(data_dir) -> None:
+    lengths = Dataset(data_dir, "train").lengths()
+    assert steps_for(10 * int(lengths.sum()), data_dir) == round(10 * len(lengths) / 16)
+    assert steps_for(1, data_dir) == 1
+
+
+def test_the_loss_before_training_is_that_of_the_original_weights(tmp_path) -> None:
+    for name, loss in (("QLoRA-r-8", 3.5), ("adapter", 3.0), ("full", 3.25)):
+        (tmp_path / name).mkdir()
+        row = dict.fromkeys(HEADER.split(","), "") | {"step": "0", "val_loss": str(loss)}
+        (tmp_path / name / "metrics.csv").write_text(f"{HEADER}\n{','.join(row.values())}\n")
+    assert loss_before(["QLoRA, r 8", "adapter", "full"], tmp_path) == 3.0
+    assert loss_before(["QLoRA, r 8"], tmp_path) == 3.5

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 from lit_gpt.config import Config
-from lit_gpt.dataset import ANSWER, NEITHER, OTHER, TRAIN, VAL, Dataset
+from lit_gpt.dataset import ANSWER, NEITHER, OTHER, TRAIN, VAL, Dataset, epoch_order
 from lit_gpt.device import Precision, default_device, weight_dtype
 from lit_gpt.layout import Layout
 from lit_gpt.model import GPT
 from lit_gpt.prompts import style_label
 from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.train import TrainArgs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 PART = 2**22  # tokens that are looked at together
 EXAMPLES = 5  # records that are named for each problem
+TEXT, GOES_ON = -1, -2  # in place of a prompt's length: a text, and what did not fit into the record before
 
 PROBLEMS = {  # what each count means; the first ones should stop a pipeline
     "no_trained_token": "nothing in the record is trained",
@@ -63,7 +65,7 @@ class XRay:
     histogram: list[tuple[int, int, int]] = field(default_factory=list)
     """(from, to and with, how many training records)"""
     cutoffs: list[dict[str, Any]] = field(default_factory=list)
-    """For each max_seq_length what it would touch, and take."""
+    """For each max_seq_length what preparing these records again with it would leave, cut and drop."""
 
     def note(self, problem: str, records: np.ndarray) -> None:
         if len(records):
@@ -86,7 +88,7 @@ class Part(NamedTuple):
 
 
 def parts(data: Dataset) -> Iterator[Part]:
-    """All records but those of neither split, about PART tokens at a time."""
+    """All records, about PART tokens at a time."""
     first, n = 0, len(data.ends)
     while first < n:
         begin = int(data.ends[first - 1]) if first else 0
@@ -108,7 +110,6 @@ def xray(data_dir: Path, tokenizer: Tokenizer, config: Config) -> XRay:
     found, split = XRay(left_out=data.meta["left_out"]), np.asarray(data.split)
     n = len(data.ends)
     lengths = np.diff(data.ends, prepend=0)
-    same, prompts, prompt_lengths, trained_count = (np.zeros(n, np.int64) for _ in range(4))
     look = Looker(tokenizer, config)
     same, prompts, prompt_lengths, trained = (np.zeros(n, np.int64) for _ in range(4))
     for part in parts(data):
@@ -121,7 +122,7 @@ def xray(data_dir: Path, tokenizer: Tokenizer, config: Config) -> XRay:
         for i, (start, length) in enumerate(zip(part.starts, lengths[here]), part.first):
             content, marks = part.tokens[start : start + length], part.trained[start : start + length]
             same[i] = hash(content.tobytes() + marks.tobytes())
-            prompts[i] = hash(content[: prompt_lengths[i] or length].tobytes())
+            prompts[i] = hash(content[: prompt_lengths[i] if prompt_lengths[i] > 0 else length].tobytes())
 
     used = np.flatnonzero(split != NEITHER)
     _, first = np.unique(same[used], return_index=True)
@@ -132,7 +133,7 @@ def xray(data_dir: Path, tokenizer: Tokenizer, config: Config) -> XRay:
         mine = split == code
         found.records[name] = int(mine.sum())
         found.tokens[name], found.trained_tokens[name] = int(lengths[mine].sum()), int(trained[mine].sum())
-    measure_lengths(found, lengths[split == TRAIN], prompt_lengths[split == TRAIN], data.meta, config)
+    measure_lengths(found, lengths[split == TRAIN], prompt_lengths[split == TRAIN], data.meta["too_long"])
     return found
 
 
@@ -147,7 +148,7 @@ class Looker:
         self.control = np.array([any(map(is_control, text)) for text in texts])
 
     def at(self, part: Part) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-        """({problem: (n,) bool}, (n,) how many tokens are trained, (n,) how long the prompt is; 0 for a text)."""
+        """({problem: (n,) bool}, (n,) how many tokens are trained, (n,) how long the prompt is, TEXT or GOES_ON)."""
         tokens, answer, starts = part.tokens, part.trained == ANSWER, part.starts
         begins = np.zeros(len(tokens) + 1, bool)
         begins[starts] = begins[-1] = True
@@ -173,16 +174,15 @@ class Looker:
         }
         places = np.where(answer, np.arange(len(tokens)), len(tokens))
         prompt = np.minimum.reduceat(places, starts) - starts
-        return flags, trained, np.where(any_of(answer), prompt, 0)
+        text = np.where((part.trained[starts] == 0) & (trained > 0), GOES_ON, TEXT)
+        return flags, trained, np.where(any_of(answer), prompt, text)
 
 
 def is_control(character: str) -> bool:
     return unicodedata.category(character) == "Cc" and character not in "\n\r\t"
 
 
-def measure_lengths(
-    found: XRay, lengths: np.ndarray, prompts: np.ndarray, meta: dict[str, Any], config: Config
-) -> None:
+def measure_lengths(found: XRay, lengths: np.ndarray, prompts: np.ndarray, too_long: str) -> None:
     """The figures about how long training records are, and what a shorter limit would do to them."""
     if not len(lengths):
         return
@@ -192,13 +192,22 @@ def measure_lengths(
     counts = np.bincount((lengths - 1) // width)
     found.histogram = [(i * width + 1, (i + 1) * width, int(count)) for i, count in enumerate(counts)]
     limits = [2**i for i in range(5, 21) if lengths.min() < 2**i < lengths.max()] + [int(lengths.max())]
+    first = np.flatnonzero(prompts != GOES_ON)
+    lengths, prompts = np.add.reduceat(lengths - (prompts == GOES_ON), first), prompts[first]  # texts whole again
+    args, text = TrainArgs(), prompts == TEXT
     for limit in limits:
-        over = lengths > limit
-        cut = over & (lengths - limit < prompts) if meta["too_long"] == "cut_prompt" else over & False
-        kept = np.where(over & ~cut, 0, np.minimum(lengths, limit))
+        over = ~text & (lengths > limit)
+        cut = over & (lengths - limit < prompts) & (too_long == "cut_prompt")
+        dropped = over & ~cut
+        pieces = np.where(text, -(-(lengths - 1) // (limit - 1)), ~dropped)  # as data.cut_text makes them
+        kept = np.repeat(np.minimum(lengths, limit), pieces)
+        last = np.cumsum(pieces)[text] - 1
+        kept[last] = lengths[text] - (pieces[text] - 1) * (limit - 1)
+        order, size = epoch_order(len(kept), 0, args.seed), min(args.micro_batch_size, args.global_batch_size)
+        batches = np.add.reduceat(kept[order], np.arange(0, len(kept), size))
         found.cutoffs.append(
-            {"max_seq_length": limit, "cut": int(cut.sum()), "dropped": int((over & ~cut).sum())}
-            | {"tokens_per_epoch": int(kept.sum())}
+            {"max_seq_length": limit, "records": len(kept), "cut": int(cut.sum()), "dropped": int(dropped.sum())}
+            | {"tokens_per_epoch": int(kept.sum()), "largest_batch": int(batches.max(initial=0))}
         )
 
 

@@ -15,8 +15,9 @@ from test_data import CONFIG, content
 from tiny_tokenizers import SPECIAL, byte_level, metaspace, write
 
 from lit_gpt import Config, Tokenizer
-from lit_gpt.data import DataArgs, prepare
-from lit_gpt.dataset import ANSWER, NEITHER, TRAIN, VAL
+from lit_gpt.data import CUT, DROPPED, DataArgs, prepare
+from lit_gpt.dataset import ANSWER, NEITHER, TRAIN, VAL, Dataset, step_records
+from lit_gpt.train import TrainArgs
 from lit_gpt.xray import EXAMPLES, HARMLESS, PROBLEMS, xray
 
 # spells no stop token between turns, but where the answer does itself; doubles BOS where the question asks for it
@@ -123,21 +124,39 @@ def test_a_part_at_a_time_finds_the_same(checkpoint, tmp_path: Path, monkeypatch
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), min_size=1, max_size=20))
-def test_cut_offs_are_what_preparing_again_would_do(checkpoint, tmp_path: Path, lengths) -> None:
-    records = [{"instruction": f"{i} " + "x" * q, "output": "y" * a} for i, (q, a) in enumerate(lengths)]
-    args = dict(checkpoint_dir=checkpoint, val_fraction=0.0)
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 300)), min_size=1, max_size=20),
+    mask_prompt=st.booleans(),
+    before=st.sampled_from([None, 100]),
+)
+def test_cut_offs_are_what_preparing_again_would_do(checkpoint, tmp_path: Path, lengths, mask_prompt, before) -> None:
+    """Of instructions and, where the question has no letter, texts; some were too long the first time already."""
+    records = [
+        {"instruction": f"{i} " + "x" * q, "output": "y" * (a // 4 + 1)} if q else {"text": f"{i}" + "z" * a}
+        for i, (q, a) in enumerate(lengths)
+    ]
+    args = dict(checkpoint_dir=checkpoint, val_fraction=0.0, mask_prompt=mask_prompt)
     for policy in ("drop", "cut_prompt"):
-        prepare(records, DataArgs(**args, data_dir=tmp_path / "data", too_long=policy))
+        prepare(records, DataArgs(**args, data_dir=tmp_path / "data", too_long=policy, max_seq_length=before))
+        gone = json.loads((tmp_path / "data/meta.json").read_text())["left_out"]
         for row in looked_at(checkpoint, tmp_path / "data").cutoffs:
-            if row["dropped"] == len(records):
+            if row["records"] == 0:
                 continue
             limit = row["max_seq_length"]
             prepare(records, DataArgs(**args, data_dir=tmp_path / "b", too_long=policy, max_seq_length=limit))
-            meta = json.loads((tmp_path / "b/meta.json").read_text())
-            assert row["tokens_per_epoch"] == meta["n_tokens"]
-            assert row["dropped"] == meta["left_out"].get("too long, dropped", 0)
-            assert row["cut"] == meta["left_out"].get("prompt cut", 0)
+            data = Dataset(tmp_path / "b", "train")
+            assert (row["tokens_per_epoch"], row["records"]) == (data.meta["n_tokens"], len(data))
+            assert row["dropped"] == data.meta["left_out"].get(DROPPED, 0) - gone.get(DROPPED, 0)
+            assert row["cut"] == (0 if limit == before else data.meta["left_out"].get(CUT, 0))
+            steps = [step_records(len(data), i, 16, TrainArgs().seed) for i in range(-(-len(data) // 16))]
+            assert row["largest_batch"] == max(sum(data.length(i) for i in step) for step in steps)
+
+
+def test_a_text_longer_than_the_cut_off_is_not_lost(checkpoint, tmp_path: Path) -> None:
+    records = [{"text": "z" * n} for n in (150, 20)]
+    prepare(records, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data", val_fraction=0.0))
+    row = {row["max_seq_length"]: row for row in looked_at(checkpoint, tmp_path / "data").cutoffs}[64]
+    assert (row["dropped"], row["records"]) == (0, 4) and row["tokens_per_epoch"] > 170
 
 
 def inspect(*args: object) -> subprocess.CompletedProcess:
@@ -151,7 +170,7 @@ def test_the_script_guards_a_pipeline(checkpoint, tmp_path: Path) -> None:
     files = "--json_path", tmp_path / "good.json", "--png_path", tmp_path / "good.png"
     good = inspect("--data_dir", tmp_path / "good", "--samples", 2, *files)
     assert good.returncode == 0 and good.stderr == "" and "Training record 1" in good.stdout
-    assert "→It is é.</s>←" in good.stdout and "minutes per epoch" in good.stdout
+    assert "→It is é.</s>←" in good.stdout and "minutes" in good.stdout
     found = json.loads((tmp_path / "good.json").read_text())
     assert found["records"] == {"train": 28, "val": 2} and found["serious"] == [] and found["non_ascii"] == 30
     assert found["cutoffs"][-1]["minutes_per_epoch"] >= 0 and found["cutoffs"][-1]["memory_gb"] >= 0

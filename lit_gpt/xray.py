@@ -3,6 +3,7 @@
 Everything is read from what training will read, the arrays on disk, a part at a time.
 """
 
+import functools
 import itertools
 import time
 import unicodedata
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 PART = 2**22  # tokens that are looked at together
 EXAMPLES = 5  # records that are named for each problem
 TEXT, GOES_ON = -1, -2  # in place of a prompt's length: a text, and what did not fit into the record before
+
+PARTIAL = "\N{REPLACEMENT CHARACTER}"  # what a token decodes to that holds only some bytes of a character
 
 PROBLEMS = {  # what each count means; the first ones should stop a pipeline
     "no_trained_token": "nothing in the record is trained",
@@ -145,7 +148,19 @@ class Looker:
         self.stops = np.array(sorted(tokenizer.stop_ids))
         texts = [tokenizer.decode_with_special([i]) for i in range(tokenizer.vocab_size)]
         self.non_ascii = np.array([not text.isascii() for text in texts])
-        self.control = np.array([any(map(is_control, text)) for text in texts])
+        self.control = np.array([has_control(text) for text in texts])
+        self.opens = np.array([text.endswith(PARTIAL) for text in texts])
+        self.closes = np.array([text.startswith(PARTIAL) for text in texts])
+        self.pair_has_control = functools.cache(lambda *pair: has_control(tokenizer.decode_with_special(pair)))
+
+    def split_control(self, tokens: np.ndarray) -> np.ndarray:
+        """Where a control character begins whose two bytes are a token each, as those from U+0080 on often are."""
+        found = np.zeros(len(tokens), bool)
+        places = np.flatnonzero(self.opens[tokens[:-1]] & self.closes[tokens[1:]])
+        n = len(self.control)
+        pairs, which = np.unique(tokens[places].astype(np.int64) * n + tokens[places + 1], return_inverse=True)
+        found[places] = np.array([self.pair_has_control(*divmod(pair, n)) for pair in pairs.tolist()], bool)[which]
+        return found
 
     def at(self, part: Part) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
         """({problem: (n,) bool}, (n,) how many tokens are trained, (n,) how long the prompt is, TEXT or GOES_ON)."""
@@ -169,7 +184,7 @@ class Looker:
             "double_bos": any_of(bos & first & np.append(bos[1:] & ~first[1:], False)),
             "out_of_vocabulary": any_of(tokens >= self.vocab_size),
             "unknown_token": any_of(tokens == (-1 if self.unk is None else self.unk)),
-            "control_character": any_of(self.control[known]),
+            "control_character": any_of(self.control[known] | self.split_control(known)),
             "non_ascii": any_of(self.non_ascii[known]),
         }
         places = np.where(answer, np.arange(len(tokens)), len(tokens))
@@ -178,8 +193,8 @@ class Looker:
         return flags, trained, np.where(any_of(answer), prompt, text)
 
 
-def is_control(character: str) -> bool:
-    return unicodedata.category(character) == "Cc" and character not in "\n\r\t"
+def has_control(text: str) -> bool:
+    return any(unicodedata.category(character) == "Cc" and character not in "\n\r\t" for character in text)
 
 
 def measure_lengths(found: XRay, lengths: np.ndarray, prompts: np.ndarray, too_long: str) -> None:

@@ -12,7 +12,7 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_data import CONFIG, content
-from tiny_tokenizers import SPECIAL, byte_level, metaspace, write
+from tiny_tokenizers import SPECIAL, byte_level, metaspace, sentencepiece, write
 
 from lit_gpt import Config, Tokenizer
 from lit_gpt.data import CUT, DROPPED, DataArgs, prepare
@@ -52,15 +52,18 @@ FAULTS = ("double_bos", "missing_stop", "out_of_vocabulary", "control_character"
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(records=st.lists(st.tuples(WORDS, WORDS, st.sets(st.sampled_from(FAULTS))), min_size=1, max_size=12))
-def test_injected_faults_are_counted(checkpoint, tmp_path: Path, records) -> None:
+@given(
+    records=st.lists(st.tuples(WORDS, WORDS, st.sets(st.sampled_from(FAULTS))), min_size=1, max_size=12),
+    control=st.sampled_from("\x07\x7f\x80\x85\x9d"),
+)
+def test_injected_faults_are_counted(checkpoint, tmp_path: Path, records, control) -> None:
     """Each record is another, but for what is wrong with it on purpose."""
     given, expected, n_ascii = [], Counter(), 0
     for i, (question, answer, faults) in enumerate(records):
         question, answer = " ".join([f"{i}", *question]), " ".join(answer)
         question += " twice" * ("double_bos" in faults)
         question += " <new>" * ("out_of_vocabulary" in faults)
-        answer += "\x07" * ("control_character" in faults)
+        answer += control * ("control_character" in faults)
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         if "missing_stop" in faults:  # the first of two answers
             messages = [*messages, {"role": "user", "content": "And?"}, {"role": "assistant", "content": "So."}]
@@ -112,6 +115,17 @@ def test_unknown_tokens(tmp_path: Path) -> None:
     prepare(records, DataArgs(checkpoint_dir=folder, data_dir=tmp_path / "data", val_fraction=0.0))
     found = looked_at(folder, tmp_path / "data")
     assert found.problems["unknown_token"] == 2 and found.serious() == []
+
+
+@pytest.mark.parametrize("kind", [byte_level, metaspace, sentencepiece])
+def test_control_characters_whatever_the_tokens(tmp_path: Path, kind) -> None:
+    """Those from U+0080 on are two bytes, and often two tokens; harmless characters share one byte or the other."""
+    files = {"tokenizer_model" if kind is sentencepiece else "tokenizer_json": kind()}
+    folder = write(tmp_path / "checkpoint", **files, tokenizer_config_json=SPECIAL, config_json=CONFIG)
+    texts = ["a\x07b", "a\x85b", "日\x9d日", "\x80", "tab\tline\r\n", "a\xa0b\xbf", "Å\u0145日本🙂", "\ufffd\u0605"]
+    prepare([{"text": text} for text in texts], DataArgs(checkpoint_dir=folder, data_dir=tmp_path / "data"))
+    found = looked_at(folder, tmp_path / "data")
+    assert found.examples["control_character"] == [0, 1, 2, 3]
 
 
 def test_a_part_at_a_time_finds_the_same(checkpoint, tmp_path: Path, monkeypatch) -> None:

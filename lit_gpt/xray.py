@@ -19,6 +19,7 @@ from lit_gpt.config import Config
 from lit_gpt.dataset import ANSWER, NEITHER, OTHER, TRAIN, VAL, Dataset, epoch_order
 from lit_gpt.device import Precision, default_device, weight_dtype
 from lit_gpt.layout import Layout
+from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
 from lit_gpt.model import GPT
 from lit_gpt.prompts import style_label
 from lit_gpt.tokenizer import Tokenizer
@@ -34,6 +35,8 @@ EXAMPLES = 5  # records that are named for each problem
 TEXT, GOES_ON = -1, -2  # in place of a prompt's length: a text, and what did not fit into the record before
 
 PARTIAL = "\N{REPLACEMENT CHARACTER}"  # what a token decodes to that holds only some bytes of a character
+STOP = 3  # beside the marks in trained.bin
+STYLES = {0: "dim", ANSWER: "green", OTHER: "cyan", STOP: "bold red"}
 
 PROBLEMS = {  # what each count means; the first ones should stop a pipeline
     "no_trained_token": "nothing in the record is trained",
@@ -227,21 +230,21 @@ def measure_lengths(found: XRay, lengths: np.ndarray, prompts: np.ndarray, too_l
 
 
 def add_cost(found: XRay, config: Config, precision: Precision) -> None:
-    """To each cut-off the minutes of an epoch and the GB of a step on its longest record, with LoRA, on this machine.
+    """To each cut-off the minutes of an epoch and the GB of its largest batch, with LoRA, on this machine.
 
-    Measured on three of the model's blocks with random frozen weights, and scaled: an estimate. Attention, which grows
+    Measured on one and three of the model's blocks with random weights, and scaled: an estimate. Attention, which grows
     with the square of the length, is that of 256 tokens, and no prefix is shared.
     """
     trained = found.trained_tokens["train"] / found.tokens["train"]
     one, three = (np.array(measure_step(config.replace(n_layer=n), precision, trained)) for n in (1, 3))
-    seconds, saved, weights = (one + (config.n_layer - 1) / 2 * (three - one)).tolist()
+    seconds, saved, fixed = (one + (config.n_layer - 1) / 2 * (three - one)).tolist()
     for row in found.cutoffs:
         row["minutes_per_epoch"] = round(row["tokens_per_epoch"] * seconds / 60, 2)
-        row["memory_gb"] = round((weights + saved * row["max_seq_length"]) / 1e9, 2)
+        row["memory_gb"] = round((fixed + saved * row["largest_batch"]) / 1e9, 2)
 
 
 def measure_step(config: Config, precision: Precision, trained: float) -> tuple[float, float, float]:
-    """(seconds per token, bytes per token saved for backward, bytes of weights) of a step through frozen weights.
+    """(seconds per token, bytes per token saved for backward, other bytes) of a step with LoRA and AdamW.
 
     `trained` is the share of tokens that the loss counts.
     """
@@ -250,8 +253,9 @@ def measure_step(config: Config, precision: Precision, trained: float) -> tuple[
     idx, layout = Layout.end_to_end([record])
     idx, layout = idx.to(device), layout.to(device)
     with torch.device(device):
-        model = GPT(config).to(weight_dtype(precision)).requires_grad_(False)
-    model.transformer.wte.register_forward_hook(lambda module, args, x: x.requires_grad_())
+        model = GPT(config).to(weight_dtype(precision))
+    apply_lora(model, LoRA())
+    mark_only_lora_as_trainable(model)
     weights = {param.untyped_storage().data_ptr() for param in model.parameters()}
     saved: dict[int, int] = {}
 
@@ -270,14 +274,17 @@ def measure_step(config: Config, precision: Precision, trained: float) -> tuple[
         loss.backward()
         loss.item()  # waits for the device
         seconds.append(time.perf_counter() - since)
-    return min(seconds) / T, sum(saved.values()) / T, sum(param.nbytes for param in model.parameters())
+    copies = (
+        (param.nbytes, 4 if param.requires_grad else 1) for param in model.parameters()
+    )  # a gradient, two moments
+    return min(seconds) / T, sum(saved.values()) / T, sum(size * n for size, n in copies)
 
 
 # ---- for people
 
 
 def print_summary(data_dir: Path, tokenizer: Tokenizer, config: Config, samples: int = 1) -> XRay:
-    """The counts in a few lines, and `samples` training records as the model will see them."""
+    """The counts in a few lines; as the model will see them, `samples` training records and one of each serious problem."""
     found, console = xray(data_dir, tokenizer, config), plain_console()
     data = Dataset(data_dir, "train")
     console.print(
@@ -287,6 +294,15 @@ def print_summary(data_dir: Path, tokenizer: Tokenizer, config: Config, samples:
     )
     left_out = ", ".join(f"{count:,} {what}" for what, count in found.left_out.items())
     console.print(f"Left out or cut: {left_out or 'nothing'}.")
+    if console.is_terminal:
+        colours = "trained answers are green, trained prompts and texts cyan, stop tokens red, the rest is dim"
+    else:
+        colours = "what is trained is between arrows"
+
+    def show(number: int, which: str) -> None:
+        console.print(f"Record {number}, {which}; {colours}:")
+        console.print(show_record(data, number, tokenizer, console.is_terminal))
+
     for name, count in found.problems.items():
         if count:
             which = ", ".join(map(str, found.examples[name]))
@@ -294,10 +310,10 @@ def print_summary(data_dir: Path, tokenizer: Tokenizer, config: Config, samples:
             console.print(
                 f"{name}: {count:,} records ({which}{', ...' * (count > EXAMPLES)}): {PROBLEMS[name]}", style=style
             )
-    for i in range(min(samples, len(data))):
-        colours = "green, stop tokens red, the rest dim:" if console.is_terminal else "between arrows:"
-        console.print(f"Training record {i}; what is trained is {colours}")
-        console.print(show_record(data, i, tokenizer, console.is_terminal))
+    for name in found.serious():
+        show(found.examples[name][0], name)
+    for number in data.records[:samples].tolist():
+        show(number, "training")
     return found
 
 
@@ -310,6 +326,9 @@ def print_lengths(found: XRay) -> None:
     console.print(f"Lengths of training records, in tokens: {', '.join(figures)}")
     for low, high, count in itertools.dropwhile(lambda row: not row[2], found.histogram):
         console.print(f"{low:>7,} to {high:>7,} {count:>9,} {'█' * round(40 * count / most)}")
+    if "memory_gb" in found.cutoffs[0]:
+        size = TrainArgs.micro_batch_size
+        console.print(f"Minutes and memory are estimates: LoRA, {size} records at a time, on this machine.")
     table = Table(*(name.replace("_", " ") for name in found.cutoffs[0]), box=None)
     for row in found.cutoffs:
         table.add_row(*(f"{value:,}" for value in row.values()))
@@ -317,19 +336,19 @@ def print_lengths(found: XRay) -> None:
 
 
 def length_figure(found: XRay) -> "Figure":
-    """How long the training records are, and what share of them each cut-off would touch, 900 x 450 pixels."""
+    """How long the training records are, and what share of them is longer than each length, 900 x 450 pixels."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
     figure = Figure(figsize=(9, 4.5), dpi=100, layout="constrained")
     axes = figure.subplots()
-    low, high, counts = zip(*found.histogram)
-    axes.bar(low, counts, width=high[0] - low[0] + 1, align="edge", color="tab:blue", alpha=0.6, edgecolor="white")
-    axes.set(xlabel="tokens per record", ylabel="training records", xlim=(0, high[-1]))
+    counts = np.array([count for *_, count in found.histogram])
+    edges = np.array([0, *(high for _, high, _ in found.histogram)]) + 0.5  # between two lengths
+    axes.stairs(counts, edges, fill=True, color="tab:blue", alpha=0.6)
+    axes.set(xlabel="tokens per record", ylabel="training records", xlim=(0, edges[-1]))
     share = axes.twinx()
-    limits = [row["max_seq_length"] for row in found.cutoffs]
-    touched = [(row["cut"] + row["dropped"]) / found.records["train"] for row in found.cutoffs]
-    share.plot(limits, touched, color="tab:orange", marker="o", markersize=4)
+    longer = 1 - np.cumsum(counts) / counts.sum()
+    share.plot(edges, [1, *longer], color="tab:orange", marker="o", markersize=4)
     share.set(ylim=(0, 1.02))
     share.set_ylabel("of them longer than this", color="tab:orange")
     share.yaxis.set_major_formatter(PercentFormatter(1))
@@ -344,18 +363,19 @@ def plain_console() -> "Console":
     return Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
-def show_record(data: Dataset, i: int, tokenizer: Tokenizer, colours: bool) -> "Text":
-    """A record's text, each run of tokens in the colour of what happens to it; without colours, between arrows."""
+def show_record(data: Dataset, number: int, tokenizer: Tokenizer, colours: bool) -> "Text":
+    """A record's text, each run of tokens in the colour of what happens to it; without colours, between arrows.
+
+    Control characters are spelled out: some of them would steer the terminal.
+    """
     from rich.text import Text
 
-    start, end = data.span(i)
-    tokens, trained = data.tokens[start:end].tolist(), data.trained[start:end].tolist()
-    kinds = [3 if mark and token in tokenizer.stop_ids else mark for token, mark in zip(tokens, trained)]
-    styles = {0: "dim", ANSWER: "green", OTHER: "cyan", 3: "bold red"}
+    span = slice(int(data.ends[number - 1]) if number else 0, int(data.ends[number]))
+    tokens, trained = data.tokens[span].tolist(), data.trained[span].tolist()
+    kinds = [STOP if mark and token in tokenizer.stop_ids else mark for token, mark in zip(tokens, trained)]
     text = Text()
-    for kind, group in itertools.groupby(
-        zip(kinds, tokens), key=(lambda pair: pair[0]) if colours else lambda p: p[0] > 0
-    ):
+    for kind, group in itertools.groupby(zip(kinds, tokens), key=lambda pair: pair[0] if colours else pair[0] > 0):
         part = tokenizer.decode_with_special([token for _, token in group])
-        text.append(part if colours or not kind else f"→{part}←", style=styles[int(kind)])
+        part = "".join(ascii(letter)[1:-1] if has_control(letter) else letter for letter in part)
+        text.append(part if colours or not kind else f"→{part}←", style=STYLES[int(kind)])
     return text

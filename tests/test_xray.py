@@ -183,7 +183,7 @@ def test_the_script_guards_a_pipeline(checkpoint, tmp_path: Path) -> None:
     prepare(records, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "good"))
     files = "--json_path", tmp_path / "good.json", "--png_path", tmp_path / "good.png"
     good = inspect("--data_dir", tmp_path / "good", "--samples", 2, *files)
-    assert good.returncode == 0 and good.stderr == "" and "Training record 1" in good.stdout
+    assert good.returncode == 0 and good.stderr == "" and "training; what is trained is between arrows" in good.stdout
     assert "→It is é.</s>←" in good.stdout and "minutes" in good.stdout
     found = json.loads((tmp_path / "good.json").read_text())
     assert found["records"] == {"train": 28, "val": 2} and found["serious"] == [] and found["non_ascii"] == 30

@@ -274,17 +274,15 @@ def measure_step(config: Config, precision: Precision, trained: float) -> tuple[
         loss.backward()
         loss.item()  # waits for the device
         seconds.append(time.perf_counter() - since)
-    copies = (
-        (param.nbytes, 4 if param.requires_grad else 1) for param in model.parameters()
-    )  # a gradient, two moments
-    return min(seconds) / T, sum(saved.values()) / T, sum(size * n for size, n in copies)
+    fixed = sum(param.nbytes * (4 if param.requires_grad else 1) for param in model.parameters())  # gradient and AdamW
+    return min(seconds) / T, sum(saved.values()) / T, fixed
 
 
 # ---- for people
 
 
 def print_summary(data_dir: Path, tokenizer: Tokenizer, config: Config, samples: int = 1) -> XRay:
-    """The counts in a few lines; as the model will see them, `samples` training records and one of each serious problem."""
+    """The counts in a few lines; as the model sees them, a record of each serious problem and `samples` to train on."""
     found, console = xray(data_dir, tokenizer, config), plain_console()
     data = Dataset(data_dir, "train")
     console.print(

@@ -1,6 +1,7 @@
 """The X-ray finds what is wrong with prepared data, and counts it exactly: `pytest tests/test_xray.py`"""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -17,8 +18,19 @@ from tiny_tokenizers import SPECIAL, byte_level, metaspace, sentencepiece, write
 from lit_gpt import Config, Tokenizer
 from lit_gpt.data import CUT, DROPPED, DataArgs, prepare
 from lit_gpt.dataset import ANSWER, NEITHER, TRAIN, VAL, Dataset, step_records
+from lit_gpt.model import GPT
 from lit_gpt.train import TrainArgs
-from lit_gpt.xray import EXAMPLES, HARMLESS, PROBLEMS, xray
+from lit_gpt.xray import (
+    EXAMPLES,
+    HARMLESS,
+    PROBLEMS,
+    XRay,
+    add_cost,
+    length_figure,
+    print_lengths,
+    show_record,
+    xray,
+)
 
 # spells no stop token between turns, but where the answer does itself; doubles BOS where the question asks for it
 TEMPLATE = (
@@ -171,6 +183,77 @@ def test_a_text_longer_than_the_cut_off_is_not_lost(checkpoint, tmp_path: Path) 
     prepare(records, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data", val_fraction=0.0))
     row = {row["max_seq_length"]: row for row in looked_at(checkpoint, tmp_path / "data").cutoffs}[64]
     assert (row["dropped"], row["records"]) == (0, 4) and row["tokens_per_epoch"] > 170
+
+
+def in_colours(data: Dataset, number: int, checkpoint: Path) -> list[tuple[str, str]]:
+    text = show_record(data, number, Tokenizer(checkpoint), colours=True)
+    assert text.spans[-1].end == len(text.plain)
+    return [(text.plain[span.start : span.end], span.style) for span in text.spans]
+
+
+def test_each_token_has_the_colour_of_what_happens_to_it(checkpoint, tmp_path: Path) -> None:
+    records = [{"instruction": "Say it", "output": "It is.\x07\x9d"}, {"text": "A text"}]
+    args = dict(checkpoint_dir=checkpoint, val_fraction=0.0)
+    prepare(records, DataArgs(**args, data_dir=tmp_path / "masked"))
+    masked, answer = Dataset(tmp_path / "masked", "train"), ("It is.\\x07\\x9d", "green")
+    assert in_colours(masked, 0, checkpoint) == [("<s>Q Say it A ", "dim"), answer, ("</s>", "bold red")]
+    assert in_colours(masked, 1, checkpoint) == [("<s>A text", "cyan"), ("</s>", "bold red")]
+    plain = show_record(masked, 0, Tokenizer(checkpoint), colours=False)
+    assert plain.plain == f"<s>Q Say it A →{answer[0]}</s>←"
+    prepare(records, DataArgs(**args, data_dir=tmp_path / "all", mask_prompt=False))
+    everything = in_colours(Dataset(tmp_path / "all", "train"), 0, checkpoint)
+    assert everything == [("<s>Q Say it A ", "cyan"), answer, ("</s>", "bold red")]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(given=st.lists(st.integers(0, 180), min_size=2, max_size=40))
+def test_lengths_are_those_of_the_training_records(checkpoint, tmp_path: Path, capsys, given) -> None:
+    records = [{"instruction": f"Say {i}", "output": "y" * n + "."} for i, n in enumerate(given)]
+    prepare(records, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data", val_fraction=0.3))
+    found, lengths = looked_at(checkpoint, tmp_path / "data"), Dataset(tmp_path / "data", "train").lengths()
+    assert [found.lengths[name] for name in ("shortest", "longest")] == [lengths.min(), lengths.max()]
+    quarters = [found.lengths[name] for name in ("quarter", "median", "three_quarters")]
+    assert quarters == np.quantile(lengths, [0.25, 0.5, 0.75]).astype(int).tolist()
+    assert found.lengths["95_percent"] == int(np.quantile(lengths, 0.95))
+    for low, high, count in found.histogram:
+        assert count == ((low <= lengths) & (lengths <= high)).sum()
+    assert sum(count for *_, count in found.histogram) == len(lengths) == found.records["train"]
+
+    capsys.readouterr()
+    print_lengths(found)
+    printed = capsys.readouterr().out
+    assert f"shortest {lengths.min()}, quarter {quarters[0]}, median {quarters[1]}, " in printed
+    most = max(count for *_, count in found.histogram)
+    bars = {int(low): (int(count), len(bar)) for low, count, bar in re.findall(r"(\d+) to +\d+ +(\d+) (█*)\n", printed)}
+    for low, high, count in found.histogram:
+        assert bars.get(low, (0, 0)) == (count, round(40 * count / most)) and (low in bars or high < lengths.min())
+    rows = [line.replace(",", "").split() for line in printed.splitlines()[-len(found.cutoffs) :]]
+    assert rows == [[f"{value}" for value in row.values()] for row in found.cutoffs]
+
+    (line,) = (line for axes in length_figure(found).axes for line in axes.lines)
+    for x, share in line.get_xydata():
+        assert share == pytest.approx((lengths > x).mean())
+
+
+def test_cost_grows_with_the_model_and_the_batch() -> None:
+    """Each block adds its weights to the memory; each token its share to both."""
+    costs = {}
+    for n_layer in (1, 101):
+        config = Config(n_layer=n_layer, n_embd=128, n_head=4, intermediate_size=512, vocab_size=100, block_size=256)
+        found = XRay(tokens={"train": 1000}, trained_tokens={"train": 500})
+        for tokens in (10**4, 2 * 10**4, 3 * 10**4):
+            found.cutoffs.append({"tokens_per_epoch": 10**4 * tokens, "largest_batch": tokens})
+        add_cost(found, config, "32-true")
+        costs[n_layer] = [(row["minutes_per_epoch"], row["memory_gb"]) for row in found.cutoffs]
+    minutes, memory = zip(*costs[101])
+    block = 4 * sum(param.numel() for param in GPT(config.replace(n_layer=1)).transformer.h.parameters())
+    tokens = memory[1] - memory[0]  # of 10**4 tokens
+    assert memory[0] - tokens == pytest.approx(101 * block / 1e9, rel=0.15) and memory[2] - memory[1] == pytest.approx(
+        tokens, abs=0.02
+    )
+    # a block keeps at least its two norms' inputs, q, k, v, what attention gives and three hidden layers of the MLP
+    assert 101 * 10**4 * 4 * (6 * 128 + 3 * 512) / 1e9 < tokens < 3 * 101 * 10**4 * 4 * (6 * 128 + 3 * 512) / 1e9
+    assert minutes[1] == pytest.approx(2 * minutes[0], abs=0.02) and minutes[0] > 10 * costs[1][0][0] > 0
 
 
 def inspect(*args: object) -> subprocess.CompletedProcess:

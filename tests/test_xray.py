@@ -12,10 +12,10 @@ import pytest
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_data import CONFIG, content
+from test_data import CONFIG, content, script
 from tiny_tokenizers import SPECIAL, byte_level, metaspace, sentencepiece, write
 
-from lit_gpt import Config, Tokenizer
+from lit_gpt import Config, InputError, Tokenizer
 from lit_gpt.data import CUT, DROPPED, DataArgs, prepare
 from lit_gpt.dataset import ANSWER, NEITHER, TRAIN, VAL, Dataset, step_records
 from lit_gpt.model import GPT
@@ -267,7 +267,7 @@ def test_the_script_guards_a_pipeline(checkpoint, tmp_path: Path) -> None:
     files = "--json_path", tmp_path / "good.json", "--png_path", tmp_path / "good.png"
     good = inspect("--data_dir", tmp_path / "good", "--samples", 2, *files)
     assert good.returncode == 0 and good.stderr == "" and "training; what is trained is between arrows" in good.stdout
-    assert "→It is é.</s>←" in good.stdout and "minutes" in good.stdout
+    assert "→It is é.</s>←" in good.stdout and "LoRA, 16 records at a time" in good.stdout
     found = json.loads((tmp_path / "good.json").read_text())
     assert found["records"] == {"train": 28, "val": 2} and found["serious"] == [] and found["non_ascii"] == 30
     assert found["cutoffs"][-1]["minutes_per_epoch"] >= 0 and found["cutoffs"][-1]["memory_gb"] >= 0
@@ -275,10 +275,25 @@ def test_the_script_guards_a_pipeline(checkpoint, tmp_path: Path) -> None:
 
     records[3]["instruction"] = "twice"
     prepare(records, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "bad"))
-    bad = inspect("--data_dir", tmp_path / "bad", "--cost", "false")
+    bad = inspect("--data_dir", tmp_path / "bad", "--cost", "false", "--samples", 0)
     assert bad.returncode == 1 and "double_bos: 1 records (3): the record begins with two BOS" in bad.stdout
+    assert "Record 3, double_bos; " in bad.stdout and "<s><s>Q twice A →It is é.</s>←" in bad.stdout
+    assert bad.stdout.count("Record ") == 1 and "estimates" not in bad.stdout
     nothing = inspect("--data_dir", tmp_path)
     assert nothing.returncode == 2 and nothing.stderr.startswith("error: ") and nothing.stderr.count("\n") == 1
+
+
+def test_the_script_looks_at_its_paths_before_it_works(checkpoint, tmp_path: Path, capsys) -> None:
+    prepare([{"text": "A text"}], DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data"))
+    capsys.readouterr()
+    for name, path, why in (
+        ("png_path", "l.xyz", "ends in .png"),
+        ("png_path", "no/l.png", "no folder"),
+        ("json_path", "no/l.json", "no folder"),
+    ):
+        with pytest.raises(InputError, match=why):
+            script("inspect_data").main(tmp_path / "data", **{name: tmp_path / path})
+    assert capsys.readouterr().out == ""
 
 
 def test_training_never_sees_a_validation_prompt(checkpoint, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -83,26 +83,16 @@ class XRay:
         return [name for name, count in self.problems.items() if count and name not in HARMLESS]
 
 
-class Part(NamedTuple):
-    """Some records that lie next to each other."""
-
-    first: int
-    starts: np.ndarray
-    """(n,) where each begins in the two below."""
-    tokens: np.ndarray
-    trained: np.ndarray
-
-
-def parts(data: Dataset) -> Iterator[Part]:
-    """All records, about PART tokens at a time."""
-    first, n = 0, len(data.ends)
-    while first < n:
+def parts(data: Dataset) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+    """All records, about PART tokens at a time: the first one's number, where each begins in these tokens, the tokens,
+    and their marks."""
+    first = 0
+    while first < len(data.ends):
         begin = int(data.ends[first - 1]) if first else 0
         last = max(first + 1, int(np.searchsorted(data.ends, begin + PART, "right")))
         ends = np.asarray(data.ends[first:last]) - begin
         span = slice(begin, begin + int(ends[-1]))
-        starts = np.concatenate(([0], ends[:-1]))
-        yield Part(first, starts, np.asarray(data.tokens[span]), np.asarray(data.trained[span]))
+        yield first, np.append(0, ends[:-1]), np.asarray(data.tokens[span]), np.asarray(data.trained[span])
         first = last
 
 
@@ -114,20 +104,19 @@ def xray(data_dir: Path, tokenizer: Tokenizer, config: Config) -> XRay:
     """
     data = Dataset(data_dir, "train")
     found, split = XRay(left_out=data.meta["left_out"]), np.asarray(data.split)
-    n = len(data.ends)
     lengths = np.diff(data.ends, prepend=0)
     look = Looker(tokenizer, config)
-    same, prompts, prompt_lengths, trained = (np.zeros(n, np.int64) for _ in range(4))
-    for part in parts(data):
-        here = slice(part.first, part.first + len(part.starts))
+    same, prompts, prompt_lengths, trained = (np.zeros(len(lengths), np.int64) for _ in range(4))
+    for at, starts, tokens, marks in parts(data):
+        here = slice(at, at + len(starts))
         used = split[here] != NEITHER
-        flags, trained[here], prompt_lengths[here] = look.at(part)
+        flags, trained[here], prompt_lengths[here] = look.at(starts, tokens, marks)
         found.non_ascii += int((flags.pop("non_ascii") & used).sum())
         for problem, records in flags.items():
-            found.note(problem, part.first + np.flatnonzero(records & used))
-        for i, (start, length) in enumerate(zip(part.starts, lengths[here]), part.first):
-            content, marks = part.tokens[start : start + length], part.trained[start : start + length]
-            same[i] = hash(content.tobytes() + marks.tobytes())
+            found.note(problem, at + np.flatnonzero(records & used))
+        for i, (start, length) in enumerate(zip(starts, lengths[here]), at):
+            content = tokens[start : start + length]
+            same[i] = hash(content.tobytes() + marks[start : start + length].tobytes())
             prompts[i] = hash(content[: prompt_lengths[i] if prompt_lengths[i] > 0 else length].tobytes())
 
     used = np.flatnonzero(split != NEITHER)
@@ -165,17 +154,18 @@ class Looker:
         found[places] = np.array([self.pair_has_control(*divmod(pair, n)) for pair in pairs.tolist()], bool)[which]
         return found
 
-    def at(self, part: Part) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    def at(
+        self, starts: np.ndarray, tokens: np.ndarray, marks: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
         """({problem: (n,) bool}, (n,) how many tokens are trained, (n,) how long the prompt is, TEXT or GOES_ON)."""
-        tokens, answer, starts = part.tokens, part.trained == ANSWER, part.starts
-        begins = np.zeros(len(tokens) + 1, bool)
+        answer, begins = marks == ANSWER, np.zeros(len(tokens) + 1, bool)
         begins[starts] = begins[-1] = True
         first = begins[:-1]
 
         def any_of(mask: np.ndarray) -> np.ndarray:
             return np.logical_or.reduceat(mask, starts)
 
-        trained = np.add.reduceat((part.trained > 0) & ~first, starts, dtype=np.int64)  # nothing predicts the first
+        trained = np.add.reduceat((marks > 0) & ~first, starts, dtype=np.int64)  # nothing predicts the first
         ends_here = answer & ~(np.append(answer[1:], False) & ~begins[1:])
         starts_here = answer & ~(np.append(False, answer[:-1]) & ~first)
         stop, known = np.isin(tokens, self.stops), np.minimum(tokens, len(self.control) - 1)
@@ -192,7 +182,7 @@ class Looker:
         }
         places = np.where(answer, np.arange(len(tokens)), len(tokens))
         prompt = np.minimum.reduceat(places, starts) - starts
-        text = np.where((part.trained[starts] == 0) & (trained > 0), GOES_ON, TEXT)
+        text = np.where((marks[starts] == 0) & (trained > 0), GOES_ON, TEXT)
         return flags, trained, np.where(any_of(answer), prompt, text)
 
 
@@ -212,17 +202,16 @@ def measure_lengths(found: XRay, lengths: np.ndarray, prompts: np.ndarray, too_l
     limits = [2**i for i in range(5, 21) if lengths.min() < 2**i < lengths.max()] + [int(lengths.max())]
     first = np.flatnonzero(prompts != GOES_ON)
     lengths, prompts = np.add.reduceat(lengths - (prompts == GOES_ON), first), prompts[first]  # texts whole again
-    args, text = TrainArgs(), prompts == TEXT
+    text = prompts == TEXT
     for limit in limits:
         over = ~text & (lengths > limit)
         cut = over & (lengths - limit < prompts) & (too_long == "cut_prompt")
         dropped = over & ~cut
         pieces = np.where(text, -(-(lengths - 1) // (limit - 1)), ~dropped)  # as data.cut_text makes them
         kept = np.repeat(np.minimum(lengths, limit), pieces)
-        last = np.cumsum(pieces)[text] - 1
-        kept[last] = lengths[text] - (pieces[text] - 1) * (limit - 1)
-        order, size = epoch_order(len(kept), 0, args.seed), min(args.micro_batch_size, args.global_batch_size)
-        batches = np.add.reduceat(kept[order], np.arange(0, len(kept), size))
+        kept[np.cumsum(pieces)[text] - 1] = lengths[text] - (pieces[text] - 1) * (limit - 1)
+        batches = kept[epoch_order(len(kept), 0, TrainArgs.seed)]
+        batches = np.add.reduceat(batches, np.arange(0, len(kept), TrainArgs.micro_batch_size))
         found.cutoffs.append(
             {"max_seq_length": limit, "records": len(kept), "cut": int(cut.sum()), "dropped": int(dropped.sum())}
             | {"tokens_per_epoch": int(kept.sum()), "largest_batch": int(batches.max(initial=0))}
@@ -293,7 +282,7 @@ def print_summary(data_dir: Path, tokenizer: Tokenizer, config: Config, samples:
     left_out = ", ".join(f"{count:,} {what}" for what, count in found.left_out.items())
     console.print(f"Left out or cut: {left_out or 'nothing'}.")
     if console.is_terminal:
-        colours = "trained answers are green, trained prompts and texts cyan, stop tokens red, the rest is dim"
+        colours = "trained answers are green, trained prompts and texts cyan, trained stop tokens red, the rest is dim"
     else:
         colours = "what is trained is between arrows"
 
@@ -372,8 +361,11 @@ def show_record(data: Dataset, number: int, tokenizer: Tokenizer, colours: bool)
     tokens, trained = data.tokens[span].tolist(), data.trained[span].tolist()
     kinds = [STOP if mark and token in tokenizer.stop_ids else mark for token, mark in zip(tokens, trained)]
     text = Text()
-    for kind, group in itertools.groupby(zip(kinds, tokens), key=lambda pair: pair[0] if colours else pair[0] > 0):
-        part = tokenizer.decode_with_special([token for _, token in group])
+    for (kind, known), group in itertools.groupby(
+        zip(kinds, tokens), key=lambda pair: (pair[0] if colours else pair[0] > 0, pair[1] < tokenizer.vocab_size)
+    ):
+        ids = [token for _, token in group]
+        part = tokenizer.decode_with_special(ids) if known else "".join(f"<token {i}>" for i in ids)
         part = "".join(ascii(letter)[1:-1] if has_control(letter) else letter for letter in part)
         text.append(part if colours or not kind else f"→{part}←", style=STYLES[int(kind)])
     return text

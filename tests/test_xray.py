@@ -202,6 +202,9 @@ def test_each_token_has_the_colour_of_what_happens_to_it(checkpoint, tmp_path: P
     assert plain.plain == f"<s>Q Say it A →{answer[0]}</s>←"
     prepare(records, DataArgs(**args, data_dir=tmp_path / "all", mask_prompt=False))
     everything = in_colours(Dataset(tmp_path / "all", "train"), 0, checkpoint)
+    tokens = np.memmap(tmp_path / "masked/tokens.bin", np.uint16)
+    tokens[3] = 5000
+    assert "<token 5000>" in show_record(masked, 0, Tokenizer(checkpoint), colours=False).plain
     assert everything == [("<s>Q Say it A ", "cyan"), answer, ("</s>", "bold red")]
 
 

@@ -3,24 +3,27 @@
 Everything is read from what training will read, the arrays on disk, a part at a time.
 """
 
+import functools
 import itertools
 import time
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from lit_gpt.config import Config
-from lit_gpt.dataset import ANSWER, NEITHER, OTHER, TRAIN, VAL, Dataset
+from lit_gpt.dataset import ANSWER, NEITHER, OTHER, TRAIN, VAL, Dataset, epoch_order
 from lit_gpt.device import Precision, default_device, weight_dtype
 from lit_gpt.layout import Layout
+from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
 from lit_gpt.model import GPT
 from lit_gpt.prompts import style_label
 from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.train import TrainArgs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,6 +32,11 @@ if TYPE_CHECKING:
 
 PART = 2**22  # tokens that are looked at together
 EXAMPLES = 5  # records that are named for each problem
+TEXT, GOES_ON = -1, -2  # in place of a prompt's length: a text, and what did not fit into the record before
+
+PARTIAL = "\N{REPLACEMENT CHARACTER}"  # what a token decodes to that holds only some bytes of a character
+STOP = 3  # beside the marks in trained.bin
+STYLES = {0: "dim", ANSWER: "green", OTHER: "cyan", STOP: "bold red"}
 
 PROBLEMS = {  # what each count means; the first ones should stop a pipeline
     "no_trained_token": "nothing in the record is trained",
@@ -63,7 +71,7 @@ class XRay:
     histogram: list[tuple[int, int, int]] = field(default_factory=list)
     """(from, to and with, how many training records)"""
     cutoffs: list[dict[str, Any]] = field(default_factory=list)
-    """For each max_seq_length what it would touch, and take."""
+    """For each max_seq_length what preparing these records again with it would leave, cut and drop."""
 
     def note(self, problem: str, records: np.ndarray) -> None:
         if len(records):
@@ -75,26 +83,16 @@ class XRay:
         return [name for name, count in self.problems.items() if count and name not in HARMLESS]
 
 
-class Part(NamedTuple):
-    """Some records that lie next to each other."""
-
-    first: int
-    starts: np.ndarray
-    """(n,) where each begins in the two below."""
-    tokens: np.ndarray
-    trained: np.ndarray
-
-
-def parts(data: Dataset) -> Iterator[Part]:
-    """All records but those of neither split, about PART tokens at a time."""
-    first, n = 0, len(data.ends)
-    while first < n:
+def parts(data: Dataset) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+    """All records, about PART tokens at a time: the first one's number, where each begins in these tokens, the tokens,
+    and their marks."""
+    first = 0
+    while first < len(data.ends):
         begin = int(data.ends[first - 1]) if first else 0
         last = max(first + 1, int(np.searchsorted(data.ends, begin + PART, "right")))
         ends = np.asarray(data.ends[first:last]) - begin
         span = slice(begin, begin + int(ends[-1]))
-        starts = np.concatenate(([0], ends[:-1]))
-        yield Part(first, starts, np.asarray(data.tokens[span]), np.asarray(data.trained[span]))
+        yield first, np.append(0, ends[:-1]), np.asarray(data.tokens[span]), np.asarray(data.trained[span])
         first = last
 
 
@@ -106,22 +104,20 @@ def xray(data_dir: Path, tokenizer: Tokenizer, config: Config) -> XRay:
     """
     data = Dataset(data_dir, "train")
     found, split = XRay(left_out=data.meta["left_out"]), np.asarray(data.split)
-    n = len(data.ends)
     lengths = np.diff(data.ends, prepend=0)
-    same, prompts, prompt_lengths, trained_count = (np.zeros(n, np.int64) for _ in range(4))
     look = Looker(tokenizer, config)
-    same, prompts, prompt_lengths, trained = (np.zeros(n, np.int64) for _ in range(4))
-    for part in parts(data):
-        here = slice(part.first, part.first + len(part.starts))
+    same, prompts, prompt_lengths, trained = (np.zeros(len(lengths), np.int64) for _ in range(4))
+    for at, starts, tokens, marks in parts(data):
+        here = slice(at, at + len(starts))
         used = split[here] != NEITHER
-        flags, trained[here], prompt_lengths[here] = look.at(part)
+        flags, trained[here], prompt_lengths[here] = look.at(starts, tokens, marks)
         found.non_ascii += int((flags.pop("non_ascii") & used).sum())
         for problem, records in flags.items():
-            found.note(problem, part.first + np.flatnonzero(records & used))
-        for i, (start, length) in enumerate(zip(part.starts, lengths[here]), part.first):
-            content, marks = part.tokens[start : start + length], part.trained[start : start + length]
-            same[i] = hash(content.tobytes() + marks.tobytes())
-            prompts[i] = hash(content[: prompt_lengths[i] or length].tobytes())
+            found.note(problem, at + np.flatnonzero(records & used))
+        for i, (start, length) in enumerate(zip(starts, lengths[here]), at):
+            content = tokens[start : start + length]
+            same[i] = hash(content.tobytes() + marks[start : start + length].tobytes())
+            prompts[i] = hash(content[: prompt_lengths[i] if prompt_lengths[i] > 0 else length].tobytes())
 
     used = np.flatnonzero(split != NEITHER)
     _, first = np.unique(same[used], return_index=True)
@@ -132,7 +128,7 @@ def xray(data_dir: Path, tokenizer: Tokenizer, config: Config) -> XRay:
         mine = split == code
         found.records[name] = int(mine.sum())
         found.tokens[name], found.trained_tokens[name] = int(lengths[mine].sum()), int(trained[mine].sum())
-    measure_lengths(found, lengths[split == TRAIN], prompt_lengths[split == TRAIN], data.meta, config)
+    measure_lengths(found, lengths[split == TRAIN], prompt_lengths[split == TRAIN], data.meta["too_long"])
     return found
 
 
@@ -144,19 +140,32 @@ class Looker:
         self.stops = np.array(sorted(tokenizer.stop_ids))
         texts = [tokenizer.decode_with_special([i]) for i in range(tokenizer.vocab_size)]
         self.non_ascii = np.array([not text.isascii() for text in texts])
-        self.control = np.array([any(map(is_control, text)) for text in texts])
+        self.control = np.array([has_control(text) for text in texts])
+        self.opens = np.array([text.endswith(PARTIAL) for text in texts])
+        self.closes = np.array([text.startswith(PARTIAL) for text in texts])
+        self.pair_has_control = functools.cache(lambda *pair: has_control(tokenizer.decode_with_special(pair)))
 
-    def at(self, part: Part) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-        """({problem: (n,) bool}, (n,) how many tokens are trained, (n,) how long the prompt is; 0 for a text)."""
-        tokens, answer, starts = part.tokens, part.trained == ANSWER, part.starts
-        begins = np.zeros(len(tokens) + 1, bool)
+    def split_control(self, tokens: np.ndarray) -> np.ndarray:
+        """Where a control character begins whose two bytes are a token each, as those from U+0080 on often are."""
+        found = np.zeros(len(tokens), bool)
+        places = np.flatnonzero(self.opens[tokens[:-1]] & self.closes[tokens[1:]])
+        n = len(self.control)
+        pairs, which = np.unique(tokens[places].astype(np.int64) * n + tokens[places + 1], return_inverse=True)
+        found[places] = np.array([self.pair_has_control(*divmod(pair, n)) for pair in pairs.tolist()], bool)[which]
+        return found
+
+    def at(
+        self, starts: np.ndarray, tokens: np.ndarray, marks: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+        """({problem: (n,) bool}, (n,) how many tokens are trained, (n,) how long the prompt is, TEXT or GOES_ON)."""
+        answer, begins = marks == ANSWER, np.zeros(len(tokens) + 1, bool)
         begins[starts] = begins[-1] = True
         first = begins[:-1]
 
         def any_of(mask: np.ndarray) -> np.ndarray:
             return np.logical_or.reduceat(mask, starts)
 
-        trained = np.add.reduceat((part.trained > 0) & ~first, starts, dtype=np.int64)  # nothing predicts the first
+        trained = np.add.reduceat((marks > 0) & ~first, starts, dtype=np.int64)  # nothing predicts the first
         ends_here = answer & ~(np.append(answer[1:], False) & ~begins[1:])
         starts_here = answer & ~(np.append(False, answer[:-1]) & ~first)
         stop, known = np.isin(tokens, self.stops), np.minimum(tokens, len(self.control) - 1)
@@ -168,21 +177,20 @@ class Looker:
             "double_bos": any_of(bos & first & np.append(bos[1:] & ~first[1:], False)),
             "out_of_vocabulary": any_of(tokens >= self.vocab_size),
             "unknown_token": any_of(tokens == (-1 if self.unk is None else self.unk)),
-            "control_character": any_of(self.control[known]),
+            "control_character": any_of(self.control[known] | self.split_control(known)),
             "non_ascii": any_of(self.non_ascii[known]),
         }
         places = np.where(answer, np.arange(len(tokens)), len(tokens))
         prompt = np.minimum.reduceat(places, starts) - starts
-        return flags, trained, np.where(any_of(answer), prompt, 0)
+        text = np.where((marks[starts] == 0) & (trained > 0), GOES_ON, TEXT)
+        return flags, trained, np.where(any_of(answer), prompt, text)
 
 
-def is_control(character: str) -> bool:
-    return unicodedata.category(character) == "Cc" and character not in "\n\r\t"
+def has_control(text: str) -> bool:
+    return any(unicodedata.category(character) == "Cc" and character not in "\n\r\t" for character in text)
 
 
-def measure_lengths(
-    found: XRay, lengths: np.ndarray, prompts: np.ndarray, meta: dict[str, Any], config: Config
-) -> None:
+def measure_lengths(found: XRay, lengths: np.ndarray, prompts: np.ndarray, too_long: str) -> None:
     """The figures about how long training records are, and what a shorter limit would do to them."""
     if not len(lengths):
         return
@@ -192,32 +200,40 @@ def measure_lengths(
     counts = np.bincount((lengths - 1) // width)
     found.histogram = [(i * width + 1, (i + 1) * width, int(count)) for i, count in enumerate(counts)]
     limits = [2**i for i in range(5, 21) if lengths.min() < 2**i < lengths.max()] + [int(lengths.max())]
+    first = np.flatnonzero(prompts != GOES_ON)
+    lengths, prompts = np.add.reduceat(lengths - (prompts == GOES_ON), first), prompts[first]  # texts whole again
+    text = prompts == TEXT
     for limit in limits:
-        over = lengths > limit
-        cut = over & (lengths - limit < prompts) if meta["too_long"] == "cut_prompt" else over & False
-        kept = np.where(over & ~cut, 0, np.minimum(lengths, limit))
+        over = ~text & (lengths > limit)
+        cut = over & (lengths - limit < prompts) & (too_long == "cut_prompt")
+        dropped = over & ~cut
+        pieces = np.where(text, -(-(lengths - 1) // (limit - 1)), ~dropped)  # as data.cut_text makes them
+        kept = np.repeat(np.minimum(lengths, limit), pieces)
+        kept[np.cumsum(pieces)[text] - 1] = lengths[text] - (pieces[text] - 1) * (limit - 1)
+        batches = kept[epoch_order(len(kept), 0, TrainArgs.seed)]
+        batches = np.add.reduceat(batches, np.arange(0, len(kept), TrainArgs.micro_batch_size))
         found.cutoffs.append(
-            {"max_seq_length": limit, "cut": int(cut.sum()), "dropped": int((over & ~cut).sum())}
-            | {"tokens_per_epoch": int(kept.sum())}
+            {"max_seq_length": limit, "records": len(kept), "cut": int(cut.sum()), "dropped": int(dropped.sum())}
+            | {"tokens_per_epoch": int(kept.sum()), "largest_batch": int(batches.max(initial=0))}
         )
 
 
 def add_cost(found: XRay, config: Config, precision: Precision) -> None:
-    """To each cut-off the minutes of an epoch and the GB of a step on its longest record, with LoRA, on this machine.
+    """To each cut-off the minutes of an epoch and the GB of its largest batch, with LoRA, on this machine.
 
-    Measured on three of the model's blocks with random frozen weights, and scaled: an estimate. Attention, which grows
+    Measured on one and three of the model's blocks with random weights, and scaled: an estimate. Attention, which grows
     with the square of the length, is that of 256 tokens, and no prefix is shared.
     """
     trained = found.trained_tokens["train"] / found.tokens["train"]
     one, three = (np.array(measure_step(config.replace(n_layer=n), precision, trained)) for n in (1, 3))
-    seconds, saved, weights = (one + (config.n_layer - 1) / 2 * (three - one)).tolist()
+    seconds, saved, fixed = (one + (config.n_layer - 1) / 2 * (three - one)).tolist()
     for row in found.cutoffs:
         row["minutes_per_epoch"] = round(row["tokens_per_epoch"] * seconds / 60, 2)
-        row["memory_gb"] = round((weights + saved * row["max_seq_length"]) / 1e9, 2)
+        row["memory_gb"] = round((fixed + saved * row["largest_batch"]) / 1e9, 2)
 
 
 def measure_step(config: Config, precision: Precision, trained: float) -> tuple[float, float, float]:
-    """(seconds per token, bytes per token saved for backward, bytes of weights) of a step through frozen weights.
+    """(seconds per token, bytes per token saved for backward, other bytes) of a step with LoRA and AdamW.
 
     `trained` is the share of tokens that the loss counts.
     """
@@ -226,8 +242,9 @@ def measure_step(config: Config, precision: Precision, trained: float) -> tuple[
     idx, layout = Layout.end_to_end([record])
     idx, layout = idx.to(device), layout.to(device)
     with torch.device(device):
-        model = GPT(config).to(weight_dtype(precision)).requires_grad_(False)
-    model.transformer.wte.register_forward_hook(lambda module, args, x: x.requires_grad_())
+        model = GPT(config).to(weight_dtype(precision))
+    apply_lora(model, LoRA())
+    mark_only_lora_as_trainable(model)
     weights = {param.untyped_storage().data_ptr() for param in model.parameters()}
     saved: dict[int, int] = {}
 
@@ -246,14 +263,15 @@ def measure_step(config: Config, precision: Precision, trained: float) -> tuple[
         loss.backward()
         loss.item()  # waits for the device
         seconds.append(time.perf_counter() - since)
-    return min(seconds) / T, sum(saved.values()) / T, sum(param.nbytes for param in model.parameters())
+    fixed = sum(param.nbytes * (4 if param.requires_grad else 1) for param in model.parameters())  # gradient and AdamW
+    return min(seconds) / T, sum(saved.values()) / T, fixed
 
 
 # ---- for people
 
 
 def print_summary(data_dir: Path, tokenizer: Tokenizer, config: Config, samples: int = 1) -> XRay:
-    """The counts in a few lines, and `samples` training records as the model will see them."""
+    """The counts in a few lines; as the model sees them, a record of each serious problem and `samples` to train on."""
     found, console = xray(data_dir, tokenizer, config), plain_console()
     data = Dataset(data_dir, "train")
     console.print(
@@ -263,6 +281,15 @@ def print_summary(data_dir: Path, tokenizer: Tokenizer, config: Config, samples:
     )
     left_out = ", ".join(f"{count:,} {what}" for what, count in found.left_out.items())
     console.print(f"Left out or cut: {left_out or 'nothing'}.")
+    if console.is_terminal:
+        colours = "trained answers are green, trained prompts and texts cyan, trained stop tokens red, the rest is dim"
+    else:
+        colours = "what is trained is between arrows"
+
+    def show(number: int, which: str) -> None:
+        console.print(f"Record {number}, {which}; {colours}:")
+        console.print(show_record(data, number, tokenizer, console.is_terminal))
+
     for name, count in found.problems.items():
         if count:
             which = ", ".join(map(str, found.examples[name]))
@@ -270,10 +297,10 @@ def print_summary(data_dir: Path, tokenizer: Tokenizer, config: Config, samples:
             console.print(
                 f"{name}: {count:,} records ({which}{', ...' * (count > EXAMPLES)}): {PROBLEMS[name]}", style=style
             )
-    for i in range(min(samples, len(data))):
-        colours = "green, stop tokens red, the rest dim:" if console.is_terminal else "between arrows:"
-        console.print(f"Training record {i}; what is trained is {colours}")
-        console.print(show_record(data, i, tokenizer, console.is_terminal))
+    for name in found.serious():
+        show(found.examples[name][0], name)
+    for number in data.records[:samples].tolist():
+        show(number, "training")
     return found
 
 
@@ -286,6 +313,9 @@ def print_lengths(found: XRay) -> None:
     console.print(f"Lengths of training records, in tokens: {', '.join(figures)}")
     for low, high, count in itertools.dropwhile(lambda row: not row[2], found.histogram):
         console.print(f"{low:>7,} to {high:>7,} {count:>9,} {'█' * round(40 * count / most)}")
+    if "memory_gb" in found.cutoffs[0]:
+        size = TrainArgs.micro_batch_size
+        console.print(f"Minutes and memory are estimates: LoRA, {size} records at a time, on this machine.")
     table = Table(*(name.replace("_", " ") for name in found.cutoffs[0]), box=None)
     for row in found.cutoffs:
         table.add_row(*(f"{value:,}" for value in row.values()))
@@ -293,19 +323,19 @@ def print_lengths(found: XRay) -> None:
 
 
 def length_figure(found: XRay) -> "Figure":
-    """How long the training records are, and what share of them each cut-off would touch, 900 x 450 pixels."""
+    """How long the training records are, and what share of them is longer than each length, 900 x 450 pixels."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
     figure = Figure(figsize=(9, 4.5), dpi=100, layout="constrained")
     axes = figure.subplots()
-    low, high, counts = zip(*found.histogram)
-    axes.bar(low, counts, width=high[0] - low[0] + 1, align="edge", color="tab:blue", alpha=0.6, edgecolor="white")
-    axes.set(xlabel="tokens per record", ylabel="training records", xlim=(0, high[-1]))
+    counts = np.array([count for *_, count in found.histogram])
+    edges = np.array([0, *(high for _, high, _ in found.histogram)]) + 0.5  # between two lengths
+    axes.stairs(counts, edges, fill=True, color="tab:blue", alpha=0.6)
+    axes.set(xlabel="tokens per record", ylabel="training records", xlim=(0, edges[-1]))
     share = axes.twinx()
-    limits = [row["max_seq_length"] for row in found.cutoffs]
-    touched = [(row["cut"] + row["dropped"]) / found.records["train"] for row in found.cutoffs]
-    share.plot(limits, touched, color="tab:orange", marker="o", markersize=4)
+    longer = 1 - np.cumsum(counts) / counts.sum()
+    share.plot(edges, [1, *longer], color="tab:orange", marker="o", markersize=4)
     share.set(ylim=(0, 1.02))
     share.set_ylabel("of them longer than this", color="tab:orange")
     share.yaxis.set_major_formatter(PercentFormatter(1))
@@ -320,18 +350,22 @@ def plain_console() -> "Console":
     return Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
-def show_record(data: Dataset, i: int, tokenizer: Tokenizer, colours: bool) -> "Text":
-    """A record's text, each run of tokens in the colour of what happens to it; without colours, between arrows."""
+def show_record(data: Dataset, number: int, tokenizer: Tokenizer, colours: bool) -> "Text":
+    """A record's text, each run of tokens in the colour of what happens to it; without colours, between arrows.
+
+    Control characters are spelled out: some of them would steer the terminal.
+    """
     from rich.text import Text
 
-    start, end = data.span(i)
-    tokens, trained = data.tokens[start:end].tolist(), data.trained[start:end].tolist()
-    kinds = [3 if mark and token in tokenizer.stop_ids else mark for token, mark in zip(tokens, trained)]
-    styles = {0: "dim", ANSWER: "green", OTHER: "cyan", 3: "bold red"}
+    span = slice(int(data.ends[number - 1]) if number else 0, int(data.ends[number]))
+    tokens, trained = data.tokens[span].tolist(), data.trained[span].tolist()
+    kinds = [STOP if mark and token in tokenizer.stop_ids else mark for token, mark in zip(tokens, trained)]
     text = Text()
-    for kind, group in itertools.groupby(
-        zip(kinds, tokens), key=(lambda pair: pair[0]) if colours else lambda p: p[0] > 0
+    for (kind, known), group in itertools.groupby(
+        zip(kinds, tokens), key=lambda pair: (pair[0] if colours else pair[0] > 0, pair[1] < tokenizer.vocab_size)
     ):
-        part = tokenizer.decode_with_special([token for _, token in group])
-        text.append(part if colours or not kind else f"→{part}←", style=styles[int(kind)])
+        ids = [token for _, token in group]
+        part = tokenizer.decode_with_special(ids) if known else "".join(f"<token {i}>" for i in ids)
+        part = "".join(ascii(letter)[1:-1] if has_control(letter) else letter for letter in part)
+        text.append(part if colours or not kind else f"→{part}←", style=STYLES[int(kind)])
     return text

@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from lit_gpt import Config, Tokenizer
+from lit_gpt import Config, InputError, Tokenizer
 from lit_gpt.cli import run
 from lit_gpt.dataset import Dataset
 from lit_gpt.device import Precision
@@ -31,12 +31,17 @@ def main(
     Args:
         data_dir: What one of scripts/prepare_*.py wrote.
         checkpoint_dir: The model that will train on them. None is the one they were prepared for.
-        samples: How many training records to show.
-        cost: Estimate the time and the memory that each cut-off would take with LoRA on this machine.
+        samples: How many training records to show. One with each serious problem is shown anyway.
+        cost: Estimate the time and the memory that each cut-off would take with LoRA's defaults on this machine.
         precision: For that estimate.
         json_path: Write all figures there.
         png_path: Draw the lengths there.
     """
+    for path in filter(None, (json_path, png_path)):
+        if not path.parent.is_dir():
+            raise InputError(f"There is no folder {path.parent} for {path}. Make it first.")
+    if png_path and png_path.suffix.lower() != ".png":
+        raise InputError(f"--png_path is {png_path}, expected a name that ends in .png.")
     data = Dataset(data_dir, "train")
     checkpoint_dir = checkpoint_dir or Path(data.meta["checkpoint"])
     tokenizer, config = Tokenizer(checkpoint_dir), Config.from_checkpoint(checkpoint_dir)

@@ -1,6 +1,7 @@
 """The X-ray finds what is wrong with prepared data, and counts it exactly: `pytest tests/test_xray.py`"""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -11,13 +12,25 @@ import pytest
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_data import CONFIG, content
-from tiny_tokenizers import SPECIAL, byte_level, metaspace, write
+from test_data import CONFIG, content, script
+from tiny_tokenizers import SPECIAL, byte_level, metaspace, sentencepiece, write
 
-from lit_gpt import Config, Tokenizer
-from lit_gpt.data import DataArgs, prepare
-from lit_gpt.dataset import ANSWER, NEITHER, TRAIN, VAL
-from lit_gpt.xray import EXAMPLES, HARMLESS, PROBLEMS, xray
+from lit_gpt import Config, InputError, Tokenizer
+from lit_gpt.data import CUT, DROPPED, DataArgs, prepare
+from lit_gpt.dataset import ANSWER, NEITHER, TRAIN, VAL, Dataset, step_records
+from lit_gpt.model import GPT
+from lit_gpt.train import TrainArgs
+from lit_gpt.xray import (
+    EXAMPLES,
+    HARMLESS,
+    PROBLEMS,
+    XRay,
+    add_cost,
+    length_figure,
+    print_lengths,
+    show_record,
+    xray,
+)
 
 # spells no stop token between turns, but where the answer does itself; doubles BOS where the question asks for it
 TEMPLATE = (
@@ -51,15 +64,18 @@ FAULTS = ("double_bos", "missing_stop", "out_of_vocabulary", "control_character"
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(records=st.lists(st.tuples(WORDS, WORDS, st.sets(st.sampled_from(FAULTS))), min_size=1, max_size=12))
-def test_injected_faults_are_counted(checkpoint, tmp_path: Path, records) -> None:
+@given(
+    records=st.lists(st.tuples(WORDS, WORDS, st.sets(st.sampled_from(FAULTS))), min_size=1, max_size=12),
+    control=st.sampled_from("\x07\x7f\x80\x85\x9d"),
+)
+def test_injected_faults_are_counted(checkpoint, tmp_path: Path, records, control) -> None:
     """Each record is another, but for what is wrong with it on purpose."""
     given, expected, n_ascii = [], Counter(), 0
     for i, (question, answer, faults) in enumerate(records):
         question, answer = " ".join([f"{i}", *question]), " ".join(answer)
         question += " twice" * ("double_bos" in faults)
         question += " <new>" * ("out_of_vocabulary" in faults)
-        answer += "\x07" * ("control_character" in faults)
+        answer += control * ("control_character" in faults)
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         if "missing_stop" in faults:  # the first of two answers
             messages = [*messages, {"role": "user", "content": "And?"}, {"role": "assistant", "content": "So."}]
@@ -113,6 +129,17 @@ def test_unknown_tokens(tmp_path: Path) -> None:
     assert found.problems["unknown_token"] == 2 and found.serious() == []
 
 
+@pytest.mark.parametrize("kind", [byte_level, metaspace, sentencepiece])
+def test_control_characters_whatever_the_tokens(tmp_path: Path, kind) -> None:
+    """Those from U+0080 on are two bytes, and often two tokens; harmless characters share one byte or the other."""
+    files = {"tokenizer_model" if kind is sentencepiece else "tokenizer_json": kind()}
+    folder = write(tmp_path / "checkpoint", **files, tokenizer_config_json=SPECIAL, config_json=CONFIG)
+    texts = ["a\x07b", "a\x85b", "日\x9d日", "\x80", "tab\tline\r\n", "a\xa0b\xbf", "Å\u0145日本🙂", "\ufffd\u0605"]
+    prepare([{"text": text} for text in texts], DataArgs(checkpoint_dir=folder, data_dir=tmp_path / "data"))
+    found = looked_at(folder, tmp_path / "data")
+    assert found.examples["control_character"] == [0, 1, 2, 3]
+
+
 def test_a_part_at_a_time_finds_the_same(checkpoint, tmp_path: Path, monkeypatch) -> None:
     records = [{"instruction": f"Say {i % 7}", "output": f"{i % 5} it is"} for i in range(50)]
     prepare(records, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data"))
@@ -123,21 +150,113 @@ def test_a_part_at_a_time_finds_the_same(checkpoint, tmp_path: Path, monkeypatch
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), min_size=1, max_size=20))
-def test_cut_offs_are_what_preparing_again_would_do(checkpoint, tmp_path: Path, lengths) -> None:
-    records = [{"instruction": f"{i} " + "x" * q, "output": "y" * a} for i, (q, a) in enumerate(lengths)]
-    args = dict(checkpoint_dir=checkpoint, val_fraction=0.0)
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 300)), min_size=1, max_size=20),
+    mask_prompt=st.booleans(),
+    before=st.sampled_from([None, 100]),
+)
+def test_cut_offs_are_what_preparing_again_would_do(checkpoint, tmp_path: Path, lengths, mask_prompt, before) -> None:
+    """Of instructions and, where the question has no letter, texts; some were too long the first time already."""
+    records = [
+        {"instruction": f"{i} " + "x" * q, "output": "y" * (a // 4 + 1)} if q else {"text": f"{i}" + "z" * a}
+        for i, (q, a) in enumerate(lengths)
+    ]
+    args = dict(checkpoint_dir=checkpoint, val_fraction=0.0, mask_prompt=mask_prompt)
     for policy in ("drop", "cut_prompt"):
-        prepare(records, DataArgs(**args, data_dir=tmp_path / "data", too_long=policy))
+        prepare(records, DataArgs(**args, data_dir=tmp_path / "data", too_long=policy, max_seq_length=before))
+        gone = json.loads((tmp_path / "data/meta.json").read_text())["left_out"]
         for row in looked_at(checkpoint, tmp_path / "data").cutoffs:
-            if row["dropped"] == len(records):
+            if row["records"] == 0:
                 continue
             limit = row["max_seq_length"]
             prepare(records, DataArgs(**args, data_dir=tmp_path / "b", too_long=policy, max_seq_length=limit))
-            meta = json.loads((tmp_path / "b/meta.json").read_text())
-            assert row["tokens_per_epoch"] == meta["n_tokens"]
-            assert row["dropped"] == meta["left_out"].get("too long, dropped", 0)
-            assert row["cut"] == meta["left_out"].get("prompt cut", 0)
+            data = Dataset(tmp_path / "b", "train")
+            assert (row["tokens_per_epoch"], row["records"]) == (data.meta["n_tokens"], len(data))
+            assert row["dropped"] == data.meta["left_out"].get(DROPPED, 0) - gone.get(DROPPED, 0)
+            assert row["cut"] == (0 if limit == before else data.meta["left_out"].get(CUT, 0))
+            steps = [step_records(len(data), i, 16, TrainArgs().seed) for i in range(-(-len(data) // 16))]
+            assert row["largest_batch"] == max(sum(data.length(i) for i in step) for step in steps)
+
+
+def test_a_text_longer_than_the_cut_off_is_not_lost(checkpoint, tmp_path: Path) -> None:
+    records = [{"text": "z" * n} for n in (150, 20)]
+    prepare(records, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data", val_fraction=0.0))
+    row = {row["max_seq_length"]: row for row in looked_at(checkpoint, tmp_path / "data").cutoffs}[64]
+    assert (row["dropped"], row["records"]) == (0, 4) and row["tokens_per_epoch"] > 170
+
+
+def in_colours(data: Dataset, number: int, checkpoint: Path) -> list[tuple[str, str]]:
+    text = show_record(data, number, Tokenizer(checkpoint), colours=True)
+    assert text.spans[-1].end == len(text.plain)
+    return [(text.plain[span.start : span.end], span.style) for span in text.spans]
+
+
+def test_each_token_has_the_colour_of_what_happens_to_it(checkpoint, tmp_path: Path) -> None:
+    records = [{"instruction": "Say it", "output": "It is.\x07\x9d"}, {"text": "A text"}]
+    args = dict(checkpoint_dir=checkpoint, val_fraction=0.0)
+    prepare(records, DataArgs(**args, data_dir=tmp_path / "masked"))
+    masked, answer = Dataset(tmp_path / "masked", "train"), ("It is.\\x07\\x9d", "green")
+    assert in_colours(masked, 0, checkpoint) == [("<s>Q Say it A ", "dim"), answer, ("</s>", "bold red")]
+    assert in_colours(masked, 1, checkpoint) == [("<s>A text", "cyan"), ("</s>", "bold red")]
+    plain = show_record(masked, 0, Tokenizer(checkpoint), colours=False)
+    assert plain.plain == f"<s>Q Say it A →{answer[0]}</s>←"
+    prepare(records, DataArgs(**args, data_dir=tmp_path / "all", mask_prompt=False))
+    everything = in_colours(Dataset(tmp_path / "all", "train"), 0, checkpoint)
+    tokens = np.memmap(tmp_path / "masked/tokens.bin", np.uint16)
+    tokens[3] = 5000
+    assert "<token 5000>" in show_record(masked, 0, Tokenizer(checkpoint), colours=False).plain
+    assert everything == [("<s>Q Say it A ", "cyan"), answer, ("</s>", "bold red")]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(given=st.lists(st.integers(0, 180), min_size=2, max_size=40))
+def test_lengths_are_those_of_the_training_records(checkpoint, tmp_path: Path, capsys, given) -> None:
+    records = [{"instruction": f"Say {i}", "output": "y" * n + "."} for i, n in enumerate(given)]
+    prepare(records, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data", val_fraction=0.3))
+    found, lengths = looked_at(checkpoint, tmp_path / "data"), Dataset(tmp_path / "data", "train").lengths()
+    assert [found.lengths[name] for name in ("shortest", "longest")] == [lengths.min(), lengths.max()]
+    quarters = [found.lengths[name] for name in ("quarter", "median", "three_quarters")]
+    assert quarters == np.quantile(lengths, [0.25, 0.5, 0.75]).astype(int).tolist()
+    assert found.lengths["95_percent"] == int(np.quantile(lengths, 0.95))
+    for low, high, count in found.histogram:
+        assert count == ((low <= lengths) & (lengths <= high)).sum()
+    assert sum(count for *_, count in found.histogram) == len(lengths) == found.records["train"]
+
+    capsys.readouterr()
+    print_lengths(found)
+    printed = capsys.readouterr().out
+    assert f"shortest {lengths.min()}, quarter {quarters[0]}, median {quarters[1]}, " in printed
+    most = max(count for *_, count in found.histogram)
+    bars = {int(low): (int(count), len(bar)) for low, count, bar in re.findall(r"(\d+) to +\d+ +(\d+) (█*)\n", printed)}
+    for low, high, count in found.histogram:
+        assert bars.get(low, (0, 0)) == (count, round(40 * count / most)) and (low in bars or high < lengths.min())
+    rows = [line.replace(",", "").split() for line in printed.splitlines()[-len(found.cutoffs) :]]
+    assert rows == [[f"{value}" for value in row.values()] for row in found.cutoffs]
+
+    (line,) = (line for axes in length_figure(found).axes for line in axes.lines)
+    for x, share in line.get_xydata():
+        assert share == pytest.approx((lengths > x).mean())
+
+
+def test_cost_grows_with_the_model_and_the_batch() -> None:
+    """Each block adds its weights to the memory; each token its share to both."""
+    costs = {}
+    for n_layer in (1, 101):
+        config = Config(n_layer=n_layer, n_embd=128, n_head=4, intermediate_size=512, vocab_size=100, block_size=256)
+        found = XRay(tokens={"train": 1000}, trained_tokens={"train": 500})
+        for tokens in (10**4, 2 * 10**4, 3 * 10**4):
+            found.cutoffs.append({"tokens_per_epoch": 10**4 * tokens, "largest_batch": tokens})
+        add_cost(found, config, "32-true")
+        costs[n_layer] = [(row["minutes_per_epoch"], row["memory_gb"]) for row in found.cutoffs]
+    minutes, memory = zip(*costs[101])
+    block = 4 * sum(param.numel() for param in GPT(config.replace(n_layer=1)).transformer.h.parameters())
+    tokens = memory[1] - memory[0]  # of 10**4 tokens
+    assert memory[0] - tokens == pytest.approx(101 * block / 1e9, rel=0.15) and memory[2] - memory[1] == pytest.approx(
+        tokens, abs=0.02
+    )
+    # a block keeps at least its two norms' inputs, q, k, v, what attention gives and three hidden layers of the MLP
+    assert 101 * 10**4 * 4 * (6 * 128 + 3 * 512) / 1e9 < tokens < 3 * 101 * 10**4 * 4 * (6 * 128 + 3 * 512) / 1e9
+    assert minutes[1] == pytest.approx(2 * minutes[0], abs=0.02) and minutes[0] > 10 * costs[1][0][0] > 0
 
 
 def inspect(*args: object) -> subprocess.CompletedProcess:
@@ -150,8 +269,8 @@ def test_the_script_guards_a_pipeline(checkpoint, tmp_path: Path) -> None:
     prepare(records, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "good"))
     files = "--json_path", tmp_path / "good.json", "--png_path", tmp_path / "good.png"
     good = inspect("--data_dir", tmp_path / "good", "--samples", 2, *files)
-    assert good.returncode == 0 and good.stderr == "" and "Training record 1" in good.stdout
-    assert "→It is é.</s>←" in good.stdout and "minutes per epoch" in good.stdout
+    assert good.returncode == 0 and good.stderr == "" and "training; what is trained is between arrows" in good.stdout
+    assert "→It is é.</s>←" in good.stdout and "LoRA, 16 records at a time" in good.stdout
     found = json.loads((tmp_path / "good.json").read_text())
     assert found["records"] == {"train": 28, "val": 2} and found["serious"] == [] and found["non_ascii"] == 30
     assert found["cutoffs"][-1]["minutes_per_epoch"] >= 0 and found["cutoffs"][-1]["memory_gb"] >= 0
@@ -159,10 +278,25 @@ def test_the_script_guards_a_pipeline(checkpoint, tmp_path: Path) -> None:
 
     records[3]["instruction"] = "twice"
     prepare(records, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "bad"))
-    bad = inspect("--data_dir", tmp_path / "bad", "--cost", "false")
+    bad = inspect("--data_dir", tmp_path / "bad", "--cost", "false", "--samples", 0)
     assert bad.returncode == 1 and "double_bos: 1 records (3): the record begins with two BOS" in bad.stdout
+    assert "Record 3, double_bos; " in bad.stdout and "<s><s>Q twice A →It is é.</s>←" in bad.stdout
+    assert bad.stdout.count("Record ") == 1 and "estimates" not in bad.stdout
     nothing = inspect("--data_dir", tmp_path)
     assert nothing.returncode == 2 and nothing.stderr.startswith("error: ") and nothing.stderr.count("\n") == 1
+
+
+def test_the_script_looks_at_its_paths_before_it_works(checkpoint, tmp_path: Path, capsys) -> None:
+    prepare([{"text": "A text"}], DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data"))
+    capsys.readouterr()
+    for name, path, why in (
+        ("png_path", "l.xyz", "ends in .png"),
+        ("png_path", "no/l.png", "no folder"),
+        ("json_path", "no/l.json", "no folder"),
+    ):
+        with pytest.raises(InputError, match=why):
+            script("inspect_data").main(tmp_path / "data", **{name: tmp_path / path})
+    assert capsys.readouterr().out == ""
 
 
 def test_training_never_sees_a_validation_prompt(checkpoint, tmp_path: Path) -> None:

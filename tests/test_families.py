@@ -1,15 +1,17 @@
 """Every family equals transformers', in and out, on tiny random models: `pytest tests/test_families.py`"""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_model import cached, error, reference
+from test_model import cached, edit_config, error, reference
+from tiny_tokenizers import SPECIAL, TEXTS, byte_level, metaspace, sentencepiece, write
 
-from lit_gpt import Config, InputError, families
+from lit_gpt import Config, InputError, Tokenizer, families
 from lit_gpt.checkpoint import build_model, convert, load_model
 from lit_gpt.convert import hf_name
 from lit_gpt.generate import generate
@@ -353,6 +355,47 @@ def test_longchat_says_less_than_it_is(tmp_path, monkeypatch) -> None:
         assert Config.from_checkpoint(Path(here)).replace(name="") == longchat.replace(name="")
 
 
+@torch.no_grad()
+def test_longchat_is_llama_with_condensed_positions(tmp_path) -> None:
+    folder = make(tmp_path / "longchat-7b-16k", *CASES["llama"])
+    shutil.copytree(folder, tmp_path / "theirs")
+    edit_config(tmp_path / "theirs", dict(rope_parameters=dict(rope_type="linear", factor=8.0, rope_theta=10000.0)))
+    expected = reference(tmp_path / "theirs")(tokens(1, 100)).logits
+    assert error(load_model(folder)(tokens(1, 100)), expected) < 1e-5
+    assert error(reference(folder)(tokens(1, 100)).logits, expected) > 0.01
+
+
+def test_any_of_several_stop_tokens_ends_an_answer(tmp_path) -> None:
+    """In a vocabulary that is padded beyond the tokenizer's."""
+    folder = make(tmp_path / "checkpoint", "Llama", COMMON | dict(vocab_size=320))
+    write(folder, tokenizer_json=byte_level(), tokenizer_config_json=SPECIAL)
+    theirs, ours = reference(folder), load_model(folder)
+    free = generate(ours, tokens(5), 60, temperature=0.0)[5:].tolist()
+    first, second = free[7], free[19]
+    for stop in ([first, second], [second, 319], [319]):
+        write(folder, generation_config_json={"eos_token_id": stop})
+        expected = reference(folder).generate(tokens(1, 5), max_new_tokens=55, do_sample=False, pad_token_id=0)[0]
+        got = generate(ours, tokens(5), 60, temperature=0.0, eos_id=Tokenizer(folder).stop_ids)
+        assert got.tolist() == expected.tolist()
+    assert theirs.config.vocab_size > len(Tokenizer(folder).decode(list(range(5)))) and len(got) <= 60
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "sentencepiece"])
+def test_transformers_reads_an_exported_tokenizer(kind, tmp_path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = make(tmp_path / "checkpoint", "Llama", COMMON | dict(vocab_size=512))
+    files = dict(tokenizer_json=metaspace()) if kind == "metaspace" else dict(tokenizer_model=sentencepiece())
+    write(folder, tokenizer_config_json=SPECIAL | {"tokenizer_class": "LlamaTokenizer"}, **files)
+    convert(folder, tmp_path / "lit", hugging_face=False)
+    convert(tmp_path / "lit", tmp_path / "hf", hugging_face=True)
+    ours, theirs, before = Tokenizer(tmp_path / "hf"), *map(AutoTokenizer.from_pretrained, (tmp_path / "hf", folder))
+    for text in TEXTS:
+        assert theirs(text).input_ids == before(text).input_ids
+        if kind == "metaspace":
+            assert theirs(text, add_special_tokens=False).input_ids == ours.encode(text, bos=False).tolist()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -361,6 +404,7 @@ def test_longchat_says_less_than_it_is(tmp_path, monkeypatch) -> None:
         (dict(hidden_act="swiglu"), "activation 'swiglu' is not known; known are silu"),
         (dict(rope_scaling=dict(rope_type="longrope", factor=2.0)), "has no 'short_factor'"),
         (dict(model_type="falcon", alibi=True), "alibi is not known"),
+        (dict(model_type="gemma3", text_config={}), "Only those of text alone can be used"),
         (dict(num_attention_heads=True), "expected int"),
         (dict(layer_types=["chunked_attention"] * 3, model_type="mistral"), "'chunked_attention' are not known"),
     ],

@@ -5,7 +5,7 @@ from typing import Any
 from lit_gpt.errors import InputError
 from lit_gpt.families import gemma, llama, positions, sliding
 
-MODEL_TYPES = ("gemma2", "gemma3_text")
+MODEL_TYPES = ("gemma2", "gemma3_text", "gemma3")
 
 GEMMA_2 = gemma.GEMMA | dict(
     block="sandwich", sliding_window=4096, attn_softcap=50.0, final_softcap=30.0, attn_scale=256**-0.5
@@ -48,6 +48,11 @@ WEIGHTS = llama.WEIGHTS | {
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    if hf["model_type"] == "gemma3":
+        raise InputError(
+            "this Gemma 3 also reads images. Only those of text alone can be used: 270m, 1b, and what says model_type"
+            " gemma3_text."
+        )
     if hf.get("use_bidirectional_attention"):
         raise InputError("use_bidirectional_attention is not known: this model reads from left to right.")
     n_layer, third = hf["num_hidden_layers"], hf["model_type"] == "gemma3_text"

@@ -19,6 +19,7 @@ MODELS: dict[str, dict[str, Any]] = {
     ),
     "microsoft/phi-4": PHI_4,
     "microsoft/Phi-4-reasoning": PHI_4 | dict(block_size=32768, rope_base=500000),
+    "microsoft/Phi-4-reasoning-plus": PHI_4 | dict(block_size=32768, rope_base=500000),
 }  # fmt: skip
 
 WEIGHTS = {key: value for key, value in llama.WEIGHTS.items() if not key.endswith("_proj")} | {

@@ -98,6 +98,8 @@ def download(repo_id: str, folder: Path, revision: str | None, token: str | None
     left, free = sum(file.size for file in missing) - here, shutil.disk_usage(folder).free
     if left > free:
         raise InputError(f"{repo_id} takes {left / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free.")
+    for file in missing:  # parts of two commits must not stand side by side, should this end early
+        (folder / file.name).unlink(missing_ok=True)
     for file in missing:
         fetch(file)
     return wanted

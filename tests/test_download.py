@@ -193,13 +193,17 @@ def test_what_has_changed_is_fetched_again(hub, tiny_dir, tmp_path) -> None:
     folder, weights = tmp_path / "checkpoints/org/tiny", tiny_dir / "model.safetensors"
     content = (folder / "tokenizer_config.json").read_bytes()
     (folder / "tokenizer_config.json").write_bytes(content[:-1] + b" ")
+    hub.swapped = True  # a change that fails halfway leaves nothing of the old weights
+    assert "arrived as" in line_of(fetch(hub, tmp_path, "--revision", "step1"))
+    assert not (folder / "model.safetensors").exists()
+    hub.swapped = False
     assert fetch(hub, tmp_path, "--revision", "step1").returncode == 0
     assert (folder / "tokenizer_config.json").read_bytes() == content
     assert (folder / "model.safetensors").read_bytes() == content_of(weights, step=True) != weights.read_bytes()
     result = fetch(hub, tmp_path)
     assert result.returncode == 0 and (folder / "model.safetensors").read_bytes() == weights.read_bytes()
     assert f"Comparing the files in {folder.relative_to(tmp_path)} with the hub's." in result.stderr
-    assert hub.requests["GET /cdn/model.safetensors"] == 2 and hub.requests["GET /step1/cdn/model.safetensors"] == 1
+    assert hub.requests["GET /cdn/model.safetensors"] == 2 and hub.requests["GET /step1/cdn/model.safetensors"] == 2
     assert not any("/resolve/main/" in request or "/resolve/step1/" in request for request in hub.requests)
 
 

@@ -76,16 +76,21 @@ def stream(
             f" {model.config.block_size}. Shorten the prompt or lower --max_new_tokens."
         )
     stop = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
-    model.max_seq_length = max_returned_tokens  # a cache as long as the text
-    model.set_kv_cache(batch_size=1)
+    # a cache as long as the text; where the rotations change at a length, first one up to there
+    turns = [rope.unstretched for rope in model.ropes.values() if rope.by_length]
+    sizes = sorted({max_returned_tokens, *(size for size in turns if T <= size < max_returned_tokens)})
+    text, known, size = idx[None].long(), 0, 0  # (1, T), how much of it is in the cache, how much that holds
     try:
-        input_pos = torch.arange(T, device=idx.device)
-        tokens = idx[None].long()
-        for _ in range(max_returned_tokens - T):
-            logits = model(tokens, input_pos)[:, -1]  # (1, V)
-            tokens = sample(logits, temperature, top_k, top_p, generator)  # (1, 1)
-            input_pos = input_pos[-1:] + 1
-            token = int(tokens)
+        while text.size(1) < max_returned_tokens:
+            if text.size(1) > size:
+                model.max_seq_length = size = sizes.pop(0)
+                model.set_kv_cache(batch_size=1)
+                known = 0
+            input_pos = torch.arange(known, text.size(1), device=idx.device)
+            logits = model(text[:, known:], input_pos)[:, -1]  # (1, V)
+            known = text.size(1)
+            text = torch.cat((text, sample(logits, temperature, top_k, top_p, generator)), dim=1)
+            token = int(text[0, -1])
             yield token
             if token in stop:
                 break

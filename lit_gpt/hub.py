@@ -1,16 +1,19 @@
-"""Checkpoints from the Hugging Face hub, or a mirror of it (HF_ENDPOINT)."""
+"""Checkpoints from the Hugging Face hub, or a mirror of it (HF_ENDPOINT or HF_HUB_ENDPOINT)."""
 
 import hashlib
+import json
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lit_gpt import families
 from lit_gpt.checkpoint import COMPANIONS
-from lit_gpt.config import Config
+from lit_gpt.config import Config, read_json
 from lit_gpt.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,22 +26,28 @@ WEIGHTS = (
 )
 
 
+LARGEST = 50e9  # bytes of a file that the hub hands out over plain HTTP
+
+
 class File(NamedTuple):
     name: str
     size: int
-    sha256: str | None
+    sha256: str | None = None
     """What the hub says of large files."""
+    blob_id: str | None = None
+    """git's name of the content, for the small ones."""
 
 
 def download(repo_id: str, folder: Path, revision: str | None, token: str | None, tokenizer_only: bool) -> list[File]:
     """Puts a repository's weights, tokenizer and settings into `folder`, and nothing else of it.
 
-    Files appear under their names when they are whole; what is there already is not fetched again, what was cut off
-    goes on where it ended. config.json comes first: a model that no family knows costs nothing more.
+    Files appear under their names when they are whole; what is there already, byte for byte, is not fetched again,
+    what was cut off goes on where it ended. config.json comes first: a model that no family knows costs nothing more.
+    All files are those of one commit, whatever is pushed meanwhile.
 
     Raises:
         InputError: no such repository or revision, no permission, an unknown architecture, too little space, no
-            network, or a file that is not what the hub says.
+            network, a file that is not what the hub says, or a folder with other weights.
     """
     from huggingface_hub import HfApi, hf_hub_url
     from huggingface_hub.file_download import http_get
@@ -46,15 +55,18 @@ def download(repo_id: str, folder: Path, revision: str | None, token: str | None
 
     api = HfApi(endpoint=os.environ.get("HF_HUB_ENDPOINT"), token=token)
     with explained(repo_id, revision):
-        siblings = api.model_info(repo_id, revision=revision, files_metadata=True).siblings
-    files = [File(file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs else None) for file in siblings]
+        info = api.model_info(repo_id, revision=revision, files_metadata=True)
+    lfs = {file.rfilename: file.lfs.sha256 for file in info.siblings if file.lfs}
+    files = [File(file.rfilename, file.size or 0, lfs.get(file.rfilename), file.blob_id) for file in info.siblings]
     wanted = choose(files, tokenizer_only)
 
+    def partial(file: File) -> Path:
+        """Where its parts wait, for a second run too: hf_hub_download begins again."""
+        return folder / f".{file.name}.{(file.sha256 or file.blob_id or str(file.size))[:12]}.partial"
+
     def fetch(file: File) -> None:
-        """Its parts wait under a name of their own, for a second run too: hf_hub_download begins again."""
-        partial = folder / f".{file.name}.{(file.sha256 or str(file.size))[:12]}.partial"
-        url = hf_hub_url(repo_id, file.name, revision=revision, endpoint=api.endpoint)
-        with explained(repo_id, revision), open(partial, "ab") as temp:
+        url = hf_hub_url(repo_id, file.name, revision=info.sha or revision, endpoint=api.endpoint)
+        with explained(repo_id, revision), open(partial(file), "ab") as temp:
             http_get(
                 url,
                 temp,
@@ -63,23 +75,58 @@ def download(repo_id: str, folder: Path, revision: str | None, token: str | None
                 expected_size=file.size,
                 displayed_filename=file.name,
             )
-        check(partial, file)
-        partial.replace(folder / file.name)
+        check(partial(file), file)
+        partial(file).replace(folder / file.name)
 
+    config = next((file for file in wanted if file.name == "config.json"), None)
     if not tokenizer_only:
-        if not any(file.name == "config.json" for file in wanted):
+        if config is None:
             raise InputError(f"{repo_id} has no config.json, so that nothing says what its weights are.")
-        fetch(next(file for file in wanted if file.name == "config.json"))
+        check_weights(repo_id, folder, wanted)
+    folder.mkdir(parents=True, exist_ok=True)
+    if config is not None:
+        fetch(config)
+        complete_config(folder / "config.json", repo_id)
+    if not tokenizer_only:
         Config.from_checkpoint(folder)
         if not any(fnmatch(file.name, kind) for file in wanted for kind, _ in WEIGHTS):
             raise InputError(f"{repo_id} has no model.safetensors and no pytorch_model.bin, whole or in parts.")
-    missing = [file for file in wanted if not is_whole(folder / file.name, file)]
-    total, free = sum(file.size for file in missing), shutil.disk_usage(folder.parent).free
-    if total > free:
-        raise InputError(f"{repo_id} takes {total / 1e9:.1f} GB, and {folder.parent} has {free / 1e9:.1f} GB free.")
+    if any(file.size > 1e7 and (folder / file.name).is_file() for file in wanted):
+        print(f"Comparing the files in {folder} with the hub's.", file=sys.stderr)
+    missing = [file for file in wanted if file is not config and difference(folder / file.name, file)]
+    here = sum(partial(file).stat().st_size for file in missing if partial(file).is_file())
+    left, free = sum(file.size for file in missing) - here, shutil.disk_usage(folder).free
+    if left > free:
+        raise InputError(f"{repo_id} takes {left / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free.")
+    for file in missing:  # parts of two commits must not stand side by side, should this end early
+        (folder / file.name).unlink(missing_ok=True)
     for file in missing:
         fetch(file)
     return wanted
+
+
+def check_weights(repo_id: str, folder: Path, wanted: Sequence[File]) -> None:
+    """Raises InputError where the weights cannot be fetched, or others in the folder would be read in their place."""
+    if huge := [file for file in wanted if file.size > LARGEST]:
+        raise InputError(
+            f"{huge[0].name} holds {huge[0].size / 1e9:.0f} GB; over plain HTTP the hub gives {LARGEST / 1e9:.0f}. Use"
+            f" its own client: pip install hf_xet, then hf download {repo_id} --local-dir {folder}"
+        )
+    names = {file.name for file in wanted}
+    kinds = ("lit_model*", *(pattern for kind in WEIGHTS for pattern in kind))
+    if others := sorted({path.name for kind in kinds for path in folder.glob(kind)} - names):
+        raise InputError(
+            f"{folder} holds {others[0]}, which is not among the files of {repo_id}: it would be read in their place."
+            " Delete it, or name another --checkpoint_dir."
+        )
+
+
+def complete_config(path: Path, repo_id: str) -> None:
+    """Writes into config.json what only the model's name says, so that the folder may have any name."""
+    hf = read_json(path)
+    if found := families.exceptions(hf, repo_id.split("/")[-1]):
+        hf |= {"rope_scaling": found["rope_scaling"], "max_position_embeddings": found["block_size"]}
+        path.write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
 
 
 def choose(files: Sequence[File], tokenizer_only: bool) -> list[File]:
@@ -92,23 +139,28 @@ def choose(files: Sequence[File], tokenizer_only: bool) -> list[File]:
     return [file for file in files if any(fnmatch(file.name, pattern) for pattern in patterns)]
 
 
-def is_whole(path: Path, file: File) -> bool:
-    return path.is_file() and path.stat().st_size == file.size
+def difference(path: Path, file: File) -> str | None:
+    """What is at `path` where it is not what the hub says: None is the file itself."""
+    if not path.is_file():
+        return "nothing"
+    if (size := path.stat().st_size) != file.size:
+        return f"{size:,} bytes"
+    expected = file.sha256 or file.blob_id
+    if expected is None:  # a mirror that knows sizes alone
+        return None
+    digest = hashlib.sha256() if file.sha256 else hashlib.sha1(b"blob %d\0" % size)
+    with open(path, "rb") as content:
+        while part := content.read(2**24):
+            digest.update(part)
+    return None if digest.hexdigest() == expected else digest.hexdigest()
 
 
 def check(path: Path, file: File) -> None:
     """Raises InputError, and deletes the file, where it is not what the hub says."""
-    if not is_whole(path, file):
-        found = f"{path.stat().st_size:,} bytes" if path.is_file() else "nothing"
-    elif file.sha256 is None:
-        return
-    else:
-        with open(path, "rb") as content:
-            found = hashlib.file_digest(content, "sha256").hexdigest()
-        if found == file.sha256:
-            return
-    path.unlink(missing_ok=True)
-    raise InputError(f"{path} arrived as {found}, expected {file.sha256 or f'{file.size:,} bytes'}. Run it again.")
+    if found := difference(path, file):
+        path.unlink(missing_ok=True)
+        expected = file.sha256 or file.blob_id if len(found) in (40, 64) else f"{file.size:,} bytes"
+        raise InputError(f"{path} arrived as {found}, expected {expected}. Run it again.")
 
 
 @contextmanager
@@ -134,7 +186,8 @@ def explained(repo_id: str, revision: str | None) -> "Iterator[None]":
         raise InputError(f"--repo_id {repo_id}: {error}") from None
     except errors.HfHubHTTPError as error:
         status = getattr(getattr(error, "response", None), "status_code", "an error")
-        raise InputError(f"{here} answered {status} for {repo_id}: {first_words(error)} Try again later.") from None
+        advice = "Check --access_token and its permissions." if status in (401, 403) else "Try again later."
+        raise InputError(f"{here} answered {status} for {repo_id}: {first_words(error)} {advice}") from None
     except OSError as error:
         if isinstance(error, ConnectionError | TimeoutError) or error.filename is None:
             raise InputError(f"{here} cannot be reached: {first_words(error)} What has arrived is kept.") from None

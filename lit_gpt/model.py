@@ -131,6 +131,16 @@ class GPT(nn.Module):
             block.attn.kv_cache = None
 
 
+def count_parameters(config: Config) -> int:
+    """How many a model has: of its layers one of each kind is built, on the meta device."""
+    with torch.device("meta"):
+        parts = [(1, GPT(config.replace(n_layer=0)))]
+        for dense in (False, True):
+            layers = [layer for layer in range(config.n_layer) if (layer in config.dense_layers) == dense]
+            parts += [(len(layers), BLOCKS[config.block](config, layer)) for layer in layers[:1]]
+    return sum(n * param.numel() for n, part in parts for param in part.parameters())
+
+
 class Block(nn.Module):
     """Attention, then the MLP, each on the normed sum of all before: Llama and most others."""
 

@@ -24,7 +24,10 @@ class Rope(nn.Module):
     of a frequency turns a vector by 0.001.
 
     With some kinds of scaling a record's frequencies depend on its length. In a key-value cache its size counts as the
-    length: all keys are turned alike from the beginning, also those of a text that has yet to grow.
+    length: all keys are turned alike, also those of a text that has yet to grow. `lit_gpt/generate.py` takes a cache
+    no longer than `unstretched` until the text is, and then reads all of it again. From there on longrope knows one
+    set of frequencies, so that each token is what the whole text without a cache gives; dynamic has one for every
+    length, of which the cache uses the last. (transformers turns each new key by its own, and leaves the older ones.)
     """
 
     def __init__(self, config: Config, kind: str = "global") -> None:
@@ -35,6 +38,7 @@ class Rope(nn.Module):
         self.scale = ROPE_SCALINGS[self.scaling["rope_type"]]
         self.block_size, self.base, self.n = config.block_size, base, n
         self.by_length = self.scaling["rope_type"] in ("dynamic", "longrope")
+        self.unstretched = self.scaling.get("original_max_position_embeddings", config.block_size)
         theta, self.factor = self.theta_of(1)
         self.register_buffer("theta", theta, persistent=False)
 

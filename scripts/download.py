@@ -4,17 +4,20 @@
     python scripts/download.py --repo_id EleutherAI/pythia-160m
     python scripts/download.py --repo_id meta-llama/Llama-3.2-1B --access_token hf_...
 
-The folder can be used as it is. HF_ENDPOINT names a mirror, HF_TOKEN a token for all runs.
+The folder can be used as it is. HF_ENDPOINT or HF_HUB_ENDPOINT names a mirror, HF_TOKEN a token for all runs.
 """
 
 import shutil
 from pathlib import Path
 
-from lit_gpt import Config, families
-from lit_gpt.checkpoint import build_model, convert
+import torch
+
+from lit_gpt import Config, InputError, families
+from lit_gpt.checkpoint import convert, read_tensors, weight_files
 from lit_gpt.cli import run
 from lit_gpt.device import DType, as_dtype
-from lit_gpt.hub import download
+from lit_gpt.hub import WEIGHTS, download
+from lit_gpt.model import count_parameters
 
 
 def main(
@@ -32,23 +35,47 @@ def main(
         revision: A branch, a tag or a commit. None is the main branch.
         access_token: For gated and private repositories. None uses HF_TOKEN, or what `hf auth login` has stored.
         tokenizer_only: Leave out the weights, for preparing data.
-        dtype: Convert the weights. None keeps what the files hold.
+        dtype: Convert the weights, where they are fetched. None keeps what the files hold.
         checkpoint_dir: Where it goes. None is checkpoints/org/name.
     """
     if repo_id is None:
         for repo in families.published():
-            n = sum(param.numel() for param in build_model(Config.from_name(repo)).parameters())
+            n = count_parameters(Config.from_name(repo))
             print(f"{n / 1e9:8.2f} B parameters  {2 * n / 1e9:7.1f} GB in 16 bits   {repo}")
         return
     folder = checkpoint_dir or Path("checkpoints") / repo_id
-    # what is yet to be converted waits beside it, and a second run goes on with it
-    target = folder if dtype is None else folder.with_name(f".{folder.name}.download")
-    target.mkdir(parents=True, exist_ok=True)
-    files = download(repo_id, target, revision, access_token, tokenizer_only)
-    if dtype is not None:
-        convert(target, folder, hugging_face=True, dtype=as_dtype(dtype))
-        shutil.rmtree(target)
+    if dtype is None or tokenizer_only:
+        files = download(repo_id, folder, revision, access_token, tokenizer_only)
+    elif has_weights(folder, as_dtype(dtype)):
+        print(f"{folder} holds weights in {dtype} already. Delete it to fetch them again, or those of a --revision.")
+        return
+    else:
+        # what is yet to be converted waits beside it, and a second run goes on with it
+        source, converted = (folder.with_name(f".{folder.name}.{kind}") for kind in ("download", "converted"))
+        files = download(repo_id, source, revision, access_token, tokenizer_only)
+        shutil.rmtree(converted, ignore_errors=True)
+        convert(source, converted, hugging_face=True, dtype=as_dtype(dtype))
+        folder.mkdir(exist_ok=True)
+        for path in converted.iterdir():
+            path.replace(folder / path.name)
+        converted.rmdir()
+        shutil.rmtree(source)
     print(f"{folder}: {len(files)} files, {sum(file.size for file in files) / 1e9:.2f} GB.")
+
+
+def has_weights(folder: Path, dtype: torch.dtype) -> bool:
+    """Whether its weights are of this dtype; False where there are none.
+
+    Raises:
+        InputError: they are of another.
+    """
+    if not any(path for kind in WEIGHTS for pattern in kind for path in folder.glob(pattern)):
+        return False
+    found = {tensor.dtype for _, tensor in read_tensors(weight_files(folder))}
+    if found != {dtype}:
+        names = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in found))
+        raise InputError(f"{folder} holds weights in {names}. Delete them, or name another --checkpoint_dir.")
+    return True
 
 
 if __name__ == "__main__":

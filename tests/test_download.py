@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,10 +22,14 @@ from lit_gpt.checkpoint import load_model
 
 CHUNK = 10 * 2**20  # what the library writes at once
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+STEP = "89abcdef0123456789abcdef0123456789abcdef"  # of another revision, step1
 
 
 class Hub(BaseHTTPRequestHandler):
-    """One repository, org/tiny, from a folder; large files are redirected elsewhere, as the hub does."""
+    """One repository, org/tiny, from a folder; large files are redirected elsewhere, as the hub does.
+
+    The revision step1 has other weights, of the same size.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -42,37 +47,40 @@ class Hub(BaseHTTPRequestHandler):
         hub.requests[f"{self.command} {path}"] += 1
         hub.tokens.add(self.headers.get("Authorization"))
         if hub.refuse:
-            status, code = hub.refuse
-            return self.send(status, b'{"error": "no"}', {"X-Error-Code": code} if code else {})
+            status, code, words = (*hub.refuse, None)[:3]
+            said = {"X-Error-Code": code, "X-Error-Message": words}
+            return self.send(status, b'{"error": "no"}', {name: value for name, value in said.items() if value})
         if path.startswith("/api/models/org/tiny"):
             revision = path.partition("/revision/")[2] or "main"
-            if revision not in ("main", COMMIT):
+            if revision not in ("main", "step1", COMMIT):
                 return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-            files = sorted(file for file in hub.folder.iterdir() if file.is_file())
+            step = revision == "step1"
             siblings = [
-                {"rfilename": file.name, "size": file.stat().st_size}
+                {"rfilename": file.name, "size": hub.sizes.get(file.name, file.stat().st_size), "blobId": blob_id(file)}
                 | (
-                    {"lfs": {"sha256": digest(file), "size": file.stat().st_size, "pointerSize": 1}}
+                    {"lfs": {"sha256": digest(file, step), "size": file.stat().st_size, "pointerSize": 1}}
                     if is_lfs(file)
                     else {}
                 )
-                for file in files
+                for file in sorted(hub.folder.iterdir())
             ]
-            found = {"id": "org/tiny", "modelId": "org/tiny", "sha": COMMIT, "siblings": siblings}
+            found = {"id": "org/tiny", "modelId": "org/tiny", "sha": STEP if step else COMMIT, "siblings": siblings}
             return self.send(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
         if path.startswith("/org/tiny/resolve/"):
             file = hub.folder / path.rsplit("/", 1)[1]
-            if not file.is_file():
+            commit = path.split("/")[4]
+            if not file.is_file() or commit not in (COMMIT, STEP):
                 return self.send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
             headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{digest(file)}"'}
             if is_lfs(file):
+                cdn = "cdn" if commit == COMMIT else "step1/cdn"
                 headers |= {"X-Linked-Etag": f'"{digest(file)}"', "X-Linked-Size": str(file.stat().st_size)}
                 return self.send(
-                    302, b"", headers | {"Location": f"http://localhost:{hub.server_port}/cdn/{file.name}"}
+                    302, b"", headers | {"Location": f"http://localhost:{hub.server_port}/{cdn}/{file.name}"}
                 )
             return self.send(200, file.read_bytes(), headers, body)
-        if path.startswith("/cdn/"):
-            content = (hub.folder / path.rsplit("/", 1)[1]).read_bytes()
+        if "/cdn/" in path:
+            content = content_of(hub.folder / path.rsplit("/", 1)[1], path.startswith("/step1"))
             content = content[:-1] + b"!" if hub.swapped else content
             start, headers = 0, {"Accept-Ranges": "bytes"}
             if wanted := self.headers.get("Range"):
@@ -95,8 +103,17 @@ class Hub(BaseHTTPRequestHandler):
             self.close_connection = broken is not None
 
 
-def digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def content_of(file: Path, step: bool) -> bytes:
+    content = file.read_bytes()
+    return content[:-2] + b"\x00\x00" if step else content
+
+
+def digest(file: Path, step: bool = False) -> str:
+    return hashlib.sha256(content_of(file, step)).hexdigest()
+
+
+def blob_id(file: Path) -> str:
+    return subprocess.check_output(["git", "hash-object", "--no-filters", file], text=True).strip()
 
 
 def is_lfs(file: Path) -> bool:
@@ -113,7 +130,7 @@ def hub(tiny_dir, tmp_path):
         (folder / other).write_bytes(b"not wanted")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.folder, server.refuse, server.broken, server.ranges = folder, None, None, []
-    server.requests, server.tokens, server.swapped = Counter(), set(), False
+    server.requests, server.tokens, server.swapped, server.sizes = Counter(), set(), False, {}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -170,6 +187,49 @@ def test_a_file_that_is_not_what_the_hub_says(hub, tmp_path) -> None:
     assert not list((tmp_path / "checkpoints").rglob("*model.safetensors*"))
 
 
+def test_what_has_changed_is_fetched_again(hub, tiny_dir, tmp_path) -> None:
+    """Also where its size is the same: another revision, and a small file that was edited."""
+    assert fetch(hub, tmp_path).returncode == 0
+    folder, weights = tmp_path / "checkpoints/org/tiny", tiny_dir / "model.safetensors"
+    content = (folder / "tokenizer_config.json").read_bytes()
+    (folder / "tokenizer_config.json").write_bytes(content[:-1] + b" ")
+    hub.swapped = True  # a change that fails halfway leaves nothing of the old weights
+    assert "arrived as" in line_of(fetch(hub, tmp_path, "--revision", "step1"))
+    assert not (folder / "model.safetensors").exists()
+    hub.swapped = False
+    assert fetch(hub, tmp_path, "--revision", "step1").returncode == 0
+    assert (folder / "tokenizer_config.json").read_bytes() == content
+    assert (folder / "model.safetensors").read_bytes() == content_of(weights, step=True) != weights.read_bytes()
+    result = fetch(hub, tmp_path)
+    assert result.returncode == 0 and (folder / "model.safetensors").read_bytes() == weights.read_bytes()
+    assert f"Comparing the files in {folder.relative_to(tmp_path)} with the hub's." in result.stderr
+    assert hub.requests["GET /cdn/model.safetensors"] == 2 and hub.requests["GET /step1/cdn/model.safetensors"] == 2
+    assert not any("/resolve/main/" in request or "/resolve/step1/" in request for request in hub.requests)
+
+
+def test_other_weights_in_the_folder_are_not_read_in_their_place(hub, tmp_path) -> None:
+    folder = tmp_path / "checkpoints/org/tiny"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    assert "holds model.safetensors.index.json, which is not among" in line_of(fetch(hub, tmp_path))
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_space_and_files_that_http_does_not_give(hub, tmp_path) -> None:
+    """What waits in .partial is not counted; a file of more than 50 GB names the client that can."""
+    hub.sizes = {"model.safetensors": 60 * 10**9}
+    assert "model.safetensors holds 60 GB" in (line := line_of(fetch(hub, tmp_path)))
+    assert line.endswith("hf download org/tiny --local-dir checkpoints/org/tiny")
+    assert not (tmp_path / "checkpoints").exists()
+    folder, free = tmp_path / "checkpoints/org/tiny", shutil.disk_usage(tmp_path).free
+    folder.mkdir(parents=True)
+    with open(folder / f".model.safetensors.{digest(hub.folder / 'model.safetensors')[:12]}.partial", "wb") as partial:
+        partial.truncate(40 * 10**9)  # takes no space
+    hub.sizes = {"model.safetensors": min(free + 30 * 10**9, 49 * 10**9)}
+    if free < 15 * 10**9:
+        assert "GB free" not in line_of(fetch(hub, tmp_path))
+
+
 def test_tokenizer_only_and_another_dtype(hub, tmp_path) -> None:
     assert fetch(hub, tmp_path, "--tokenizer_only", "true", "--checkpoint_dir", "words").returncode == 0
     assert (tmp_path / "words/tokenizer.json").is_file() and not list((tmp_path / "words").glob("*.safetensors"))
@@ -177,6 +237,40 @@ def test_tokenizer_only_and_another_dtype(hub, tmp_path) -> None:
     folder = tmp_path / "checkpoints/org/tiny"
     assert next(load_model(folder).parameters()).dtype == torch.bfloat16
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
+    before = hub.requests.total()
+    again = fetch(hub, tmp_path, "--dtype", "bfloat16")
+    assert again.returncode == 0 and "holds weights in bfloat16 already" in again.stdout
+    assert "holds weights in bfloat16. Delete them" in line_of(fetch(hub, tmp_path, "--dtype", "float32"))
+    assert hub.requests.total() == before
+    # into a folder that has the tokenizer
+    flags = ("--checkpoint_dir", "words", "--dtype", "float16")
+    assert fetch(hub, tmp_path, *flags, "--tokenizer_only", "true").returncode == 0
+    assert not list((tmp_path / "words").glob("*.safetensors"))
+    assert fetch(hub, tmp_path, *flags).returncode == 0
+    assert next(load_model(tmp_path / "words").parameters()).dtype == torch.float16
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_mirror_has_two_names(hub, tmp_path) -> None:
+    command = command_of(hub, tmp_path, "--tokenizer_only", "true")
+    command["env"]["HF_HUB_ENDPOINT"] = command["env"].pop("HF_ENDPOINT")
+    assert subprocess.run(**command).returncode == 0 and hub.requests.total() > 3
+
+
+def test_what_only_the_name_says_goes_into_config_json(hub, tmp_path) -> None:
+    """LongChat's positions: the folder may have any name."""
+    code = """
+import sys
+from pathlib import Path
+from lit_gpt import families, hub
+families.load("llama").EXCEPTIONS["tiny"] = families.load("llama").LONGCHAT
+for _ in range(2):
+    hub.download("org/tiny", Path("any name"), None, None, tokenizer_only=False)
+"""
+    subprocess.run(**command_of(hub, tmp_path) | {"args": [sys.executable, "-c", code]}, check=True)
+    config = Config.from_checkpoint(tmp_path / "any name")
+    assert config.rope_scaling == dict(rope_type="linear", factor=8.0) and config.block_size == 16384
+    assert hub.requests["GET /cdn/model.safetensors"] == 1
 
 
 @pytest.mark.parametrize(
@@ -187,12 +281,19 @@ def test_tokenizer_only_and_another_dtype(hub, tmp_path) -> None:
         ((404, "RepoNotFound"), (), "has no model org/tiny"),
         (None, ("--revision", "v9"), "org/tiny has no revision v9"),
         ((500, None), (), "answered 500 for org/tiny"),
+        ((403, None), (), "Check --access_token and its permissions."),
+        (
+            (401, None, "Invalid credentials in Authorization header"),
+            ("--access_token", "hf_old"),
+            "Check --access_token and its permissions.",
+        ),
         (None, ("--repo_id", "a/b/c"), "--repo_id a/b/c"),
     ],
 )
 def test_refusals_in_one_line(refuse, flags, message, hub, tmp_path) -> None:
     hub.refuse = refuse
     assert message in line_of(fetch(hub, tmp_path, *flags))
+    assert not (tmp_path / "checkpoints").exists()
     assert not list(tmp_path.rglob("*.safetensors")) or (tmp_path / "hub/model.safetensors").is_file()
 
 

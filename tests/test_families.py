@@ -1,19 +1,23 @@
 """Every family equals transformers', in and out, on tiny random models: `pytest tests/test_families.py`"""
 
+import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_model import cached, error, reference
+from test_model import cached, edit_config, error, reference
+from tiny_tokenizers import SPECIAL, TEXTS, byte_level, metaspace, write
 
-from lit_gpt import Config, InputError, families
+from lit_gpt import Config, InputError, Tokenizer, families
 from lit_gpt.checkpoint import build_model, convert, load_model
 from lit_gpt.convert import hf_name
 from lit_gpt.generate import generate
 from lit_gpt.layout import Layout
+from lit_gpt.model import count_parameters
 from lit_gpt.train import rotates_by_length
 
 COMMON: dict[str, Any] = dict(
@@ -22,6 +26,7 @@ COMMON: dict[str, Any] = dict(
 )  # fmt: skip
 NEOX = {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}
 GPT2 = dict(vocab_size=97, n_embd=48, n_layer=3, n_head=6, n_positions=128, bos_token_id=None, eos_token_id=None)
+DYNAMIC = dict(rope_type="dynamic", rope_theta=700.0, factor=4.0)
 YARN = dict(rope_type="yarn", rope_theta=700.0, factor=4.0, original_max_position_embeddings=32)
 LONGROPE = dict(
     rope_type="longrope", rope_theta=700.0, original_max_position_embeddings=64, short_factor=[1.0, 1.1, 1.3, 2.0],
@@ -30,18 +35,20 @@ LONGROPE = dict(
 WINDOWS = ["full_attention", "sliding_attention", "full_attention"]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # (transformers' class, what its config says)
     "llama": ("Llama", COMMON),
-    "llama, dynamic": ("Llama", COMMON | dict(
-        max_position_embeddings=40, rope_parameters=dict(rope_type="dynamic", rope_theta=700.0, factor=4.0)
-    )),
+    "llama, dynamic": ("Llama", COMMON | dict(max_position_embeddings=40, rope_parameters=DYNAMIC)),
     "llama, yarn": ("Llama", COMMON | dict(rope_parameters=YARN)),
     "llama, yarn with its settings": ("Llama", COMMON | dict(
         rope_parameters=YARN | dict(beta_fast=16, beta_slow=2, truncate=False, mscale=0.7, mscale_all_dim=0.9)
     )),
     "mistral": ("Mistral", COMMON | dict(sliding_window=20, head_dim=16)),
+    "mistral, yarn": ("Mistral", COMMON | dict(sliding_window=None, rope_parameters=YARN)),
     "mistral, no window": ("Mistral", COMMON | dict(sliding_window=None)),
     "mixtral": ("Mixtral", COMMON | dict(num_local_experts=5, num_experts_per_tok=2)),
     "qwen2": ("Qwen2", COMMON | dict(tie_word_embeddings=True)),
     "qwen2, windows": ("Qwen2", COMMON | dict(use_sliding_window=True, sliding_window=20, max_window_layers=1)),
+    "mixtral, windows": ("Mixtral", COMMON | dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=20)),
+    "qwen2, yarn": ("Qwen2", COMMON | dict(rope_parameters=YARN, max_position_embeddings=32)),
+    "qwen3, windows": ("Qwen3", COMMON | dict(use_sliding_window=True, sliding_window=20, max_window_layers=1)),
     "qwen3": ("Qwen3", COMMON | dict(head_dim=16)),
     "qwen3_moe": ("Qwen3Moe", COMMON | dict(
         head_dim=16, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True,
@@ -62,11 +69,26 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # (transformers' class, what i
             sliding_attention=dict(rope_type="default", rope_theta=70.0),
         ),
     )),
+    "gemma3_text, caps": ("Gemma3Text", COMMON | dict(
+        head_dim=16, sliding_window=20, final_logit_softcapping=3.0, attn_logit_softcapping=2.0
+    )),
     "phi": ("Phi", NEOX),
     "phi, norms": ("Phi", NEOX | dict(qk_layernorm=True)),
     "phi3": ("Phi3", COMMON | dict(sliding_window=20)),
     "phi3, longrope": ("Phi3", COMMON | dict(
         original_max_position_embeddings=64, rope_parameters=LONGROPE, sliding_window=None
+    )),
+    "phi3, longrope of a part": ("Phi3", COMMON | dict(
+        original_max_position_embeddings=64, sliding_window=None,
+        rope_parameters=LONGROPE | dict(
+            partial_rotary_factor=0.75, short_factor=[1.0, 1.1, 2.0], long_factor=[1.0, 3.0, 9.0]
+        ),
+    )),
+    "gpt_neox, linear": ("GPTNeoX", NEOX | dict(
+        rope_parameters=dict(rope_type="linear", factor=3.0, rope_theta=700.0, partial_rotary_factor=0.5)
+    )),
+    "gpt_neox, dynamic": ("GPTNeoX", NEOX | dict(
+        max_position_embeddings=40, rope_parameters=DYNAMIC | dict(partial_rotary_factor=0.5)
     )),
     "gpt_neox": ("GPTNeoX", NEOX | dict(
         rope_parameters=dict(rope_type="default", rope_theta=700.0, partial_rotary_factor=0.25)
@@ -74,6 +96,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # (transformers' class, what i
     "gpt_neox, one after the other": ("GPTNeoX", NEOX | dict(use_parallel_residual=False, tie_word_embeddings=True)),
     "gpt_neox, no biases": ("GPTNeoX", NEOX | dict(attention_bias=False)),
     "falcon 7b": ("Falcon", NEOX),
+    "falcon, dynamic": ("Falcon", NEOX | dict(max_position_embeddings=40, rope_parameters=DYNAMIC)),
     "falcon 40b": ("Falcon", NEOX | dict(new_decoder_architecture=True, num_kv_heads=2, bias=True)),
     "falcon, one norm": ("Falcon", NEOX | dict(
         new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1, ffn_hidden_size=80
@@ -84,18 +107,26 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # (transformers' class, what i
     "gpt2": ("GPT2", GPT2),
     "gpt2, other": ("GPT2", GPT2 | dict(n_inner=80, activation_function="relu", scale_attn_weights=False)),
     "stablelm": ("StableLm", COMMON | dict(use_qkv_bias=True)),
+    "stablelm, dynamic": ("StableLm", COMMON | dict(
+        max_position_embeddings=40, rope_parameters=DYNAMIC | dict(partial_rotary_factor=0.5)
+    )),
     "stablelm 2 12b": ("StableLm", COMMON | dict(qk_layernorm=True, use_parallel_residual=True)),
     "olmo": ("Olmo", COMMON),
     "olmo, clipped": ("Olmo", COMMON | dict(clip_qkv=0.5)),
     "olmo2": ("Olmo2", COMMON),
+    "olmo2, tied": ("Olmo2", COMMON | dict(tie_word_embeddings=True, attention_bias=True)),
     "granite": ("Granite", COMMON | dict(
         embedding_multiplier=3.0, residual_multiplier=0.3, attention_multiplier=0.2, logits_scaling=4.0
+    )),
+    "granite, tied": ("Granite", COMMON | dict(
+        tie_word_embeddings=True, attention_bias=True, mlp_bias=True, logits_scaling=2.0
     )),
     "starcoder2": ("Starcoder2", COMMON | dict(use_bias=True, sliding_window=20)),
     "starcoder2, no biases": ("Starcoder2", COMMON | dict(
         use_bias=False, sliding_window=None, tie_word_embeddings=False
     )),
     "smollm3": ("SmolLM3", COMMON | dict(no_rope_layer_interval=2)),
+    "smollm3, windows": ("SmolLM3", COMMON | dict(use_sliding_window=True, sliding_window=20, layer_types=WINDOWS)),
 }  # fmt: skip
 
 
@@ -103,7 +134,7 @@ def make(folder: Path, kind: str, settings: dict[str, Any]) -> Path:
     """A model whose every parameter is random, as transformers saves it."""
     import transformers
 
-    config = getattr(transformers, f"{kind}Config")(**settings)
+    config = getattr(transformers, f"{kind}Config")(**copy.deepcopy(settings))  # it writes into rope_parameters
     model = getattr(transformers, {"GPT2": "GPT2LMHeadModel"}.get(kind, f"{kind.removesuffix('Text')}ForCausalLM"))(
         config
     )
@@ -151,6 +182,22 @@ def test_greedy_generation_is_that_of_transformers(pair) -> None:
     for prompt in tokens(4, 5):
         expected = theirs.generate(prompt[None], max_new_tokens=20, do_sample=False, pad_token_id=0)[0]
         assert generate(ours, prompt, 25, temperature=0.0).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("case", ["phi3, longrope", "phi3, longrope of a part", "llama, dynamic"])
+def test_generation_beyond_the_length_that_rotations_were_made_for(case, tmp_path) -> None:
+    """Greedy tokens are those of the whole text without a cache; dynamic's only up to there."""
+    folder = make(tmp_path / "checkpoint", *CASES[case])
+    theirs, ours = reference(folder), load_model(folder)
+    for prompt in tokens(2, 20):
+        text = prompt
+        with torch.no_grad():
+            while len(text) < 110:
+                text = torch.cat((text, ours(text[None])[0, -1:].argmax(-1)))
+        n = 40 if "dynamic" in case else 110
+        assert generate(ours, prompt, 110, temperature=0.0)[:n].equal(text[:n])
+        expected = theirs.generate(prompt[None], max_new_tokens=n - 20, do_sample=False, pad_token_id=0)[0]
+        assert expected.equal(text[:n])
 
 
 @pytest.mark.parametrize("share_prefixes", [False, True])
@@ -260,10 +307,44 @@ PUBLISHED = {  # parameters, as their authors count them
 
 @pytest.mark.parametrize("repo", PUBLISHED)
 def test_number_of_parameters(repo) -> None:
-    assert sum(param.numel() for param in build_model(Config.from_name(repo)).parameters()) == PUBLISHED[repo]
+    assert count_parameters(Config.from_name(repo)) == PUBLISHED[repo]
 
 
-def test_longchat_says_less_than_it_is(tmp_path) -> None:
+def test_parameters_are_counted_as_if_built(folder) -> None:
+    """The count builds no more than one layer of each kind."""
+    config = Config.from_checkpoint(folder)
+    assert count_parameters(config) == sum(param.numel() for param in build_model(config).parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "length"),
+    [
+        (dict(max_position_embeddings=4096, max_sequence_length=16384), 16384),  # vicuna-7b-v1.5-16k
+        (dict(max_position_embeddings=4096, max_sequence_length=2048), 4096),
+        (  # Qwen 2.5's model cards
+            dict(
+                max_position_embeddings=32768,
+                rope_scaling=dict(type="yarn", factor=4.0, original_max_position_embeddings=32768),
+            ),
+            131072,
+        ),
+        (
+            dict(
+                max_position_embeddings=131072,
+                rope_scaling=dict(type="yarn", factor=2.0, original_max_position_embeddings=32768),
+            ),
+            131072,
+        ),
+        (dict(max_position_embeddings=2048, rope_scaling=dict(type="dynamic", factor=4.0)), 8192),
+    ],
+)
+def test_the_longest_record(changes, length, tmp_path) -> None:
+    hf = dict(COMMON, model_type="qwen2", rms_norm_eps=1e-6) | changes
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    assert Config.from_checkpoint(tmp_path).block_size == length
+
+
+def test_longchat_says_less_than_it_is(tmp_path, monkeypatch) -> None:
     """Its config.json does not mention that positions are condensed: its name does."""
     for name in ("longchat-7b-16k", "some-llama"):
         (tmp_path / name).mkdir()
@@ -272,6 +353,48 @@ def test_longchat_says_less_than_it_is(tmp_path) -> None:
     assert Config.from_checkpoint(tmp_path / "some-llama").rope_scaling is None
     longchat = Config.from_checkpoint(tmp_path / "longchat-7b-16k")
     assert longchat.rope_scaling == dict(rope_type="linear", factor=8.0) and longchat.block_size == 16384
+    monkeypatch.chdir(tmp_path / "longchat-7b-16k")
+    for here in (".", "../longchat-7b-16k"):
+        assert Config.from_checkpoint(Path(here)).replace(name="") == longchat.replace(name="")
+
+
+@torch.no_grad()
+def test_longchat_is_llama_with_condensed_positions(tmp_path) -> None:
+    folder = make(tmp_path / "longchat-7b-16k", *CASES["llama"])
+    shutil.copytree(folder, tmp_path / "theirs")
+    edit_config(tmp_path / "theirs", dict(rope_parameters=dict(rope_type="linear", factor=8.0, rope_theta=10000.0)))
+    expected = reference(tmp_path / "theirs")(tokens(1, 100)).logits
+    assert error(load_model(folder)(tokens(1, 100)), expected) < 1e-5
+    assert error(reference(folder)(tokens(1, 100)).logits, expected) > 0.01
+
+
+def test_any_of_several_stop_tokens_ends_an_answer(tmp_path) -> None:
+    """In a vocabulary that is padded beyond the tokenizer's."""
+    folder = make(tmp_path / "checkpoint", "Llama", COMMON | dict(vocab_size=320))
+    write(folder, tokenizer_json=byte_level(), tokenizer_config_json=SPECIAL)
+    theirs, ours = reference(folder), load_model(folder)
+    free = generate(ours, tokens(5), 60, temperature=0.0)[5:].tolist()
+    first, second = free[7], free[19]
+    for stop in ([first, second], [second, 319], [319]):
+        write(folder, generation_config_json={"eos_token_id": stop})
+        expected = reference(folder).generate(tokens(1, 5), max_new_tokens=55, do_sample=False, pad_token_id=0)[0]
+        got = generate(ours, tokens(5), 60, temperature=0.0, eos_id=Tokenizer(folder).stop_ids)
+        assert got.tolist() == expected.tolist()
+    assert theirs.config.vocab_size > len(Tokenizer(folder).decode(list(range(5)))) and len(got) <= 60
+
+
+def test_transformers_reads_an_exported_tokenizer_with_spaces_as_pieces(tmp_path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = make(tmp_path / "checkpoint", "Llama", COMMON | dict(vocab_size=512))
+    settings = SPECIAL | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    write(folder, tokenizer_config_json=settings, tokenizer_json=metaspace())
+    convert(folder, tmp_path / "lit", hugging_face=False)
+    convert(tmp_path / "lit", tmp_path / "hf", hugging_face=True)
+    ours, theirs, before = Tokenizer(folder), *map(AutoTokenizer.from_pretrained, (tmp_path / "hf", folder))
+    for text in TEXTS:
+        ids = theirs(text, add_special_tokens=False).input_ids
+        assert ids == before(text, add_special_tokens=False).input_ids == ours.encode(text, bos=False).tolist()
 
 
 @pytest.mark.parametrize(
@@ -282,6 +405,7 @@ def test_longchat_says_less_than_it_is(tmp_path) -> None:
         (dict(hidden_act="swiglu"), "activation 'swiglu' is not known; known are silu"),
         (dict(rope_scaling=dict(rope_type="longrope", factor=2.0)), "has no 'short_factor'"),
         (dict(model_type="falcon", alibi=True), "alibi is not known"),
+        (dict(model_type="gemma3", text_config={}), "Only those of text alone can be used"),
         (dict(num_attention_heads=True), "expected int"),
         (dict(layer_types=["chunked_attention"] * 3, model_type="mistral"), "'chunked_attention' are not known"),
     ],

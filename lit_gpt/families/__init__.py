@@ -73,7 +73,14 @@ def from_hf(hf: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
         raise InputError(f"{path} holds a value of a wrong type ({error}). Copy or download it again.") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    return kinds[kind], settings | fact(kinds[kind], "EXCEPTIONS").get(path.parent.name, {})
+    # `.` has no name, and a link may have the right one
+    return kinds[kind], settings | exceptions(hf, path.parent.name) | exceptions(hf, path.parent.resolve().name)
+
+
+def exceptions(hf: dict[str, Any], name: str) -> dict[str, Any]:
+    """What config.json does not say of a model of this name: arguments of Config."""
+    named = (fact(family, "EXCEPTIONS") for family in FAMILIES if hf.get("model_type") in load(family).MODEL_TYPES)
+    return next(named, {}).get(name, {})
 
 
 ACTIVATIONS = {  # Hugging Face's names of them
@@ -91,7 +98,7 @@ def activation(name: str) -> str:
 def usual(hf: dict[str, Any], **missing: Any) -> dict[str, Any]:
     """The arguments that most families name alike. `missing` is what the family means where config.json is silent."""
     hf = missing | {key: value for key, value in hf.items() if value is not None}
-    found = rope(hf) | dict(
+    return positions(hf, hf["max_position_embeddings"]) | dict(
         n_layer=hf["num_hidden_layers"],
         n_head=hf["num_attention_heads"],
         n_query_groups=hf.get("num_key_value_heads"),
@@ -99,15 +106,23 @@ def usual(hf: dict[str, Any], **missing: Any) -> dict[str, Any]:
         head_size=hf.get("head_dim"),
         intermediate_size=hf.get("intermediate_size"),
         vocab_size=hf["vocab_size"],
-        block_size=hf["max_position_embeddings"],
         norm_eps=hf.get("rms_norm_eps", hf.get("layer_norm_eps", 1e-5)),
         activation=activation(hf.get("hidden_act", "silu")),
         tie_embeddings=hf.get("tie_word_embeddings", False),
     )
-    if (scaling := found["rope_scaling"]) and scaling["rope_type"] == "dynamic":  # it says for which length it was made
-        scaling["original_max_position_embeddings"] = found["block_size"]
-        found["block_size"] = int(found["block_size"] * scaling["factor"])
-    return found
+
+
+def positions(hf: dict[str, Any], length: int) -> dict[str, Any]:
+    """The rotary arguments of Config, and block_size. `length` is max_position_embeddings, which may be what the model
+    was made for, before its positions were stretched."""
+    found = rope(hf)
+    scaling, length = found["rope_scaling"] or {}, max(length, hf.get("max_sequence_length") or 0)  # Vicuna's word
+    if scaling.get("rope_type") == "dynamic":
+        scaling["original_max_position_embeddings"] = length
+        length = int(length * scaling["factor"])
+    if scaling.get("rope_type") == "yarn":  # Qwen's model cards add it, and leave max_position_embeddings
+        length = max(length, int((scaling.get("factor") or 1) * scaling["original_max_position_embeddings"]))
+    return found | {"block_size": length}
 
 
 def sliding(hf: dict[str, Any], on: bool = True) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from lit_gpt.errors import InputError
-from lit_gpt.families import activation, rope
+from lit_gpt.families import activation, positions
 
 MODEL_TYPES = ("falcon", "RefinedWeb", "RefinedWebModel")
 
@@ -64,7 +64,7 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     two_norms = new and hf.get("num_ln_in_parallel_attn") != 1
     block = "sequential" if not hf.get("parallel_attn", True) else "parallel" if two_norms else "shared_norm"
     bias = hf.get("bias", False)
-    return rope(hf) | dict(
+    return positions(hf, hf.get("max_position_embeddings", 2048)) | dict(
         block=block,
         norm="LayerNorm",
         norm_eps=hf.get("layer_norm_epsilon", 1e-5),
@@ -76,7 +76,6 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
         n_embd=hf["hidden_size"],
         intermediate_size=hf.get("ffn_hidden_size"),
         vocab_size=hf["vocab_size"],
-        block_size=hf.get("max_position_embeddings", 2048),
         attn_bias=bias,
         proj_bias=bias,
         mlp_bias=bias,

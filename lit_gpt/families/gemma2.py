@@ -3,9 +3,9 @@
 from typing import Any
 
 from lit_gpt.errors import InputError
-from lit_gpt.families import gemma, llama, rope, sliding
+from lit_gpt.families import gemma, llama, positions, sliding
 
-MODEL_TYPES = ("gemma2", "gemma3_text")
+MODEL_TYPES = ("gemma2", "gemma3_text", "gemma3")
 
 GEMMA_2 = gemma.GEMMA | dict(
     block="sandwich", sliding_window=4096, attn_softcap=50.0, final_softcap=30.0, attn_scale=256**-0.5
@@ -48,6 +48,11 @@ WEIGHTS = llama.WEIGHTS | {
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    if hf["model_type"] == "gemma3":
+        raise InputError(
+            "this Gemma 3 also reads images. Only those of text alone can be used: 270m, 1b, and what says model_type"
+            " gemma3_text."
+        )
     if hf.get("use_bidirectional_attention"):
         raise InputError("use_bidirectional_attention is not known: this model reads from left to right.")
     n_layer, third = hf["num_hidden_layers"], hf["model_type"] == "gemma3_text"
@@ -63,13 +68,10 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
         )
     both = hf.get("rope_parameters") or {}  # transformers 5 says it for each kind of layer
     if "full_attention" in both:
-        found |= rope({"rope_parameters": both["full_attention"]})
+        found |= positions({"rope_parameters": both["full_attention"]}, found["block_size"])
         found["rope_local_base"] = both["sliding_attention"]["rope_theta"]
     else:
-        found |= rope({"rope_theta": 1000000.0} | hf)
+        found |= positions({"rope_theta": 1000000.0} | hf, hf["max_position_embeddings"])
         found["rope_local_base"] = hf.get("rope_local_base_freq", 10000.0)
-    return found | dict(
-        qk_norm="per_head",
-        attn_softcap=hf.get("attn_logit_softcapping"),
-        final_softcap=hf.get("final_logit_softcapping"),
-    )
+    # attn_logit_softcapping is in its config.json too; transformers does not apply it there
+    return found | dict(qk_norm="per_head", final_softcap=hf.get("final_logit_softcapping"))

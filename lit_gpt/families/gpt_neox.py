@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lit_gpt.families import activation, rope
+from lit_gpt.families import activation, positions
 
 MODEL_TYPES = ("gpt_neox",)
 
@@ -71,8 +71,9 @@ IGNORED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")  # 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     old = {"rope_theta": hf.get("rotary_emb_base"), "partial_rotary_factor": hf.get("rotary_pct")}
+    hf = {key: value for key, value in old.items() if value} | hf
     bias = hf.get("attention_bias", True)
-    return rope({key: value for key, value in old.items() if value} | hf) | dict(
+    return positions(hf, hf["max_position_embeddings"]) | dict(
         block="parallel" if hf.get("use_parallel_residual", True) else "sequential",
         norm="LayerNorm",
         norm_eps=hf.get("layer_norm_eps", 1e-5),
@@ -83,7 +84,6 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
         n_embd=hf["hidden_size"],
         intermediate_size=hf["intermediate_size"],
         vocab_size=hf["vocab_size"],
-        block_size=hf["max_position_embeddings"],
         attn_bias=bias,
         proj_bias=bias,
         mlp_bias=True,

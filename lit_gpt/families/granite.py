@@ -18,6 +18,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "ibm-granite/granite-3.1-2b-instruct": GRANITE_3 | SIZE_2B | V_3_1,
     "ibm-granite/granite-3.1-8b-base": GRANITE_3 | SIZE_8B | V_3_1 | dict(vocab_size=49152),
     "ibm-granite/granite-3.1-8b-instruct": GRANITE_3 | SIZE_8B | V_3_1,
+    "ibm-granite/granite-3.3-8b-instruct": GRANITE_3 | SIZE_8B | V_3_1 | dict(rope_base=10000000.0, vocab_size=49159),
 }
 
 WEIGHTS = llama.WEIGHTS

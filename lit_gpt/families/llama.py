@@ -69,12 +69,17 @@ MODELS: dict[str, dict[str, Any]] = {
        for size in ("7b", "13b")},
     **{f"openlm-research/open_llama_{size}": LLAMA_1 | SIZES[size] for size in ("3b", "7b", "13b")},
     "garage-bAInd/Platypus-30B": LLAMA_1 | SIZES["30b"],
-    **{f"garage-bAInd/Platypus2-{size}": LLAMA_2 | SIZES[size.lower()] for size in ("7B", "13B", "70B")},
+    **{f"garage-bAInd/{kind}Platypus2-{size}": LLAMA_2 | SIZES[size.lower()]
+       for kind, sizes in {"": ("7B", "13B", "70B"), "Camel-": ("13B", "70B"), "Stable-": ("13B",)}.items()
+       for size in sizes},
     "garage-bAInd/Platypus2-70B-instruct": LLAMA_2 | SIZES["70b"],
     "NousResearch/Nous-Hermes-13b": LLAMA_1 | SIZES["13b"] | dict(vocab_size=32001),
     "NousResearch/Nous-Hermes-llama-2-7b": LLAMA_2 | SIZES["7b"],
     "NousResearch/Nous-Hermes-Llama2-13b": LLAMA_2 | SIZES["13b"] | dict(vocab_size=32032),
     "stabilityai/FreeWilly2": LLAMA_2 | SIZES["70b"],
+    "stabilityai/StableBeluga2": LLAMA_2 | SIZES["70b"],  # its later name
+    "togethercomputer/LLaMA-2-7B-32K": LLAMA_2 | SIZES["7b"] | CONDENSED_8 | dict(block_size=32768),
+    "codellama/CodeLlama-70b-hf": CODE | SIZES["70b"] | dict(vocab_size=32016),
     **{f"codellama/CodeLlama-{size}{kind}-hf": CODE | SIZES[size] | (
         {} if size == "34b" or kind == "-Python" else dict(vocab_size=32016))
        for size in ("7b", "13b", "34b") for kind in ("", "-Python", "-Instruct")},
@@ -96,7 +101,8 @@ WEIGHTS = {
 }
 
 
-# what their config.json does not say: the positions of LongChat's first models are condensed by 8
+# what their config.json does not say: the positions of LongChat's first models are condensed by 8. StableLM-alpha needs
+# no entry: it is a GPT-NeoX whose config.json says all that the table in gpt_neox.py does
 LONGCHAT = CONDENSED_8 | dict(block_size=16384)
 EXCEPTIONS = {"longchat-7b-16k": LONGCHAT, "longchat-13b-16k": LONGCHAT}
 

@@ -6,7 +6,7 @@ from lit_gpt.families import llama, usual
 
 MODEL_TYPES = ("olmo", "olmo2")
 
-OLMO = dict(norm="LayerNorm_without_weight", norm_eps=1e-5, vocab_size=50304)
+OLMO = dict(norm="LayerNorm_without_weight", norm_eps=1e-5, vocab_size=50304, block_size=2048)
 OLMO_2 = dict(
     block="post_norm", qk_norm="all_heads", norm_eps=1e-6, vocab_size=100352, block_size=4096, rope_base=500000
 )
@@ -15,10 +15,10 @@ SIZE_7B = dict(n_layer=32, n_head=32, n_embd=4096, intermediate_size=11008)
 SIZE_13B = dict(n_layer=40, n_head=40, n_embd=5120, intermediate_size=13824)
 SIZE_32B = dict(n_layer=64, n_head=40, n_query_groups=8, n_embd=5120, intermediate_size=27648)
 MODELS: dict[str, dict[str, Any]] = {
-    "allenai/OLMo-1B-hf": OLMO | dict(
-        n_layer=16, n_head=16, n_embd=2048, intermediate_size=8192, block_size=2048, tie_embeddings=True
-    ),
-    "allenai/OLMo-7B-hf": OLMO | dict(n_layer=32, n_head=32, n_embd=4096, intermediate_size=11008, block_size=2048),
+    "allenai/OLMo-1B-hf": OLMO | SIZE_1B | dict(tie_embeddings=True),
+    "allenai/OLMo-7B-hf": OLMO | SIZE_7B,
+    "allenai/OLMo-7B-Instruct-hf": OLMO | SIZE_7B,
+    "allenai/OLMo-1.7-7B-hf": OLMO | SIZE_7B | dict(block_size=4096, qk_norm="clip", clip_qkv=8.0),
     "allenai/OLMo-2-0425-1B": OLMO_2 | SIZE_1B,
     "allenai/OLMo-2-1124-7B": OLMO_2 | SIZE_7B,
     "allenai/OLMo-2-1124-13B": OLMO_2 | SIZE_13B,

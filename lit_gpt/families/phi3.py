@@ -19,9 +19,10 @@ MODELS: dict[str, dict[str, Any]] = {
     ),
     "microsoft/phi-4": PHI_4,
     "microsoft/Phi-4-reasoning": PHI_4 | dict(block_size=32768, rope_base=500000),
+    "microsoft/Phi-4-reasoning-plus": PHI_4 | dict(block_size=32768, rope_base=500000),
 }  # fmt: skip
 
-WEIGHTS = {key: value for key, value in llama.WEIGHTS.items() if not key.endswith(("_proj",))} | {
+WEIGHTS = {key: value for key, value in llama.WEIGHTS.items() if not key.endswith("_proj")} | {
     "model.layers.{}.self_attn.qkv_proj": (
         "stacked", "transformer.h.{}.attn.q", "transformer.h.{}.attn.k", "transformer.h.{}.attn.v"
     ),

@@ -40,7 +40,7 @@ WITH_BASE = ("0.6B", "1.7B", "4B", "8B", "14B", "30B-A3B")  # Qwen 3 without ins
 MODELS: dict[str, dict[str, Any]] = {
     **{f"Qwen/Qwen2-{size}": QWEN_2 | SIZES_2[size] | dict(block_size=131072)
        for size in ("0.5B", "1.5B", "7B", "72B")},
-    **{f"Qwen/Qwen2-{size}-Instruct": QWEN_2 | SIZES_2[size] for size in ("0.5B", "1.5B", "7B")},
+    **{f"Qwen/Qwen2-{size}-Instruct": QWEN_2 | SIZES_2[size] for size in ("0.5B", "1.5B", "7B", "72B")},
     **{f"Qwen/Qwen2.5-{size}": QWEN_2 | sizes | (dict(block_size=131072) if size in LONG else {})
        for size, sizes in SIZES_2.items()},
     **{f"Qwen/Qwen2.5-{size}-Instruct": QWEN_2 | sizes for size, sizes in SIZES_2.items()},

@@ -17,7 +17,7 @@ SIZE_3B = dict(n_layer=32, n_head=32, n_embd=2560, intermediate_size=6912, vocab
 MODELS: dict[str, dict[str, Any]] = {
     "stabilityai/stablelm-3b-4e1t": STABLELM | SIZE_3B,
     "stabilityai/stablelm-zephyr-3b": STABLELM | SIZE_3B,
-    "stabilityai/stablecode-3b": STABLELM | SIZE_3B | dict(block_size=16384, rope_base=1000000),
+    "stabilityai/stable-code-3b": STABLELM | SIZE_3B | dict(block_size=16384, rope_base=1000000),
     "stabilityai/stablelm-2-1_6b": STABLELM_2 | SIZE_1_6B,
     "stabilityai/stablelm-2-zephyr-1_6b": STABLELM_2 | SIZE_1_6B,
     "stabilityai/stablelm-2-12b": STABLELM_2 | SIZE_12B,

@@ -129,15 +129,17 @@ def as_text(value: Any, what: str) -> str:
     return value
 
 
-def is_blank(record: Mapping[str, Any]) -> bool:
-    """Whether nothing can be learned from a record in our form: no question, or an answer that says nothing."""
+def blank_part(record: Mapping[str, Any]) -> str | None:
+    """What of a record in our form says nothing, so that nothing can be learned: its text, prompt or (an) answer."""
     if "text" in record:
-        return not record["text"].strip()
+        return None if record["text"].strip() else "text"
     said = {"user": [], "assistant": []}
     for message in record["messages"]:
         says = bool(message["content"].strip()) or bool(message.get("tool_calls"))
         said.setdefault(message["role"], []).append(says)
-    return not any(said["user"]) or not said["assistant"] or not all(said["assistant"])
+    if not any(said["user"]):
+        return "prompt"
+    return None if said["assistant"] and all(said["assistant"]) else "answer"
 
 
 def with_validation(

@@ -23,7 +23,7 @@ from lit_gpt import InputError, Tokenizer
 from lit_gpt.data import DataArgs, cut_text, prepare
 from lit_gpt.dataset import OTHER, Dataset
 from lit_gpt.prompts import render
-from lit_gpt.records import Keys, in_our_form, is_blank, mix, read_records
+from lit_gpt.records import Keys, blank_part, in_our_form, mix, read_records
 
 USER, ANSWER = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}
 SYSTEM, TOOL = {"role": "system", "content": "Be brief."}, {"role": "tool", "content": "42", "tool_call_id": "1"}
@@ -70,7 +70,7 @@ def test_the_forms_of_a_conversation() -> None:
     called = {"role": "assistant", "content": None, "tool_calls": [1]}
     record = in_our_form({"messages": [USER, called, TOOL, ANSWER], "tools": tools}, 1, Keys())
     assert record["tools"] == tools and record["messages"] == [USER, called | {"content": ""}, TOOL, ANSWER]
-    assert not is_blank(record)
+    assert blank_part(record) is None
 
 
 @pytest.mark.parametrize(
@@ -94,17 +94,17 @@ def test_forms_that_are_none(record: dict, said: str) -> None:
 @pytest.mark.parametrize(
     "talk, blank",
     [
-        ([USER, ANSWER], False),
-        ([], True),
-        ([USER], True),
-        ([ANSWER], True),
-        ([USER | {"content": " "}, ANSWER], True),
-        ([USER, ANSWER | {"content": "\n"}], True),
-        ([USER, ANSWER | {"content": ""}, USER, ANSWER], True),
+        ([USER, ANSWER], None),
+        ([], "prompt"),
+        ([USER], "prompt"),  # a question without an answer is cut off
+        ([ANSWER], "prompt"),
+        ([USER | {"content": " "}, ANSWER], "prompt"),
+        ([USER, ANSWER | {"content": "\n"}], "answer"),
+        ([USER, ANSWER | {"content": ""}, USER, ANSWER], "answer"),
     ],
 )
-def test_blank_conversations(talk: list, blank: bool) -> None:
-    assert is_blank(in_our_form({"messages": talk}, 1, Keys())) == blank
+def test_blank_conversations(talk: list, blank: str | None) -> None:
+    assert blank_part(in_our_form({"messages": talk}, 1, Keys())) == blank
 
 
 # ---- sources

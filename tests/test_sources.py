@@ -54,10 +54,30 @@ def test_the_forms_of_a_conversation() -> None:
         ({"conversations": [{"from": role, "value": value} for role, value in sharegpt]}, {}),
         ({"system": "Be brief.", "conversations": [USER, ANSWER]}, {}),
         ({"prompt": [SYSTEM, USER], "completion": [ANSWER]}, {}),
+        ({"system": "Be long.", "messages": [SYSTEM, USER, ANSWER]}, {}),  # a conversation's own wins
+        ({"messages": None, "conversations": [SYSTEM, USER, ANSWER], "text": None}, {}),
+        # tables have every column in every row
+        ({"messages": [message | {"tool_calls": None, "name": None} for message in (SYSTEM, USER, ANSWER)]}, {}),
+        (
+            {
+                "conversations": [
+                    {"role": None, "content": None, "from": role, "value": value} for role, value in sharegpt
+                ]
+            },
+            {},
+        ),
+        ({"messages": [SYSTEM, {"role": "user", "content": ["Wh", {"text": "o?"}, {"text": ""}]}, ANSWER]}, {}),
     ):
         assert messages(record, **keys) == expected
     single = [USER | {"instruction": "Who?", "input": ""}, ANSWER]
     assert messages({"prompt": "Who?", "completion": "Ada."}) == single
+    for nothing in (None, []):
+        assert messages({"messages": nothing, "instruction": "Who?", "output": "Ada."}) == single
+        assert messages({"messages": nothing, "prompt": "Who?", "completion": "Ada.", "instruction": None}) == single
+        assert messages({"conversations": nothing}) == []
+        assert messages({"prompt": [USER], "completion": nothing}) == []
+    assert in_our_form({"messages": [], "text": "Once."}, 1, Keys()) == {"text": "Once.", "split": None}
+    assert in_our_form({"text": "Once.", "output": None}, 1, Keys()) == {"text": "Once.", "split": None}
     assert messages({"prompt": "no", "completion": "no", "instruction": "Who?", "output": "Ada."}) == single
     assert messages(
         {"q": "Who?", "a": "Ada.", "s": "Be brief."}, instruction_key="q", output_key="a", system_key="s"
@@ -81,6 +101,9 @@ def test_the_forms_of_a_conversation() -> None:
         ({"messages": [{"content": "a"}]}, "Record 7 has a message without a role; it has content"),
         ({"messages": [{"role": "user", "content": 3}]}, "Record 7: content of user is a int"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a part of type 'image_url'"),
+        ({"messages": [{"role": "user", "content": [7]}]}, "a part of type 'int'"),
+        ({"prompt": [USER], "completion": "Ada."}, "Record 7: its conversation is no list"),
+        ({"prompt": [USER], "completion": 7}, "Record 7: its conversation is no list"),
         ({"text": 3}, "Record 7: text is a int"),
         ({"a": 1}, "Record 7 has no instruction and no output; it has a. Name its keys: --instruction_key"),
         ({"instruction": "a", "output": "b", "split": 3}, "Record 7 says split 3, expected train, val or test"),
@@ -89,6 +112,23 @@ def test_the_forms_of_a_conversation() -> None:
 def test_forms_that_are_none(record: dict, said: str) -> None:
     with pytest.raises(InputError, match=said):
         in_our_form(record, 7, Keys())
+
+
+@pytest.mark.parametrize(
+    "name, split",
+    [
+        ("train_sft", "train"),
+        ("test_sft", "other"),
+        ("Test", "other"),
+        ("TRAIN.clean.100", "train"),
+        ("validation-matched", "val"),
+        ("", None),
+    ],
+)
+def test_names_of_splits(name: str, split: str | None) -> None:
+    assert in_our_form({"text": "a", "split": name}, 1, Keys())["split"] == split
+    with pytest.raises(InputError, match="says split '_train', expected train, val or test"):
+        in_our_form({"text": "a", "split": "_train"}, 1, Keys())
 
 
 @pytest.mark.parametrize(
@@ -138,6 +178,9 @@ def test_every_source_gives_the_same_tokens(checkpoint, tmp_path: Path) -> None:
     both.save_to_disk(tmp_path / "splits")
     train, val = prepared(read_records(tmp_path / "splits"), checkpoint, tmp_path / "data-splits")
     assert (len(train), len(val), train.meta["left_out"]) == (30, 6, {"of another split": 4})
+    args = dict(checkpoint_dir=checkpoint, data_dir=tmp_path / "data-fold", split_key="fold")
+    script("prepare_sources").main({str(tmp_path / "splits"): 1.0}, **args)
+    assert content(tmp_path / "data-fold")["split.bin"] == content(tmp_path / "data-splits")["split.bin"]
 
 
 @pytest.mark.parametrize(
@@ -146,12 +189,19 @@ def test_every_source_gives_the_same_tokens(checkpoint, tmp_path: Path) -> None:
         ("a.xlsx", b"", "a.xlsx is no file ending in .json, .jsonl, .csv, .parquet"),
         ("a.parquet", b"PAR1 and more", "a.parquet is no parquet file that can be read"),
         ("a.txt", b"\xff", "a.txt, line 1, is not UTF-8"),
-        ("folder", None, "The data set .*folder cannot be loaded"),
+        ("folder", None, "The data set .*folder cannot be read"),
+        (
+            "broken",
+            b'{"instruction": "a", "output": "b"}\n' * 400_000 + b"{oops}\n",
+            "The data set .*broken cannot be read",
+        ),
     ],
 )
 def test_sources_that_are_none(tmp_path: Path, name: str, content: bytes | None, said: str) -> None:
-    if content is None:
+    if "." not in name:  # a data set
         (tmp_path / name).mkdir()
+        if content is not None:
+            (tmp_path / name / "train.jsonl").write_bytes(content)
     else:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=said):
@@ -164,7 +214,7 @@ def test_mixing_takes_each_source_as_often_as_it_should(sizes, weights) -> None:
 
     original = records.read_records
     try:
-        records.read_records = lambda name: [{"id": f"{name}{i}"} for i in range(sizes[int(name)])]
+        records.read_records = lambda name, _: [{"id": f"{name}{i}"} for i in range(sizes[int(name)])]
         taken = [record["id"] for record in mix({str(i): weight for i, weight in enumerate(weights[: len(sizes)])})]
     finally:
         records.read_records = original

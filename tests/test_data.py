@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,6 +131,46 @@ def test_tokens_are_the_text_and_trained_is_the_answer(
     assert meta["left_out"] == counts
     found = [meta[key] for key in ("n_records", "n_tokens", "n_trained", "n_val", "longest")]
     assert found == [len(expected), sum(lengths), sum(bool(m) for _, marks in expected for m in marks), 0, max(lengths)]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(instruction=TEXT, output=TEXT)
+def test_stored_tokens_say_the_text(checkpoint, tokenizer, tmp_path: Path, instruction: str, output: str) -> None:
+    """Decoded, they are what was rendered; and what is trained of them is the answer and its stop token."""
+    record = {"instruction": f"Say{instruction}", "output": f"So{output}"}  # neither is blank
+    shutil.rmtree(tmp_path / "data", ignore_errors=True)
+    train, _ = prepared([record], checkpoint, tmp_path / "data", prompt_style="alpaca", val_fraction=0.0)
+    ((ids, marks),) = stored(train)
+    assert tokenizer.decode_with_special(ids) == f"<s>{render('alpaca', record, tokenizer).text}</s>"
+    trained = [token for token, mark in zip(ids, marks) if mark]
+    assert tokenizer.decode_with_special(trained) == f"So{output}</s>" and marks == sorted(marks)
+
+
+def test_memory_does_not_grow_with_the_records(checkpoint, tmp_path: Path, monkeypatch) -> None:
+    """But for a few numbers each; and the X-ray looks at a part at a time."""
+    monkeypatch.setattr("lit_gpt.xray.PART", 2**13)
+
+    def peak(n: int) -> int:
+        records = ({"instruction": f"What is {i}?", "output": f"It is {i}."} for i in range(n))
+        tracemalloc.start()
+        prepare(records, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / str(n), prompt_style="none"))
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    peak(1000)  # imports
+    few, many = peak(4000), peak(12_000)
+    assert many - few < 200 * 8000, f"{few:,} and {many:,} bytes"
+
+
+def test_an_error_of_a_template_names_the_record(checkpoint, tmp_path: Path) -> None:
+    style = tmp_path / "own.jinja"
+    style.write_text(
+        "{% for m in messages %}{{ m.content }}{% if m.content == 'c' %}{{ 1 / 0 }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(InputError, match="Record 41: The chat template says: division by zero"):
+        args = DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data", prompt_style=str(style))
+        prepare([*QA, {"instruction": "c", "output": "d"}], args)
 
 
 @pytest.mark.parametrize("trim_offsets", [False, True])

@@ -311,7 +311,13 @@ class Files(BaseHTTPRequestHandler):
         if self.server.status != 200 or self.path not in self.server.files:
             return self.send_error(404 if self.server.status == 200 else self.server.status)
         body = self.server.files[self.path]
+        if self.server.cut == "status":
+            return self.wfile.write(b"nonsense\r\n\r\n")
         self.send_response(200)
+        if self.server.cut == "chunk":  # the announced chunk does not come whole
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            return self.wfile.write(b"ffff\r\n" + body)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body[: self.server.cut])
@@ -390,15 +396,51 @@ def test_downloads_that_fail_leave_nothing(server, checkpoint, tmp_path: Path) -
         (url, 503, None, "answered 503 Service Unavailable."),
         (f"--url {server.url}/b.json", 200, None, "answered 404 Not Found."),
         (url, 200, 500, f"arrived as 500 bytes, expected {len(server.files['/a.json']):,} bytes. Run it again"),
+        (url, 200, "chunk", "could not be fetched: IncompleteRead"),
+        (url, 200, "status", "could not be fetched: nonsense"),
+        ("--url http://127.0.0.1:port/a.json", 200, None, "is no address"),
+        ("--url http://[::1/a.json", 200, None, "is no address"),
         ("--url http://127.0.0.1:1/a.json", 200, None, "could not be fetched"),
         ("--url nonsense", 200, None, "is no address"),
     ):
         server.status, server.cut = status, cut
         run = start("prepare_alpaca", prepare_it, checkpoint, tmp_path)
         assert run.returncode == 2 and said in run.stderr and run.stderr.count("\n") == 1, run.stderr
-        assert not any((tmp_path / "data/downloads").glob("[!.]*")) and not (tmp_path / "data/here").exists()
+        assert not any((tmp_path / "data").glob("downloads/*")) and not (tmp_path / "data/here").exists()
     server.status, server.cut = 200, None
-    assert start("prepare_alpaca", url, checkpoint, tmp_path).returncode == 0
+    server.files = {"/a.json?download=true": server.files["/a.json"]}
+    assert start("prepare_alpaca", f"{url}?download=true", checkpoint, tmp_path).returncode == 0
+    assert [path.name[8:] for path in (tmp_path / "data/downloads").iterdir()] == ["-a.json"]
+
+
+OTHER_FORMS = {
+    "prepare_lima": (b'{"conversations": "Who?"}', "a record without conversations, expected a list of texts"),
+    "prepare_lima gone": (b'{"messages": []}', "a record without conversations, expected a list of texts"),
+    "prepare_longform": (b'[{"instruction": "a", "output": "b"}]', "a record without input and output, expected"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FORMS)
+def test_another_form_is_named(name: str, checkpoint, tmp_path: Path, monkeypatch) -> None:
+    body, said = OTHER_FORMS[name]
+    module, file = script(name.split()[0]), tmp_path / ("a.jsonl" if "lima" in name else "a.json")
+    file.write_bytes(body)
+    monkeypatch.setattr(module, "fetch", lambda url, **_: file)
+    with pytest.raises(InputError, match=f"{file.name} holds {said}"):
+        module.main(checkpoint_dir=checkpoint, data_dir=tmp_path / "data")
+
+
+def test_keys_of_a_ready_script_can_be_others(checkpoint, tmp_path: Path, monkeypatch) -> None:
+    module, file = script("prepare_dolly"), tmp_path / "a.jsonl"
+    file.write_text("\n".join(json.dumps({"instruction": r["instruction"], "said": r["output"]}) for r in QA))
+    monkeypatch.setattr(module, "fetch", lambda url: file)
+    module.main(checkpoint_dir=checkpoint, data_dir=tmp_path / "data", output_key="said")
+    assert stored(Dataset(tmp_path / "data", "train")) == stored(prepared(QA, checkpoint, tmp_path / "reference")[0])
+
+
+def test_a_script_for_data_is_short() -> None:
+    for path in (ROOT / "scripts").glob("prepare_*.py"):
+        assert len(path.read_text().splitlines()) <= 40, path.name
 
 
 def test_checksums(server, tmp_path: Path, monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from array import array
 from bisect import bisect_left
 from collections import Counter
@@ -18,13 +19,15 @@ from lit_gpt.dataset import ANSWER, FILES, NEITHER, OTHER, TRAIN, VAL, Dataset
 from lit_gpt.errors import InputError
 from lit_gpt.files import new_folder
 from lit_gpt.prompts import Rendered, render, resolve_style
-from lit_gpt.records import Keys, in_our_form, is_blank
+from lit_gpt.records import Keys, blank_part, in_our_form
 from lit_gpt.tokenizer import Encoded, Tokenizer
 from lit_gpt.xray import print_summary
 
 Records = Iterable[dict[str, Any]] | Callable[[], Iterable[dict[str, Any]]]
-FORMAT = 2  # of the files; another one is prepared anew
-EMPTY, DROPPED, CUT = "empty prompt or answer", "too long, dropped", "prompt cut"
+FORMAT = 3  # of the files; another one is prepared anew
+DROPPED, CUT, STOPPED = "too long, dropped", "prompt cut", "stop token inside an answer"
+UNWRITTEN = "stored without characters the tokenizer cannot write"
+VISIBLE = re.compile(r"[\S\x1c-\x1f]")  # to Python, these four are spaces; to tokenizers they are not
 OTHER_SPLIT, LEAKED = "of another split", "training on a validation prompt"
 
 
@@ -76,7 +79,7 @@ def prepare(records: Records, args: DataArgs) -> None:
 
     `records` are mappings in one of the forms of `records.in_our_form`; or a function that gives them, and is called a
     second time where there is reason to think that the folder holds just these already: then nothing is done.
-    Memory does not grow with the records but for 17 bytes each. The folder appears under its name when it is complete.
+    Memory does not grow with the records but for some 100 bytes each. The folder appears when it is complete.
 
     Raises:
         InputError: a record of no known form, no usable record, or a `data_dir` that holds something else.
@@ -97,7 +100,8 @@ def prepare(records: Records, args: DataArgs) -> None:
 
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     counts: Counter[str] = Counter()
-    ends, splits, prompts, trained_tokens = array("q"), array("b"), array("Q"), 0
+    ends, splits, trained_tokens = array("q"), array("b"), 0
+    prompts, seen = array("Q"), array("Q")  # hashes of each prompt as a text, and as the tokens that are stored
     digest = hashlib.sha256(recipe.encode())
     with new_folder(data_dir) as partial:
         with (
@@ -114,10 +118,12 @@ def prepare(records: Records, args: DataArgs) -> None:
                     ends.append(len(ids) + (ends[-1] if ends else 0))
                     splits.append({None: -1, "train": TRAIN, "val": VAL}[item.split])
                     prompts.append(prompt)
+                    asked = max(trained.find(ANSWER), 0) or len(ids)
+                    seen.append(hash_of(np.asarray(ids[:asked], dtype).tobytes(), args.seed))
                 show(item.number, ends[-1] if ends else 0)
         if not ends:
             raise InputError(f"No record is left to train on: {describe(counts) or 'there was none'}.")
-        split, leaked = choose_split(splits, prompts, args.val_fraction)
+        split, leaked = choose_split(splits, groups(prompts, seen), args.val_fraction)
         if leaked:
             counts[LEAKED] = leaked
         np.frombuffer(ends, np.int64).tofile(partial / "ends.bin")
@@ -173,15 +179,22 @@ def hashed(records: Iterable[dict[str, Any]], digest: "hashlib._Hash") -> Iterat
 def take_in(
     records: Iterable[dict[str, Any]], style: str, tokenizer: Tokenizer, args: DataArgs, counts: Counter[str]
 ) -> Iterator[Item]:
-    """Records as text. Those from which there is nothing to learn are counted and left out."""
+    """Records as text. Those from which there is nothing to learn, or something wrong, are counted and left out."""
+    stops = [tokenizer.id_to_token(stop) for stop in tokenizer.stop_ids]
     for number, record in enumerate(records, 1):
         record = in_our_form(record, number, args)
         if record["split"] == "other":
             counts[OTHER_SPLIT] += 1
-        elif is_blank(record):
-            counts[EMPTY] += 1
+        elif blank := blank_part(record):
+            counts[f"empty {blank}"] += 1
+        elif any(stop in str(m) for m in record.get("messages", ()) if m["role"] == "assistant" for stop in stops):
+            counts[STOPPED] += 1  # what follows it would not be trained
         else:
-            yield Item(number, record["split"], render(style, record, tokenizer), "text" in record)
+            try:
+                rendered = render(style, record, tokenizer)
+            except InputError as error:
+                raise InputError(f"Record {number}: {error}") from None
+            yield Item(number, record["split"], rendered, "text" in record)
 
 
 Pieces = list[tuple[Sequence[int], bytearray]]
@@ -197,13 +210,15 @@ def tokenized(
         for item, tokens in zip(chunk, encoded, strict=True):
             text = item.text.text
             prompt = text if item.plain else text[: item.text.turns[0][0]]
-            key = hashlib.sha256(f"{args.seed} {prompt}".encode()).digest()[:8]
             if item.plain:
                 pieces = cut_text([*tokens.ids, tokenizer.eos_id], limit)
             else:
                 ids, trained = mark_trained(item.text, tokens, tokenizer)
-                pieces = fit_length(ids, trained, limit, item.number, args, counts)
-            yield item, int.from_bytes(key, "big"), pieces
+                head = int(ids[0] == tokenizer.bos_id)
+                pieces = fit_length(ids, trained, limit, head, item.number, args, counts)
+            if pieces and loses_characters(text, tokens, tokenizer):
+                counts[UNWRITTEN] += 1
+            yield item, hash_of(prompt.encode(), args.seed), pieces
 
 
 def chunks(items: Iterable[Item], most: int = 1000, characters: int = 2**21) -> Iterator[list[Item]]:
@@ -243,10 +258,27 @@ def mark_trained(rendered: Rendered, encoded: Encoded, tokenizer: Tokenizer) -> 
         end = min([ids.index(stop, begin, end) + 1 for stop in stops if stop in ids[begin:end]], default=end)
         trained[begin:end] = bytes([ANSWER]) * (end - begin)
     ids, trained = ids[:end], trained[:end]
-    if ids[-1] not in stops:
+    if not ids or ids[-1] not in stops:
         ids.append(tokenizer.eos_id)
         trained.append(ANSWER)
     return ids, trained
+
+
+def loses_characters(text: str, encoded: Encoded, tokenizer: Tokenizer) -> bool:
+    """Whether no token holds some character of the text, or its tokens lack some of its bytes."""
+    reached = 0
+    for start, end in encoded.offsets:
+        if start > reached and VISIBLE.search(text, reached, start):
+            return True
+        reached = max(reached, end)
+    damaged = "\N{REPLACEMENT CHARACTER}"
+    if VISIBLE.search(text, reached):
+        return True
+    return not text.isascii() and damaged not in text and damaged in tokenizer.decode_with_special(encoded.ids)
+
+
+def hash_of(content: bytes, seed: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} ".encode() + content).digest()[:8], "big")
 
 
 def token_start(offsets: Sequence[tuple[int, int]], i: int) -> int:
@@ -255,9 +287,9 @@ def token_start(offsets: Sequence[tuple[int, int]], i: int) -> int:
 
 
 def fit_length(
-    ids: list[int], trained: bytearray, limit: int, number: int, args: DataArgs, counts: Counter[str]
+    ids: list[int], trained: bytearray, limit: int, head: int, number: int, args: DataArgs, counts: Counter[str]
 ) -> Pieces:
-    """A record of at most `limit` tokens that still has all its answers, or nothing."""
+    """A record of at most `limit` tokens that still has all its answers, or nothing. Its first `head` tokens stay."""
     prompt = trained.find(ANSWER)
     if prompt < 0:
         raise InputError(f"Record {number} has no token to train: its template leaves the answer out. Is it its own?")
@@ -270,11 +302,27 @@ def fit_length(
         raise InputError(
             f"Record {number} has {len(ids)} tokens, more than {limit}. See --too_long and --max_seq_length."
         )
-    if args.too_long == "cut_prompt" and excess < prompt:
+    if args.too_long == "cut_prompt" and excess < prompt - head:
         counts[CUT] += 1
-        return [(ids[excess:], trained[excess:])]
+        return [(ids[:head] + ids[head + excess :], trained[:head] + trained[head + excess :])]
     counts[DROPPED] += 1
     return []
+
+
+def groups(texts: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
+    """A number per record, the same where prompts are the same as a text or as tokens, be it by way of other records.
+
+    A cut, and a token across the beginning of an answer, make the same tokens of different texts, and the reverse.
+    """
+    keys = [np.unique(np.asarray(key, np.uint64), return_inverse=True)[1] for key in (texts, tokens)]
+    group, before = keys[0], None
+    while before is None or (group != before).any():
+        before = group
+        for key in keys:
+            least = np.full(len(key), len(key))
+            np.minimum.at(least, key, group)
+            group = least[key]
+    return group
 
 
 def choose_split(splits: Sequence[int], prompts: Sequence[int], val_fraction: float) -> tuple[np.ndarray, int]:

@@ -1,9 +1,11 @@
 """Files from the web, whole or not at all."""
 
 import hashlib
+import http.client
 import urllib.error
 import urllib.request
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from lit_gpt.errors import InputError
 
@@ -16,7 +18,11 @@ def fetch(url: str, sha256: str | None = None, token: str | None = None) -> Path
     Raises:
         InputError: the server refuses, the connection breaks, or what arrived is not what was announced.
     """
-    path = DOWNLOADS / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{url.rsplit('/', 1)[-1]}"
+    try:
+        name = urlsplit(url).path.rsplit("/", 1)[-1]  # without ?download=true
+    except ValueError as error:
+        raise InputError(f"{url} is no address: {error}.") from None
+    path = DOWNLOADS / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
     if path.is_file():
         return path
     DOWNLOADS.mkdir(parents=True, exist_ok=True)
@@ -32,18 +38,19 @@ def fetch(url: str, sha256: str | None = None, token: str | None = None) -> Path
                     file.write(block)
                     digest.update(block)
                     size += len(block)
+        found = f"{size:,} bytes" if sha256 is None else digest.hexdigest()
+        if (expected and int(expected) != size) or (sha256 and sha256 != found):
+            wanted = sha256 or f"{int(expected):,} bytes"
+            raise InputError(f"{url} arrived as {found}, expected {wanted}. Run it again, or name another --url.")
+        partial.replace(path)
     except urllib.error.HTTPError as error:
         hint = " Accept its conditions there and pass --access_token." if error.code in (401, 403) else ""
         raise InputError(f"{url} answered {error.code} {error.reason}.{hint}") from None
-    except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
-        why = getattr(error, "reason", error)
-        raise InputError(f"{url} could not be fetched: {why}. Check the network and run again.") from None
-    except ValueError as error:
+    except (ValueError, http.client.InvalidURL) as error:
         raise InputError(f"{url} is no address: {error}.") from None
-    found = f"{size:,} bytes" if sha256 is None else digest.hexdigest()
-    if (expected and int(expected) != size) or (sha256 and sha256 != found):
-        partial.unlink()
-        wanted = sha256 or f"{int(expected):,} bytes"
-        raise InputError(f"{url} arrived as {found}, expected {wanted}. Run it again, or name another --url.")
-    partial.replace(path)
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+        why = getattr(error, "reason", None) or str(error) or type(error).__name__
+        raise InputError(f"{url} could not be fetched: {why}. Check the network and run again.") from None
+    finally:
+        partial.unlink(missing_ok=True)
     return path

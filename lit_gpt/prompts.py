@@ -212,7 +212,7 @@ def fill_template(
     special = {name: "" if i is None else tokenizer.id_to_token(i) for name, i in special.items()}
     try:
         return compile_template(source).render(
-            messages=messages, add_generation_prompt=add_generation_prompt, tools=tools, **special
+            messages=messages, add_generation_prompt=add_generation_prompt, tools=tools, documents=None, **special
         )
     except mistakes as error:
         raise InputError(f"The chat template says: {error}") from None
@@ -234,13 +234,23 @@ def compile_template(source: str) -> Any:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | str | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        # jinja's own escapes <, > and &
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
-    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+    environment.filters["tojson"] = tojson
     environment.globals |= {
         "raise_exception": raise_exception,
         "strftime_now": lambda form: datetime.now().strftime(form),

@@ -16,6 +16,7 @@ from lit_gpt.errors import InputError
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
 ROLES |= {"observation": "tool", "function_response": "tool", "function_call": "assistant", "developer": "system"}
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
+SPLITS |= {"test": "other", "testing": "other"}
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,13 @@ class Keys:
     output_key: str = "output"
     """The answer."""
     system_key: str = "system"
-    """A system prompt of the record's own. Records may lack it."""
+    """A system prompt of the record's own. Records may lack it; a conversation that has one keeps it."""
     messages_key: str = "messages"
     """A conversation, as OpenAI (role, content) or ShareGPT (from, value) write it, in place of the three above."""
     text_key: str = "text"
     """A plain text, all of which is trained, in place of all of the above."""
     split_key: str = "split"
-    """What says train or val. Records may lack it; those that say test are left out."""
+    """What says train or val, or begins so (train_sft). Records may lack it; those that say test are left out."""
 
 
 def in_our_form(record: Mapping[str, Any], number: int, keys: Keys) -> dict[str, Any]:
@@ -48,15 +49,20 @@ def in_our_form(record: Mapping[str, Any], number: int, keys: Keys) -> dict[str,
     """
     where = f"Record {number}"
     ours: dict[str, Any] = {"split": read_split(record.get(keys.split_key), where)}
-    conversation = next((key for key in (keys.messages_key, "conversations") if key in record), None)
-    paired = keys.instruction_key not in record and {"prompt", "completion"} <= record.keys()
+    has = {key for key, value in record.items() if value is not None}  # tables have every column in every row
+    paired = keys.instruction_key not in has and {"prompt", "completion"} <= record.keys()
+    found = [key for key in (keys.messages_key, "conversations") if key in record]
+    conversation = next((key for key in found if record[key]), None)
+    if found and not paired and has.isdisjoint((keys.instruction_key, keys.output_key, keys.text_key)):
+        conversation = conversation or found[0]  # an empty one, and nothing in its place
     if conversation:
         ours["messages"] = read_messages(record[conversation], where)
         if record.get("tools"):
             ours["tools"] = record["tools"]
     elif paired and isinstance(record["prompt"], list):
-        ours["messages"] = read_messages([*record["prompt"], *record["completion"]], where)
-    elif keys.text_key in record and keys.output_key not in record:
+        answer = record["completion"] or []
+        ours["messages"] = read_messages(record["prompt"] + answer if isinstance(answer, list) else answer, where)
+    elif keys.text_key in record and keys.output_key not in has:
         return ours | {"text": as_text(record[keys.text_key], f"{where}: {keys.text_key}")}
     else:
         names = (
@@ -76,7 +82,8 @@ def in_our_form(record: Mapping[str, Any], number: int, keys: Keys) -> dict[str,
             {"role": "user", "content": content, "instruction": question, "input": more},
             {"role": "assistant", "content": answer},
         ]
-    if system := as_text(record.get(keys.system_key), f"{where}: {keys.system_key}"):
+    system = as_text(record.get(keys.system_key), f"{where}: {keys.system_key}")
+    if system and all(message["role"] != "system" for message in ours["messages"]):
         ours["messages"].insert(0, {"role": "system", "content": system})
     return ours
 
@@ -84,19 +91,20 @@ def in_our_form(record: Mapping[str, Any], number: int, keys: Keys) -> dict[str,
 def read_split(value: Any, where: str) -> str | None:
     if value in (None, ""):
         return None
-    if value in ("test", "testing"):
-        return "other"
-    if not isinstance(value, str) or value.lower() not in SPLITS:
+    word = re.split(r"[_\W]", value.lower())[0] if isinstance(value, str) else value
+    if not isinstance(word, str) or word not in SPLITS:
         raise InputError(f"{where} says split {value!r}, expected train, val or test.")
-    return SPLITS[value.lower()]
+    return SPLITS[word]
 
 
 def read_messages(found: Any, where: str) -> list[dict[str, Any]]:
     """Up to the last answer: what follows it cannot be learned from. Whatever else a message holds is kept."""
+    found = [] if found is None else found
     if not isinstance(found, list | tuple) or not all(isinstance(message, Mapping) for message in found):
         raise InputError(f"{where}: its conversation is no list of messages with role and content.")
     messages = []
     for message in found:
+        message = {key: value for key, value in message.items() if value is not None}  # of tables, as above
         role, content = (
             message.get(ours, message.get(theirs)) for ours, theirs in (("role", "from"), ("content", "value"))
         )
@@ -105,7 +113,7 @@ def read_messages(found: Any, where: str) -> list[dict[str, Any]]:
                 f"{where} has a message without a role; it has {', '.join(map(str, message)) or 'nothing'}."
             )
         if isinstance(content, list):  # OpenAI's parts
-            content = "".join(part.get("text") or refuse_part(part, where) for part in content)
+            content = "".join(text_of_part(part, where) for part in content)
         kept = {key: value for key, value in message.items() if key not in ("from", "value")}
         messages.append(
             kept | {"role": ROLES.get(role, role), "content": as_text(content, f"{where}: content of {role}")}
@@ -115,8 +123,12 @@ def read_messages(found: Any, where: str) -> list[dict[str, Any]]:
     return messages
 
 
-def refuse_part(part: Mapping[str, Any], where: str) -> str:
-    raise InputError(f"{where} has a message with a part of type {part.get('type')!r}: only text can be read.")
+def text_of_part(part: Any, where: str) -> str:
+    text = part.get("text") if isinstance(part, Mapping) else part
+    if isinstance(text, str):
+        return text
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise InputError(f"{where} has a message with a part of type {kind!r}: only text can be read.")
 
 
 def as_text(value: Any, what: str) -> str:
@@ -129,15 +141,17 @@ def as_text(value: Any, what: str) -> str:
     return value
 
 
-def is_blank(record: Mapping[str, Any]) -> bool:
-    """Whether nothing can be learned from a record in our form: no question, or an answer that says nothing."""
+def blank_part(record: Mapping[str, Any]) -> str | None:
+    """What of a record in our form says nothing, so that nothing can be learned: its text, prompt or (an) answer."""
     if "text" in record:
-        return not record["text"].strip()
+        return None if record["text"].strip() else "text"
     said = {"user": [], "assistant": []}
     for message in record["messages"]:
         says = bool(message["content"].strip()) or bool(message.get("tool_calls"))
         said.setdefault(message["role"], []).append(says)
-    return not any(said["user"]) or not said["assistant"] or not all(said["assistant"])
+    if not any(said["user"]):
+        return "prompt"
+    return None if said["assistant"] and all(said["assistant"]) else "answer"
 
 
 def with_validation(
@@ -151,7 +165,7 @@ def with_validation(
             yield from (record | {keys.split_key: name} for record in read(file))
 
 
-def mix(sources: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+def mix(sources: Mapping[str, float], split_key: str = "split") -> Iterator[dict[str, Any]]:
     """Records of several sources, one source after the other; each record as often as its source's weight says.
 
     0.5 takes every second record, 2 each one twice, 1.5 one in two twice.
@@ -159,15 +173,15 @@ def mix(sources: Mapping[str, float]) -> Iterator[dict[str, Any]]:
     for source, weight in sources.items():
         if not weight > 0:
             raise InputError(f"{source} has the weight {weight}, expected more than 0.")
-        for i, record in enumerate(read_records(source)):
+        for i, record in enumerate(read_records(source, split_key)):
             yield from [record] * (int((i + 1) * weight) - int(i * weight))
 
 
-def read_records(source: str | Path) -> Iterator[dict[str, Any]]:
+def read_records(source: str | Path, split_key: str = "split") -> Iterator[dict[str, Any]]:
     """Records of a .json, .jsonl, .csv, .parquet, .txt or .md file, or of a data set by the `datasets` library.
 
     A data set is named as on the Hugging Face hub, org/name or org/name:config, or is a folder that
-    `Dataset.save_to_disk` wrote. The names of its splits become the split of its records.
+    `Dataset.save_to_disk` wrote. The names of its splits become what its records hold under `split_key`.
 
     Raises:
         InputError: no such thing, or it cannot be read.
@@ -176,7 +190,7 @@ def read_records(source: str | Path) -> Iterator[dict[str, Any]]:
     if path.suffix in READERS:
         return READERS[path.suffix](path)
     if path.is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(source)):
-        return dataset_records(str(source))
+        return dataset_records(str(source), split_key)
     raise InputError(
         f"{source} is no file ending in {', '.join(READERS)}, no folder of a saved data set, no org/name of the hub."
     )
@@ -194,7 +208,7 @@ def parquet_records(path: Path) -> Iterator[dict[str, Any]]:
         raise InputError(f"{path} is no parquet file that can be read: {error}") from None
 
 
-def dataset_records(source: str) -> Iterator[dict[str, Any]]:
+def dataset_records(source: str, split_key: str) -> Iterator[dict[str, Any]]:
     datasets = needs("datasets")
     try:
         if Path(source).is_dir() and any(Path(source).rglob("state.json")):
@@ -202,15 +216,15 @@ def dataset_records(source: str) -> Iterator[dict[str, Any]]:
         else:
             name, _, config = source.partition(":")
             found = datasets.load_dataset(name, config or None, streaming=True)
-    except Exception as error:  # the library raises whatever its parts raise
-        raise InputError(f"The data set {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    if not isinstance(found, dict):  # a single split
-        yield from found
-    elif len(found) == 1:
-        yield from next(iter(found.values()))
-    else:
-        for split, records in found.items():
-            yield from ({"split": split, **record} for record in records)
+        if not isinstance(found, dict):  # a single split
+            yield from found
+        elif len(found) == 1:
+            yield from next(iter(found.values()))
+        else:
+            for split, records in found.items():
+                yield from ({split_key: split, **record} for record in records)
+    except Exception as error:  # the library raises whatever its parts raise, also in the midst of reading
+        raise InputError(f"The data set {source} cannot be read: {' '.join(str(error).split())[:300]}") from None
 
 
 def needs(module: str) -> Any:
@@ -259,6 +273,9 @@ def parse(text: str, path: Path, first_line: int = 1) -> Any:
             hint = " A .jsonl file has an object per line; if it is one list, name it .json."
         where = f"line {first_line + error.lineno - 1}, column {error.colno}"
         raise InputError(f"{path}, {where}, is not JSON: {error.msg}.{hint}") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, ten thousand brackets
+        where = f", line {first_line}," if path.suffix == ".jsonl" else ""
+        raise InputError(f"{path}{where} cannot be read: {error}.") from None
 
 
 def csv_records(path: Path) -> Iterator[dict[str, str]]:

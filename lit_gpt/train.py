@@ -369,10 +369,13 @@ def check_finite(value: float, what: str) -> None:
 
 
 def data_fingerprint(dataset: Dataset) -> str:
-    """sha256 over where the records lie and 4,096 evenly spaced tokens of the prepared folder."""
-    spaced = np.linspace(0, len(dataset.tokens) - 1, 4096).astype(np.int64)
-    parts = (dataset.records, dataset.ends, dataset.tokens[spaced])
-    return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
+    """sha256 over which records these are, where they lie, and the hash of what `prepare` made them from; of records
+    that it did not write, over their tokens and marks."""
+    digest = hashlib.sha256(dataset.meta.get("hash", "").encode())
+    content = () if "hash" in dataset.meta else (dataset.tokens, dataset.trained)
+    for part in (dataset.records, dataset.ends, *content):
+        digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()
 
 
 def continued(saved: dict[str, Any], expected: Progress) -> Progress:

@@ -15,8 +15,8 @@ def main(json_path: Path, val_path: Path | None = None, **shared: Shared) -> Non
     """Prepare records from a .json or .jsonl file.
 
     Args:
-        json_path: A list of objects (.json), or an object per line (.jsonl): instruction and output, prompt and
-            completion, conversations, or texts.
+        json_path: A list of objects (.json, read as a whole), or an object per line (.jsonl, of any size): instruction
+            and output, prompt and completion, conversations, or texts.
         val_path: Another such file, for validation.
         shared: How records become tokens; see lit_gpt/data.py.
     """

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lit_gpt.cli import run
 from lit_gpt.data import DataArgs, Shared, prepare
+from lit_gpt.errors import InputError
 from lit_gpt.fetch import fetch
 from lit_gpt.records import json_records
 
@@ -17,8 +18,9 @@ URL = "https://huggingface.co/datasets/GAIR/lima/resolve/main/train.jsonl"
 
 def records(file: Path) -> Iterator[dict]:
     for record in json_records(file):
-        turns = zip(["user", "assistant"] * len(record["conversations"]), record["conversations"])
-        yield {"messages": [{"role": role, "content": content} for role, content in turns]}
+        if not isinstance(talk := record.get("conversations"), list):
+            raise InputError(f"{file} holds a record without conversations, expected a list of texts, as LIMA has it.")
+        yield {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(talk)]}
 
 
 def main(url: str = URL, access_token: str | None = None, data_dir: Path = Path("data/lima"), **shared: Shared) -> None:

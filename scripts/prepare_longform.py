@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lit_gpt.cli import run
 from lit_gpt.data import DataArgs, Shared, prepare
+from lit_gpt.errors import InputError
 from lit_gpt.fetch import fetch
 from lit_gpt.records import json_records
 
@@ -17,6 +18,8 @@ URL = "https://raw.githubusercontent.com/akoksal/LongForm/main/dataset"
 def records(files: dict[str, Path]) -> Iterator[dict]:
     for split, file in files.items():
         for record in json_records(file):
+            if not {"input", "output"} <= record.keys():
+                raise InputError(f"{file} holds a record without input and output, expected LongForm's form.")
             yield {"instruction": record["input"], "output": record["output"], "split": split}
 
 

@@ -18,7 +18,8 @@ def main(sources: dict[str, float], **shared: Shared) -> None:
             how often each of its records is taken: 0.5 is every second one, 2 is twice.
         shared: How records become tokens; see lit_gpt/data.py.
     """
-    prepare(lambda: mix(sources), DataArgs(**shared))
+    args = DataArgs(**shared)
+    prepare(lambda: mix(sources, args.split_key), args)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import tracemalloc
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,9 +19,10 @@ from hypothesis import strategies as st
 from tiny_tokenizers import SPECIAL, byte_level, write
 
 from lit_gpt import Config, InputError, Tokenizer
-from lit_gpt.data import DataArgs, choose_split, prepare
+from lit_gpt.data import DataArgs, choose_split, groups, prepare
 from lit_gpt.dataset import ANSWER, NEITHER, OTHER, TRAIN, VAL, Dataset, micro_batches
 from lit_gpt.prompts import render, style_names
+from lit_gpt.xray import xray
 
 BLOCK_SIZE = 200
 CONFIG = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=300, hidden_size=8, rms_norm_eps=1e-5)
@@ -63,9 +66,11 @@ def n_bytes(ids: list[int], tokenizer: Tokenizer) -> int:
 
 CHARACTERS = st.characters(exclude_categories=["Cs"])
 TEXT = st.text(CHARACTERS, max_size=30) | st.text("ab \n", max_size=60) | st.text("aé🙂'", max_size=12)
+SAYS_STOP = st.builds("".join, st.tuples(TEXT, st.just("</s>"), TEXT))  # a fault, to be counted
 RECORDS = st.lists(
     st.fixed_dictionaries(
-        {"instruction": TEXT, "output": TEXT}, optional={"input": TEXT | st.none(), "id": st.integers()}
+        {"instruction": TEXT, "output": TEXT | TEXT | SAYS_STOP},
+        optional={"input": TEXT | st.none(), "id": st.integers()},
     ),
     max_size=6,
 )
@@ -83,10 +88,14 @@ def test_tokens_are_the_text_and_trained_is_the_answer(
     checkpoint, tokenizer, tmp_path: Path, records, style: str, limit: int | None, mask_prompt: bool, too_long: str
 ) -> None:
     """In order, nothing lost or doubled; every record ends with a trained stop token, however long it was."""
-    expected, n_blank, n_dropped, n_cut = [], 0, 0, 0
+    expected, counts = [], Counter()
     for record in records:
-        if not (record["instruction"] + (record.get("input") or "")).strip() or not record["output"].strip():
-            n_blank += 1
+        asked = (record["instruction"] + (record.get("input") or "")).strip()
+        if not asked or not record["output"].strip():
+            counts[f"empty {'answer' if asked else 'prompt'}"] += 1
+            continue
+        if "</s>" in record["output"]:
+            counts["stop token inside an answer"] += 1
             continue
         rendered = render(style, record, tokenizer)
         # what a template says after its stop token is left out; where there is none, one is added
@@ -96,11 +105,13 @@ def test_tokens_are_the_text_and_trained_is_the_answer(
         prompt = len(rendered.text[: rendered.turns[0][0]].encode()) + len("<s>") * (style != "chat")
         n_prompt = next(n for n in range(len(full)) if n_bytes(full[:n], tokenizer) >= prompt)
         excess = len(full) - min(limit or BLOCK_SIZE, BLOCK_SIZE)
-        if excess > 0 and (too_long == "drop" or excess >= n_prompt):
-            n_dropped += 1
-            continue
-        n_cut += excess > 0
-        n_prompt, full = n_prompt - max(0, excess), full[max(0, excess) :]
+        head = int(full[0] == tokenizer.bos_id)
+        if excess > 0:
+            possible = too_long == "cut_prompt" and excess < n_prompt - head
+            counts["prompt cut" if possible else "too long, dropped"] += 1
+            if not possible:
+                continue
+            n_prompt, full = n_prompt - excess, full[:head] + full[head + excess :]
         expected.append((full, [0 if mask_prompt else OTHER] * n_prompt + [ANSWER] * (len(full) - n_prompt)))
 
     shutil.rmtree(tmp_path / "data", ignore_errors=True)
@@ -117,10 +128,49 @@ def test_tokens_are_the_text_and_trained_is_the_answer(
     assert ids.tolist() == expected[0][0] and trained.tolist() == [mark > 0 for mark in expected[0][1]]
 
     meta, lengths = train.meta, [len(full) for full, _ in expected]
-    counts = {"empty prompt or answer": n_blank, "too long, dropped": n_dropped, "prompt cut": n_cut}
-    assert meta["left_out"] == {what: number for what, number in counts.items() if number}
+    assert meta["left_out"] == counts
     found = [meta[key] for key in ("n_records", "n_tokens", "n_trained", "n_val", "longest")]
     assert found == [len(expected), sum(lengths), sum(bool(m) for _, marks in expected for m in marks), 0, max(lengths)]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(instruction=TEXT, output=TEXT)
+def test_stored_tokens_say_the_text(checkpoint, tokenizer, tmp_path: Path, instruction: str, output: str) -> None:
+    """Decoded, they are what was rendered; and what is trained of them is the answer and its stop token."""
+    record = {"instruction": f"Say{instruction}", "output": f"So{output}"}  # neither is blank
+    shutil.rmtree(tmp_path / "data", ignore_errors=True)
+    train, _ = prepared([record], checkpoint, tmp_path / "data", prompt_style="alpaca", val_fraction=0.0)
+    ((ids, marks),) = stored(train)
+    assert tokenizer.decode_with_special(ids) == f"<s>{render('alpaca', record, tokenizer).text}</s>"
+    trained = [token for token, mark in zip(ids, marks) if mark]
+    assert tokenizer.decode_with_special(trained) == f"So{output}</s>" and marks == sorted(marks)
+
+
+def test_memory_does_not_grow_with_the_records(checkpoint, tmp_path: Path, monkeypatch) -> None:
+    """But for a few numbers each; and the X-ray looks at a part at a time."""
+    monkeypatch.setattr("lit_gpt.xray.PART", 2**13)
+
+    def peak(n: int) -> int:
+        records = ({"instruction": f"What is {i}?", "output": f"It is {i}."} for i in range(n))
+        tracemalloc.start()
+        prepare(records, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / str(n), prompt_style="none"))
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    peak(1000)  # imports
+    few, many = peak(4000), peak(12_000)
+    assert many - few < 200 * 8000, f"{few:,} and {many:,} bytes"
+
+
+def test_an_error_of_a_template_names_the_record(checkpoint, tmp_path: Path) -> None:
+    style = tmp_path / "own.jinja"
+    style.write_text(
+        "{% for m in messages %}{{ m.content }}{% if m.content == 'c' %}{{ 1 / 0 }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(InputError, match="Record 41: The chat template says: division by zero"):
+        args = DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data", prompt_style=str(style))
+        prepare([*QA, {"instruction": "c", "output": "d"}], args)
 
 
 @pytest.mark.parametrize("trim_offsets", [False, True])
@@ -137,17 +187,18 @@ def test_a_token_across_the_boundary_is_not_trained(sample_dir: Path, tmp_path: 
     train, _ = prepared(records, folder, tmp_path / "data", prompt_style="none", val_fraction=0.0)
     tokenizer, hello = Tokenizer(folder), ["Hello", " world", "<|im_end|>"]
     spelled = [[tokenizer.decode_with_special([i]) for i in ids] for ids, _ in stored(train)]
+    assert train.meta["left_out"] == {}
     assert spelled == [hello, ["Hello", " world", " and", " moon", "<|im_end|>"], hello, hello]
     assert [marks for _, marks in stored(train)] == [[0, 0, 1], [0, 0, 1, 1, 1], [0, 0, 1], [0, 1, 1]]
 
 
-def test_a_cut_prompt_keeps_at_least_a_token(checkpoint, tokenizer, tmp_path: Path) -> None:
+def test_a_cut_prompt_keeps_bos_and_at_least_a_token(checkpoint, tokenizer, tmp_path: Path) -> None:
     record = {"instruction": "one two three\n", "output": "four five"}
-    n_answer = len(tokenizer.encode(record["output"], bos=False, eos=True))
+    n_answer = 1 + len(tokenizer.encode(record["output"], bos=False, eos=True))  # with BOS
     args = dict(prompt_style="none", too_long="cut_prompt", val_fraction=0.0)
     train, _ = prepared([record], checkpoint, tmp_path / "data", max_seq_length=n_answer + 1, **args)
     ((ids, marks),) = stored(train)
-    assert marks == [0] + [ANSWER] * n_answer and tokenizer.decode(ids) == "\nfour five"
+    assert marks == [0, 0] + [ANSWER] * (n_answer - 1) and tokenizer.decode_with_special(ids) == "<s>\nfour five</s>"
     with pytest.raises(InputError, match="1 too long, dropped"):
         prepare([record], DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "b", max_seq_length=n_answer, **args))
 
@@ -195,9 +246,25 @@ def test_records_that_are_none(checkpoint, tmp_path: Path, record: dict, said: s
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("records", [[], [{"instruction": " ", "output": "b"}], [{"instruction": "a", "output": None}]])
-def test_nothing_to_learn(checkpoint, tmp_path: Path, records: list) -> None:
-    with pytest.raises(InputError, match="No record is left"):
+TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": "</s>"}}}]}
+NOTHING = {
+    "there was none": [],
+    "1 empty prompt.": [{"instruction": " ", "output": "b"}],
+    "1 empty answer.": [{"instruction": "a", "output": None}],
+    "1 empty text.": [{"text": " "}],
+    "1 stop token inside an answer.": [{"instruction": "a", "output": "Use </s> to end. More."}],
+    "2 stop token inside an answer.": [
+        {"messages": [TALK[0], TALK[1] | {"content": "b</s>"}, *TALK]},
+        {"messages": [TALK[0], CALL]},
+    ],
+}
+
+
+@pytest.mark.parametrize("said", NOTHING)
+def test_nothing_to_learn(checkpoint, tmp_path: Path, said: str) -> None:
+    records = NOTHING[said]
+    with pytest.raises(InputError, match=f"No record is left to train on: {said}"):
         prepare(iter(records), DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data"))
 
 
@@ -221,6 +288,52 @@ def test_splits(records: list[tuple[int, int]], val_fraction: float) -> None:
     n_val, wanted = len(on[VAL] & free), val_fraction * len(free)
     at_least_one = n_val == 1 and 0 < wanted and len(free) > 1 and not said[VAL]
     assert abs(n_val - wanted) <= 0.5 or at_least_one
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12))
+def test_groups(pairs: list[tuple[int, int]]) -> None:
+    """Two records are in one group where a chain of equal texts and equal tokens leads from one to the other."""
+    group = groups(*zip(*pairs)).tolist()
+    sets = [{i} for i in range(len(pairs))]
+    for i, a in enumerate(pairs):
+        for j, b in enumerate(pairs):
+            if a[0] == b[0] or a[1] == b[1]:
+                both = sets[i] | sets[j]
+                for k in both:
+                    sets[k] = both
+    assert all((group[i] == group[j]) == (j in sets[i]) for i in range(len(pairs)) for j in range(len(pairs)))
+
+
+WORDS = st.lists(st.sampled_from(["Hello", " world", " wor", "ld", " moon", "s"]), min_size=1, max_size=5).map("".join)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pairs=st.lists(st.tuples(WORDS, WORDS, st.sampled_from([None, "train", "val"])), min_size=4, max_size=12))
+def test_nothing_leaks(checkpoint, tmp_path: Path, pairs: list[tuple[str, str, str | None]]) -> None:
+    """Not even where prompts become the same by a cut, or by a token across the beginning of the answer."""
+    records = [{"instruction": a, "output": b, "split": split} for a, b, split in pairs]
+    records += [{"text": a, "split": split} for a, _, split in pairs]
+    args = dict(prompt_style="none", too_long="cut_prompt", max_seq_length=16, val_fraction=0.5)
+    shutil.rmtree(tmp_path / "data", ignore_errors=True)
+    prepared(records, checkpoint, tmp_path / "data", **args)
+    assert xray(tmp_path / "data", Tokenizer(checkpoint), Config.from_checkpoint(checkpoint)).problems["leaked"] == 0
+
+
+def test_characters_without_a_token_are_counted(sample_dir: Path, tmp_path: Path) -> None:
+    """The sample has no bytes for some control characters, and none to begin a character of the planes after 3."""
+    good = ["é🙂日本", "a  b\n\n c", "\x1c", "\ufffd"]
+    lost = ["a\x04b", "\x1d", "a\x13", "\U00040001", "é\U00040001", "\x06 a"]
+    records = [{"instruction": f"Say {i}", "output": f"So {text}"} for i, text in enumerate(good + lost)]
+    records += [{"text": f"Once {text}."} for text in good + lost]
+    folder = write(tmp_path / "sample", config_json=CONFIG, **sample_files(sample_dir))
+    train, _ = prepared(records, folder, tmp_path / "data", val_fraction=0.0)
+    assert len(train) == len(records)
+    assert train.meta["left_out"] == {"stored without characters the tokenizer cannot write": 2 * len(lost)}
+
+
+def sample_files(sample_dir: Path) -> dict[str, bytes]:
+    names = ("tokenizer.json", "tokenizer_config.json")
+    return {name.replace(".", "_"): (sample_dir / name).read_bytes() for name in names}
 
 
 def test_prompts_are_on_one_side_and_seeds_choose(checkpoint, tmp_path: Path) -> None:

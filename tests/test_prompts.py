@@ -161,6 +161,23 @@ def test_a_broken_template_is_an_input_error(load, source: str) -> None:
         render("chat", {"messages": [USER]}, load(source, source)[0])
 
 
+@pytest.mark.parametrize(
+    "filter",
+    [
+        "tojson",
+        "tojson(indent=2)",
+        "tojson(ensure_ascii=True, sort_keys=True)",
+        "tojson(separators=(',', ':'))",
+        "tojson(false, none, (',', ':'), true)",
+    ],
+)
+def test_json_is_that_of_transformers(load, filter: str) -> None:
+    source = "{{ {'b': 'é<&>', 'a': [1, none]} | " + filter + " }}{{ documents is defined }}{{ messages[0].content }}"
+    tokenizer, reference = load(source, source)
+    text = render("chat", {"messages": [USER]}, tokenizer).text
+    assert text == reference.apply_chat_template([USER], tokenize=False)
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused(load) -> None:
     source = "{{ messages | length }}{% for message in messages %}{{ message.content }}{% endfor %}"
     tokenizer, _ = load("counting", source)

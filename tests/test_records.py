@@ -66,6 +66,13 @@ REFUSED = {
     "one line in .json": ("a.json", LINES[1], "holds a dict, expected a list of records"),
     "a bad line": ("a.jsonl", f"{PADDING}\n{{oops}}\n", "line 1002, column 2, is not JSON"),
     "a cut-off line": ("a.jsonl", f'{LINES[0]}\n{{"a": \n', "line 2, column 6, is not JSON"),
+    "a number without end": (
+        "a.jsonl",
+        f'{LINES[0]}\n{{"n": {"1" * 5000}}}\n',
+        "line 2, cannot be read: Exceeds the limit",
+    ),
+    "a number without end in .json": ("a.json", f'[{{"n": {"1" * 5000}}}]', "cannot be read: Exceeds the limit"),
+    "brackets without end": ("a.jsonl", "[" * 200_000, "line 1, cannot be read: "),
     "a cut-off list": ("a.json", '[{"a": "b"},', "line 1, column 13, is not JSON"),
     "an empty .json": ("a.json", "", "line 1, column 1, is not JSON"),
     "no object in .json": ("a.json", '[{"a": "b"}, "c"]', "record 2 is a str, expected an object"),

@@ -23,7 +23,7 @@ from lit_gpt import InputError, Tokenizer
 from lit_gpt.data import DataArgs, cut_text, prepare
 from lit_gpt.dataset import OTHER, Dataset
 from lit_gpt.prompts import render
-from lit_gpt.records import Keys, in_our_form, is_blank, mix, read_records
+from lit_gpt.records import Keys, blank_part, in_our_form, mix, read_records
 
 USER, ANSWER = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}
 SYSTEM, TOOL = {"role": "system", "content": "Be brief."}, {"role": "tool", "content": "42", "tool_call_id": "1"}
@@ -54,10 +54,30 @@ def test_the_forms_of_a_conversation() -> None:
         ({"conversations": [{"from": role, "value": value} for role, value in sharegpt]}, {}),
         ({"system": "Be brief.", "conversations": [USER, ANSWER]}, {}),
         ({"prompt": [SYSTEM, USER], "completion": [ANSWER]}, {}),
+        ({"system": "Be long.", "messages": [SYSTEM, USER, ANSWER]}, {}),  # a conversation's own wins
+        ({"messages": None, "conversations": [SYSTEM, USER, ANSWER], "text": None}, {}),
+        # tables have every column in every row
+        ({"messages": [message | {"tool_calls": None, "name": None} for message in (SYSTEM, USER, ANSWER)]}, {}),
+        (
+            {
+                "conversations": [
+                    {"role": None, "content": None, "from": role, "value": value} for role, value in sharegpt
+                ]
+            },
+            {},
+        ),
+        ({"messages": [SYSTEM, {"role": "user", "content": ["Wh", {"text": "o?"}, {"text": ""}]}, ANSWER]}, {}),
     ):
         assert messages(record, **keys) == expected
     single = [USER | {"instruction": "Who?", "input": ""}, ANSWER]
     assert messages({"prompt": "Who?", "completion": "Ada."}) == single
+    for nothing in (None, []):
+        assert messages({"messages": nothing, "instruction": "Who?", "output": "Ada."}) == single
+        assert messages({"messages": nothing, "prompt": "Who?", "completion": "Ada.", "instruction": None}) == single
+        assert messages({"conversations": nothing}) == []
+        assert messages({"prompt": [USER], "completion": nothing}) == []
+    assert in_our_form({"messages": [], "text": "Once."}, 1, Keys()) == {"text": "Once.", "split": None}
+    assert in_our_form({"text": "Once.", "output": None}, 1, Keys()) == {"text": "Once.", "split": None}
     assert messages({"prompt": "no", "completion": "no", "instruction": "Who?", "output": "Ada."}) == single
     assert messages(
         {"q": "Who?", "a": "Ada.", "s": "Be brief."}, instruction_key="q", output_key="a", system_key="s"
@@ -70,7 +90,7 @@ def test_the_forms_of_a_conversation() -> None:
     called = {"role": "assistant", "content": None, "tool_calls": [1]}
     record = in_our_form({"messages": [USER, called, TOOL, ANSWER], "tools": tools}, 1, Keys())
     assert record["tools"] == tools and record["messages"] == [USER, called | {"content": ""}, TOOL, ANSWER]
-    assert not is_blank(record)
+    assert blank_part(record) is None
 
 
 @pytest.mark.parametrize(
@@ -81,6 +101,9 @@ def test_the_forms_of_a_conversation() -> None:
         ({"messages": [{"content": "a"}]}, "Record 7 has a message without a role; it has content"),
         ({"messages": [{"role": "user", "content": 3}]}, "Record 7: content of user is a int"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a part of type 'image_url'"),
+        ({"messages": [{"role": "user", "content": [7]}]}, "a part of type 'int'"),
+        ({"prompt": [USER], "completion": "Ada."}, "Record 7: its conversation is no list"),
+        ({"prompt": [USER], "completion": 7}, "Record 7: its conversation is no list"),
         ({"text": 3}, "Record 7: text is a int"),
         ({"a": 1}, "Record 7 has no instruction and no output; it has a. Name its keys: --instruction_key"),
         ({"instruction": "a", "output": "b", "split": 3}, "Record 7 says split 3, expected train, val or test"),
@@ -92,19 +115,36 @@ def test_forms_that_are_none(record: dict, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "talk, blank",
+    "name, split",
     [
-        ([USER, ANSWER], False),
-        ([], True),
-        ([USER], True),
-        ([ANSWER], True),
-        ([USER | {"content": " "}, ANSWER], True),
-        ([USER, ANSWER | {"content": "\n"}], True),
-        ([USER, ANSWER | {"content": ""}, USER, ANSWER], True),
+        ("train_sft", "train"),
+        ("test_sft", "other"),
+        ("Test", "other"),
+        ("TRAIN.clean.100", "train"),
+        ("validation-matched", "val"),
+        ("", None),
     ],
 )
-def test_blank_conversations(talk: list, blank: bool) -> None:
-    assert is_blank(in_our_form({"messages": talk}, 1, Keys())) == blank
+def test_names_of_splits(name: str, split: str | None) -> None:
+    assert in_our_form({"text": "a", "split": name}, 1, Keys())["split"] == split
+    with pytest.raises(InputError, match="says split '_train', expected train, val or test"):
+        in_our_form({"text": "a", "split": "_train"}, 1, Keys())
+
+
+@pytest.mark.parametrize(
+    "talk, blank",
+    [
+        ([USER, ANSWER], None),
+        ([], "prompt"),
+        ([USER], "prompt"),  # a question without an answer is cut off
+        ([ANSWER], "prompt"),
+        ([USER | {"content": " "}, ANSWER], "prompt"),
+        ([USER, ANSWER | {"content": "\n"}], "answer"),
+        ([USER, ANSWER | {"content": ""}, USER, ANSWER], "answer"),
+    ],
+)
+def test_blank_conversations(talk: list, blank: str | None) -> None:
+    assert blank_part(in_our_form({"messages": talk}, 1, Keys())) == blank
 
 
 # ---- sources
@@ -138,6 +178,9 @@ def test_every_source_gives_the_same_tokens(checkpoint, tmp_path: Path) -> None:
     both.save_to_disk(tmp_path / "splits")
     train, val = prepared(read_records(tmp_path / "splits"), checkpoint, tmp_path / "data-splits")
     assert (len(train), len(val), train.meta["left_out"]) == (30, 6, {"of another split": 4})
+    args = dict(checkpoint_dir=checkpoint, data_dir=tmp_path / "data-fold", split_key="fold")
+    script("prepare_sources").main({str(tmp_path / "splits"): 1.0}, **args)
+    assert content(tmp_path / "data-fold")["split.bin"] == content(tmp_path / "data-splits")["split.bin"]
 
 
 @pytest.mark.parametrize(
@@ -146,12 +189,19 @@ def test_every_source_gives_the_same_tokens(checkpoint, tmp_path: Path) -> None:
         ("a.xlsx", b"", "a.xlsx is no file ending in .json, .jsonl, .csv, .parquet"),
         ("a.parquet", b"PAR1 and more", "a.parquet is no parquet file that can be read"),
         ("a.txt", b"\xff", "a.txt, line 1, is not UTF-8"),
-        ("folder", None, "The data set .*folder cannot be loaded"),
+        ("folder", None, "The data set .*folder cannot be read"),
+        (
+            "broken",
+            b'{"instruction": "a", "output": "b"}\n' * 400_000 + b"{oops}\n",
+            "The data set .*broken cannot be read",
+        ),
     ],
 )
 def test_sources_that_are_none(tmp_path: Path, name: str, content: bytes | None, said: str) -> None:
-    if content is None:
+    if "." not in name:  # a data set
         (tmp_path / name).mkdir()
+        if content is not None:
+            (tmp_path / name / "train.jsonl").write_bytes(content)
     else:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=said):
@@ -164,7 +214,7 @@ def test_mixing_takes_each_source_as_often_as_it_should(sizes, weights) -> None:
 
     original = records.read_records
     try:
-        records.read_records = lambda name: [{"id": f"{name}{i}"} for i in range(sizes[int(name)])]
+        records.read_records = lambda name, _: [{"id": f"{name}{i}"} for i in range(sizes[int(name)])]
         taken = [record["id"] for record in mix({str(i): weight for i, weight in enumerate(weights[: len(sizes)])})]
     finally:
         records.read_records = original
@@ -261,7 +311,13 @@ class Files(BaseHTTPRequestHandler):
         if self.server.status != 200 or self.path not in self.server.files:
             return self.send_error(404 if self.server.status == 200 else self.server.status)
         body = self.server.files[self.path]
+        if self.server.cut == "status":
+            return self.wfile.write(b"nonsense\r\n\r\n")
         self.send_response(200)
+        if self.server.cut == "chunk":  # the announced chunk does not come whole
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            return self.wfile.write(b"ffff\r\n" + body)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body[: self.server.cut])
@@ -340,15 +396,51 @@ def test_downloads_that_fail_leave_nothing(server, checkpoint, tmp_path: Path) -
         (url, 503, None, "answered 503 Service Unavailable."),
         (f"--url {server.url}/b.json", 200, None, "answered 404 Not Found."),
         (url, 200, 500, f"arrived as 500 bytes, expected {len(server.files['/a.json']):,} bytes. Run it again"),
+        (url, 200, "chunk", "could not be fetched: IncompleteRead"),
+        (url, 200, "status", "could not be fetched: nonsense"),
+        ("--url http://127.0.0.1:port/a.json", 200, None, "is no address"),
+        ("--url http://[::1/a.json", 200, None, "is no address"),
         ("--url http://127.0.0.1:1/a.json", 200, None, "could not be fetched"),
         ("--url nonsense", 200, None, "is no address"),
     ):
         server.status, server.cut = status, cut
         run = start("prepare_alpaca", prepare_it, checkpoint, tmp_path)
         assert run.returncode == 2 and said in run.stderr and run.stderr.count("\n") == 1, run.stderr
-        assert not any((tmp_path / "data/downloads").glob("[!.]*")) and not (tmp_path / "data/here").exists()
+        assert not any((tmp_path / "data").glob("downloads/*")) and not (tmp_path / "data/here").exists()
     server.status, server.cut = 200, None
-    assert start("prepare_alpaca", url, checkpoint, tmp_path).returncode == 0
+    server.files = {"/a.json?download=true": server.files["/a.json"]}
+    assert start("prepare_alpaca", f"{url}?download=true", checkpoint, tmp_path).returncode == 0
+    assert [path.name[8:] for path in (tmp_path / "data/downloads").iterdir()] == ["-a.json"]
+
+
+OTHER_FORMS = {
+    "prepare_lima": (b'{"conversations": "Who?"}', "a record without conversations, expected a list of texts"),
+    "prepare_lima gone": (b'{"messages": []}', "a record without conversations, expected a list of texts"),
+    "prepare_longform": (b'[{"instruction": "a", "output": "b"}]', "a record without input and output, expected"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FORMS)
+def test_another_form_is_named(name: str, checkpoint, tmp_path: Path, monkeypatch) -> None:
+    body, said = OTHER_FORMS[name]
+    module, file = script(name.split()[0]), tmp_path / ("a.jsonl" if "lima" in name else "a.json")
+    file.write_bytes(body)
+    monkeypatch.setattr(module, "fetch", lambda url, **_: file)
+    with pytest.raises(InputError, match=f"{file.name} holds {said}"):
+        module.main(checkpoint_dir=checkpoint, data_dir=tmp_path / "data")
+
+
+def test_keys_of_a_ready_script_can_be_others(checkpoint, tmp_path: Path, monkeypatch) -> None:
+    module, file = script("prepare_dolly"), tmp_path / "a.jsonl"
+    file.write_text("\n".join(json.dumps({"instruction": r["instruction"], "said": r["output"]}) for r in QA))
+    monkeypatch.setattr(module, "fetch", lambda url: file)
+    module.main(checkpoint_dir=checkpoint, data_dir=tmp_path / "data", output_key="said")
+    assert stored(Dataset(tmp_path / "data", "train")) == stored(prepared(QA, checkpoint, tmp_path / "reference")[0])
+
+
+def test_a_script_for_data_is_short() -> None:
+    for path in (ROOT / "scripts").glob("prepare_*.py"):
+        assert len(path.read_text().splitlines()) <= 40, path.name
 
 
 def test_checksums(server, tmp_path: Path, monkeypatch) -> None:

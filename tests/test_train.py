@@ -34,7 +34,7 @@ from lit_gpt.layout import Segment
 from lit_gpt.log import read_metrics
 from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
 from lit_gpt.model import GPT
-from lit_gpt.train import TrainArgs, learning_rate, make_optimizer
+from lit_gpt.train import TrainArgs, data_fingerprint, learning_rate, make_optimizer
 
 ROOT = Path(__file__).parents[1]
 EVERYWHERE = LoRA(r=4, alpha=8, query=True, key=True, value=True, projection=True, mlp=True, head=True)
@@ -316,6 +316,30 @@ def test_a_token_budget(lengths: list[int], prefix: int, budget: int, ranks: int
         assert all(layout.n_tokens <= budget or len(own[i]) <= 1 for i, (_, layout) in enumerate(of_rank))
         longest = [max(layout.pos).item() for _, layout in of_rank if layout.n_targets]
         assert longest == sorted(longest, reverse=True), "like lengths together, the longest first"
+
+
+def test_what_the_data_are_is_known(tiny_dir, tmp_path) -> None:
+    """Any other content or marks, of prepared records or of some in memory, is another fingerprint."""
+    texts = [f"{i} and {i}" for i in range(1000)]
+
+    def of_folder(texts: list[str], **settings) -> str:
+        records = [{"instruction": "Again", "output": text} for text in texts]
+        settings |= dict(checkpoint_dir=tiny_dir, data_dir=tmp_path / "data", prompt_style="none", val_fraction=0.0)
+        prepare(records, DataArgs(**settings))
+        return data_fingerprint(Dataset(tmp_path / "data", "train"))
+
+    def in_memory(tokens: list[int], trained: list[int]) -> str:
+        data = Dataset.__new__(Dataset)
+        data.meta, data.ends, data.records = {}, np.array([len(tokens)]), np.array([0])
+        data.tokens, data.trained = np.array(tokens), np.array(trained, np.uint8)
+        return data_fingerprint(data)
+
+    edited = [text.replace("7", "8") if i == 777 else text for i, text in enumerate(texts)]
+    assert of_folder(texts) == of_folder(texts)
+    assert len({of_folder(texts), of_folder(edited), of_folder(texts, mask_prompt=False)}) == 3
+    ids, marks = list(range(9000)), [1] * 9000
+    assert in_memory(ids, marks) == in_memory(ids, marks)
+    assert len({in_memory(ids, marks), in_memory([5, *ids[1:]], marks), in_memory(ids, [*marks[1:], 0])}) == 3
 
 
 @given(lengths=st.lists(st.integers(1, 99), min_size=1, max_size=60), size=st.integers(1, 9), seed=st.integers(0, 9))

@@ -183,6 +183,11 @@ def take_in(
     stops = [tokenizer.id_to_token(stop) for stop in tokenizer.stop_ids]
     for number, record in enumerate(records, 1):
         record = in_our_form(record, number, args)
+        for message in record.get("messages", ()):
+            for stop in stops:
+                if message["role"] == "assistant" and message["content"].rstrip().endswith(stop):
+                    # some data sets end their answers so; the template adds it anyway
+                    message["content"] = message["content"].rstrip().removesuffix(stop)
         if record["split"] == "other":
             counts[OTHER_SPLIT] += 1
         elif blank := blank_part(record):

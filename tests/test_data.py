@@ -90,6 +90,8 @@ def test_tokens_are_the_text_and_trained_is_the_answer(
     """In order, nothing lost or doubled; every record ends with a trained stop token, however long it was."""
     expected, counts = [], Counter()
     for record in records:
+        if record["output"].rstrip().endswith("</s>"):  # the template adds it anyway
+            record = record | {"output": record["output"].rstrip().removesuffix("</s>")}
         asked = (record["instruction"] + (record.get("input") or "")).strip()
         if not asked or not record["output"].strip():
             counts[f"empty {'answer' if asked else 'prompt'}"] += 1
@@ -255,7 +257,7 @@ NOTHING = {
     "1 empty text.": [{"text": " "}],
     "1 stop token inside an answer.": [{"instruction": "a", "output": "Use </s> to end. More."}],
     "2 stop token inside an answer.": [
-        {"messages": [TALK[0], TALK[1] | {"content": "b</s>"}, *TALK]},
+        {"messages": [TALK[0], TALK[1] | {"content": "b</s> c"}, *TALK]},
         {"messages": [TALK[0], CALL]},
     ],
 }

@@ -369,7 +369,7 @@ def copy_companions(source: Path, folder: Path, config: Config, dtype: str | Non
     """Copies the tokenizer and the settings; config.json says what the weights now are."""
     copy_others(source, folder)
     hf = read_json(source / "config.json")
-    renamed, new = getattr(families.load(config.family), "OLD", {}).get(hf.get("model_type"), ({}, {}))
+    renamed, new = families.fact(config.family, "OLD").get(hf.get("model_type"), ({}, {}))
     hf = {renamed.get(key, key): value for key, value in hf.items() if key != "auto_map"}  # no code goes along
     hf |= new | {"tie_word_embeddings": config.tie_embeddings}
     if dtype is not None:

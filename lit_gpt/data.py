@@ -355,16 +355,21 @@ def choose_split(splits: Sequence[int], prompts: Sequence[int], val_fraction: fl
 
 @contextmanager
 def counting() -> Iterator[Callable[[int, int], None]]:
-    """Gives a function to call with how many records and tokens there are so far: a line that counts, on a terminal."""
+    """Gives a function to call with how many records and tokens there are so far: a bar on a terminal. It has no end to
+    run towards, as records come from a stream."""
     from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
-    visible = console.is_terminal
-    with console.status("Reading") as status:
+    console, shown = Console(stderr=True), 0
+    columns = BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("Reading", total=None)
 
         def show(records: int, tokens: int) -> None:
-            if visible and records % 1000 == 0:
-                status.update(f"{records:,} records, {tokens:,} tokens")
+            nonlocal shown
+            if records >= shown + 1000:
+                shown = records
+                progress.update(bar, description=f"{records:,} records, {tokens:,} tokens")
 
         yield show
 

@@ -10,6 +10,7 @@ and, where it is not what USUAL says,
     IGNORED      tensors that some checkpoints carry and no model needs
     PREFIX       of their names, which some checkpoints leave out
     EXCEPTIONS   arguments of Config that no config.json says, by the name of the folder
+    OLD          model_types of before transformers knew them -> (their keys -> its keys, what else to write)
 To add one, write the file and put its name into FAMILIES; see tutorials/add_a_model_family.md.
 """
 
@@ -26,12 +27,12 @@ FAMILIES = (
     "granite", "smollm3", "gemma2", "starcoder2",
 )  # fmt: skip
 
-
 USUAL: dict[str, Any] = {
     "TRANSPOSED": (),
     "IGNORED": ("rotary_emb.inv_freq",),  # old exports saved this constant in every layer
     "PREFIX": "",
     "EXCEPTIONS": {},
+    "OLD": {},
 }
 
 

@@ -182,6 +182,9 @@ def watch(processes: list[subprocess.Popen], first: bool) -> None:
     Without it the others wait for the one that is gone, or print what they think of its absence.
     """
     parent, leaving = os.getppid(), threading.Event()
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":  # Fabric's own, which would end all without a word
+            thread._child_processes = []
 
     def look() -> None:
         while not leaving.wait(0.5):

@@ -122,14 +122,14 @@ def begin(settings: dict[str, Any], shard: bool = False) -> Run:
     Raises:
         InputError: out_dir is taken, something is no checkpoint or no prepared data, or they do not fit each other.
     """
-    settings = {key: value for key, value in settings.items() if key != "shared"} | settings["shared"]
-    args = chosen(RunArgs, settings)
+    own = {key: value for key, value in settings.items() if key != "shared"}
+    args = RunArgs(out_dir=own["out_dir"], **settings["shared"])
     claim_out_dir(args.out_dir, args.resume, args.overwrite)
     tokenizer, config = Tokenizer(args.checkpoint_dir), Config.from_checkpoint(args.checkpoint_dir)
     train_data, val_data = Dataset(args.data_dir, "train"), Dataset(args.data_dir, "val")
     train_data.check_fits(tokenizer, config)
     fabric = start(args, shard)
-    return Run(args, settings | vars(args), config, tokenizer, train_data, val_data, fabric, loading_device(fabric))
+    return Run(args, own | vars(args), config, tokenizer, train_data, val_data, fabric, loading_device(fabric))
 
 
 def start(args: LaunchArgs, shard: bool = False) -> "Fabric":

@@ -148,8 +148,13 @@ def test_every_package_is_declared() -> None:
 def test_one_home_each() -> None:
     """jsonargparse is cli's, the list of methods finetuned's, and only device knows which devices there are."""
     assert [name(path) for path in CODE if "jsonargparse" in others(path)] == ["lit_gpt/cli.py"]
-    # peft.py is LoRA in another file format, and export.py merges
-    assert {m for m in MODULES if ARROWS[m] & SURGEONS} == {"lit_gpt.finetuned", "lit_gpt.peft", "lit_gpt.export"}
+    # peft.py is LoRA in another file format, export.py merges, and xray.py estimates the cost of a step with LoRA
+    assert {m for m in MODULES if ARROWS[m] & SURGEONS} == {
+        "lit_gpt.finetuned",
+        "lit_gpt.peft",
+        "lit_gpt.export",
+        "lit_gpt.xray",
+    }
     assert SURGEONS and "lit_gpt.lora" in SURGEONS
     word = re.compile(r"\b(cuda|mps|ddp|fsdp|nccl|gloo)\b")
     says = {name(path) for path in CODE for text in literals(path) if word.search(text)}

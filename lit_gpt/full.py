@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from lit_gpt.errors import InputError
 from lit_gpt.model import GPT
+from lit_gpt.replace import check_patterns
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,8 @@ def mark_chosen_as_trainable(model: GPT, full: Full) -> list[str]:
         only = [rf"transformer\.h\.({blocks})\.", r"transformer\.ln_f\.", *head]
     if only == []:
         raise InputError("train_only is empty: nothing would train. Leave it out to train all.")
+    check_patterns(only or ())
     for pattern in only or ():
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise InputError(f"train_only has {pattern!r}, which is no pattern of names ({error}).") from None
         if not any(fits(name, pattern) for name in names):
             raise InputError(f"train_only has {pattern!r}, which no parameter's name begins with. One is {names[-1]}.")
     chosen = [name for name in names if only is None or any(fits(name, pattern) for pattern in only)]

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lit_gpt.errors import InputError
 from lit_gpt.model import GPT
-from lit_gpt.replace import replace_modules
+from lit_gpt.replace import check_patterns, replace_modules
 
 PLACES = {  # field of LoRA -> the modules it names, below transformer.h.{layer} but for the head
     "query": r"attn\.q",
@@ -107,14 +107,6 @@ class LoRA:
         return blocks
 
 
-def check_patterns(patterns: Iterable[str]) -> None:
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise InputError(f"{pattern!r} is no pattern of names ({error}). One is attn.q or mlp.fc_[12].") from None
-
-
 def fits(name: str, patterns: Iterable[str]) -> str | None:
     """The first pattern that a module's name, or its last parts, match."""
     return next((pattern for pattern in patterns if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name)), None)
@@ -195,7 +187,7 @@ def apply_lora(model: GPT, lora: LoRA) -> list[str]:
     n_layer, kind = model.config.n_layer, DoRALinear if lora.dora else LoRALinear
     lora.blocks(n_layer)  # refuses layers that are not there, even if only the head is adapted
     linears = [name for name, module in model.named_modules() if hasattr(module, "in_features")]
-    names = [name for name in linears if lora.matches(name, n_layer)]
+    names = {name for name in linears if lora.matches(name, n_layer)}
     if not names:
         raise InputError(f"{lora} matches no linear of {model.config.name}.")
     for pattern in (*lora.rank_pattern, *lora.alpha_pattern):

@@ -68,7 +68,7 @@ def check_method(method: str) -> None:
         raise InputError(f"There is no plan for finetune/{method}.py. Choose lora, full, adapter or adapter_v2.")
 
 
-def setup_of(method: str, settings: dict[str, Any], config: Config, tokens: int | None = None) -> Setup:
+def setup_of_script(method: str, settings: dict[str, Any], config: Config, tokens: int | None = None) -> Setup:
     """What a script's settings say. The records are those of the heaviest step; or all of `tokens` tokens.
 
     Raises:
@@ -84,6 +84,11 @@ def setup_of(method: str, settings: dict[str, Any], config: Config, tokens: int 
     else:
         n = min(train.micro_batch_size, train.global_batch_size)
         longest = (tokens,) * (n if train.micro_batch_tokens is None else max(1, train.micro_batch_tokens // tokens))
+    return setup_of(method, of_method, settings, config, longest)
+
+
+def setup_of(method: str, of_method: Any, settings: dict[str, Any], config: Config, lengths: tuple[int, ...]) -> Setup:
+    """What the flags of every recipe say, and the settings of a method."""
     return Setup(
         config=config,
         method=method,
@@ -93,7 +98,7 @@ def setup_of(method: str, settings: dict[str, Any], config: Config, tokens: int 
         quantize=settings.get("quantize"),
         activation_checkpointing=settings["activation_checkpointing"],
         optimizer=settings["optimizer"],
-        lengths=longest,
+        lengths=lengths,
     )
 
 

@@ -19,7 +19,6 @@ from lit_gpt.device import (
     LoggerName,
     Precision,
     Strategy,
-    autocast_dtype,
     is_sharded,
     launch,
     loading_device,
@@ -28,7 +27,7 @@ from lit_gpt.device import (
 from lit_gpt.errors import InputError
 from lit_gpt.finetuned import METHODS, Checkpoints, Finetuned, claim_out_dir, load_trained, start_run
 from lit_gpt.generate import answers
-from lit_gpt.memory import Setup, heaviest_lengths, plan
+from lit_gpt.memory import heaviest_lengths, plan, setup_of
 from lit_gpt.model import GPT
 from lit_gpt.quantize import Quantize, quantization
 from lit_gpt.report import finish
@@ -152,18 +151,8 @@ def say_plan(run: Run, train: TrainArgs, method: str, settings: Any, quantize: Q
     epoch = 6 * n_params * tokens / SPEED[run.fabric.device.type == "cpu"]  # seconds
     if run.config.n_expert or 0.25 * run.config.n_layer > 0.05 * epoch:
         return
-    args = run.args
-    setup = Setup(
-        config=run.config,
-        method=method,
-        settings=settings,
-        dtype=weight_dtype(args.precision),
-        autocast=autocast_dtype(args.precision),
-        quantize=quantize,
-        activation_checkpointing=args.activation_checkpointing,
-        optimizer=args.optimizer,
-        lengths=heaviest_lengths(run.train_data, train),
-    )
+    flags = vars(run.args) | {"quantize": quantize}
+    setup = setup_of(method, settings, flags, run.config, heaviest_lengths(run.train_data, train))
     try:
         split = " before it is split among the devices" if is_sharded(run.fabric) else ""
         print(f"Planned peak of a step{split}: {plan(setup)}.", file=sys.stderr)

@@ -1,8 +1,11 @@
 """Swap modules of a built model in place: the one tree walk behind LoRA, adapters and quantization."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 
 from torch import nn
+
+from lit_gpt.errors import InputError
 
 
 def replace_modules(model: nn.Module, swap: Callable[[str, nn.Module], nn.Module | None]) -> list[str]:
@@ -25,3 +28,12 @@ def replace_modules(model: nn.Module, swap: Callable[[str, nn.Module], nn.Module
 
     walk(model, "")
     return swapped
+
+
+def check_patterns(patterns: Iterable[str]) -> None:
+    """Raises InputError where what is to choose modules or parameters by their names is no pattern."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(f"{pattern!r} is no pattern of names ({error}). One is attn.q or mlp.fc_[12].") from None

@@ -43,7 +43,7 @@ def main(
     if settings["precision"] == "auto" and card_gb is not None:
         settings["precision"] = "bf16-true"
     config = Config.from_name(model_name) if model_name else Config.from_checkpoint(settings["checkpoint_dir"])
-    setup = memory.setup_of(path.stem, settings, config, tokens)
+    setup = memory.setup_of_script(path.stem, settings, config, tokens)
 
     n, longest = len(setup.lengths), max(setup.lengths)
     what = f"{setup.quantize or str(setup.dtype).removeprefix('torch.')}, {n} records of up to {longest:,} tokens"

@@ -10,35 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from lit_gpt.checkpoint import Writer
 from lit_gpt.errors import InputError
 from lit_gpt.files import must_be_empty, new_folder
+from lit_gpt.gguf_tokenizer import TOKENIZER_KEYS, adds_bos, build_tokenizer, special_ids
 
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
-# What cuts a text into words, per `tokenizer.ggml.pre`: each expression works on the pieces that the one before has
-# left. They are llama.cpp's, which normalizes nothing. Its Unicode is a little older than that of `tokenizers`: over
-# all of the first three planes, "default" cuts differently at U+1B4E, U+1B4F and U+1B7F, the others nowhere.
-GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-LLAMA3_WORDS = (
-    r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-PRE_TOKENIZERS = {
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]"),
-    "gpt-2": (GPT2_WORDS,),
-    "llama-bpe": (LLAMA3_WORDS,),
-    "qwen2": (LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}"),),
-    "smollm": (r"\p{N}", GPT2_WORDS),
-}
-IGNORES_MERGES = {"llama-bpe"}  # a word that is a token is not taken apart, whatever the merges say
-ADDS_BOS = {"llama-bpe"}  # unless the file says otherwise
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # values of `tokenizer.ggml.token_type`: tokens taken out of a text first
-
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-TOKENIZER_KEYS = tuple(f"tokenizer.ggml.{key}" for key in ("pre", "tokens", "token_type", "merges"))
 REQUIRED_KEYS = (  # of the architecture
     "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
     "attention.layer_norm_rms_epsilon",
@@ -196,18 +176,19 @@ def import_gguf() -> Any:
 
 
 def check_metadata(metadata: dict[str, Any]) -> None:
-    """Refuses by name what a Hugging Face folder with a byte-level BPE tokenizer cannot express."""
+    """Refuses by name what a Hugging Face folder with a BPE tokenizer cannot express."""
     architecture, tokenizer = metadata.get("general.architecture"), metadata.get("tokenizer.ggml.model")
     if architecture not in ARCHITECTURES:
         known = " or ".join(ARCHITECTURES)
         raise InputError(f"The GGUF file's architecture is {architecture}; expected {known}. Pass another --gguf_path.")
-    if tokenizer != "gpt2":
+    if tokenizer not in TOKENIZER_KEYS:
         raise InputError(
-            f"The GGUF file's tokenizer is of the kind {tokenizer}; expected gpt2 (byte-level BPE), the one that "
-            "tokenizer.json repeats exactly. Use the model's Hugging Face folder instead."
+            f"The GGUF file's tokenizer is of the kind {tokenizer}; expected gpt2 or llama (two sorts of BPE), "
+            "which tokenizer.json repeats exactly. Use the model's Hugging Face folder instead."
         )
     required = [f"{architecture}.{key}" for key in REQUIRED_KEYS]
-    missing = [key for key in (*required, *TOKENIZER_KEYS) if key not in metadata]
+    words = [f"tokenizer.ggml.{key}" for key in TOKENIZER_KEYS[tokenizer]]
+    missing = [key for key in (*required, *words) if key not in metadata]
     if missing:
         raise InputError(
             f"The GGUF file has no {', '.join(missing)}. Make it again with llama.cpp's convert_hf_to_gguf.py."
@@ -301,74 +282,6 @@ def rope_scaling(
         f"The GGUF file scales its rotary positions by {kind}, factor {factor}; expected none, linear, or Llama 3's "
         f"(from {original} positions, low_freq_factor 1, high_freq_factor 4). Use the model's Hugging Face folder."
     )
-
-
-def special_ids(metadata: dict[str, Any]) -> dict[str, int]:
-    """The ids of the special tokens that the file names: bos, eos, unk, pad, the end of a turn, of a message."""
-    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot", "eom": "eom"}
-    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
-    ids = {name: id for name, id in ids.items() if id is not None}
-    n_tokens = len(metadata["tokenizer.ggml.tokens"])
-    outside = ", ".join(f"{name} = {id}" for name, id in ids.items() if id >= n_tokens)
-    if outside or "eos" not in ids:
-        raise InputError(
-            f"The GGUF file has {n_tokens} tokens and the special ones {outside or ids}; expected an eos token, and "
-            "ids below the number of tokens. Use the model's Hugging Face folder instead."
-        )
-    return ids
-
-
-def adds_bos(metadata: dict[str, Any], special: dict[str, int]) -> bool:
-    if metadata.get("tokenizer.ggml.add_eos_token"):
-        raise InputError(
-            "The GGUF file ends every text with an eos token. Use the model's Hugging Face folder instead."
-        )
-    adds = metadata.get("tokenizer.ggml.add_bos_token", metadata["tokenizer.ggml.pre"] in ADDS_BOS)
-    if adds and "bos" not in special:
-        raise InputError("The GGUF file begins every text with a bos token, but has no tokenizer.ggml.bos_token_id.")
-    return adds
-
-
-def words_of(kind: str) -> pre_tokenizers.PreTokenizer:
-    """What cuts a text into words, and these into the letters that stand for bytes."""
-    cuts = [pre_tokenizers.Split(Regex(expression), behavior="isolated") for expression in PRE_TOKENIZERS[kind]]
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([*cuts, to_bytes])
-
-
-def build_tokenizer(metadata: dict[str, Any], special: dict[str, int]) -> Tokenizer:
-    """tokenizer.json. Its tokens are compared with llama.cpp's in `tests/test_gguf.py`."""
-    kind, tokens = metadata["tokenizer.ggml.pre"], metadata["tokenizer.ggml.tokens"]
-    if kind not in PRE_TOKENIZERS:
-        raise InputError(
-            f"The GGUF file cuts texts into words in the way {kind} (tokenizer.ggml.pre); known are "
-            f"{', '.join(PRE_TOKENIZERS)}. Add it to PRE_TOKENIZERS in lit_gpt/gguf.py."
-        )
-    types, vocab = metadata["tokenizer.ggml.token_type"], {token: id for id, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    strange = [pair for pair in merges if len(pair) != 2 or not vocab.keys() >= {*pair, "".join(pair)}]
-    if len(vocab) != len(tokens) or len(types) != len(tokens) or strange:
-        raise InputError(
-            f"The GGUF file's tokenizer has {len(tokens)} tokens, of which {len(vocab)} differ, {len(types)} types and "
-            f"{len(strange)} merges of unknown tokens; expected three equal numbers and 0. Fetch the file again."
-        )
-
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=kind in IGNORES_MERGES))
-    tokenizer.pre_tokenizer = words_of(kind)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(
-        [
-            AddedToken(token, special=type != USER_DEFINED, normalized=False)
-            for token, type in zip(tokens, types, strict=True)
-            if type in (UNKNOWN, CONTROL, USER_DEFINED)
-        ]
-    )
-    if adds_bos(metadata, special):
-        bos = tokens[special["bos"]]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, special["bos"])]
-        )
-    return tokenizer
 
 
 def json_files(config: dict[str, Any], metadata: dict[str, Any], special: dict[str, int]) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,5 @@
 """A checkpoint of the llama architecture as a GGUF file, for llama.cpp."""
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,8 @@ from lit_gpt.config import Config
 from lit_gpt.convert import hf_name
 from lit_gpt.errors import InputError
 from lit_gpt.files import must_be_empty, new_folder
-from lit_gpt.gguf import LAYER_TENSORS, OTHER_TENSORS, PRE_TOKENIZERS, convert_gguf, import_gguf, words_of
+from lit_gpt.gguf import LAYER_TENSORS, OTHER_TENSORS, convert_gguf, import_gguf
+from lit_gpt.gguf_tokenizer import PROBE, vocabulary
 from lit_gpt.model import GPT
 from lit_gpt.proof import difference, logits_of
 from lit_gpt.rope import Rope
@@ -20,8 +20,6 @@ from lit_gpt.tokenizer import Tokenizer
 
 FILE_TYPES = {"float32": 0, "float16": 1, "q8_0": 7, "bfloat16": 32}  # llama.cpp's numbers of them
 ROUNDING = {"float32": 1e-4, "float16": 0.03, "q8_0": 0.15, "bfloat16": 0.15}
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
-PROBE = "Hello  World, it's 12345 o'clock!!\n\n\tÜber 3.14\u00a0日本語 I'LL don't_x\r\n  end  "
 
 GGUFType = Literal["float32", "float16", "bfloat16", "q8_0"]
 
@@ -88,42 +86,6 @@ def add_settings(writer: Any, config: Config, kind: GGUFType) -> None:
         writer.add_rope_scaling_factor(scaling["factor"])
     elif scaling:  # the factors of llama3 are a tensor of their own
         writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
-
-
-def vocabulary(checkpoint_dir: Path, config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What llama.cpp needs to know of the tokenizer, by the writer's method for it."""
-    path = checkpoint_dir / "tokenizer.json"
-    if not path.is_file():
-        raise InputError(f"{checkpoint_dir} has no tokenizer.json; only byte-level BPE can be written as GGUF.")
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    if stored["model"].get("type") != "BPE" or stored.get("normalizer"):
-        raise InputError(f"The tokenizer of {checkpoint_dir} is no byte-level BPE, or changes texts before it.")
-    own = tokenizer.processor.pre_tokenizer.pre_tokenize_str(PROBE)
-    kinds = [kind for kind in PRE_TOKENIZERS if words_of(kind).pre_tokenize_str(PROBE) == own]
-    if not kinds:
-        raise InputError(f"llama.cpp has no known name for how {checkpoint_dir} cuts texts into words.")
-    tokens = [f"[PAD{i}]" for i in range(config.padded_vocab_size)]
-    types = [UNUSED] * len(tokens)
-    for token, i in stored["model"]["vocab"].items():
-        tokens[i], types[i] = token, NORMAL
-    for added in stored.get("added_tokens", []):
-        tokens[added["id"]], types[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
-    found = {
-        "add_tokenizer_model": "gpt2",
-        "add_tokenizer_pre": kinds[0],
-        "add_token_list": tokens,
-        "add_token_types": types,
-        "add_token_merges": [m if isinstance(m, str) else " ".join(m) for m in stored["model"]["merges"]],
-        "add_eos_token_id": tokenizer.eos_id,
-        "add_add_bos_token": tokenizer.use_bos,
-    }
-    others = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
-    found |= {name: i for name, i in zip(("add_eot_token_id", "add_eom_token_id"), others)}
-    if tokenizer.bos_id is not None:
-        found["add_bos_token_id"] = tokenizer.bos_id
-    if tokenizer.chat_template:
-        found["add_chat_template"] = tokenizer.chat_template
-    return found
 
 
 def tensors(model: GPT) -> Any:

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, make_tiny
+from record_llama_cpp import llama_cpp_tokens
 from test_families import CASES, make, tokens
 from test_model import error, reference
 from test_peft import trained, weights_of
+from tiny_tokenizers import SPECIAL, metaspace, sentencepiece, write
+from tiny_tokenizers import TEXTS as ALL_SORTS
 
 from lit_gpt import Config, InputError, Tokenizer, gguf_out
 from lit_gpt import export as exporting
@@ -20,6 +23,7 @@ from lit_gpt.checkpoint import convert, load_model, save_hf, save_tensors, write
 from lit_gpt.export import export_merged, export_peft
 from lit_gpt.finetuned import load_finetuned
 from lit_gpt.generate import stream
+from lit_gpt.gguf import convert_gguf, read_gguf
 from lit_gpt.lora import LoRA, LoRALinear
 from lit_gpt.proof import TEXTS, difference, logits_of, prove
 from lit_gpt.replace import replace_modules
@@ -207,8 +211,6 @@ def test_a_folder_with_something_in_it_is_left_alone(format, tiny, tmp_path) -> 
 def test_gguf_is_the_model(kind, tiny, tmp_path, capsys) -> None:
     path = gguf_out.export_gguf(tiny, tmp_path / "gguf", kind)
     assert path.is_file() and "tokens are the same" in capsys.readouterr().out
-    from lit_gpt.gguf import convert_gguf
-
     convert_gguf(path, tmp_path / "again")
     for (name, ours), theirs in zip(
         load_model(tiny).state_dict().items(), load_model(tmp_path / "again").state_dict().values(), strict=True
@@ -222,6 +224,55 @@ def test_gguf_is_the_model(kind, tiny, tmp_path, capsys) -> None:
             assert ((ours - theirs).unflatten(-1, (-1, 32)).abs() <= 0.51 * step + 1e-3 * step * 127).all(), name
     again, before = Tokenizer(tmp_path / "again"), Tokenizer(tiny)
     assert again.chat_template == before.chat_template and again.stop_ids == before.stop_ids
+
+
+def pieces_dir(folder: Path, sample_dir: Path, kind: str, **settings) -> Path:
+    """A tiny llama with a sentencepiece tokenizer: tokenizer.model, or a tokenizer.json as Llama 2 has it."""
+    make_tiny(folder, sample_dir, vocab_size=512, hidden_size=64, num_attention_heads=4)
+    (folder / "tokenizer.json").unlink()
+    file = {"tokenizer_json": metaspace()} if kind == "json" else {"tokenizer_model": sentencepiece(**settings)}
+    return write(folder, **file, tokenizer_config_json=SPECIAL | {"add_bos_token": True})
+
+
+@pytest.mark.parametrize("kind", ["model", "json"])
+def test_gguf_has_the_pieces_of_sentencepiece(kind, sample_dir, tmp_path) -> None:
+    folder = pieces_dir(tmp_path / "model", sample_dir, kind, user_defined_symbols=["<pre>"])
+    path = gguf_out.export_gguf(folder, tmp_path / "gguf", "float32")
+    found = {key.removeprefix("tokenizer.ggml."): value for key, value in read_gguf(path)[0].items()}
+    before, n_words = Tokenizer(folder), Tokenizer(folder).vocab_size
+    assert found["tokens"][:n_words] == [before.id_to_token(i) for i in range(n_words)]
+    types, words = found["token_type"], found["tokens"]
+    expected = {"<unk>": 2, "<s>": 3, "</s>": 3, "<0x00>": 6, "<0xFF>": 6, "▁": 1, "a": 1, "[PAD511]": 5}
+    assert {word: types[words.index(word)] for word in expected} == expected and types.count(6) == 256
+    if kind == "model":
+        assert types[words.index("<pre>")] == 4 and types.count(4) == 1
+        assert found["scores"][:n_words] == [before.processor.get_score(i) for i in range(n_words)]
+    else:  # joined in the order of the merges
+        assert (
+            found["scores"][words.index("▁a")] > found["scores"][words.index("▁▁")] > found["scores"][words.index("a")]
+        )
+    ids = [found[f"{name}_token_id"] for name in ("unknown", "bos", "eos")]
+    assert ids == [0, 1, 2] and found["model"] == "llama" and found["add_space_prefix"] and found["add_bos_token"]
+
+    convert_gguf(path, tmp_path / "again")
+    after = Tokenizer(tmp_path / "again")
+    for text in ALL_SORTS:
+        assert after.encode(text).tolist() == before.encode(text).tolist(), text
+        assert after.decode(after.encode(text)) == before.decode(before.encode(text)), text
+
+
+def test_pieces_that_llama_cpp_would_cut_otherwise(sample_dir, tmp_path) -> None:
+    cases = [dict(normalization_rule_name="nmt_nfkc"), dict(model_type="unigram"), dict(byte_fallback=False)]
+    for i, case in enumerate([*cases, dict(remove_extra_whitespaces=True)]):
+        folder = pieces_dir(tmp_path / str(i), sample_dir, "model", **case)
+        with pytest.raises(InputError, match="llama.cpp would find other tokens"):
+            gguf_out.export_gguf(folder, tmp_path / "gguf", "float32")
+    folder = pieces_dir(tmp_path / "few", sample_dir, "json")
+    words = json.loads((folder / "tokenizer.json").read_text())
+    words["model"]["merges"].pop()  # llama.cpp would join the two all the same, as they are a token
+    (folder / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(InputError, match="llama.cpp would find other tokens"):
+        gguf_out.export_gguf(folder, tmp_path / "gguf", "float32")
 
 
 def test_rotary_scaling_of_llama_3_goes_along(sample_dir, tmp_path) -> None:
@@ -250,16 +301,28 @@ for ids in json.loads(sys.argv[2]):
 """
 
 
-def test_llama_cpp_writes_the_same(sample_dir, tmp_path) -> None:
-    """Greedy tokens of the sample model."""
+@pytest.mark.parametrize("kind", ["float16", "q8_0"])
+def test_llama_cpp_writes_the_same(kind, sample_dir, tmp_path) -> None:
+    """Greedy tokens of the sample model; of the one with rounded weights, where they were rounded."""
     pytest.importorskip("llama_cpp")
-    path = gguf_out.export_gguf(sample_dir, tmp_path / "gguf", "float16")
-    tokenizer, model = Tokenizer(sample_dir), load_model(sample_dir)
+    path = gguf_out.export_gguf(sample_dir, tmp_path / "gguf", kind)
+    convert_gguf(path, tmp_path / "again")
+    tokenizer, model = Tokenizer(sample_dir), load_model(tmp_path / "again")
     prompts = [tokenizer.encode(text) for text in TEXTS[:3]]
     command = [sys.executable, "-c", LLAMA_CPP, str(path), json.dumps([ids.tolist() for ids in prompts])]
     found = subprocess.check_output(command, text=True).strip().splitlines()[-3:]
     for ids, theirs in zip(prompts, found, strict=True):
         assert list(stream(model, ids, len(ids) + 20, temperature=0.0)) == json.loads(theirs)
+
+
+@pytest.mark.parametrize("kind", ["model", "json"])
+def test_llama_cpp_reads_the_same_pieces(kind, sample_dir, tmp_path) -> None:
+    pytest.importorskip("llama_cpp")
+    folder = pieces_dir(tmp_path / "model", sample_dir, kind, user_defined_symbols=["<pre>"])
+    path, tokenizer = gguf_out.export_gguf(folder, tmp_path / "gguf", "float32"), Tokenizer(folder)
+    texts = [text for text in ALL_SORTS if text and "<" not in text]  # no special tokens; llama.cpp has no empty text
+    found = llama_cpp_tokens(path, texts, special=True)
+    assert found == [encoded.ids for encoded in tokenizer.encode_batch(texts, bos=False)]
 
 
 def test_convert_script(tiny, tmp_path) -> None:

@@ -37,6 +37,7 @@ import lit_gpt.gguf
 from lit_gpt.checkpoint import load_model
 from lit_gpt.errors import InputError
 from lit_gpt.gguf import FILES, convert_gguf
+from lit_gpt.gguf_tokenizer import build_tokenizer, special_ids
 
 ROOT = Path(__file__).parents[1]
 RECORDED = json.loads(TOKENS_FILE.read_text(encoding="utf-8"))
@@ -102,7 +103,7 @@ def test_tokens_of_other_kinds_equal_llama_cpp(kind: str, sample_dir: Path, tmp_
 def vocabulary_tokenizer(sample_dir: Path, folder: Path, kind: str) -> Tokenizer:
     write_gguf(folder / f"{kind}.gguf", vocabulary(sample_dir, kind), {})
     metadata, _ = lit_gpt.gguf.read_gguf(folder / f"{kind}.gguf")
-    return lit_gpt.gguf.build_tokenizer(metadata, lit_gpt.gguf.special_ids(metadata))
+    return build_tokenizer(metadata, special_ids(metadata))
 
 
 @pytest.mark.parametrize("kind", ("smollm", *OTHER_KINDS))
@@ -325,7 +326,8 @@ def refused(gguf_path: Path, *parts: str) -> str:
     ("change", "parts"),
     (
         ({"tokenizer.ggml.pre": "deepseek-llm"}, ("deepseek-llm", "smollm", "PRE_TOKENIZERS")),
-        ({"tokenizer.ggml.model": "llama"}, ("kind llama", "expected gpt2", "Hugging Face folder")),
+        ({"tokenizer.ggml.model": "bert"}, ("kind bert", "expected gpt2 or llama", "Hugging Face folder")),
+        ({"tokenizer.ggml.model": "llama"}, ("has no tokenizer.ggml.scores",)),
         ({"tokenizer.ggml.model": None}, ("kind None", "expected gpt2")),
         ({"tokenizer.ggml.merges": None, "llama.block_count": None}, ("tokenizer.ggml.merges", "llama.block_count")),
         ({"tokenizer.ggml.merges": ["t h", "q Ġ"]}, ("1 merges of unknown tokens", "again")),

@@ -208,12 +208,9 @@ def fill_template(
     from jinja2 import TemplateError
 
     mistakes = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError)  # of a program that is not ours
-    special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-    special = {name: "" if i is None else tokenizer.id_to_token(i) for name, i in special.items()}
+    given = dict(messages=messages, add_generation_prompt=add_generation_prompt, tools=tools, documents=None)
     try:
-        return compile_template(source).render(
-            messages=messages, add_generation_prompt=add_generation_prompt, tools=tools, documents=None, **special
-        )
+        return compile_template(source).render(given | tokenizer.special_tokens)
     except mistakes as error:
         raise InputError(f"The chat template says: {error}") from None
 

@@ -14,6 +14,8 @@ import torch
 from lit_gpt.config import read_json
 from lit_gpt.errors import InputError
 
+SPECIAL_TOKENS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]  # templates know them
+
 
 class Encoded(NamedTuple):
     ids: list[int]
@@ -55,6 +57,9 @@ class Tokenizer:
         asked = settings.get("add_bos_token")  # some files say null
         self.use_bos = self.bos_id is not None and (adds_bos(self.bos_id) if asked is None else asked)
         self.chat_template = read_chat_template(folder, settings)
+        named = {name: spelled(settings[name]) for name in SPECIAL_TOKENS if settings.get(name)}
+        found = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        self.special_tokens = {name: self.id_to_token(i) for name, i in found.items() if i is not None} | named
 
     def load_tokenizers(self, path: Path) -> Any:
         from tokenizers import Tokenizer as HFTokenizer
@@ -78,10 +83,9 @@ class Tokenizer:
         return lambda bos_id: True  # the models that come with a tokenizer.model alone were all trained with one
 
     def special_id(self, token: str | dict | None, fallback: int | list[int] | None) -> int | None:
-        """The id of a token that tokenizer_config.json spells (as text, or as a mapping), else config.json's id."""
-        text = token["content"] if isinstance(token, dict) else token
-        if text is not None:
-            return self.token_to_id(text)
+        """The id of a token that tokenizer_config.json spells, else config.json's id."""
+        if token is not None:
+            return self.token_to_id(spelled(token))
         if fallback is not None:
             return fallback[0] if isinstance(fallback, list) else fallback
         return None
@@ -193,7 +197,7 @@ class Tokenizer:
     def behaviour(self) -> str:
         """All that decides which tokens a conversation becomes, as a text to compare."""
         rules = self.processor.to_str() if self.backend == "tokenizers" else self.fingerprint
-        special = (self.use_bos, self.bos_id, self.eos_id, sorted(self.stop_ids), self.chat_template)
+        special = (self.use_bos, self.special_tokens, sorted(self.stop_ids), self.chat_template)
         return hashlib.sha256(f"{rules} {special}".encode()).hexdigest()
 
     @cached_property
@@ -206,6 +210,11 @@ class Tokenizer:
         else:
             content = self.processor.serialized_model_proto()
         return hashlib.sha256(content).hexdigest()
+
+
+def spelled(token: str | dict[str, Any]) -> str:
+    """A special token as tokenizer_config.json has it: a text, or a mapping that holds one."""
+    return token["content"] if isinstance(token, dict) else token
 
 
 def read_if_there(path: Path) -> dict[str, Any]:

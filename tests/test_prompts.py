@@ -11,6 +11,7 @@ from tiny_tokenizers import byte_level, write
 from lit_gpt import InputError, Tokenizer
 from lit_gpt.data import mark_trained
 from lit_gpt.prompts import render, resolve_style, style_label, style_names
+from lit_gpt.tokenizer import SPECIAL_TOKENS
 
 TEMPLATES = Path(__file__).parent / "data/chat_templates"
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
@@ -66,6 +67,7 @@ def load(tmp_path_factory, sample_dir):
             if name != "sample":
                 case = CASES.get(name, CASES["chatml"])
                 config = {"bos_token": "<s>", "eos_token": case.eos, "tokenizer_class": "PreTrainedTokenizerFast"}
+                config["pad_token"] = {"content": "<|im_start|>", "__type": "AddedToken"}
                 config["chat_template"] = source or (TEMPLATES / f"{name}.jinja").read_text()
                 ends = [SPECIAL.index(token) for token in (case.eos, case.stop) if token]
                 files = dict(tokenizer_config_json=config, generation_config_json={"eos_token_id": ends})
@@ -175,6 +177,15 @@ def test_json_is_that_of_transformers(load, filter: str) -> None:
     source = "{{ {'b': 'é<&>', 'a': [1, none]} | " + filter + " }}{{ documents is defined }}{{ messages[0].content }}"
     tokenizer, reference = load(source, source)
     text = render("chat", {"messages": [USER]}, tokenizer).text
+    assert text == reference.apply_chat_template([USER], tokenize=False)
+
+
+def test_special_tokens_reach_the_template(load) -> None:
+    tokens = "".join(f"{{{{ {name} if {name} is defined else 'no' }}}} " for name in SPECIAL_TOKENS)
+    source = tokens + "{{ messages[0].content }}"
+    tokenizer, reference = load(source, source)
+    text = render("chat", {"messages": [USER]}, tokenizer).text
+    assert text == "<s> <|im_end|> no no <|im_start|> no no What is 2 + 2?"
     assert text == reference.apply_chat_template([USER], tokenize=False)
 
 

@@ -55,6 +55,8 @@ def main(
     claim_out_dir(out_dir, args.resume, args.overwrite)
     if sweep:
         check_sweep(sweep_seeds)
+    if sweep or classifier.method == "features":
+        classify.check_scikit_learn()
     tokenizer, config = Tokenizer(args.checkpoint_dir), Config.from_checkpoint(args.checkpoint_dir)
     steps = steps_of(classifier, config.n_layer) if sweep else {classifier.method: classifier}
     depths = {step.first_trained_block(config.n_layer) for step in steps.values()} - {0}

@@ -12,6 +12,7 @@ import hashlib
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -472,13 +473,17 @@ def confusion_figure(confusion: np.ndarray, names: Sequence[str]) -> "Figure":
     return figure
 
 
+def check_scikit_learn() -> None:
+    """Raises InputError where it is not installed."""
+    if find_spec("sklearn") is None:
+        raise InputError("--method features and --sweep need scikit-learn: pip install -e '.[classify]'")
+
+
 @torch.no_grad()
 def fit_logistic_regression(model: Classifier, train_data: Texts, size: int) -> None:
     """Sets the head to a logistic regression on the standardized features of these texts."""
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ModuleNotFoundError:
-        raise InputError("Features need scikit-learn: pip install -e '.[classify]'") from None
+    from sklearn.linear_model import LogisticRegression
+
     features = compute(model.features, train_data, size).astype(np.float64)
     mean, std = features.mean(0), features.std(0) + 1e-6
     found = LogisticRegression(max_iter=2000, class_weight="balanced" if model.class_weights is not None else None)

@@ -4,7 +4,6 @@ import csv
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING
@@ -37,8 +36,6 @@ def check_sweep(n_seeds: int) -> None:
     """Raises InputError where a sweep could not begin or not be drawn."""
     if n_seeds < 1:
         raise InputError(f"--sweep_seeds is {n_seeds}, expected 1 or more.")
-    if find_spec("sklearn") is None:
-        raise InputError("A sweep needs scikit-learn: pip install -e '.[classify]'")
     check_can_draw()
 
 

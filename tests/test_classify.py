@@ -21,6 +21,7 @@ from lit_gpt.classify import (
     ClassifierArgs,
     Texts,
     cached_rows,
+    check_scikit_learn,
     class_weights,
     compute,
     encode,
@@ -242,6 +243,9 @@ def test_a_sweep_goes_on_with_its_settings(tmp_path) -> None:
 def test_a_sweep_that_cannot_end_does_not_begin(monkeypatch) -> None:
     with pytest.raises(InputError, match="--sweep_seeds is 0"):
         check_sweep(0)
+    monkeypatch.setattr("lit_gpt.classify.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="scikit-learn: pip install"):
+        check_scikit_learn()
     monkeypatch.setattr("lit_gpt.report.find_spec", lambda name: None)
     with pytest.raises(InputError, match="matplotlib: pip install"):
         check_sweep(1)

@@ -106,11 +106,12 @@ def xray(data_dir: Path, tokenizer: Tokenizer, config: Config) -> XRay:
     found, split = XRay(left_out=data.meta["left_out"]), np.asarray(data.split)
     lengths = np.diff(data.ends, prepend=0)
     look = Looker(tokenizer, config)
-    same, prompts, prompt_lengths, trained = (np.zeros(len(lengths), np.int64) for _ in range(4))
+    same, prompts, prompt_lengths, heads, trained = (np.zeros(len(lengths), np.int64) for _ in range(5))
     for at, starts, tokens, marks in parts(data):
         here = slice(at, at + len(starts))
         used = split[here] != NEITHER
         flags, trained[here], prompt_lengths[here] = look.at(starts, tokens, marks)
+        heads[here] = tokens[starts] == look.bos  # which stays when a prompt is cut
         found.non_ascii += int((flags.pop("non_ascii") & used).sum())
         for problem, records in flags.items():
             found.note(problem, at + np.flatnonzero(records & used))
@@ -128,7 +129,8 @@ def xray(data_dir: Path, tokenizer: Tokenizer, config: Config) -> XRay:
         mine = split == code
         found.records[name] = int(mine.sum())
         found.tokens[name], found.trained_tokens[name] = int(lengths[mine].sum()), int(trained[mine].sum())
-    measure_lengths(found, lengths[split == TRAIN], prompt_lengths[split == TRAIN], data.meta["too_long"])
+    columns = (column[split == TRAIN] for column in (lengths, prompt_lengths, heads))
+    measure_lengths(found, *columns, data.meta["too_long"])
     return found
 
 
@@ -190,7 +192,7 @@ def has_control(text: str) -> bool:
     return any(unicodedata.category(character) == "Cc" and character not in "\n\r\t" for character in text)
 
 
-def measure_lengths(found: XRay, lengths: np.ndarray, prompts: np.ndarray, too_long: str) -> None:
+def measure_lengths(found: XRay, lengths: np.ndarray, prompts: np.ndarray, heads: np.ndarray, too_long: str) -> None:
     """The figures about how long training records are, and what a shorter limit would do to them."""
     if not len(lengths):
         return
@@ -201,11 +203,12 @@ def measure_lengths(found: XRay, lengths: np.ndarray, prompts: np.ndarray, too_l
     found.histogram = [(i * width + 1, (i + 1) * width, int(count)) for i, count in enumerate(counts)]
     limits = [2**i for i in range(5, 21) if lengths.min() < 2**i < lengths.max()] + [int(lengths.max())]
     first = np.flatnonzero(prompts != GOES_ON)
-    lengths, prompts = np.add.reduceat(lengths - (prompts == GOES_ON), first), prompts[first]  # texts whole again
+    lengths = np.add.reduceat(lengths - (prompts == GOES_ON), first)  # texts whole again
+    prompts, heads = prompts[first], heads[first]
     text = prompts == TEXT
     for limit in limits:
         over = ~text & (lengths > limit)
-        cut = over & (lengths - limit < prompts) & (too_long == "cut_prompt")
+        cut = over & (lengths - limit < prompts - heads) & (too_long == "cut_prompt")
         dropped = over & ~cut
         pieces = np.where(text, -(-(lengths - 1) // (limit - 1)), ~dropped)  # as data.cut_text makes them
         kept = np.repeat(np.minimum(lengths, limit), pieces)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
+from shell import python
 from test_families import CASES, make, tokens
 from test_model import edit_config, make_checkpoint, reference
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -314,11 +315,11 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing(copy, tmp_path) -> None
 
 
 KILLED = """
-import os, runpy, sys
+import os, sys
 from pathlib import Path
+from lit_gpt.files import new_folder
 
-folder, stage = Path(sys.argv[2]), int(sys.argv[3])
-new_folder = runpy.run_path(sys.argv[1])["new_folder"]
+folder, stage = Path(sys.argv[1]), int(sys.argv[2])
 
 def kill(event, args):  # Python announces every change of a file before making it
     global stage
@@ -336,6 +337,7 @@ with new_folder(folder) as new:
 
 @pytest.mark.parametrize("before", [{}, {"a": "old", "b": "old"}])
 def test_killed_at_any_moment_a_folder_is_old_or_new(before, tmp_path) -> None:
+    (tmp_path / "killed.py").write_text(KILLED)
     outcomes, status = [], 9
     while status:
         folder = tmp_path / str(len(outcomes)) / "last"
@@ -344,8 +346,7 @@ def test_killed_at_any_moment_a_folder_is_old_or_new(before, tmp_path) -> None:
             folder.mkdir()
         for name, text in before.items():
             (folder / name).write_text(text)
-        command = [sys.executable, "-c", KILLED, files.__file__, str(folder), str(len(outcomes))]
-        status = subprocess.run(command).returncode
+        status = python(tmp_path / "killed.py", folder, len(outcomes)).returncode
         assert status in (0, 9)
         files.recover(folder)
         outcomes.append({path.name: path.read_text() for path in folder.iterdir()} if folder.exists() else {})

@@ -3,8 +3,6 @@
 import csv
 import io
 import runpy
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from shell import python
 from torch.nn import functional as F
 
 from lit_gpt import InputError, Tokenizer
@@ -291,9 +290,7 @@ def test_bad_texts(content, message, tmp_path) -> None:
 
 
 def run(*command, **options) -> str:
-    return subprocess.run(
-        [sys.executable, *map(str, command)], check=True, capture_output=True, text=True, **options
-    ).stdout
+    return python(*command, check=True, **options).stdout
 
 
 @pytest.mark.parametrize(
@@ -329,11 +326,7 @@ def test_a_classifier_learns_and_labels(method, least, turns, more, tiny_dir, tm
     assert all(abs(sum(float(row[name]) for name in set(turns)) - 1) < 3e-4 for row in found)
     if method != "lora":
         return
-    refused = subprocess.run(
-        [sys.executable, ROOT / "generate/base.py", "--finetuned", tmp_path / "out", "--prompt", "x"],
-        capture_output=True,
-        text=True,
-    )
+    refused = python(ROOT / "generate/base.py", "--finetuned", tmp_path / "out", "--prompt", "x")
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
     assert "generate/classify.py" in refused.stderr.splitlines()[-1]  # bitsandbytes may say more before
 

@@ -1,17 +1,19 @@
 """From a `main(...)` to a command: `pytest tests/test_cli.py`"""
 
 import errno
-import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from shell import python
 
 from lit_gpt.cli import parse, save_hyperparameters
 
@@ -80,43 +82,12 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-FORKING = """
-import json, os, runpy, sys
-import jsonargparse, lit_gpt
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        sys.argv = ["script.py", *json.loads(line)]
-        for stream, name in enumerate(("stdout", "stderr"), start=1):
-            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-        break
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-else:
-    sys.exit()
-runpy.run_path("script.py", run_name="__main__")
-"""
+Shell = Callable[..., subprocess.CompletedProcess]
 
 
-class Shell:
-    """`python script.py ARGS`, each in a process of its own, forked from one that has done the imports: they take
-    seconds."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, pipe = folder, subprocess.PIPE
-        self.process = subprocess.Popen([sys.executable, "-c", FORKING], cwd=folder, text=True, stdin=pipe, stdout=pipe)
-
-    def __call__(self, *args: str) -> subprocess.CompletedProcess:
-        print(json.dumps(args), file=self.process.stdin, flush=True)
-        status = int(self.process.stdout.readline())
-        texts = ((self.folder / name).read_text() for name in ("stdout", "stderr"))
-        return subprocess.CompletedProcess(args, status, *texts)
-
-
-@pytest.fixture(scope="module")
-def shell(folder: Path):
-    shell = Shell(folder)
-    with shell.process:
-        yield shell
+@pytest.fixture
+def shell(folder: Path) -> Shell:
+    return partial(python, "script.py", cwd=folder)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from shell import python
 from test_methods import TRAIN, exact, finetune
 from test_train import DESCRIPTION, column, first, write_data
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -111,24 +112,27 @@ def run(name: str, tiny_dir: Path, data_dir: Path, out_dir: Path, *flags: Any, c
     where = ["--checkpoint_dir", tiny_dir, "--data_dir", data_dir, "--out_dir", out_dir, "--n_answers", 0]
     script = ROOT / f"finetune/{name.split()[0]}.py"
     settings = [*where, "--precision", "32-true", *train, *SETTINGS[name], *flags]
-    command = [*map(str, (*(command or (sys.executable,)), script, *settings))]
-    result = subprocess.run(command, capture_output=True, text=True)
+    if command:
+        result = subprocess.run([*map(str, (*command, script, *settings))], capture_output=True, text=True)
+    else:
+        result = python(script, *settings)
     assert result.returncode == 0, result.stderr
     return result.stderr
 
 
 @pytest.mark.parametrize("name", ["full", "lora nf4"])
 def test_a_run_goes_on_with_another_number_of_processes(name, tiny_dir, data_dir, tmp_path) -> None:
-    """One process, two with all weights, two with half of them: each takes over from another."""
+    """One process, two with half of the weights, two with all of them: each takes over from another."""
     finetune(name, tiny_dir, data_dir, tmp_path / "one")
     soon = replace(TRAIN, max_hours=1e-9)
     finetune(name, tiny_dir, data_dir, tmp_path / "in", soon)
     split = ("--devices", 2, "--strategy", "fsdp")
     run(name, tiny_dir, data_dir, tmp_path / "in", *split, "--resume", "true")
-    run(name, tiny_dir, data_dir, tmp_path / "out", *split, "--train.max_hours", 1e-9)
-    finetune(name, tiny_dir, data_dir, tmp_path / "out", soon, resume=True)
-    run(name, tiny_dir, data_dir, tmp_path / "out", "--devices", 2, "--strategy", "ddp", "--resume", "true")
-    for other in ("in", "out"):
+    if name == "full":
+        run(name, tiny_dir, data_dir, tmp_path / "out", *split, "--train.max_hours", 1e-9)
+        finetune(name, tiny_dir, data_dir, tmp_path / "out", soon, resume=True)
+        run(name, tiny_dir, data_dir, tmp_path / "out", "--devices", 2, "--strategy", "ddp", "--resume", "true")
+    for other in ("in", "out") if name == "full" else ("in",):
         losses = [column(tmp_path / folder, "loss") for folder in ("one", other)]
         assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-5)
         one, two = (load_finetuned(None, tmp_path / folder / "last")[0].state_dict() for folder in ("one", other))

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 from conftest import ROOT
+from shell import python
 
 from lit_gpt import Config
 from lit_gpt.checkpoint import load_model
@@ -311,6 +312,6 @@ def test_a_server_that_is_not_there(hub, tmp_path) -> None:
 
 
 def test_names_are_listed(tmp_path) -> None:
-    output = subprocess.check_output([sys.executable, ROOT / "scripts/download.py"], text=True, cwd=tmp_path)
+    output = python(ROOT / "scripts/download.py", cwd=tmp_path, check=True).stdout
     assert "7.24 B parameters     14.5 GB in 16 bits   mistralai/Mistral-7B-v0.1" in output
     assert len(output.splitlines()) > 90 and Config.from_name("Mistral-7B-v0.1")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, make_tiny
 from record_llama_cpp import llama_cpp_tokens
+from shell import python
 from test_families import CASES, make, tokens
 from test_model import error, reference
 from test_peft import trained, weights_of
@@ -326,10 +327,8 @@ def test_llama_cpp_reads_the_same_pieces(kind, sample_dir, tmp_path) -> None:
 
 
 def test_convert_script(tiny, tmp_path) -> None:
-    command = [sys.executable, ROOT / "scripts/convert_lit_checkpoint.py", "--checkpoint_dir", tiny]
-    subprocess.run([*command, "--out_dir", tmp_path / "copy", "--dtype", "bfloat16"], check=True)
+    command = [ROOT / "scripts/convert_lit_checkpoint.py", "--checkpoint_dir", tiny]
+    python(*command, "--out_dir", tmp_path / "copy", "--dtype", "bfloat16", check=True)
     assert next(load_model(tmp_path / "copy").parameters()).dtype == torch.bfloat16
-    refused = subprocess.run(
-        [*command, "--out_dir", tmp_path / "x", "--format", "peft"], capture_output=True, text=True
-    )
+    refused = python(*command, "--out_dir", tmp_path / "x", "--format", "peft")
     assert refused.returncode == 2 and "--finetuned" in refused.stderr and refused.stderr.count("\n") == 1

@@ -4,7 +4,6 @@ import importlib.util
 import io
 import json
 import shutil
-import subprocess
 import sys
 import types
 from contextlib import redirect_stdout
@@ -17,6 +16,7 @@ import torch
 from conftest import make_tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from shell import python
 from test_train import FROZEN, column, equal, rows_of, write_data
 
 from lit_gpt import Tokenizer, cli
@@ -51,7 +51,7 @@ lora = script("finetune/lora.py")
 
 
 def run_script(*command: Any, cwd: Path) -> None:
-    subprocess.run([sys.executable, *map(str, command)], cwd=cwd, check=True)
+    python(*command, cwd=cwd, check=True)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from conftest import ROOT
+from shell import python
 
 from lit_gpt import GPT, InputError, Tokenizer
 from lit_gpt.checkpoint import load_model
@@ -168,8 +169,7 @@ def script(name: str) -> ModuleType:
 
 
 def shell(name: str, *args: str | Path, stdin: str = "") -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / f"generate/{name}.py", *args]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=ROOT)
+    return python(ROOT / f"generate/{name}.py", *args, input=stdin)
 
 
 def test_base_samples(tiny_dir: Path, capsys) -> None:

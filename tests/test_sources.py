@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from shell import python
 from test_data import CONFIG, QA, content, prepared, script, stored
 from tiny_tokenizers import SPECIAL, byte_level, metaspace, sentencepiece, write
 
@@ -363,9 +363,8 @@ SETS = {  # script -> (files, flags, how many training and validation records)
 
 
 def start(name: str, flags: str, checkpoint: Path, folder: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / f"scripts/{name.split()[0]}.py", *flags.split()]
-    command += ["--checkpoint_dir", checkpoint, "--data_dir", "data/here"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    flags = [*flags.split(), "--checkpoint_dir", checkpoint, "--data_dir", "data/here"]
+    return python(ROOT / f"scripts/{name.split()[0]}.py", *flags, cwd=folder)
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -3,15 +3,15 @@
 import json
 import re
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from shell import python
 from test_data import CONFIG, content, script
 from tiny_tokenizers import SPECIAL, byte_level, metaspace, sentencepiece, write
 
@@ -155,6 +155,7 @@ def test_a_part_at_a_time_finds_the_same(checkpoint, tmp_path: Path, monkeypatch
     mask_prompt=st.booleans(),
     before=st.sampled_from([None, 100]),
 )
+@example(lengths=[(0, 1), (1, 116)], mask_prompt=False, before=None)  # BOS stays where a prompt is cut
 def test_cut_offs_are_what_preparing_again_would_do(checkpoint, tmp_path: Path, lengths, mask_prompt, before) -> None:
     """Of instructions and, where the question has no letter, texts; some were too long the first time already."""
     records = [
@@ -260,8 +261,7 @@ def test_cost_grows_with_the_model_and_the_batch() -> None:
 
 
 def inspect(*args: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "scripts/inspect_data.py", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return python(ROOT / "scripts/inspect_data.py", *args)
 
 
 def test_the_script_guards_a_pipeline(checkpoint, tmp_path: Path) -> None:

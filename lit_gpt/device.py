@@ -15,7 +15,7 @@ import torch
 from lit_gpt.errors import InputError
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric  # importing it takes over 4 s: where it is used, and only there
+    from lightning_fabric import Fabric  # importing it takes seconds: where it is used, and only there
 
 Precision = Literal["auto", "bf16-true", "bf16-mixed", "16-true", "16-mixed", "32-true"]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -79,7 +79,7 @@ def launch(
     Raises:
         InputError: there are fewer devices, torchrun was told another number, or the logger is not installed.
     """
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
     kind = accelerator()
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -117,7 +117,7 @@ def strategy_of(name: Strategy, n_processes: int) -> Any:
     """Fabric's. fsdp is torch's `fully_shard`: each block, and then the rest, is whole only while it is at work."""
     if name == "ddp":
         return name
-    from lightning.fabric.strategies import ModelParallelStrategy
+    from lightning_fabric.strategies import ModelParallelStrategy
 
     return ModelParallelStrategy(split_weights, data_parallel_size=n_processes, tensor_parallel_size=1)
 
@@ -233,8 +233,8 @@ def precision_plugin(precision: str, kind: str) -> Any:
     Under bf16-true Fabric would cast float32 adapters, whose small updates would be rounded away, and the rotary
     frequencies, which would put the cosine of position 1,000 off by 0.43.
     """
-    from lightning.fabric.plugins import MixedPrecision
-    from lightning.fabric.plugins import Precision as FullPrecision
+    from lightning_fabric.plugins import MixedPrecision
+    from lightning_fabric.plugins import Precision as FullPrecision
 
     class AsLoaded(FullPrecision):
         def convert_module(self, module: torch.nn.Module) -> torch.nn.Module:
@@ -261,16 +261,33 @@ def make_loggers(logger: LoggerName | None, log_dir: str) -> Sequence[Any]:
         return []
     try:
         if logger == "tensorboard":
-            from lightning.fabric.loggers import TensorBoardLogger
+            from lightning_fabric.loggers import TensorBoardLogger
 
             return [TensorBoardLogger(log_dir, name="tensorboard")]
-        from lightning.pytorch.loggers import WandbLogger
+        return [wandb_logger(log_dir)]
+    except ModuleNotFoundError:
+        raise InputError(f"--logger {logger} needs a package that is not installed: pip install {logger}") from None
 
-        return [WandbLogger(save_dir=log_dir)]
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"--logger {logger} needs a package that is not installed: {error}. pip install {logger}"
-        ) from None
+
+def wandb_logger(log_dir: str) -> Any:
+    """Fabric has one only in a package that imports a second trainer."""
+    import wandb
+    from lightning_fabric.loggers.logger import Logger
+    from lightning_fabric.utilities.rank_zero import rank_zero_only
+
+    class WandbLogger(Logger):
+        name, version = "wandb", None
+
+        @rank_zero_only
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            if wandb.run is None:
+                wandb.init(dir=log_dir)
+            wandb.log(metrics, step=step)
+
+        def log_hyperparams(self, *_: Any, **__: Any) -> None:
+            """They are in hyperparameters.yaml."""
+
+    return WandbLogger()
 
 
 def peak_memory_gb(device: torch.device) -> float:

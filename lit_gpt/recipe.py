@@ -35,7 +35,7 @@ from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.train import TrainArgs, fit
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from lit_gpt.errors import InputError
 from lit_gpt.log import Log, duration
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
     from lit_gpt.finetuned import Checkpoints
 

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).parents[1]
 SAMPLE_DIR = ROOT / "checkpoints/sample/SmolLM2-135M-Instruct-Q4_1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask the hub for anything
 torch.set_num_threads(1)  # tiny models; several workers share the cores
+settings.register_profile("fixed", derandomize=True, database=None)  # a change is judged by the same examples each time
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))  # default: others each time
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ def server() -> subprocess.Popen[str]:
 
 def serve() -> None:
     """Forks a process for each job; returns in that process, which has become what the job asks for."""
-    import lightning.fabric  # noqa: F401
+    import lightning_fabric  # noqa: F401
     import matplotlib.figure  # noqa: F401
     import torch
 

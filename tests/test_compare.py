@@ -101,7 +101,7 @@ def test_it_goes_on_where_it_stopped(folder, tmp_path) -> None:
 
 
 def test_the_budget_is_found_by_a_few_steps(folder, tmp_path) -> None:
-    result = compare(folder, out_dir=tmp_path / "out", minutes=0.05, methods='["LoRA, r 8"]')
+    result = compare(folder, out_dir=tmp_path / "out", minutes=0.005, methods='["LoRA, r 8"]')
     steps = json.loads((tmp_path / "out/compare.json").read_text())["steps"]
     assert result.returncode == 0 and steps >= 1
     rows = read_metrics(tmp_path / "out/LoRA-r-8/metrics.csv")

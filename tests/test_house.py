@@ -245,7 +245,7 @@ def test_importing_the_package_changes_nothing(tmp_path: Path) -> None:
 
 HELP = """
 import contextlib, io, json, runpy, sys
-heavy, scripts, found = {"lightning", "pytorch_lightning", "bitsandbytes", "transformers"}, sys.argv[1:], {}
+heavy, scripts, found = {"lightning_fabric", "bitsandbytes", "transformers"}, sys.argv[1:], {}
 for script in scripts:
     sys.argv = [script, "--help"]
     text, status = io.StringIO(), None
@@ -308,7 +308,7 @@ def is_docstring(node: ast.AST | None) -> bool:
 def test_no_script_hides_a_package() -> None:
     """The folder of a script is the first place where Python looks for imports."""
     taken = set(importlib.metadata.packages_distributions()) | set(sys.stdlib_module_names)
-    assert {"torch", "lightning", "json"} <= taken
+    assert {"torch", "lightning_fabric", "json"} <= taken
     assert taken.isdisjoint(path.stem for path in SCRIPTS)
 
 

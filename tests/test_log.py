@@ -172,7 +172,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, capfd: pytest.CaptureFixture)
 
 
 def test_fabric_loggers_get_the_same_figures(tmp_path: Path) -> None:
-    from lightning.fabric.loggers import CSVLogger
+    from lightning_fabric.loggers import CSVLogger
 
     logger = CSVLogger(tmp_path, name="fabric", flush_logs_every_n_steps=1)
     log = train(tmp_path, 6, loggers=[logger])

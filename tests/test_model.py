@@ -342,4 +342,4 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     loaded = set(eval(out))
     assert "torch" in loaded
-    assert not loaded & {"lightning", "bitsandbytes", "transformers", "jsonargparse", "matplotlib", "gguf"}
+    assert not loaded & {"lightning_fabric", "bitsandbytes", "transformers", "jsonargparse", "matplotlib", "gguf"}

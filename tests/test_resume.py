@@ -78,7 +78,7 @@ def serve() -> None:
     """Reads a job per line, forks a process for it, and answers with its outcome."""
     torch.set_num_threads(1)
     sys.path.insert(0, str(ROOT / "finetune"))
-    import lightning.fabric  # noqa: F401
+    import lightning_fabric  # noqa: F401
     import lora
     import matplotlib.figure  # noqa: F401
 
@@ -117,7 +117,7 @@ def run_job(main: Callable[..., None], job: dict[str, Any], pipe: int) -> None:
 def arm(kill: list | None) -> Counter[str]:
     """Makes the process count the calls it could be killed at, and kill itself at the one that is asked for."""
     import safetensors.torch
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
     from lit_gpt.log import Log
 

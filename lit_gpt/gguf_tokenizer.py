@@ -108,7 +108,7 @@ def byte_level_tokenizer(metadata: dict[str, Any], tokens: list[str]) -> HFToken
     if kind not in PRE_TOKENIZERS:
         raise InputError(
             f"The GGUF file cuts texts into words in the way {kind} (tokenizer.ggml.pre); known are "
-            f"{', '.join(PRE_TOKENIZERS)}. Add it to PRE_TOKENIZERS in lit_gpt/gguf.py."
+            f"{', '.join(PRE_TOKENIZERS)}. Add it to PRE_TOKENIZERS in lit_gpt/gguf_tokenizer.py."
         )
     vocab = {token: id for id, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]

@@ -153,7 +153,7 @@ def build_tokenizer(metadata: dict[str, Any], special: dict[str, int]) -> HFToke
 
 def vocabulary(checkpoint_dir: Path, config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     """What llama.cpp needs to know of the tokenizer, by the writer's method for it."""
-    path, found = checkpoint_dir / "tokenizer.json", {}
+    path = checkpoint_dir / "tokenizer.json"
     stored = json.loads(path.read_text(encoding="utf-8")) if tokenizer.backend == "tokenizers" else None
     if stored is None or (stored["model"].get("type"), stored["model"].get("byte_fallback")) == ("BPE", True):
         found = pieces(checkpoint_dir, stored, config.padded_vocab_size, tokenizer)
@@ -197,9 +197,8 @@ def pieces(checkpoint_dir: Path, stored: dict[str, Any] | None, size: int, token
         found = pieces_of_model(tokenizer.processor.serialized_model_proto())
     else:
         found = pieces_of_json(stored, tokenizer.unk_id)
-    tokens = [found[i][0] if i in found else f"[PAD{i}]" for i in range(size)]
-    types = [found[i][1] if i in found else UNUSED for i in range(size)]
-    scores = [found[i][2] if i in found else 0.0 for i in range(size)]
+    rows = (found.get(i, (f"[PAD{i}]", UNUSED, 0.0)) for i in range(size))
+    tokens, types, scores = map(list, zip(*rows))
     texts = [PROBE, *TEXTS]
     own = [encoded.ids for encoded in tokenizer.encode_batch(texts, bos=False)]
     prefix = tokenizer.id_to_token(tokenizer.encode_batch(["a"], bos=False)[0].ids[0]).startswith("▁")

@@ -112,8 +112,7 @@ def test_every_switch_saves() -> None:
 # ---- against a process
 
 PROCESS = """
-import sys, torch
-sys.path.insert(0, "TESTS")
+import torch
 from test_memory import LARGE, SMALL, prepared, train_steps
 from dataclasses import replace
 torch.set_num_threads(1)
@@ -147,9 +146,8 @@ def train_steps(model: GPT, setup: Setup) -> None:
 
 def test_the_plan_is_what_a_process_takes() -> None:
     """To 10 %, where malloc gives back what is freed, and after a small step has loaded what a step needs."""
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"}
-    code = PROCESS.replace("TESTS", str(ROOT / "tests"))
-    output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    output = subprocess.run([sys.executable, "-c", PROCESS], env=environment, capture_output=True, text=True)
     assert len(output.stdout.split()) == len(LARGE), output.stderr
     for (name, setup), peak in zip(LARGE.items(), output.stdout.split(), strict=True):
         assert int(peak) / 1e9 == pytest.approx(plan(setup).gb, rel=0.1), name

@@ -43,6 +43,7 @@ IGNORES_MERGES = {"llama-bpe"}  # a word that is a token is not taken apart, wha
 ADDS_BOS = {"llama-bpe"}  # unless the file says otherwise
 # Values of `tokenizer.ggml.token_type`, and sentencepiece's: UNKNOWN to USER_DEFINED are taken out of a text first
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+ADDED = {True: CONTROL, False: USER_DEFINED}  # for an added token: is it special?
 PROBE = "Hello  World, it's 12345 o'clock!!\n\n\tÜber 3.14\u00a0日本語 I'LL don't_x\r\n  end  "
 
 
@@ -181,7 +182,7 @@ def byte_level(checkpoint_dir: Path, stored: dict[str, Any], size: int, tokenize
     for token, i in stored["model"]["vocab"].items():
         tokens[i], types[i] = token, NORMAL
     for added in stored.get("added_tokens", []):
-        tokens[added["id"]], types[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
+        tokens[added["id"]], types[added["id"]] = added["content"], ADDED[added["special"]]
     return {
         "add_tokenizer_model": "gpt2",
         "add_tokenizer_pre": kinds[0],
@@ -233,7 +234,7 @@ def pieces_of_json(stored: dict[str, Any], unknown: int | None) -> Pieces:
         kind = BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else NORMAL
         found[i] = token, kind, float(ranks.get(token, -len(pairs)))
     for added in stored.get("added_tokens", []):
-        found[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED, 0.0
+        found[added["id"]] = added["content"], ADDED[added["special"]], 0.0
     if unknown is not None:
         found[unknown] = found[unknown][0], UNKNOWN, 0.0
     normal = {token for token, kind, _ in found.values() if kind == NORMAL}

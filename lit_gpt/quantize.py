@@ -10,6 +10,7 @@ dict, a safetensors file, DDP and `fully_shard` take them for what they are: ten
 `quantize_linears` swaps the linears of an empty model; the loader hands each its weight the moment it is read.
 """
 
+import logging
 import re
 from typing import Any, Literal
 
@@ -158,6 +159,8 @@ def quantize_linears(model: nn.Module, kind: Quantize | None) -> list[str]:
     """
     if kind is None:
         return []
+    # It advises to install a package that fetches a kernel from the hub, on CPUs with bfloat16 units
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:

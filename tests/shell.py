@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,17 @@ def python(
 ) -> subprocess.CompletedProcess[str]:
     """As `subprocess.run` with its output captured as text."""
     argv = [str(script), *map(str, flags)]
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
-        files[0].write_text(input)
-        job = dict(argv=argv, cwd=str(cwd or Path.cwd()), env=dict(env or os.environ), files=[*map(str, files)])
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as readers:
+        stdin, *pipes = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
+        stdin.write_text(input)
+        for pipe in pipes:  # not files: a test may forbid a command to write any
+            os.mkfifo(pipe)
+        texts = [readers.submit(pipe.read_text) for pipe in pipes]
+        files = [str(stdin), *map(str, pipes)]
+        job = dict(argv=argv, cwd=str(cwd or Path.cwd()), env=dict(env or os.environ), files=files)
         print(json.dumps(job), file=server().stdin, flush=True)
         status = int(server().stdout.readline())
-        result = subprocess.CompletedProcess(argv, status, files[1].read_text(), files[2].read_text())
+        result = subprocess.CompletedProcess(argv, status, *(text.result() for text in texts))
     assert not (check and status), result.stderr
     return result
 
@@ -63,7 +68,7 @@ def serve() -> None:
 
 def become(argv: list[str], cwd: str, env: dict[str, str], files: list[str]) -> None:
     for stream, name in enumerate(files):
-        os.dup2(os.open(name, os.O_RDONLY if stream == 0 else os.O_WRONLY | os.O_CREAT), stream)
+        os.dup2(os.open(name, os.O_RDONLY if stream == 0 else os.O_WRONLY), stream)
     sys.stdin, sys.argv = open(0, closefd=False), argv
     os.chdir(cwd)
     os.environ.clear()

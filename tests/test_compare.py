@@ -14,13 +14,14 @@ from shell import python
 from test_train import write_data
 from torch.nn import functional as F
 
-from lit_gpt import InputError, Tokenizer
-from lit_gpt.checkpoint import load_model
+from lit_gpt import Config, InputError, Tokenizer
+from lit_gpt.checkpoint import build_model, load_model
 from lit_gpt.cli import parse
 from lit_gpt.compare import METHODS, Budget, check, loss_before, settle, steps_for, text_loss, write_budget
 from lit_gpt.dataset import Dataset
 from lit_gpt.finetuned import load_finetuned
 from lit_gpt.log import HEADER, read_metrics
+from lit_gpt.memory import adapt, setup_of_script
 
 FOUR = ["full", "LoRA, r 8", "QLoRA, r 8", "adapter"]
 
@@ -76,6 +77,21 @@ def test_flags_of_a_method_are_those_of_its_script(name: str) -> None:
     main = runpy.run_path(str(ROOT / "finetune" / METHODS[name].script))["main"]
     usual, settings = parse(main, []), parse(main, METHODS[name].flags.split())
     assert (settings != usual) == bool(METHODS[name].flags)
+
+
+def test_methods_train_as_much_as_their_names_say() -> None:
+    config = Config.from_name("SmolLM2-135M")
+
+    def trained(name: str) -> int:
+        main = runpy.run_path(str(ROOT / "finetune" / METHODS[name].script))["main"]
+        settings = parse(main, METHODS[name].flags.split())
+        setup = setup_of_script(METHODS[name].script.removesuffix(".py"), settings, config, tokens=1)
+        return sum(param.numel() for param in adapt(build_model(config), setup).parameters() if param.requires_grad)
+
+    full, last, lora, lora_all, lora_64, qlora, adapter, adapter_v2 = map(trained, METHODS)
+    block = sum(param.numel() for param in build_model(config).transformer.h[0].parameters())
+    assert last == 4 * block + config.n_embd and full > last  # the last blocks, and the norm behind them
+    assert qlora == lora and lora_64 == 8 * lora_all and lora_all > lora > adapter and adapter_v2 > adapter
 
 
 @torch.no_grad()

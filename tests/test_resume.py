@@ -1,20 +1,20 @@
 """Killed and resumed is never killed, bit for bit; and whose folder is whose: `pytest tests/test_resume.py`
 
 Every run is the real finetune/lora.py in a process of its own, which dies by SIGKILL at a chosen call. The processes
-are forked from one that has imported everything and started no thread: this file, run as a script.
+are forked by shell.py: this file, run as a script.
 """
 
 import json
 import os
 import random
 import resource
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
-import traceback
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +23,9 @@ import torch
 from conftest import make_tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from shell import python
 
 from lit_gpt import InputError
-from lit_gpt.cli import run
 from lit_gpt.data import DataArgs, prepare
 from lit_gpt.finetuned import load_finetuned
 
@@ -71,47 +71,21 @@ class Outcome(NamedTuple):
     """How often each kill point was passed."""
 
 
-# ---- the process that runs are forked from
+# ---- the process of a run
 
 
-def serve() -> None:
-    """Reads a job per line, forks a process for it, and answers with its outcome."""
-    torch.set_num_threads(1)
-    sys.path.insert(0, str(ROOT / "finetune"))
-    import lightning_fabric  # noqa: F401
-    import lora
-    import matplotlib.figure  # noqa: F401
-
-    for line in sys.stdin:
-        read, write = os.pipe()
-        if (pid := os.fork()) == 0:
-            os.close(read)
-            run_job(lora.main, json.loads(line), write)
-        os.close(write)
-        with open(read) as pipe:
-            stderr, _, calls = pipe.read().partition("\0")
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        print(json.dumps([status, stderr, json.loads(calls or "{}")]), flush=True)
-
-
-def run_job(main: Callable[..., None], job: dict[str, Any], pipe: int) -> None:
-    """Runs the script as `python finetune/lora.py` would, and never returns."""
-    os.dup2(pipe, 2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    if job["limit"]:  # no file may grow beyond: what a full disk does
-        resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], resource.RLIM_INFINITY))
-    calls = arm(job["kill"])
-    sys.argv = [str(ROOT / "finetune/lora.py"), *job["flags"]]
-    status = 1
+def main() -> None:
+    """finetune/lora.py, armed by what the environment says. Counts are written at its end, if it comes to that."""
+    if "LIMIT" in os.environ:  # no file may grow beyond: what a full disk does
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["LIMIT"]), resource.RLIM_INFINITY))
+    calls = arm(json.loads(os.environ["KILL"]))
+    script = str(ROOT / "finetune/lora.py")
+    sys.argv = [script, *sys.argv[1:]]
     try:
-        run(main)
-        status = 0
-    except SystemExit as end:
-        status = end.code
-    except BaseException:
-        traceback.print_exc()
-    os.write(pipe, f"\0{json.dumps(calls)}".encode())
-    os._exit(status)
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        if "LIMIT" not in os.environ:
+            Path(os.environ["CALLS"]).write_text(json.dumps(calls))
 
 
 def arm(kill: list | None) -> Counter[str]:
@@ -165,20 +139,19 @@ def arm(kill: list | None) -> Counter[str]:
     return calls
 
 
-class Parent:
-    """The other end of `serve`."""
+class Lora:
+    """Starts runs that share their flags."""
 
     def __init__(self, flags: dict[str, Any]) -> None:
-        command = [sys.executable, __file__]
         self.flags = flags
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(self, out_dir: Path, kill: tuple | None = None, limit: int | None = None, **flags: Any) -> Outcome:
         flags = self.flags | {"out_dir": out_dir} | {name.replace("__", "."): value for name, value in flags.items()}
-        words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-        self.process.stdin.write(json.dumps({"flags": words, "kill": kill, "limit": limit}) + "\n")
-        self.process.stdin.flush()
-        outcome = Outcome(*json.loads(self.process.stdout.readline()))
+        words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+        with tempfile.NamedTemporaryFile("r") as calls:
+            env = {"KILL": json.dumps(kill), "CALLS": calls.name} | ({"LIMIT": str(limit)} if limit else {})
+            result = python(__file__, *words, env=os.environ | env)
+            outcome = Outcome(result.returncode, result.stderr, json.loads(calls.read() or "{}"))
         assert outcome.status in (0, 2, -signal.SIGKILL), outcome.stderr
         return outcome
 
@@ -195,17 +168,14 @@ def data_dirs(tmp_path_factory, tiny_dir: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def parent(tiny_dir: Path, data_dirs: list[Path]) -> Iterator[Parent]:
-    parent = Parent({"checkpoint_dir": tiny_dir, "data_dir": data_dirs[0]} | FLAGS)
-    yield parent
-    parent.process.stdin.close()
-    assert parent.process.wait() == 0
+def lora(tiny_dir: Path, data_dirs: list[Path]) -> Lora:
+    return Lora({"checkpoint_dir": tiny_dir, "data_dir": data_dirs[0]} | FLAGS)
 
 
 @pytest.fixture(scope="module")
-def never_killed(parent: Parent, tmp_path_factory) -> tuple[Path, Outcome]:
+def never_killed(lora: Lora, tmp_path_factory) -> tuple[Path, Outcome]:
     out_dir = tmp_path_factory.mktemp("whole") / "run"
-    return out_dir, parent.run(out_dir)
+    return out_dir, lora.run(out_dir)
 
 
 def contents(out_dir: Path) -> dict[str, Any]:
@@ -238,14 +208,14 @@ def test_every_moment_is_in_the_run(never_killed) -> None:
 
 
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: f"{moment[2]}-{moment[0]}-{moment[1]}")
-def test_killed_and_resumed_is_never_killed(moment: tuple, parent: Parent, never_killed, tmp_path) -> None:
-    assert parent.run(tmp_path / "run", kill=moment).status == -signal.SIGKILL
-    assert parent.run(tmp_path / "run", resume="true").status == 0
+def test_killed_and_resumed_is_never_killed(moment: tuple, lora: Lora, never_killed, tmp_path) -> None:
+    assert lora.run(tmp_path / "run", kill=moment).status == -signal.SIGKILL
+    assert lora.run(tmp_path / "run", resume="true").status == 0
     assert contents(tmp_path / "run") == contents(never_killed[0])
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_killed_at_random_five_times_and_resumed(seed: int, parent: Parent, never_killed, tmp_path) -> None:
+def test_killed_at_random_five_times_and_resumed(seed: int, lora: Lora, never_killed, tmp_path) -> None:
     """Resumed runs are killed, too. One that reached its end is compared, and the next begins."""
     whole, calls = contents(never_killed[0]), never_killed[1].calls
     chance, kills, runs = random.Random(seed), 0, 0
@@ -254,28 +224,28 @@ def test_killed_at_random_five_times_and_resumed(seed: int, parent: Parent, neve
         first = not (tmp_path / f"{runs}").exists()
         nth = chance.randint(1, calls[called] if first else max(1, calls[called] // 3))
         moment = (called, nth, chance.choice(["before", "after"]))
-        if parent.run(tmp_path / f"{runs}", kill=moment, resume="true").status == 0:
+        if lora.run(tmp_path / f"{runs}", kill=moment, resume="true").status == 0:
             assert contents(tmp_path / f"{runs}") == whole
             runs += 1
         else:
             kills += 1
-    assert parent.run(tmp_path / f"{runs}", resume="true").status == 0
+    assert lora.run(tmp_path / f"{runs}", resume="true").status == 0
     assert contents(tmp_path / f"{runs}") == whole
 
 
 @pytest.mark.parametrize(
     "limit, what", [(20_000, "state.safetensors"), (8_000, "lora.safetensors"), (700, "File too large")]
 )
-def test_full_disk(limit: int, what: str, parent: Parent, never_killed, tmp_path) -> None:
+def test_full_disk(limit: int, what: str, lora: Lora, never_killed, tmp_path) -> None:
     """One line, status 2, and the last good checkpoint is whole. The limits hit `last`, `best` and metrics.csv."""
-    parent.run(tmp_path / "run", kill=("backward", 8, "before"))
+    lora.run(tmp_path / "run", kill=("backward", 8, "before"))
     good = contents(tmp_path / "run/last")
-    outcome = parent.run(tmp_path / "run", limit=limit, resume="true")
+    outcome = lora.run(tmp_path / "run", limit=limit, resume="true")
     errors = [line for line in outcome.stderr.splitlines() if line.startswith("error: ")]
     assert outcome.status == 2 and len(errors) == 1 and what in errors[0] and "Free some space" in errors[0]
     assert "Traceback" not in outcome.stderr and outcome.stderr.endswith(errors[0] + "\n")
     assert contents(tmp_path / "run/last") == good
-    assert parent.run(tmp_path / "run", resume="true").status == 0
+    assert lora.run(tmp_path / "run", resume="true").status == 0
     assert contents(tmp_path / "run") == contents(never_killed[0])
 
 
@@ -283,10 +253,10 @@ def test_full_disk(limit: int, what: str, parent: Parent, never_killed, tmp_path
 
 
 @pytest.fixture(scope="module")
-def stopped(parent: Parent, tmp_path_factory) -> Path:
+def stopped(lora: Lora, tmp_path_factory) -> Path:
     """A run that was killed between its sixth and its ninth step. To be copied."""
     out_dir = tmp_path_factory.mktemp("stopped") / "run"
-    assert parent.run(out_dir, kill=("optimizer.step", 8, "before")).status == -signal.SIGKILL
+    assert lora.run(out_dir, kill=("optimizer.step", 8, "before")).status == -signal.SIGKILL
     return out_dir
 
 
@@ -307,7 +277,7 @@ def refused(outcome: Outcome, *parts: str) -> bool:
     ],
 )
 def test_another_run_cannot_be_resumed(
-    change: dict, named: str, parent, stopped, data_dirs, sample_dir, tmp_path
+    change: dict, named: str, lora, stopped, data_dirs, sample_dir, tmp_path
 ) -> None:
     out_dir = shutil.copytree(stopped, tmp_path / "run")
     if "data_dir" in change:
@@ -315,54 +285,54 @@ def test_another_run_cannot_be_resumed(
     if "checkpoint_dir" in change:
         change = {"checkpoint_dir": make_tiny(tmp_path / "tiny", sample_dir, initializer_range=0.1)}
     (out_dir / "last").rename(out_dir / ".last.old")  # where a kill between two renames leaves it
-    assert refused(parent.run(out_dir, resume="true", **change), named)
+    assert refused(lora.run(out_dir, resume="true", **change), named)
     assert contents(out_dir) == contents(stopped), "nothing was touched, hyperparameters.yaml neither"
 
 
-def test_what_may_change_on_resuming(parent, stopped, never_killed, tiny_dir, data_dirs, tmp_path) -> None:
+def test_what_may_change_on_resuming(lora, stopped, never_killed, tiny_dir, data_dirs, tmp_path) -> None:
     """Where things are, and what changes no result."""
     out_dir = shutil.copytree(stopped, tmp_path / "run")
     moved = {"checkpoint_dir": shutil.copytree(tiny_dir, tmp_path / "moved")}
     moved["data_dir"] = shutil.copytree(data_dirs[0], tmp_path / "data")
-    assert parent.run(out_dir, resume="true", train__save_interval=5, train__patience=5, **moved).status == 0
+    assert lora.run(out_dir, resume="true", train__save_interval=5, train__patience=5, **moved).status == 0
     expected, found = (load_file(folder / "last/lora.safetensors") for folder in (never_killed[0], out_dir))
     assert all(torch.equal(expected[key], found[key]) for key in expected) and expected.keys() == found.keys()
 
 
-def test_nothing_to_resume_begins_at_the_beginning(parent, never_killed, tmp_path) -> None:
+def test_nothing_to_resume_begins_at_the_beginning(lora, never_killed, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
-    assert parent.run(tmp_path / "empty", resume="true").status == 0
+    assert lora.run(tmp_path / "empty", resume="true").status == 0
     assert contents(tmp_path / "empty") == contents(never_killed[0])
 
 
-def test_a_finished_run_keeps_its_files(parent, never_killed, tmp_path) -> None:
+def test_a_finished_run_keeps_its_files(lora, never_killed, tmp_path) -> None:
     out_dir = shutil.copytree(never_killed[0], tmp_path / "run")
     files = [path for path in out_dir.rglob("*") if path.suffix in (".safetensors", ".csv", ".yaml")]
     before = {path: path.read_bytes() for path in files}
-    outcome = parent.run(out_dir, resume="true")
+    outcome = lora.run(out_dir, resume="true")
     assert outcome.status == 0 and outcome.calls.get("backward", 0) == 0
     assert before == {path: path.read_bytes() for path in files} and contents(out_dir) == contents(never_killed[0])
 
 
-def test_folder_in_use_is_refused(parent, stopped, tmp_path) -> None:
+def test_folder_in_use_is_refused(lora, stopped, tmp_path) -> None:
     out_dir = shutil.copytree(stopped, tmp_path / "run")
-    assert refused(parent.run(out_dir), str(out_dir), "--resume true", "--overwrite true")
-    assert refused(parent.run(out_dir, resume="true", overwrite="true"), "--resume true", "--overwrite true", "choose")
+    assert refused(lora.run(out_dir), str(out_dir), "--resume true", "--overwrite true")
+    assert refused(lora.run(out_dir, resume="true", overwrite="true"), "--resume true", "--overwrite true", "choose")
     (tmp_path / "file").touch()
-    assert refused(parent.run(tmp_path / "file"), "is a file")
+    assert refused(lora.run(tmp_path / "file"), "is a file")
     assert contents(out_dir) == contents(stopped)
 
 
-def test_overwrite_replaces_the_run_and_nothing_else(parent, stopped, never_killed, tmp_path) -> None:
+def test_overwrite_replaces_the_run_and_nothing_else(lora, stopped, never_killed, tmp_path) -> None:
     out_dir = shutil.copytree(stopped, tmp_path / "run")
-    assert parent.run(out_dir, overwrite="true", checkpoint_dir="nowhere").status == 2
+    assert lora.run(out_dir, overwrite="true", checkpoint_dir="nowhere").status == 2
     assert contents(out_dir) == contents(stopped), "a run that cannot begin replaces nothing"
     for name in (".last.old", ".step-000099.partial", "step-000099"):
         shutil.copytree(out_dir / "last", out_dir / name)
     mine = ["notes.txt", ".bashrc.old", ".cache.partial", "step-by-step.md", "step-000001-notes", "last.txt"]
     for name in mine:
         (out_dir / name).write_text(name)
-    assert parent.run(out_dir, overwrite="true").status == 0
+    assert lora.run(out_dir, overwrite="true").status == 0
     assert [(out_dir / name).read_text() for name in mine] == mine
     assert contents(out_dir) == contents(never_killed[0]) | dict.fromkeys(mine)
 
@@ -410,4 +380,4 @@ def test_damaged_weights_are_refused(damage: str, never_killed, tmp_path) -> Non
 
 
 if __name__ == "__main__":
-    serve()
+    main()

@@ -292,6 +292,7 @@ PUBLISHED = {  # parameters, as their authors count them
     "google/gemma-3-1b-pt": 999885952,
     "microsoft/phi-2": 2779683840,
     "microsoft/Phi-3-mini-4k-instruct": 3821079552,
+    "microsoft/Phi-3.5-mini-instruct": 3821079552,
     "EleutherAI/pythia-1b": 1011781632,
     "tiiuae/falcon-7b": 6921720704,
     "openai-community/gpt2": 124439808,

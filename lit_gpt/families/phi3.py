@@ -11,12 +11,27 @@ PHI_4 = dict(
     n_layer=40, n_head=40, n_query_groups=10, n_embd=5120, intermediate_size=17920, vocab_size=100352, norm_eps=1e-5,
     block_size=16384, rope_base=250000,
 )  # fmt: skip
+LONGROPE = dict(  # factors to two decimals; the checkpoint's own config.json has seven
+    rope_type="longrope", original_max_position_embeddings=4096,
+    short_factor=[
+        1.0, 1.02, 1.03, 1.03, 1.05, 1.05, 1.05, 1.05, 1.05, 1.07, 1.10, 1.11, 1.16, 1.16, 1.17, 1.29, 1.34,
+        1.68, 1.79, 1.82, 1.85, 1.88, 1.91, 1.94, 1.99, 2.02, 2.02, 2.02, 2.02, 2.02, 2.02, 2.03, 2.03, 2.03,
+        2.03, 2.03, 2.03, 2.03, 2.03, 2.03, 2.08, 2.09, 2.19, 2.22, 2.59, 2.73, 2.75, 2.84,
+    ],
+    long_factor=[
+        1.08, 1.11, 1.14, 1.34, 1.59, 1.60, 1.62, 2.62, 3.23, 3.23, 4.79, 7.40, 7.70, 9.09, 12.20, 17.67, 24.46,
+        28.57, 30.42, 30.84, 32.59, 32.93, 42.32, 44.96, 50.34, 50.45, 57.55, 57.93, 58.21, 60.14, 62.61, 62.62,
+        62.71, 63.14, 63.14, 63.77, 63.93, 63.96, 63.97, 64.03, 64.07, 64.08, 64.12, 64.41, 64.48, 64.51, 64.53,
+        64.84,
+    ],
+)  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "microsoft/Phi-3-mini-4k-instruct": PHI_3 | dict(block_size=4096, sliding_window=2047),
     "microsoft/Phi-3-medium-4k-instruct": PHI_3 | dict(
         n_layer=40, n_head=40, n_query_groups=10, n_embd=5120, intermediate_size=17920, block_size=4096,
         sliding_window=2047,
     ),
+    "microsoft/Phi-3.5-mini-instruct": PHI_3 | dict(block_size=131072, sliding_window=262144, rope_scaling=LONGROPE),
     "microsoft/phi-4": PHI_4,
     "microsoft/Phi-4-reasoning": PHI_4 | dict(block_size=32768, rope_base=500000),
     "microsoft/Phi-4-reasoning-plus": PHI_4 | dict(block_size=32768, rope_base=500000),

@@ -80,7 +80,7 @@ def main() -> None:
     trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
     gb = sum(param.nbytes for param in model.parameters()) / 1e9
     print(f"{args.name}, {args.n_layer} layers in {args.quantize}, {str(dtype)[6:]} on {device}: {gb:.2f} GB,", end=" ")
-    print(f"{trained:,} parameters to train. Quantized in {time.perf_counter() - since:.0f} s.")
+    print(f"{trained:,} parameters to train. Quantized in {time.perf_counter() - since:.0f} s.", flush=True)
     print(f"loaded  {peak_memory_gb(device):6.2f} GB at most, of which {imported:.2f} GB before the model", flush=True)
 
     idx = torch.randint(model.config.vocab_size, (args.tokens,))

@@ -8,17 +8,17 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
-from lit_gpt.config import SAMPLE, Config, read_json
+from lit_gpt.config import SAMPLE, Config
 from lit_gpt.dataset import ANSWER, FILES, NEITHER, OTHER, TRAIN, VAL, Dataset
 from lit_gpt.errors import InputError
 from lit_gpt.files import new_folder
-from lit_gpt.prompts import Rendered, render, resolve_style
+from lit_gpt.prompts import Rendered, render, resolve_style, template_source
 from lit_gpt.records import Keys, blank_part, in_our_form
 from lit_gpt.tokenizer import Encoded, Tokenizer
 from lit_gpt.xray import print_summary
@@ -72,6 +72,8 @@ class Item(NamedTuple):
     text: Rendered
     plain: bool
     """Whether it is a text, without prompt and answer."""
+    prompt: str | None
+    """Records with the same one stay together: a text as a whole. None for a part of a file, each piece by itself."""
 
 
 def prepare(records: Records, args: DataArgs) -> None:
@@ -110,22 +112,28 @@ def prepare(records: Records, args: DataArgs) -> None:
             counting() as show,
         ):
             items = take_in(hashed(records, digest), style, tokenizer, args, counts)
-            for item, prompt, pieces in tokenized(items, tokenizer, limit, args, counts):
+            for item, pieces in tokenized(items, tokenizer, limit, args, counts):
+                prompt = None if item.prompt is None else hash_of(item.prompt.encode(), args.seed)
                 for ids, trained in pieces:
                     tokens_file.write(np.asarray(ids, dtype).tobytes())
                     trained_file.write(bytes(trained))
                     trained_tokens += len(trained) - trained.count(0)
                     ends.append(len(ids) + (ends[-1] if ends else 0))
                     splits.append({None: -1, "train": TRAIN, "val": VAL}[item.split])
-                    prompts.append(prompt)
                     asked = max(trained.find(ANSWER), 0) or len(ids)
                     seen.append(hash_of(np.asarray(ids[:asked], dtype).tobytes(), args.seed))
+                    prompts.append(seen[-1] if prompt is None else prompt)
                 show(item.number, ends[-1] if ends else 0)
         if not ends:
             raise InputError(f"No record is left to train on: {describe(counts) or 'there was none'}.")
         split, leaked = choose_split(splits, groups(prompts, seen), args.val_fraction)
         if leaked:
             counts[LEAKED] = leaked
+        if args.val_fraction < 1 and not (split == TRAIN).any():
+            raise InputError(
+                f"No record is left to train on: {(split == VAL).sum():,} are for validation, which --val_fraction 1"
+                f" allows; {describe(counts) or 'nothing was left out'}."
+            )
         np.frombuffer(ends, np.int64).tofile(partial / "ends.bin")
         split.tofile(partial / "split.bin")
         meta = {
@@ -152,22 +160,22 @@ def prepare(records: Records, args: DataArgs) -> None:
 def describe_recipe(tokenizer: Tokenizer, style: str, limit: int, args: DataArgs) -> str:
     """All but the records that decides what is written."""
     settings = {key: value for key, value in asdict(args).items() if key not in ("checkpoint_dir", "data_dir")}
-    return json.dumps([FORMAT, tokenizer.behaviour, style, limit, settings])
+    template = None if style in ("alpaca", "none", "chat") else template_source(style)
+    return json.dumps([FORMAT, tokenizer.behaviour, style, template, limit, settings])
 
 
 def is_up_to_date(records: Callable[[], Iterable], recipe: str, data_dir: Path) -> bool:
     """Reads the records once more, but only where everything else is the same."""
-    meta = read_json(data_dir / "meta.json") if (data_dir / "meta.json").is_file() else {}
-    if meta.get("recipe") != hashlib.sha256(recipe.encode()).hexdigest():
-        return False
     try:
-        Dataset(data_dir, "train")  # its files have the sizes they should have
+        meta = Dataset(data_dir, "train").meta  # its files have the sizes they should have
     except InputError:
+        return False
+    if meta.get("recipe") != hashlib.sha256(recipe.encode()).hexdigest():
         return False
     digest = hashlib.sha256(recipe.encode())
     for _ in hashed(records(), digest):
         pass
-    return meta["hash"] == digest.hexdigest()
+    return meta.get("hash") == digest.hexdigest()
 
 
 def hashed(records: Iterable[dict[str, Any]], digest: "hashlib._Hash") -> Iterator[dict[str, Any]]:
@@ -181,8 +189,11 @@ def take_in(
 ) -> Iterator[Item]:
     """Records as text. Those from which there is nothing to learn, or something wrong, are counted and left out."""
     stops = [tokenizer.id_to_token(stop) for stop in tokenizer.stop_ids]
-    for number, record in enumerate(records, 1):
-        record = in_our_form(record, number, args)
+    named = {key.name: getattr(args, key.name) for key in fields(Keys) if getattr(args, key.name) != key.default}
+    given: dict[str, Any] = {}
+    for number, given in enumerate(records, 1):
+        named = {flag: key for flag, key in named.items() if key not in given}
+        record = in_our_form(given, number, args)
         for message in record.get("messages", ()):
             for stop in stops:
                 if message["role"] == "assistant" and message["content"].rstrip().endswith(stop):
@@ -199,7 +210,12 @@ def take_in(
                 rendered = render(style, record, tokenizer)
             except InputError as error:
                 raise InputError(f"Record {number}: {error}") from None
-            yield Item(number, record["split"], rendered, "text" in record)
+            plain = "text" in record
+            prompt = rendered.text if plain else rendered.text[: rendered.turns[0][0]]
+            yield Item(number, record["split"], rendered, plain, None if record.get("part_of_file") else prompt)
+    if named and given:
+        flags = ", ".join(f"--{flag} {key}" for flag, key in named.items())
+        raise InputError(f"No record has what {flags} names. The last one has {', '.join(map(str, given))}.")
 
 
 Pieces = list[tuple[Sequence[int], bytearray]]
@@ -207,14 +223,13 @@ Pieces = list[tuple[Sequence[int], bytearray]]
 
 def tokenized(
     items: Iterable[Item], tokenizer: Tokenizer, limit: int, args: DataArgs, counts: Counter[str]
-) -> Iterator[tuple[Item, int, Pieces]]:
-    """Each item, a hash of its prompt, and its tokens and marks: none where it is dropped, several of a long text."""
+) -> Iterator[tuple[Item, Pieces]]:
+    """Each item, and its tokens and marks: none where it is dropped, several of a long text."""
     for chunk in chunks(items):
         texts = [item.text.text for item in chunk]
         encoded = tokenizer.encode_batch(texts, [item.text.bos for item in chunk])
         for item, tokens in zip(chunk, encoded, strict=True):
             text = item.text.text
-            prompt = text if item.plain else text[: item.text.turns[0][0]]
             if item.plain:
                 pieces = cut_text([*tokens.ids, tokenizer.eos_id], limit)
             else:
@@ -223,7 +238,7 @@ def tokenized(
                 pieces = fit_length(ids, trained, limit, head, item.number, args, counts)
             if pieces and loses_characters(text, tokens, tokenizer):
                 counts[UNWRITTEN] += 1
-            yield item, hash_of(prompt.encode(), args.seed), pieces
+            yield item, pieces
 
 
 def chunks(items: Iterable[Item], most: int = 1000, characters: int = 2**21) -> Iterator[list[Item]]:

@@ -32,6 +32,8 @@ def fetch(url: str, sha256: str | None = None, token: str | None = None) -> Path
     digest, size = hashlib.sha256(), 0
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as answer:
+            if answer.headers.get_content_type() == "text/html" and not name.endswith((".html", ".htm")):
+                raise InputError(f"{url} answered with a web page, expected a file. Name another --url.")
             expected = answer.headers.get("Content-Length")
             with open(partial, "wb") as file:
                 while block := answer.read(2**20):

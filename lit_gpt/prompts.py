@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_gpt.errors import InputError
+from lit_gpt.records import to_learn
 from lit_gpt.tokenizer import Tokenizer
 
 STYLES = Path(__file__).parent / "styles"
@@ -34,7 +35,8 @@ Messages = Sequence[Mapping[str, Any]]
 class Rendered(NamedTuple):
     text: str
     turns: list[tuple[int, int]]
-    """From which to which character the model speaks. In the tokens each turn ends with its stop token."""
+    """From which to which character the model speaks, where it is to be learned. In the tokens each turn ends with its
+    stop token."""
     bos: bool | None = None
     """Whether a BOS token is put before the text. None is what the tokenizer does by itself."""
 
@@ -49,13 +51,16 @@ def render(style: str, record: Mapping[str, Any], tokenizer: Tokenizer) -> Rende
         return Rendered(record["text"], [(0, len(record["text"]))])
     messages = messages_of(record)
     if style in ("alpaca", "none"):
-        return end_to_end({"alpaca": alpaca, "none": none}[style](messages), tokenizer)
-    if style != "chat":
-        return by_template(template_source(style), messages, record.get("tools"), tokenizer)
-    if tokenizer.chat_template is None:
+        rendered = end_to_end({"alpaca": alpaca, "none": none}[style](messages), tokenizer)
+    elif style != "chat":
+        rendered = by_template(template_source(style), messages, record.get("tools"), tokenizer)
+    elif tokenizer.chat_template is None:
         raise InputError("This checkpoint has no chat template. Use --prompt_style alpaca.")
-    rendered = by_template(tokenizer.chat_template, messages, record.get("tools"), tokenizer)
-    return rendered._replace(bos=False)  # the template spells BOS, or wants none
+    else:
+        rendered = by_template(tokenizer.chat_template, messages, record.get("tools"), tokenizer)
+        rendered = rendered._replace(bos=False)  # the template spells BOS, or wants none
+    learn = [wanted for message, wanted in zip(messages, to_learn(messages)) if message["role"] == "assistant"]
+    return rendered._replace(turns=[turn for turn, wanted in zip(rendered.turns, learn, strict=True) if wanted])
 
 
 def messages_of(record: Mapping[str, Any]) -> Messages:
@@ -172,7 +177,8 @@ def by_template(source: str, messages: Messages, tools: Any, tokenizer: Tokenize
     """
     fill = partial(fill_template, source, tools=tools, tokenizer=tokenizer)
     last = len(messages) - 1
-    text = fill(messages, messages[last]["role"] != "assistant")
+    asked = messages[last]["role"] != "assistant"
+    text = fill(messages, asked)
     turns = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -188,7 +194,7 @@ def by_template(source: str, messages: Messages, tools: Any, tokenizer: Tokenize
             )
         else:
             mark = "\ue000"  # a character of no text
-            marked = fill([*messages[:i], {**message, "content": mark}, *messages[i + 1 :]], False)
+            marked = fill([*messages[:i], {**message, "content": mark}, *messages[i + 1 :]], asked)
             before, _, after = marked.partition(mark)
             if not (text.startswith(before) and text.endswith(after)):
                 raise InputError(f"Message {i + 1} cannot be found in what the chat template makes of it.")

@@ -2,9 +2,11 @@
 
 import csv
 import io
+import itertools
 import json
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from lit_gpt.errors import InputError
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
 ROLES |= {"observation": "tool", "function_response": "tool", "function_call": "assistant", "developer": "system"}
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
-SPLITS |= {"test": "other", "testing": "other"}
+SPLITS |= {"eval": "val", "evaluation": "val", "test": "other", "testing": "other"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Keys:
 def in_our_form(record: Mapping[str, Any], number: int, keys: Keys) -> dict[str, Any]:
     """A record as `prompts.render` reads it: messages (and tools) or text; and its split: train, val, other or None.
 
+    A text may be a part of a file: its pieces then go to training or validation each by itself.
+
     Conversations, prompt and completion, and plain text are recognized by their keys.
 
     Raises:
@@ -62,7 +66,8 @@ def in_our_form(record: Mapping[str, Any], number: int, keys: Keys) -> dict[str,
     elif paired and isinstance(record["prompt"], list):
         answer = record["completion"] or []
         ours["messages"] = read_messages(record["prompt"] + answer if isinstance(answer, list) else answer, where)
-    elif keys.text_key in record and keys.output_key not in has:
+    elif keys.text_key in record and has.isdisjoint((keys.instruction_key, keys.output_key)):
+        ours |= {"part_of_file": True} if record.get("part_of_file") else {}
         return ours | {"text": as_text(record[keys.text_key], f"{where}: {keys.text_key}")}
     else:
         names = (
@@ -91,7 +96,7 @@ def in_our_form(record: Mapping[str, Any], number: int, keys: Keys) -> dict[str,
 def read_split(value: Any, where: str) -> str | None:
     if value in (None, ""):
         return None
-    word = re.split(r"[_\W]", value.lower())[0] if isinstance(value, str) else value
+    word = re.split(r"[_\W]", value.strip().lower())[0] if isinstance(value, str) else value
     if not isinstance(word, str) or word not in SPLITS:
         raise InputError(f"{where} says split {value!r}, expected train, val or test.")
     return SPLITS[word]
@@ -145,24 +150,32 @@ def blank_part(record: Mapping[str, Any]) -> str | None:
     """What of a record in our form says nothing, so that nothing can be learned: its text, prompt or (an) answer."""
     if "text" in record:
         return None if record["text"].strip() else "text"
-    said = {"user": [], "assistant": []}
-    for message in record["messages"]:
-        says = bool(message["content"].strip()) or bool(message.get("tool_calls"))
-        said.setdefault(message["role"], []).append(says)
-    if not any(said["user"]):
+    messages = record["messages"]
+    says = [bool(message["content"].strip()) or bool(message.get("tool_calls")) for message in messages]
+    if not any(said for message, said in zip(messages, says) if message["role"] == "user"):
         return "prompt"
-    return None if said["assistant"] and all(said["assistant"]) else "answer"
+    answers = [said for said, wanted in zip(says, to_learn(messages)) if wanted]
+    return None if answers and all(answers) else "answer"
+
+
+def to_learn(messages: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """Which messages are trained: the assistant's, but not a greeting that answers nothing, nor one of weight 0."""
+    asked, wanted = False, []
+    for message in messages:
+        asked = asked or message["role"] not in ("assistant", "system")
+        wanted.append(asked and message["role"] == "assistant" and message.get("weight") != 0)
+    return wanted
 
 
 def with_validation(
-    read: Callable[[Path], Iterable[dict[str, Any]]], path: Path, val_path: Path | None, keys: Keys
+    records: Iterable[dict[str, Any]], validation: Iterable[dict[str, Any]] | None, keys: Keys
 ) -> Iterator[dict[str, Any]]:
-    """Records of a file; where there is another for validation, each says to which it belongs."""
-    if val_path is None:
-        yield from read(path)
+    """Where there are others for validation, each record says to which it belongs."""
+    if validation is None:
+        yield from records
     else:
-        for name, file in (("train", path), ("val", val_path)):
-            yield from (record | {keys.split_key: name} for record in read(file))
+        for name, mine in (("train", records), ("val", validation)):
+            yield from (record | {keys.split_key: name} for record in mine)
 
 
 def mix(sources: Mapping[str, float], split_key: str = "split") -> Iterator[dict[str, Any]]:
@@ -171,14 +184,14 @@ def mix(sources: Mapping[str, float], split_key: str = "split") -> Iterator[dict
     0.5 takes every second record, 2 each one twice, 1.5 one in two twice.
     """
     for source, weight in sources.items():
-        if not weight > 0:
-            raise InputError(f"{source} has the weight {weight}, expected more than 0.")
+        if not 0 < weight < math.inf:
+            raise InputError(f"{source} has the weight {weight}, expected a number above 0.")
         for i, record in enumerate(read_records(source, split_key)):
             yield from [record] * (int((i + 1) * weight) - int(i * weight))
 
 
 def read_records(source: str | Path, split_key: str = "split") -> Iterator[dict[str, Any]]:
-    """Records of a .json, .jsonl, .csv, .parquet, .txt or .md file, or of a data set by the `datasets` library.
+    """Records of a .json, .jsonl, .csv, .parquet, .txt or .md file, of a folder of .txt files, or of a data set.
 
     A data set is named as on the Hugging Face hub, org/name or org/name:config, or is a folder that
     `Dataset.save_to_disk` wrote. The names of its splits become what its records hold under `split_key`.
@@ -189,10 +202,13 @@ def read_records(source: str | Path, split_key: str = "split") -> Iterator[dict[
     path = Path(source)
     if path.suffix in READERS:
         return READERS[path.suffix](path)
+    if path.is_dir() and (texts := sorted(path.rglob("*.txt"))):
+        return itertools.chain.from_iterable(map(text_records, texts))
     if path.is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(source)):
         return dataset_records(str(source), split_key)
     raise InputError(
-        f"{source} is no file ending in {', '.join(READERS)}, no folder of a saved data set, no org/name of the hub."
+        f"{source} is no file ending in {', '.join(READERS)}, no folder of .txt files or a saved data set, no"
+        " org/name of the hub."
     )
 
 
@@ -204,7 +220,7 @@ def parquet_records(path: Path) -> Iterator[dict[str, Any]]:
         with open(path, "rb") as file:
             for batch in parquet.ParquetFile(file).iter_batches(1000):
                 yield from batch.to_pylist()
-    except ArrowException as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is no parquet file that can be read: {error}") from None
 
 
@@ -236,11 +252,11 @@ def needs(module: str) -> Any:
         raise InputError(f'This needs the package {module.split(".")[0]}: pip install -e ".[data]"') from None
 
 
-def text_records(path: Path) -> Iterator[dict[str, str]]:
-    """A whole file as one text; of a large one, a part of about a million characters that ends with a line."""
+def text_records(path: Path) -> Iterator[dict[str, Any]]:
+    """A whole file as one text; of a large one, parts of a million characters, which end with a line if they can."""
     with open_text(path) as file:
-        while text := file.read(2**20) + file.readline():
-            yield {"text": text}
+        while text := file.read(2**20) + file.readline(2**20):
+            yield {"text": text, "part_of_file": True}
 
 
 def json_records(path: Path) -> Iterator[dict[str, Any]]:

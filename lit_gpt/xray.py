@@ -129,6 +129,8 @@ def xray(data_dir: Path, tokenizer: Tokenizer, config: Config) -> XRay:
         mine = split == code
         found.records[name] = int(mine.sum())
         found.tokens[name], found.trained_tokens[name] = int(lengths[mine].sum()), int(trained[mine].sum())
+    # a piece of a text that went on from a record of another split begins one, here
+    prompt_lengths[(prompt_lengths == GOES_ON) & (np.append(NEITHER, split[:-1]) != TRAIN)] = TEXT
     columns = (column[split == TRAIN] for column in (lengths, prompt_lengths, heads))
     measure_lengths(found, *columns, data.meta["too_long"])
     return found

@@ -20,7 +20,7 @@ def main(csv_path: Path, val_path: Path | None = None, **shared: Shared) -> None
         shared: How records become tokens; see lit_gpt/data.py.
     """
     args = DataArgs(**shared)
-    prepare(lambda: with_validation(csv_records, csv_path, val_path, args), args)
+    prepare(lambda: with_validation(csv_records(csv_path), val_path and csv_records(val_path), args), args)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def main(json_path: Path, val_path: Path | None = None, **shared: Shared) -> Non
         shared: How records become tokens; see lit_gpt/data.py.
     """
     args = DataArgs(**shared)
-    prepare(lambda: with_validation(json_records, json_path, val_path, args), args)
+    prepare(lambda: with_validation(json_records(json_path), val_path and json_records(val_path), args), args)
 
 
 if __name__ == "__main__":

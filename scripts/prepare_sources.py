@@ -1,4 +1,4 @@
-"""Prepare one or several sources of any kind: files, folders of texts, data sets of the Hugging Face hub.
+"""Prepare one or several sources of any kind: files, folders of .txt files, data sets of the Hugging Face hub.
 
 python scripts/prepare_sources.py --sources '{mine.parquet: 1}' --data_dir data/mine
 python scripts/prepare_sources.py --sources '{mine.jsonl: 2, databricks/databricks-dolly-15k: 0.5}' --data_dir data/mix
@@ -7,19 +7,20 @@ python scripts/prepare_sources.py --sources '{book.txt: 1}' --data_dir data/book
 
 from lit_gpt.cli import run
 from lit_gpt.data import DataArgs, Shared, prepare
-from lit_gpt.records import mix
+from lit_gpt.records import mix, read_records, with_validation
 
 
-def main(sources: dict[str, float], **shared: Shared) -> None:
+def main(sources: dict[str, float], val_source: str | None = None, **shared: Shared) -> None:
     """Prepare records of any kind, each source as often as its weight says.
 
     Args:
-        sources: From each .json, .jsonl, .csv, .parquet, .txt or .md file, saved data set, or org/name of the hub, to
-            how often each of its records is taken: 0.5 is every second one, 2 is twice.
+        sources: From each .json, .jsonl, .csv, .parquet, .txt or .md file, folder of .txt files, saved data set, or
+            org/name of the hub, to how often each of its records is taken: 0.5 is every second one, 2 is twice.
+        val_source: Another such source, for validation.
         shared: How records become tokens; see lit_gpt/data.py.
     """
     args = DataArgs(**shared)
-    prepare(lambda: mix(sources, args.split_key), args)
+    prepare(lambda: with_validation(mix(sources, args.split_key), val_source and read_records(val_source), args), args)
 
 
 if __name__ == "__main__":

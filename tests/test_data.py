@@ -223,7 +223,9 @@ def test_settings_out_of_range(settings: dict) -> None:
 def test_other_keys_and_columns(checkpoint, tmp_path: Path) -> None:
     records = [{"q": r["instruction"], "a": r["output"], "extra": [1], 7: None, "instruction": 3} for r in QA]
     keys = dict(instruction_key="q", input_key="context", output_key="a")
-    prepared(records, checkpoint, tmp_path / "1", **keys)
+    with pytest.raises(InputError, match="No record has what --input_key context names. The last one has q, a, extra"):
+        prepared(records, checkpoint, tmp_path / "1", **keys)
+    prepared([records[0] | {"context": None}, *records[1:]], checkpoint, tmp_path / "1", **keys)
     prepared(QA, checkpoint, tmp_path / "2")
     one, two = content(tmp_path / "1"), content(tmp_path / "2")
     assert one.pop("meta.json") != two.pop("meta.json") and one == two
@@ -234,6 +236,7 @@ def test_other_keys_and_columns(checkpoint, tmp_path: Path) -> None:
     [
         ({"question": "a", "answer": "b"}, "Record 2 has no instruction and no output; it has question, answer."),
         ({"instruction": "a"}, "Record 2 has no output; it has instruction."),
+        ({"instruction": "a", "response": "b", "text": "a b"}, "Record 2 has no output; it has instruction, response"),
         ({}, "it has nothing"),
         ({"instruction": "a", "output": 7}, "Record 2: output is a int, expected text"),
         ({"instruction": "a", "output": 0}, "Record 2: output is a int, expected text"),
@@ -359,6 +362,15 @@ def test_prompts_are_on_one_side_and_seeds_choose(checkpoint, tmp_path: Path) ->
     assert [len(part) for part in sides("f")] == [1, 1]
 
 
+def test_nothing_to_train_on(checkpoint, tmp_path: Path) -> None:
+    """Unless it was asked for."""
+    held_out = [record | {"split": "val"} for record in QA]
+    with pytest.raises(InputError, match="No record is left to train on: 80 are for validation"):
+        prepared([*held_out, *QA], checkpoint, tmp_path / "data")
+    train, val = prepared(QA, checkpoint, tmp_path / "data", val_fraction=1.0)
+    assert (len(train), len(val)) == (0, 40)
+
+
 def test_named_splits(checkpoint, tmp_path: Path) -> None:
     records = [record | {"split": ("train", "val", "", None)[i % 4]} for i, record in enumerate(QA)]
     train, val = prepared(records, checkpoint, tmp_path / "data", val_fraction=0.0)
@@ -426,8 +438,15 @@ DAMAGE = {
         f"short {name}": lambda folder, name=name: os.truncate(folder / name, 20)
         for name in ("ends.bin", "trained.bin")
     },
+    "unsorted ends": lambda folder: overwrite(folder / "ends.bin", np.int64, 3),
+    "ends beyond": lambda folder: overwrite(folder / "ends.bin", np.int64, 10**9, at=-1),
+    "unknown split": lambda folder: overwrite(folder / "split.bin", np.uint8, 9),
     "empty tokens": lambda folder: os.truncate(folder / "tokens.bin", 0),
 }
+
+
+def overwrite(path: Path, dtype: type, value: int, at: int = 5) -> None:
+    np.memmap(path, dtype, "r+")[at] = value
 
 
 def rewrite(folder: Path, **changes) -> None:
@@ -443,6 +462,8 @@ def test_damaged_data(checkpoint, tmp_path: Path, name: str, damaged=DAMAGE) -> 
         InputError, match=f"{tmp_path}.*(Prepare the data again|Run one of scripts/prepare|not readable)"
     ):
         Dataset(tmp_path / "data", "train")
+    prepare(lambda: QA, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data"))  # heals it
+    assert len(Dataset(tmp_path / "data", "train")) == 38
 
 
 def test_another_tokenizer(checkpoint, tokenizer, sample_dir: Path, tmp_path: Path) -> None:

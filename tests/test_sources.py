@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shell import python
 from test_data import CONFIG, QA, content, prepared, script, stored
+from test_xray import looked_at
 from tiny_tokenizers import SPECIAL, byte_level, metaspace, sentencepiece, write
 
 from lit_gpt import InputError, Tokenizer
@@ -122,6 +123,7 @@ def test_forms_that_are_none(record: dict, said: str) -> None:
         ("Test", "other"),
         ("TRAIN.clean.100", "train"),
         ("validation-matched", "val"),
+        (" Eval ", "val"),
         ("", None),
     ],
 )
@@ -141,10 +143,43 @@ def test_names_of_splits(name: str, split: str | None) -> None:
         ([USER | {"content": " "}, ANSWER], "prompt"),
         ([USER, ANSWER | {"content": "\n"}], "answer"),
         ([USER, ANSWER | {"content": ""}, USER, ANSWER], "answer"),
+        ([ANSWER | {"content": ""}, USER, ANSWER], None),  # a greeting answers nothing, and is not trained
+        ([USER, ANSWER | {"content": "", "weight": 0}, USER, ANSWER], None),
+        ([ANSWER, USER, ANSWER | {"weight": 0}], "answer"),
     ],
 )
 def test_blank_conversations(talk: list, blank: str | None) -> None:
     assert blank_part(in_our_form({"messages": talk}, 1, Keys())) == blank
+
+
+def test_what_is_not_to_be_learned(checkpoint, tmp_path: Path) -> None:
+    """What opens a conversation without a question is read and not trained, as is a message of OpenAI's weight 0."""
+    ada, eve = ANSWER | {"weight": 1}, {"role": "assistant", "content": "Eve.", "weight": 0}
+    for style in ("alpaca", "chatml"):
+        args = dict(val_fraction=0.0, prompt_style=style)
+        train, _ = prepared([{"messages": [ANSWER, USER, eve, USER, ada]}], checkpoint, tmp_path / style, **args)
+        ids, marks = stored(train)[0]
+        said = Tokenizer(checkpoint).decode([i for i, mark in zip(ids, marks) if mark])
+        assert said.startswith(ANSWER["content"]) and "Eve." not in said and "Eve." in Tokenizer(checkpoint).decode(ids)
+
+
+def test_conversations_that_the_model_opens_are_told_apart(checkpoint, tmp_path: Path) -> None:
+    greeting = {"role": "assistant", "content": "Hello!"}
+    talks = [[greeting, {"role": "user", "content": r["instruction"]}, ANSWER] for r in QA]
+    train, val = prepared([{"messages": talk} for talk in talks], checkpoint, tmp_path / "data", val_fraction=0.25)
+    assert (len(train), len(val)) == (30, 10)
+
+
+def damaged_parquet() -> bytes:
+    """Its header and its index are whole."""
+    import pyarrow
+    import pyarrow.parquet
+
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(QA), file)
+    content = bytearray(file.getvalue())
+    content[4:200] = bytes(196)
+    return bytes(content)
 
 
 # ---- sources
@@ -188,6 +223,7 @@ def test_every_source_gives_the_same_tokens(checkpoint, tmp_path: Path) -> None:
     [
         ("a.xlsx", b"", "a.xlsx is no file ending in .json, .jsonl, .csv, .parquet"),
         ("a.parquet", b"PAR1 and more", "a.parquet is no parquet file that can be read"),
+        ("page.parquet", damaged_parquet(), "page.parquet is no parquet file that can be read"),
         ("a.txt", b"\xff", "a.txt, line 1, is not UTF-8"),
         ("folder", None, "The data set .*folder cannot be read"),
         (
@@ -225,9 +261,10 @@ def test_mixing_takes_each_source_as_often_as_it_should(sizes, weights) -> None:
         assert all(abs(count - weight) < 1 for count in counts)
 
 
-def test_weights_must_be_positive() -> None:
-    with pytest.raises(InputError, match="a.jsonl has the weight 0, expected more than 0"):
-        list(mix({"a.jsonl": 0}))
+@pytest.mark.parametrize("weight", [0, float("inf")])
+def test_weights_must_be_positive(weight: float) -> None:
+    with pytest.raises(InputError, match=f"a.jsonl has the weight {weight}, expected a number above 0"):
+        list(mix({"a.jsonl": weight}))
 
 
 # ---- texts
@@ -256,11 +293,29 @@ def test_texts_become_records(checkpoint, tmp_path: Path) -> None:
     assert len(prompt) == 32 and prompt.tolist() + rest.tolist() == records[0][0]
 
 
+def test_a_text_is_set_aside_by_pieces(checkpoint, tmp_path: Path) -> None:
+    """Of one book, some pieces are for validation; of many texts, some texts."""
+    words = [" ".join(f"{i}.{j}" for j in range(300)) for i in range(20)]
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books/a.txt").write_text(" ".join(words[:10]))
+    (tmp_path / "books/b.txt").write_text(" ".join(words[10:]))
+    train, val = prepared(read_records(tmp_path / "books"), checkpoint, tmp_path / "data", val_fraction=0.1)
+    assert len(val) == round(0.1 * (len(train) + len(val))) > 4
+    row = looked_at(checkpoint, tmp_path / "data").cutoffs[-1]
+    assert (row["records"], row["tokens_per_epoch"]) == (len(train), int(train.lengths().sum()))
+    train, val = prepared([{"text": text} for text in words], checkpoint, tmp_path / "texts", val_fraction=0.1)
+    starts = [marks[0] for _, marks in stored(val)]
+    assert starts.count(OTHER) == 2 and len(val) > 4  # two whole texts
+
+
 def test_a_large_text_comes_in_parts(tmp_path: Path) -> None:
     text = "".join(f"line {i} é\n" for i in range(300_000))
     (tmp_path / "a.md").write_text(text)
     parts = [record["text"] for record in read_records(tmp_path / "a.md")]
     assert len(parts) > 2 and "".join(parts) == text and all(part.endswith("\n") for part in parts)
+    (tmp_path / "a.md").write_text(text.replace("\n", " "))
+    parts = [record["text"] for record in read_records(tmp_path / "a.md")]
+    assert len(parts) > 1 and "".join(parts) == text.replace("\n", " ")
 
 
 # ---- nothing twice
@@ -295,6 +350,10 @@ def test_the_same_is_not_tokenized_twice(checkpoint, tmp_path: Path, monkeypatch
     for end in "ab":  # the file's content matters, not its name
         style.write_text("{% for message in messages %}{{ message.content }}" + end + "{% endfor %}")
         assert run(prompt_style=str(style)) and not run(prompt_style=str(style))
+    monkeypatch.setattr("lit_gpt.prompts.STYLES", tmp_path)  # nor is the name of one of ours all
+    for end in "ab":
+        style.write_text("{% for message in messages %}{{ message.content }}" + end + "{% endfor %}")
+        assert run(prompt_style="own") and not run(prompt_style="own")
 
 
 # ---- downloads
@@ -319,6 +378,7 @@ class Files(BaseHTTPRequestHandler):
             self.end_headers()
             return self.wfile.write(b"ffff\r\n" + body)
         self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", "text/html" if body.startswith(b"<html>") else "application/octet-stream")
         self.end_headers()
         self.wfile.write(body[: self.server.cut])
 
@@ -390,7 +450,9 @@ def test_ready_scripts(name: str, server, checkpoint, tmp_path: Path) -> None:
 def test_downloads_that_fail_leave_nothing(server, checkpoint, tmp_path: Path) -> None:
     server.files = {"/a.json": json.dumps(QA).encode()}
     url = f"--url {server.url}/a.json"
+    server.files["/page.json"] = b"<html>Log in first</html>"
     for prepare_it, status, cut, said in (
+        (f"--url {server.url}/page.json", 200, None, "answered with a web page, expected a file. Name another --url"),
         (url, 403, None, "answered 403 Forbidden. Accept its conditions there"),
         (url, 503, None, "answered 503 Service Unavailable."),
         (f"--url {server.url}/b.json", 200, None, "answered 404 Not Found."),
@@ -433,7 +495,7 @@ def test_keys_of_a_ready_script_can_be_others(checkpoint, tmp_path: Path, monkey
     module, file = script("prepare_dolly"), tmp_path / "a.jsonl"
     file.write_text("\n".join(json.dumps({"instruction": r["instruction"], "said": r["output"]}) for r in QA))
     monkeypatch.setattr(module, "fetch", lambda url: file)
-    module.main(checkpoint_dir=checkpoint, data_dir=tmp_path / "data", output_key="said")
+    module.main(checkpoint_dir=checkpoint, data_dir=tmp_path / "data", output_key="said", input_key="input")
     assert stored(Dataset(tmp_path / "data", "train")) == stored(prepared(QA, checkpoint, tmp_path / "reference")[0])
 
 
@@ -462,6 +524,9 @@ def test_own_validation_files(checkpoint, tmp_path: Path) -> None:
     train, val = (Dataset(tmp_path / "data", split) for split in ("train", "val"))
     assert (len(train), len(val)) == (25, 15) and train.meta["left_out"] == {"training on a validation prompt": 5}
     assert np.intersect1d(train.records, val.records).size == 0
+    paths = dict(sources={str(tmp_path / "train.jsonl"): 1.0}, val_source=str(tmp_path / "val.jsonl"))
+    script("prepare_sources").main(**paths, checkpoint_dir=checkpoint, data_dir=tmp_path / "mix")
+    assert content(tmp_path / "mix") == content(tmp_path / "data")
 
 
 # ---- tokenizers that change the text

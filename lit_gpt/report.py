@@ -142,5 +142,7 @@ def finish(
     """Prints the answers before and after, writes the report, and says where everything is."""
     answers = [(old.question, old.expected, old.answer, new.answer) for old, new in zip(before, after, strict=True)]
     show_answers(answers)
-    path = write_report(out_dir, title=title, command=command, settings=settings, facts=log.facts(), answers=answers)
-    print(f"Report: {path}. Weights: {out_dir / 'best'} (lowest validation loss), {out_dir / 'last'}.")
+    facts = log.facts()
+    path = write_report(out_dir, title=title, command=command, settings=settings, facts=facts, answers=answers)
+    best = "lowest validation loss" if "Validation loss" in facts else "as last: nothing was set aside to judge by"
+    print(f"Report: {path}. Weights: {out_dir / 'best'} ({best}), {out_dir / 'last'}.")

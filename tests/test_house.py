@@ -87,7 +87,7 @@ MAY_KNOW = {
     "rope": "config",
     "model": "config layout rope",
     "tokenizer": "config errors",
-    "prompts": "errors tokenizer",
+    "prompts": "errors records tokenizer",
     "records": "errors",
     "cli": "errors",
     "device": "errors",

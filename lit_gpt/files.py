@@ -11,10 +11,17 @@ from lit_gpt.errors import InputError
 
 def must_be_empty(folder: Path) -> None:
     """Raises InputError where something is in the way of a new folder: `new_folder` would replace it."""
+    must_be_elsewhere(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file, expected a folder. Name another one.")
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty. Name another folder, or delete it first.")
+
+
+def must_be_elsewhere(folder: Path) -> None:
+    """Raises InputError for the working directory, whose place another folder cannot take."""
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise InputError(f"{folder} is the folder you are in, expected a new one. Name one in it, such as new.")
 
 
 @contextmanager
@@ -24,6 +31,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Killed or failed at any moment, the old content of `folder` is still whole: under its name, or, for an instant,
     under `.NAME.old`, from where `recover` brings it back.
     """
+    must_be_elsewhere(folder)
+    folder = folder.resolve()  # a link stays one
     recover(folder)
     partial, old = beside(folder)
     partial.mkdir(parents=True)
@@ -49,7 +58,7 @@ def recover(folder: Path) -> None:
 
 
 def beside(folder: Path) -> tuple[Path, Path]:
-    folder = folder.absolute()  # "." has no name
+    folder = folder.resolve()  # "." has no name, and a rename would replace a link
     return folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
 
 

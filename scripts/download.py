@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from lit_gpt import Config, InputError, families
-from lit_gpt.checkpoint import convert, read_tensors, weight_files
+from lit_gpt.checkpoint import convert, read_tensors
 from lit_gpt.cli import run
 from lit_gpt.device import DType, as_dtype
 from lit_gpt.hub import WEIGHTS, download
@@ -44,22 +44,24 @@ def main(
             print(f"{n / 1e9:8.2f} B parameters  {2 * n / 1e9:7.1f} GB in 16 bits   {repo}")
         return
     folder = checkpoint_dir or Path("checkpoints") / repo_id
+    # what is yet to be converted waits beside it, and a second run goes on with it until the folder is whole
+    name = folder.resolve()
+    source, converted = (name.with_name(f".{name.name}.{kind}") for kind in ("download", "converted"))
+    shutil.rmtree(converted, ignore_errors=True)
     if dtype is None or tokenizer_only:
         files = download(repo_id, folder, revision, access_token, tokenizer_only)
-    elif has_weights(folder, as_dtype(dtype)):
+    elif has_weights(folder, as_dtype(dtype)) and not source.exists():
         print(f"{folder} holds weights in {dtype} already. Delete it to fetch them again, or those of a --revision.")
         return
     else:
-        # what is yet to be converted waits beside it, and a second run goes on with it
-        source, converted = (folder.with_name(f".{folder.name}.{kind}") for kind in ("download", "converted"))
         files = download(repo_id, source, revision, access_token, tokenizer_only)
-        shutil.rmtree(converted, ignore_errors=True)
         convert(source, converted, hugging_face=True, dtype=as_dtype(dtype))
         folder.mkdir(exist_ok=True)
         for path in converted.iterdir():
             path.replace(folder / path.name)
         converted.rmdir()
-        shutil.rmtree(source)
+        source.rename(converted)  # from here on there is nothing to go on with
+        shutil.rmtree(converted)
     print(f"{folder}: {len(files)} files, {sum(file.size for file in files) / 1e9:.2f} GB.")
 
 
@@ -69,13 +71,12 @@ def has_weights(folder: Path, dtype: torch.dtype) -> bool:
     Raises:
         InputError: they are of another.
     """
-    if not any(path for kind in WEIGHTS for pattern in kind for path in folder.glob(pattern)):
-        return False
-    found = {tensor.dtype for _, tensor in read_tensors(weight_files(folder))}
-    if found != {dtype}:
+    files = [path for kind in WEIGHTS for pattern in kind for path in folder.glob(pattern) if path.suffix != ".json"]
+    found = {tensor.dtype for _, tensor in read_tensors(files)}
+    if found - {dtype}:
         names = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in found))
         raise InputError(f"{folder} holds weights in {names}. Delete them, or name another --checkpoint_dir.")
-    return True
+    return bool(found)
 
 
 if __name__ == "__main__":

@@ -298,6 +298,19 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
+def test_the_folder_one_is_in_and_links_to_others(copy, tmp_path, monkeypatch) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(InputError, match=r"^\. is the folder you are in"):
+        convert(tmp_path / "not even there", Path("."), hugging_face=False)
+    for name in ("real", "not yet"):
+        (tmp_path / f"link to {name}").symlink_to(tmp_path / name)
+    (tmp_path / "real").mkdir()
+    for name in ("real", "not yet"):
+        convert(copy, tmp_path / f"link to {name}", hugging_face=False)
+        assert (tmp_path / f"link to {name}").is_symlink() and (tmp_path / name / "lit_config.json").is_file()
+
+
 def test_a_full_disk_ends_in_one_line_and_leaves_nothing(copy, tmp_path) -> None:
     before = {path: path.read_bytes() for path in copy.iterdir()}
     script = [sys.executable, str(ROOT / "scripts/convert_hf_checkpoint.py")]

@@ -252,6 +252,37 @@ def test_tokenizer_only_and_another_dtype(hub, tmp_path) -> None:
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+KILLED = """
+import os, runpy, sys
+def kill(event, args):  # Python announces a rename before making it
+    if event == "os.rename" and kill.moved:
+        os._exit(9)
+    kill.moved = event == "os.rename" and str(args[1]).endswith("tiny/model.safetensors")
+kill.moved = False
+sys.addaudithook(kill)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_conversion_that_was_killed_is_finished(hub, tiny_dir, tmp_path) -> None:
+    """At once after the weights are in place."""
+    job, folder = command_of(hub, tmp_path, "--dtype", "float16"), tmp_path / "checkpoints/org/tiny"
+    script = f"import sys; sys.argv = sys.argv[1:]{KILLED}"
+    assert subprocess.run(**job | {"args": [sys.executable, "-c", script, *job["args"][1:]]}).returncode == 9
+    assert (folder / "model.safetensors").is_file()
+    assert fetch(hub, tmp_path, "--dtype", "float16").returncode == 0
+    assert {path.name for path in folder.iterdir()} == {path.name for path in tiny_dir.iterdir()}
+    assert hub.requests["GET /cdn/model.safetensors"] == 1 and len(list(folder.parent.iterdir())) == 1
+
+
+def test_into_the_folder_one_is_in(hub, tmp_path) -> None:
+    (tmp_path / "here").mkdir()
+    flags = ("--checkpoint_dir", ".", "--dtype", "float16")
+    job = command_of(hub, tmp_path, *flags) | {"cwd": tmp_path / "here"}
+    subprocess.run(**job, check=True)
+    assert next(load_model(tmp_path / "here").parameters()).dtype == torch.float16
+
+
 def test_a_mirror_has_two_names(hub, tmp_path) -> None:
     command = command_of(hub, tmp_path, "--tokenizer_only", "true")
     command["env"]["HF_HUB_ENDPOINT"] = command["env"].pop("HF_ENDPOINT")

@@ -62,8 +62,8 @@ def load_weights(
     dtype and device the moment it arrives, so that the peak is the model and one tensor.
 
     Raises:
-        InputError: files are missing or damaged, tensors are missing, superfluous, of another shape or not finite. All
-            that is wrong with the tensors is said at once.
+        InputError: files are missing or damaged, tensors are missing, superfluous, of another shape or not finite, as
+            they are or in `dtype`. All that is wrong with the tensors as they are is said at once.
     """
     checkpoint_dir = Path(checkpoint_dir)
     digests = {}
@@ -207,7 +207,18 @@ def assign(model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype
     if leaf == "weight" and isinstance(module, QuantizedLinear):
         module.load_weight(tensor)
     else:
-        setattr(module, leaf, nn.Parameter(tensor.to(dtype), requires_grad=False))
+        setattr(module, leaf, nn.Parameter(cast(name, tensor, dtype), requires_grad=False))
+
+
+def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Raises InputError where a value is too large for `dtype`, and would become infinite."""
+    found = tensor.to(dtype)
+    if found is not tensor and dtype.itemsize <= tensor.dtype.itemsize and not is_finite(found):
+        raise InputError(
+            f"{name} holds {tensor.abs().max():.3g}, and {str(dtype).removeprefix('torch.')} ends at"
+            f" {torch.finfo(dtype).max:.3g}. Choose bfloat16 or float32."
+        )
+    return found
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -280,7 +291,7 @@ def convert(
         digests = {}
         for name, tensor in checked_tensors(model, checkpoint_dir):
             digests[name] = digest(name, tensor)
-            yield name, tensor.to(dtype or tensor.dtype)
+            yield name, cast(name, tensor, dtype or tensor.dtype)
         metadata[FINGERPRINT] = own or fingerprint(digests)
 
     write_checkpoint(tensors(), model.config, checkpoint_dir, out_dir, hugging_face, metadata, max_shard, check)
@@ -290,7 +301,6 @@ def save_hf(
     model: GPT,
     source: Path,
     out_dir: Path,
-    dtype: torch.dtype | None = None,
     max_shard: int | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> None:
@@ -301,8 +311,7 @@ def save_hf(
     """
     untied = model.config.tie_embeddings and model.lm_head.weight is not model.transformer.wte.weight
     config = model.config.replace(tie_embeddings=False) if untied else model.config
-    tensors = ((name, param.to(dtype or param.dtype)) for name, param in model.named_parameters())
-    write_checkpoint(tensors, config, source, out_dir, True, {}, max_shard, check)
+    write_checkpoint(model.named_parameters(), config, source, out_dir, True, {}, max_shard, check)
 
 
 def write_checkpoint(

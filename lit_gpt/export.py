@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from lit_gpt.checkpoint import copy_others, save_hf
+from lit_gpt.checkpoint import cast, copy_others, save_hf
 from lit_gpt.errors import InputError
 from lit_gpt.files import must_be_empty, new_folder
 from lit_gpt.finetuned import Finetuned, describe_peft, finetuned_file, load_finetuned, read_description
@@ -56,9 +56,12 @@ def export_merged(
         model = merge_into(base, finetuned, checkpoint_dir, expected, tokenizer)
     if model.config.tie_embeddings and model.lm_head.weight is not model.transformer.wte.weight:
         print("The head was the embedding and now differs from it: the merged checkpoint holds both.")
-    cast(model, dtype or stored)
+    before = logits_of(model, tokenizer) if dtype not in (None, stored) else None
+    cast_weights(model, dtype or stored)
     expected = logits_of(model, tokenizer)
-    save_hf(model, source, out_dir, None, max_shard, lambda folder: prove(expected, folder))
+    if before is not None:
+        print(f"Rounded to {str(dtype).removeprefix('torch.')}: {difference(before, expected)}.")
+    save_hf(model, source, out_dir, max_shard, lambda folder: prove(expected, folder))
 
 
 def describe(finetuned: Path) -> Finetuned:
@@ -76,14 +79,14 @@ def merge(model: GPT, dtype: torch.dtype) -> GPT:
     for part in (*model.transformer.h, model):
         merge_lora_weights(part)
         dequantize_linears(part)
-        cast(part, dtype)
+        cast_weights(part, dtype)
     return model
 
 
-def cast(model: nn.Module, dtype: torch.dtype) -> None:
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Rounds the weights; the rotary frequencies, which no file holds, stay as they are."""
-    for param in model.parameters():
-        param.data = param.data.to(dtype)
+    for name, param in model.named_parameters():
+        param.data = cast(name, param.data, dtype)
 
 
 def must_explain(found: Difference, dtype: torch.dtype) -> None:
@@ -107,7 +110,7 @@ def merge_into(base: Base, finetuned: Path, checkpoint_dir: Path | None, expecte
         print(f"Merged into the {name} weights: {found[name]}, from the quantized model that was trained.")
     must_explain(found["dequantized"], stored)
     nearer = min(found, key=lambda name: found[name].mean)
-    advice = "" if nearer == base else f" --base {nearer} chooses it."
+    advice = "" if nearer == base else f" scripts/merge_lora.py --base {nearer} chooses it."
     print(f"Nearer to what was trained: the {nearer} weights. Written: the {base} ones.{advice}")
     return model
 

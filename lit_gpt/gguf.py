@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lit_gpt.checkpoint import Writer
+from lit_gpt.checkpoint import Writer, cast
 from lit_gpt.errors import InputError
 from lit_gpt.files import must_be_empty, new_folder
 from lit_gpt.gguf_tokenizer import TOKENIZER_KEYS, adds_bos, build_tokenizer, special_ids
@@ -356,4 +356,4 @@ def hf_tensor(name: str, stored: StoredTensor, config: dict[str, Any]) -> torch.
     if heads and config["model_type"] == "llama":
         pairs = values.view(config[heads], -1, 2, values.shape[-1])  # (H, size / 2, 2, E)
         values = pairs.transpose(1, 2).reshape(values.shape)
-    return values.to(getattr(torch, config["torch_dtype"]))
+    return cast(name, values, getattr(torch, config["torch_dtype"]))

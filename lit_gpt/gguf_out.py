@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from lit_gpt.checkpoint import load_model
+from lit_gpt.checkpoint import cast, load_model
 from lit_gpt.config import Config
 from lit_gpt.convert import hf_name
 from lit_gpt.errors import InputError
@@ -44,8 +44,10 @@ def export_gguf(checkpoint_dir: Path, out_dir: Path, kind: GGUFType) -> Path:
         for add, values in metadata.items():
             getattr(writer, add)(values)
         for name, tensor in tensors(model):
-            quantized = gguf.quants.quantize(tensor.numpy(), type_of(gguf, tensor, kind))
-            writer.add_tensor(name, quantized, raw_dtype=type_of(gguf, tensor, kind))
+            to = type_of(gguf, tensor, kind)
+            if to.name == "F16":
+                cast(name, tensor, torch.float16)
+            writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), to), raw_dtype=to)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

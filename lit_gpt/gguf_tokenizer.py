@@ -162,6 +162,11 @@ def vocabulary(checkpoint_dir: Path, config: Config, tokenizer: Tokenizer) -> di
         found = byte_level(checkpoint_dir, stored, config.padded_vocab_size, tokenizer)
     found |= {"add_eos_token_id": tokenizer.eos_id, "add_add_bos_token": tokenizer.use_bos}
     others = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
+    if len(others) > 2:
+        raise InputError(
+            f"{checkpoint_dir} has {len(others) + 1} stop tokens, {[tokenizer.eos_id, *others]}, a GGUF file at most 3."
+            " Leave out some in its generation_config.json."
+        )
     found |= {name: i for name, i in zip(("add_eot_token_id", "add_eom_token_id"), others)}
     if tokenizer.bos_id is not None:
         found["add_bos_token_id"] = tokenizer.bos_id

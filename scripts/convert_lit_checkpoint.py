@@ -8,6 +8,7 @@
 What was written is read back and compared with the model.
 """
 
+import functools
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,7 @@ from lit_gpt.device import DType, as_dtype
 from lit_gpt.export import export_merged, export_peft, whole_model
 from lit_gpt.files import must_be_empty
 from lit_gpt.gguf_out import export_gguf
-from lit_gpt.proof import logits_of, prove
+from lit_gpt.proof import difference, logits_of, prove
 
 
 def main(
@@ -43,10 +44,15 @@ def main(
             out_dir), gguf (of the llama architecture) for llama.cpp.
         dtype: Of the copy. None is that of each tensor. q8_0 is for gguf.
         max_shard_size: The largest file, in GB.
-        prove_it: Compute sample texts with the model and with what was written. It takes the memory of both.
+        prove_it: Compute sample texts with the model and with what was written, one after the other. False leaves it
+            out where --format hf copies a checkpoint; what was fine-tuned, peft and gguf are always compared.
     """
     if dtype == "q8_0" and format != "gguf":
         raise InputError("--dtype q8_0 is for --format gguf. Here: float32, bfloat16 or float16.")
+    if dtype is not None and format == "peft":
+        raise InputError(f"--dtype {dtype} is not for --format peft, whose weights are float32. Leave it out.")
+    if not max_shard_size > 0:
+        raise InputError(f"--max_shard_size is {max_shard_size}, expected more than 0, in GB.")
     must_be_empty(out_dir)
     if finetuned is not None and format != "peft" and (whole := whole_model(finetuned)):
         checkpoint_dir, finetuned = whole, None
@@ -61,9 +67,13 @@ def main(
     elif finetuned is not None:
         export_merged(finetuned, checkpoint_dir, out_dir, as_dtype(dtype), max_shard=int(max_shard_size * 1e9))
     else:
-        source = checkpoint_dir or SAMPLE
-        expected = logits_of(load_model(source, as_dtype(dtype)), Tokenizer(source)) if prove_it else None
-        check = (lambda folder: prove(expected, folder)) if prove_it else None
+        source, check = checkpoint_dir or SAMPLE, None
+        if prove_it:
+            expected = logits_of(load_model(source, as_dtype(dtype)), Tokenizer(source))
+            if dtype is not None:  # one model after the other
+                before = logits_of(load_model(source), Tokenizer(source))
+                print(f"Rounded to {dtype}: {difference(before, expected)}.")
+            check = functools.partial(prove, expected)
         convert(source, out_dir, True, as_dtype(dtype), int(max_shard_size * 1e9), check)
     print(f"Wrote {out_dir}.")
 

@@ -1,6 +1,7 @@
 """What leaves the toolkit is the model, and is proven to be: `pytest tests/test_export.py`"""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -83,6 +84,7 @@ def test_both_bases_of_a_quantized_one(tiny, tmp_path, capsys) -> None:
         export_merged(adapter, None, tmp_path / base, base=base)
         output = capsys.readouterr().out
         assert "Nearer to what was trained: the dequantized weights" in output and f"Written: the {base} ones" in output
+        assert ("scripts/merge_lora.py --base dequantized chooses it" in output) == (base == "original")
     models = (load_model(tmp_path / base) for base in ("original", "dequantized"))
     original, dequantized = (difference(expected, logits_of(model, Tokenizer(tiny))) for model in models)
     assert dequantized.largest < 1e-4 * dequantized.scale and dequantized.largest < 0.01 * original.largest
@@ -164,6 +166,44 @@ def test_rounding_is_not_an_error(dtype, largest, tiny, tmp_path, capsys) -> Non
     assert f"Read back in {str(dtype)[6:]}" in capsys.readouterr().out
     found = difference(expected, logits_of(load_model(tmp_path / "copy"), Tokenizer(tiny)))
     assert 0 < found.largest < largest * found.scale and found.mean < found.largest
+
+
+def too_large(folder: Path, source: Path) -> Path:
+    """A copy with a weight beyond float16."""
+    model = load_model(source)
+    model.transformer.h[1].mlp.proj.weight.data[3, 4] = -1e5
+    save_hf(model, source, folder)
+    return folder
+
+
+TOO_LARGE = r"h.1.mlp.proj.weight holds 1e\+05, and float16 ends at 6.55e\+04. Choose bfloat16 or float32."
+EXPORTS = {
+    "hf": lambda source, out, adapter: convert(source, out, True, torch.float16),
+    "lit": lambda source, out, adapter: convert(source, out, False, torch.float16),
+    "merged": lambda source, out, adapter: export_merged(adapter, None, out, torch.float16),
+    "loaded": lambda source, out, adapter: load_model(source, torch.float16),
+}
+
+
+@pytest.mark.parametrize("act", EXPORTS)
+def test_what_float16_cannot_hold_is_named(act, tiny, tmp_path) -> None:
+    source = too_large(tmp_path / "large", tiny)
+    adapter = write_adapter(tmp_path / "lora", source) if act == "merged" else None
+    with pytest.raises(InputError, match=TOO_LARGE):
+        EXPORTS[act](source, tmp_path / "out", adapter)
+    assert not (tmp_path / "out").exists()
+    load_model(source, torch.bfloat16)
+
+
+def test_what_rounding_does_is_printed(tiny, tmp_path) -> None:
+    """Next to the exact comparison with what was written."""
+    adapter, scripts = write_adapter(tmp_path / "lora", tiny), ROOT / "scripts"
+    copied = (scripts / "convert_lit_checkpoint.py", "--checkpoint_dir", tiny)
+    merged = (scripts / "merge_lora.py", "--finetuned", adapter)
+    for i, command in enumerate((copied, merged)):
+        out = python(*command, "--dtype", "bfloat16", "--out_dir", tmp_path / str(i), check=True).stdout
+        found = dict(re.findall(r"^(Rounded to|Read back in) bfloat16: .* at most (\S+),", out, re.M))
+        assert float(found["Rounded to"]) > 0.01 > float(found["Read back in"]), out
 
 
 def test_peft_folder_from_the_script(tiny, tmp_path) -> None:
@@ -326,9 +366,24 @@ def test_llama_cpp_reads_the_same_pieces(kind, sample_dir, tmp_path) -> None:
     assert found == [encoded.ids for encoded in tokenizer.encode_batch(texts, bos=False)]
 
 
+def test_more_stop_tokens_than_gguf_holds(tiny, tmp_path) -> None:
+    source = tmp_path / "model"
+    convert(tiny, source, True)
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0, 3, 4]}))
+    with pytest.raises(InputError, match=r"has 4 stop tokens, \[2, 0, 3, 4\], a GGUF file at most 3"):
+        gguf_out.export_gguf(source, tmp_path / "gguf", "float16")
+    with pytest.raises(InputError, match=TOO_LARGE.replace("h.1.mlp.proj", "blk.1.ffn_down")):
+        gguf_out.export_gguf(too_large(tmp_path / "large", tiny), tmp_path / "gguf", "float16")
+
+
 def test_convert_script(tiny, tmp_path) -> None:
     command = [ROOT / "scripts/convert_lit_checkpoint.py", "--checkpoint_dir", tiny]
     python(*command, "--out_dir", tmp_path / "copy", "--dtype", "bfloat16", check=True)
     assert next(load_model(tmp_path / "copy").parameters()).dtype == torch.bfloat16
-    refused = python(*command, "--out_dir", tmp_path / "x", "--format", "peft")
-    assert refused.returncode == 2 and "--finetuned" in refused.stderr and refused.stderr.count("\n") == 1
+    for message, *flags in (
+        ("--finetuned", "--format", "peft"),
+        ("--dtype float16 is not for --format peft", "--format", "peft", "--dtype", "float16"),
+        ("--max_shard_size is -1.0, expected more than 0", "--max_shard_size", "-1"),
+    ):
+        refused = python(*command, "--out_dir", tmp_path / "x", *flags)
+        assert refused.returncode == 2 and message in refused.stderr and refused.stderr.count("\n") == 1

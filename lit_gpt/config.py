@@ -1,15 +1,18 @@
 """The shape of a model. No torch here: a config can be read, printed and compared on any machine."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
 from lit_gpt import families
-from lit_gpt.errors import InputError
+from lit_gpt.errors import InputError, reading
 
 SAMPLE = Path("checkpoints/sample/SmolLM2-135M-Instruct-Q4_1")  # what scripts/download_sample.py writes
+
+MAY_BE_ZERO = ("n_layer", "norm_eps", "rotary_percentage")  # besides what usually is
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ class Config:
             if not (isinstance(value, kinds) or whole) or (isinstance(value, bool) and bool not in kinds):
                 names = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
                 raise InputError(f"{spec.name} is {value!r}, expected {names}.")
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                check_number(spec.name, value, may_be_zero=spec.default == 0 or spec.name in MAY_BE_ZERO)
         derived = {
             "n_query_groups": self.n_query_groups or self.n_head,
             "head_size": self.head_size or self.n_embd // self.n_head,
@@ -108,6 +113,23 @@ class Config:
             object.__setattr__(self, key, value)  # the instance is frozen for everybody else
         if self.n_head % self.n_query_groups:
             raise InputError(f"{self.n_head} query heads cannot share {self.n_query_groups} groups of keys and values.")
+        if self.n_expert_per_token > self.n_expert:
+            raise InputError(f"{self.n_expert_per_token} experts per token of {self.n_expert} are too many.")
+        if self.rotary_percentage > 1 or self.rope_n_elem % 2:
+            share = f"{self.rotary_percentage} of {self.head_size} elements"
+            raise InputError(f"{share} of a head are to be rotated, expected an even number of them, and not more.")
+        self.check_scaling(self.rope_scaling or {})
+
+    def check_scaling(self, scaling: dict[str, Any]) -> None:
+        """Raises InputError for what no kind of scaling can work with."""
+        needed = families.ROPE_SCALINGS[scaling.get("rope_type", "default")]
+        for key, value in scaling.items():
+            numbers, n = (value, self.rope_n_elem // 2) if key in ("short_factor", "long_factor") else ([value], 1)
+            if len(numbers) != n:
+                raise InputError(f"{key} has {len(numbers)} numbers, expected {n}.")
+            for number in numbers:
+                if key != "rope_type" and number is not None:
+                    check_number(key, number, may_be_zero=key not in (*needed, "factor"))
 
     @property
     def padded_vocab_size(self) -> int:
@@ -147,18 +169,20 @@ class Config:
         """
         checkpoint_dir = Path(checkpoint_dir)
         ours, theirs = checkpoint_dir / "lit_config.json", checkpoint_dir / "config.json"
-        if ours.is_file():
-            known = {field.name for field in fields(cls)}
-            settings = {key: value for key, value in read_json(ours).items() if key in known}
-        elif theirs.is_file():
-            family, settings = families.from_hf(read_json(theirs), theirs)
-            settings |= {"name": checkpoint_dir.name, "family": family}
-        else:
+        path = ours if ours.is_file() else theirs
+        if not path.is_file():
             raise InputError(
                 f"{checkpoint_dir} is no checkpoint: it has no config.json."
                 " `python scripts/download_sample.py` fetches a small one."
             )
-        return cls(**settings | overrides)
+        content = read_json(path)
+        with reading(path):
+            if path == ours:
+                settings = {field.name: content[field.name] for field in fields(cls) if field.name in content}
+            else:
+                family, settings = families.from_hf(content, path)
+                settings |= {"name": checkpoint_dir.name, "family": family}
+            return cls(**settings | overrides)
 
     def save(self, checkpoint_dir: Path) -> None:
         text = json.dumps(asdict(self), indent=2)
@@ -166,6 +190,11 @@ class Config:
 
     def replace(self, **changes: Any) -> "Config":
         return replace(self, **changes)
+
+
+def check_number(name: str, value: Any, may_be_zero: bool) -> None:
+    if not isinstance(value, int | float) or not 0 <= value < math.inf or (value == 0 and not may_be_zero):
+        raise InputError(f"{name} is {value!r}, expected {'0 or more' if may_be_zero else 'more than 0'}, and finite.")
 
 
 def read_json(path: Path) -> dict[str, Any]:

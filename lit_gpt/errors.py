@@ -1,6 +1,24 @@
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
 class InputError(Exception):
     """Something the user can mend: a file, a flag, a record. `cli.run` prints it as one line and exits with status 2.
 
     The text says what was found, what was expected and what to type next. Bugs are any other exception: they keep
     their traceback.
     """
+
+
+@contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """Around code that trusts a file of somebody else: whatever it trips over becomes an InputError that names it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, re.error) as error:
+        what = f"has no {error}" if isinstance(error, KeyError) else f"holds a value that cannot be used ({error})"
+        raise InputError(f"{path} {what}. Copy or download it again.") from error

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -417,3 +418,50 @@ def test_what_is_not_known_is_named(changes, message, tmp_path) -> None:
     with pytest.raises(InputError, match=message) as caught:
         Config.from_checkpoint(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+LONG = dict(type="longrope", short_factor=[1.0] * 8, long_factor=[1.0] * 8, original_max_position_embeddings=64)
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(model_type=["llama"]), "unhashable type: 'list'"),
+        *((dict({key: -8}), f"{ours} is -8, expected more than 0") for key, ours in (
+            ("vocab_size", "vocab_size"), ("num_attention_heads", "n_head"), ("hidden_size", "n_embd"),
+            ("head_dim", "head_size"), ("intermediate_size", "intermediate_size"),
+            ("num_key_value_heads", "n_query_groups"), ("rope_theta", "rope_base"),
+        )),
+        (dict(model_type="gpt2", n_layer=1, n_embd=8, n_positions=8, n_head=0), "n_head is 0"),
+        (dict(model_type="falcon", num_attention_heads=0), "n_head is 0"),
+        (dict(rope_theta=0), "rope_base is 0"),
+        (dict(rms_norm_eps=-1.0), "norm_eps is -1.0, expected 0 or more"),
+        (dict(partial_rotary_factor=3.0), "3.0 of 16 elements of a head are to be rotated"),
+        (dict(partial_rotary_factor=-1), "rotary_percentage is -1"),
+        (dict(head_dim=15), "1.0 of 15 elements"),
+        (dict(rope_scaling="linear"), "holds a value that cannot be used"),
+        (dict(rope_scaling=dict(type="linear", factor="8")), "factor is '8', expected more than 0"),
+        (dict(rope_scaling=dict(type="linear", factor=0)), "factor is 0, expected more than 0"),
+        (dict(rope_scaling=dict(type="dynamic", factor=math.inf)), "infinity"),
+        (dict(rope_scaling=dict(type="dynamic", factor="2")), "factor is '2'"),
+        (dict(rope_scaling=dict(type="yarn", factor="2", original_max_position_embeddings=8)), "factor is '2'"),
+        (dict(rope_scaling=dict(type="yarn", factor=4, original_max_position_embeddings=0)), "embeddings is 0"),
+        (dict(rope_scaling=LONG | dict(short_factor=["a"] * 8)), "short_factor is 'a'"),
+        (dict(rope_scaling=LONG | dict(long_factor=[1.0])), "long_factor has 1 numbers, expected 8"),
+        (dict(model_type="granite", logits_scaling=0), "division by zero"),
+        (dict(model_type="gemma2", query_pre_attn_scalar=0), "cannot be used"),
+        (dict(model_type="gemma3_text", sliding_window_pattern=0), "modulo by zero"),
+        (dict(model_type="smollm3", no_rope_layer_interval=0), "modulo by zero"),
+        (dict(model_type="smollm3", no_rope_layers=[1]), "no_rope_layers has 1 entries, expected one for each of 3"),
+        (dict(model_type="qwen3_moe", **EXPERTS, decoder_sparse_step=0), "modulo by zero"),
+        (dict(model_type="qwen3_moe", **EXPERTS | dict(num_experts_per_tok=5)), "5 experts per token of 4"),
+        (dict(model_type="mistral", sliding_window=0), "sliding_window is 0"),
+        (dict(model_type="mistral", sliding_window=-3), "sliding_window is -3"),
+    ],
+)  # fmt: skip
+def test_a_value_that_no_model_can_have_is_named(changes, message, tmp_path) -> None:
+    hf = COMMON | dict(model_type="llama", rms_norm_eps=1e-6, head_dim=16) | changes
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(InputError, match=f"^{tmp_path}/config.json.*{message}"):
+        Config.from_checkpoint(tmp_path)

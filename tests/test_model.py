@@ -320,8 +320,8 @@ def test_a_saved_config_is_read_back(case, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, "config.json says model_type 'mamba'; known are .*llama"),
-        ({"model_type": None}, "config.json says model_type None; known are .*llama"),
+        ({"model_type": "mamba"}, "config.json: it says model_type 'mamba'; known are .*llama"),
+        ({"model_type": None}, "config.json: it says model_type None; known are .*llama"),
         ({"num_hidden_layers": None}, "config.json has no 'num_hidden_layers'.*Copy or download it again"),
         ({"rope_parameters": {"rope_type": "xpos", "factor": 2.0}}, "config.json.*'xpos'.*known are default, linear"),
         ({"rope_parameters": {"rope_type": "linear"}}, "config.json has no 'factor'"),

@@ -60,20 +60,17 @@ def by_name(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def from_hf(hf: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
-    """(family, arguments of Config) of a Hugging Face config.json, which was read from `path`."""
+    """(family, arguments of Config) of a Hugging Face config.json, which was read from `path`. See `errors.reading`."""
     kinds = {kind: family for family in FAMILIES for kind in load(family).MODEL_TYPES}
     kind = hf.get("model_type")
     if kind not in kinds:
-        raise InputError(f"{path} says model_type {kind!r}; known are {', '.join(sorted(kinds))}.")
-    family = load(kinds[kind])
-    try:
-        settings = family.from_hf(hf)
-    except KeyError as error:
-        raise InputError(f"{path} has no {error}, which a {kind} model needs. Copy or download it again.") from None
-    except (TypeError, AttributeError) as error:  # a text where a number should be
-        raise InputError(f"{path} holds a value of a wrong type ({error}). Copy or download it again.") from None
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"it says model_type {kind!r}; known are {', '.join(sorted(kinds))}.")
+    settings = load(kinds[kind]).from_hf(hf)
+    for key in ("layer_types", "no_rope_layers"):
+        if hf.get(key) and len(hf[key]) != settings["n_layer"]:
+            raise InputError(
+                f"{key} has {len(hf[key])} entries, expected one for each of {settings['n_layer']} layers."
+            )
     # `.` has no name, and a link may have the right one
     return kinds[kind], settings | exceptions(hf, path.parent.name) | exceptions(hf, path.parent.resolve().name)
 
@@ -134,7 +131,7 @@ def sliding(hf: dict[str, Any], on: bool = True) -> dict[str, Any]:
             raise InputError(f"layers of the kind {sorted(unknown)[0]!r} are not known.")
         layers = [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"]
         return dict(sliding_window=window, sliding_layers=layers) if layers else {}
-    return dict(sliding_window=window) if on and window else {}
+    return dict(sliding_window=window) if on else {}
 
 
 ROPE_SCALINGS = {  # known kinds, and what each must say
@@ -165,7 +162,11 @@ def rope(hf: dict[str, Any]) -> dict[str, Any]:
         scaling.setdefault("original_max_position_embeddings", hf["original_max_position_embeddings"])
     for key in ROPE_SCALINGS[kind]:
         scaling[key]
-    base = scaling.pop("rope_theta", None) or parameters.get("rope_theta") or hf.get("rope_theta") or 10000
-    share = scaling.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or 1.0
+    found = {"rope_theta": 10000, "partial_rotary_factor": 1.0}
+    for place in (hf, parameters, scaling):  # the last that says something counts
+        found |= {key: place[key] for key in found if place.get(key) is not None}
+    scaling = {key: value for key, value in scaling.items() if key not in found}
     scaling = None if kind == "default" else scaling
-    return {"rope_base": base, "rope_scaling": scaling, "rotary_percentage": share}
+    return {"rope_scaling": scaling} | dict(
+        rope_base=found["rope_theta"], rotary_percentage=found["partial_rotary_factor"]
+    )

@@ -16,7 +16,7 @@ from torch import nn
 from lit_gpt import families
 from lit_gpt.config import Config, read_json
 from lit_gpt.convert import hf_name, to_hf, to_lit
-from lit_gpt.errors import InputError
+from lit_gpt.errors import InputError, reading
 from lit_gpt.files import must_be_empty, new_folder
 from lit_gpt.model import GPT
 from lit_gpt.quantize import Quantize, QuantizedLinear, quantize_linears
@@ -24,7 +24,7 @@ from lit_gpt.quantize import Quantize, QuantizedLinear, quantize_linears
 # what belongs to a checkpoint besides its weights
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "LICENSE*",
+    "vocab.json", "merges.txt", "chat_template.jinja", "additional_chat_templates/*.jinja", "LICENSE*",
 )  # fmt: skip
 FINGERPRINT = "lit_gpt.fingerprint"  # in a safetensors header, where a copy says what it is a copy of
 MAX_SHARD = 4 * 10**9  # bytes; a larger model is written as several files
@@ -33,7 +33,10 @@ MAX_SHARD = 4 * 10**9  # bytes; a larger model is written as several files
 def build_model(config: Config) -> GPT:
     """A GPT without weights: on the meta device, where it takes no memory."""
     with torch.device("meta"):
-        return GPT(config).requires_grad_(False)
+        try:
+            return GPT(config).requires_grad_(False)
+        except KeyError as error:  # from one of the tables at the end of model.py
+            raise InputError(f"{config.name}: its lit_config.json says {error}, which no part is called.") from error
 
 
 def load_model(
@@ -121,13 +124,14 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
     for stem, ending in (("lit_model", "safetensors"), ("model", "safetensors"), ("pytorch_model", "bin")):
         index = checkpoint_dir / f"{stem}.{ending}.index.json"
         if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not weight_map:
-                raise InputError(f"{index} has no weight_map: it names no files. Download the checkpoint again.")
-            files = [checkpoint_dir / name for name in sorted(set(weight_map.values()))]
+            content = read_json(index)
+            with reading(index):
+                files = [checkpoint_dir / name for name in sorted(set(content["weight_map"].values()))]
             missing = [file.name for file in files if not file.is_file()]
-            if missing:
-                raise InputError(f"{checkpoint_dir} lacks {', '.join(missing)}. Download the checkpoint again.")
+            if missing or not files:
+                raise InputError(
+                    f"{checkpoint_dir} lacks {', '.join(missing) or 'all weights'}. Download the checkpoint again."
+                )
             return files
         if (checkpoint_dir / f"{stem}.{ending}").is_file():
             return [checkpoint_dir / f"{stem}.{ending}"]
@@ -370,8 +374,10 @@ def copy_others(source: Path, folder: Path) -> None:
     """Copies the companions but config.json, which is about the weights."""
     for pattern in COMPANIONS:
         for path in source.glob(pattern):
-            if path.name != "config.json":
-                shutil.copyfile(path, folder / path.name)
+            if path.name != "config.json" and path.is_file():
+                copy = folder / path.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
 
 
 def copy_companions(source: Path, folder: Path, config: Config, dtype: str | None) -> None:

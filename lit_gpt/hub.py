@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 # in this order: the first kind of which there is a file is taken. Not what other libraries put beside it
 WEIGHTS = (
-    ("model*.safetensors", "model.safetensors.index.json"),
-    ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
+    ("model-*.safetensors", "model.safetensors.index.json"),
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model-*.bin", "pytorch_model.bin.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-
 
 LARGEST = 50e9  # bytes of a file that the hub hands out over plain HTTP
 
@@ -62,9 +63,11 @@ def download(repo_id: str, folder: Path, revision: str | None, token: str | None
 
     def partial(file: File) -> Path:
         """Where its parts wait, for a second run too: hf_hub_download begins again."""
-        return folder / f".{file.name}.{(file.sha256 or file.blob_id or str(file.size))[:12]}.partial"
+        path = folder / file.name
+        return path.with_name(f".{path.name}.{(file.sha256 or file.blob_id or str(file.size))[:12]}.partial")
 
     def fetch(file: File) -> None:
+        partial(file).parent.mkdir(exist_ok=True)
         url = hf_hub_url(repo_id, file.name, revision=info.sha or revision, endpoint=api.endpoint)
         with explained(repo_id, revision), open(partial(file), "ab") as temp:
             http_get(
@@ -134,9 +137,13 @@ def choose(files: Sequence[File], tokenizer_only: bool) -> list[File]:
     names = [file.name for file in files]
     patterns = list(COMPANIONS)
     if not tokenizer_only:
-        kinds = (kind for kind in WEIGHTS if any(fnmatch(name, kind[0]) for name in names))
-        patterns += next(kinds, ())
-    return [file for file in files if any(fnmatch(file.name, pattern) for pattern in patterns)]
+        patterns += next((kind for kind in WEIGHTS if any(fits(name, kind[0]) for name in names)), ())
+    return [file for file in files if any(fits(file.name, pattern) for pattern in patterns)]
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Whether a path is of this pattern, in which * stays in its folder."""
+    return fnmatch(name, pattern) and name.count("/") == pattern.count("/")
 
 
 def difference(path: Path, file: File) -> str | None:

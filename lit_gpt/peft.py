@@ -18,11 +18,15 @@ from lit_gpt import families
 from lit_gpt.checkpoint import read_tensors, save_tensors
 from lit_gpt.config import Config, read_json
 from lit_gpt.convert import fused_rows, hf_name, to_lit, weights
-from lit_gpt.errors import InputError
+from lit_gpt.errors import InputError, reading
 from lit_gpt.lora import LoRA
 
 START = "base_model.model."  # of peft's names
 LEAVES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
+OTHERS = (  # settings of peft with which an adapter is more than the change above
+    "modules_to_save", "layer_replication", "trainable_token_indices", "alora_invocation_tokens", "use_qalora",
+    "lora_bias", "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
+)  # fmt: skip
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 Tensors = dict[str, torch.Tensor]
@@ -132,6 +136,11 @@ def load_peft(folder: Path, config: Config) -> tuple[LoRA, Tensors]:
         if not (match := re.fullmatch(rf"{START}(.+)\.({'|'.join(map(re.escape, leaves))})", name)):
             raise InputError(f"{file} holds {name}, which is no part of a LoRA.")
         found[match[1]][leaves[match[2]]] = tensor.float()
+    lacking = [
+        f"{module}.{leaf}" for module, change in found.items() for leaf in ("lora_A", "lora_B") if leaf not in change
+    ]
+    if lacking:
+        raise InputError(f"{file} lacks {lacking[0]}. Copy or download it again.")
     tensors, ranks, alphas = {}, {}, {}
     for module, change in found.items():
         try:
@@ -146,18 +155,20 @@ def load_peft(folder: Path, config: Config) -> tuple[LoRA, Tensors]:
             if "lora_magnitude" in change:
                 tensors[f"{ours}.lora_magnitude"] = magnitudes[name]
             ranks[ours] = change["lora_A"].size(0)
-            alphas[ours] = pattern(settings.get("alpha_pattern") or {}, module, settings["lora_alpha"])
-    r, alpha = settings["r"], settings["lora_alpha"]
-    lora = LoRA(
-        r=r,
-        alpha=alpha,
-        dropout=settings.get("lora_dropout") or 0.0,
-        modules=[re.escape(name) for name in ranks],
-        rank_pattern={re.escape(name): rank for name, rank in ranks.items() if rank != r},
-        alpha_pattern={re.escape(name): value for name, value in alphas.items() if value != alpha},
-        rslora=settings.get("use_rslora", False),
-        dora=settings.get("use_dora", False),
-    )
+            with reading(folder / CONFIG):
+                alphas[ours] = pattern(settings.get("alpha_pattern") or {}, module, settings["lora_alpha"])
+    with reading(folder / CONFIG):
+        r, alpha = settings["r"], settings["lora_alpha"]
+        lora = LoRA(
+            r=r,
+            alpha=alpha,
+            dropout=settings.get("lora_dropout") or 0.0,
+            modules=[re.escape(name) for name in ranks],
+            rank_pattern={re.escape(name): rank for name, rank in ranks.items() if rank != r},
+            alpha_pattern={re.escape(name): value for name, value in alphas.items() if value != alpha},
+            rslora=settings.get("use_rslora", False),
+            dora=settings.get("use_dora", False),
+        )
     return lora, tensors
 
 
@@ -170,8 +181,9 @@ def refuse(settings: dict[str, Any], folder: Path) -> None:
     kind, bias = settings.get("peft_type"), settings.get("bias", "none")
     if kind != "LORA":
         raise InputError(f"{folder} holds a {kind} of peft, and only LORA can be used here.")
-    for key in ("modules_to_save", "layer_replication", "trainable_token_indices", "corda_config", "eva_config"):
-        if settings.get(key):
-            raise InputError(f"{folder} was trained with {key}, which is not known here. Merge it with peft.")
-    if bias != "none":
-        raise InputError(f"{folder} was trained with bias {bias!r}, which is not known here. Merge it with peft.")
+    unknown = [key for key in OTHERS if settings.get(key)] + [f"bias {bias!r}"] * (bias != "none")
+    # other ways to begin change the base too (pissa, olora), so that it would not be the one that is loaded
+    if (start := settings.get("init_lora_weights")) not in (None, True, False, "gaussian", "orthogonal", "eva"):
+        unknown.append(f"init_lora_weights {start!r}")
+    if unknown:
+        raise InputError(f"{folder} was trained with {unknown[0]}, which is not known here. Merge it with peft.")

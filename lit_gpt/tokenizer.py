@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lit_gpt.config import read_json
-from lit_gpt.errors import InputError
+from lit_gpt.errors import InputError, reading
 
 SPECIAL_TOKENS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]  # templates know them
 
@@ -45,19 +45,21 @@ class Tokenizer:
                 )
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"The tokenizer in {folder} cannot be read ({error}). Download it again.") from None
-
-        self.bos_id = self.special_id(settings.get("bos_token"), generation.get("bos_token_id"))
-        self.eos_id = self.special_id(settings.get("eos_token"), generation.get("eos_token_id"))
-        if self.eos_id is None:
-            raise InputError(f"{folder} names no eos_token: tokenizer_config.json or generation_config.json must.")
-        stops = generation.get("eos_token_id")
-        self.stop_ids = frozenset(
-            [self.eos_id, *(stops if isinstance(stops, list) else [stops] if stops is not None else [])]
-        )
+        with reading(f"{folder}, its tokenizer_config.json or generation_config.json"):
+            self.bos_id = self.special_id(settings.get("bos_token"), generation.get("bos_token_id"))
+            self.eos_id = self.special_id(settings.get("eos_token"), generation.get("eos_token_id"))
+            if self.eos_id is None:
+                raise InputError("neither names an eos_token.")
+            stops = generation.get("eos_token_id")
+            self.stop_ids = frozenset(
+                [self.eos_id, *(stops if isinstance(stops, list) else [stops] if stops is not None else [])]
+            )
+            if not all(isinstance(i, int) for i in self.stop_ids):
+                raise InputError(f"the eos_token_id is {stops!r}, expected one number or several.")
+            self.chat_template = read_chat_template(folder, settings)
+            named = {name: spelled(settings[name]) for name in SPECIAL_TOKENS if settings.get(name)}
         asked = settings.get("add_bos_token")  # some files say null
         self.use_bos = self.bos_id is not None and (adds_bos(self.bos_id) if asked is None else asked)
-        self.chat_template = read_chat_template(folder, settings)
-        named = {name: spelled(settings[name]) for name in SPECIAL_TOKENS if settings.get(name)}
         found = {"bos_token": self.bos_id, "eos_token": self.eos_id}
         self.special_tokens = {name: self.id_to_token(i) for name, i in found.items() if i is not None} | named
 

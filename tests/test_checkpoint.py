@@ -227,6 +227,10 @@ BAD = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"hf has no weights: no model.safetensors"),
     "shard": (lambda f: index(f, '{"weight_map": {"a": "m-1", "b": "m-2"}}'), r"hf lacks m-1, m-2"),
     "index": (lambda f: index(f, "<html>"), r"index.json is not readable as JSON"),
+    "index of nothing": (lambda f: index(f, '{"weight_map": {}}'), r"hf lacks all weights"),
+    "index of a list": (lambda f: index(f, '{"weight_map": ["a"]}'), r"index.json holds a value that cannot be used"),
+    "index of text": (lambda f: index(f, '{"weight_map": "abc"}'), r"index.json holds a value that cannot be used"),
+    "index of null": (lambda f: index(f, '{"weight_map": {"a": null}}'), r"index.json holds a value that cannot be"),
     "index without names": (lambda f: index(f, "{}"), r"index.json.*weight_map"),
     "truncated": (lambda f: truncate(f / "model.safetensors"), r"model.safetensors is damaged or incomplete"),
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), r"model.safetensors is damaged or incomplete"),
@@ -252,6 +256,28 @@ BAD = {
     ),
     "other config": (lambda f: edit_config(f, {"num_hidden_layers": 1}), r"layers.1.* \(and 4 more\)"),
 }  # fmt: skip
+
+
+def test_our_own_config_with_a_part_that_is_not_there(copy, tmp_path) -> None:
+    convert(copy, tmp_path / "out", hugging_face=False)
+    config = json.loads((tmp_path / "out/lit_config.json").read_text()) | {"norm": "Nope"}
+    (tmp_path / "out/lit_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="its lit_config.json says 'Nope', which no part is called"):
+        load_model(tmp_path / "out")
+
+
+def test_all_templates_travel_and_no_folder_does(copy, sample_dir, tmp_path) -> None:
+    from transformers import AutoTokenizer
+
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(sample_dir / name, copy)
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    tokenizer.chat_template = {"default": "{{ messages }}", "rag": "{{ documents }}"}
+    tokenizer.save_pretrained(copy)
+    (copy / "tokenizer_backup").mkdir()
+    convert(copy, tmp_path / "out", hugging_face=True)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
+    assert not (tmp_path / "out/tokenizer_backup").exists()
 
 
 @pytest.mark.parametrize("damage", BAD)

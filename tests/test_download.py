@@ -57,18 +57,22 @@ class Hub(BaseHTTPRequestHandler):
                 return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             step = revision == "step1"
             siblings = [
-                {"rfilename": file.name, "size": hub.sizes.get(file.name, file.stat().st_size), "blobId": blob_id(file)}
+                {
+                    "rfilename": str(file.relative_to(hub.folder)),
+                    "size": hub.sizes.get(file.name, file.stat().st_size),
+                    "blobId": blob_id(file),
+                }
                 | (
                     {"lfs": {"sha256": digest(file, step), "size": file.stat().st_size, "pointerSize": 1}}
                     if is_lfs(file)
                     else {}
                 )
-                for file in sorted(hub.folder.iterdir())
+                for file in sorted(path for path in hub.folder.rglob("*") if path.is_file())
             ]
             found = {"id": "org/tiny", "modelId": "org/tiny", "sha": STEP if step else COMMIT, "siblings": siblings}
             return self.send(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
         if path.startswith("/org/tiny/resolve/"):
-            file = hub.folder / path.rsplit("/", 1)[1]
+            file = hub.folder / path.split("/", 5)[5]
             commit = path.split("/")[4]
             if not file.is_file() or commit not in (COMMIT, STEP):
                 return self.send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
@@ -163,6 +167,21 @@ def test_only_what_is_needed_and_only_once(hub, tiny_dir, tmp_path) -> None:
     before = hub.requests["GET /cdn/model.safetensors"]
     assert fetch(hub, tmp_path).returncode == 0 and hub.requests["GET /cdn/model.safetensors"] == before == 1
     assert load_model(folder).config.n_layer == 2
+
+
+def test_what_else_a_repository_holds(hub, tiny_dir, tmp_path) -> None:
+    """Other models in subfolders, and copies in other dtypes, are left; further chat templates are not."""
+    for other in ("tokenizer/tokenizer.json", "models/other.safetensors", "model.fp16.safetensors"):
+        (hub.folder / other).parent.mkdir(exist_ok=True)
+        (hub.folder / other).write_bytes(b"not wanted")
+    template = "additional_chat_templates/rag.jinja"
+    (hub.folder / template).parent.mkdir()
+    (hub.folder / template).write_text("{{ messages }}")
+    assert fetch(hub, tmp_path).returncode == 0
+    folder = tmp_path / "checkpoints/org/tiny"
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert found == {path.name for path in tiny_dir.iterdir()} | {template}
+    assert (folder / template).read_text() == "{{ messages }}"
 
 
 @pytest.mark.parametrize("broken", ["cut", "stalled"])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_families import CASES, make, tokens
 from test_model import error, reference
 
@@ -100,6 +101,14 @@ def test_dora_on_a_part_of_a_fused_linear_is_refused(tmp_path) -> None:
         (dict(peft_type="IA3"), "a IA3 of peft"),
         (dict(bias="all"), "bias 'all'"),
         (dict(modules_to_save=["lm_head"]), "modules_to_save"),
+        (dict(alora_invocation_tokens=[1, 2]), "alora_invocation_tokens"),
+        *((dict(init_lora_weights=start), f"init_lora_weights '{start}'") for start in ("pissa", "olora", "corda")),
+        (dict(r=None), "adapter_config.json holds a value that cannot be used"),
+        (dict(r="8"), "adapter_config.json holds a value that cannot be used"),
+        (dict(lora_alpha=None), "adapter_config.json holds a value that cannot be used"),
+        (dict(lora_dropout="x"), "adapter_config.json holds a value that cannot be used"),
+        (dict(alpha_pattern=[1]), "adapter_config.json holds a value that cannot be used"),
+        (dict(alpha_pattern={"(": 3}), "adapter_config.json holds a value that cannot be used"),
     ],
 )
 def test_what_is_not_lora_is_refused(changes, message, tmp_path) -> None:
@@ -109,3 +118,34 @@ def test_what_is_not_lora_is_refused(changes, message, tmp_path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match=message):
         load_peft(tmp_path, load_model(folder).config)
+
+
+@pytest.mark.parametrize("key", ["r", "lora_alpha"])
+def test_a_setting_that_is_missing_is_named(key, tmp_path) -> None:
+    folder = make(tmp_path / "base", *CASES["llama"])
+    save_peft(weights_of(trained(folder, EVERYWHERE)), EVERYWHERE, load_model(folder).config, str(folder), tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    del settings[key]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=f"adapter_config.json has no '{key}'"):
+        load_peft(tmp_path, load_model(folder).config)
+
+
+@pytest.mark.parametrize("leaf", ["lora_A", "lora_B"])
+def test_a_tensor_that_is_missing_is_named(leaf, tmp_path) -> None:
+    folder, name = make(tmp_path / "base", *CASES["llama"]), "model.layers.1.self_attn.k_proj"
+    save_peft(weights_of(trained(folder, EVERYWHERE)), EVERYWHERE, load_model(folder).config, str(folder), tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    del tensors[f"base_model.model.{name}.{leaf}.weight"]
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=f"lacks {name}.{leaf}"):
+        load_peft(tmp_path, load_model(folder).config)
+
+
+@pytest.mark.parametrize("start", [True, "gaussian", "orthogonal", "eva"])
+def test_other_ways_to_begin_are_none_of_ours(start, tmp_path) -> None:
+    folder = make(tmp_path / "base", *CASES["llama"])
+    save_peft(weights_of(trained(folder, EVERYWHERE)), EVERYWHERE, load_model(folder).config, str(folder), tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text()) | {"init_lora_weights": start}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    assert load_peft(tmp_path, load_model(folder).config)

@@ -171,7 +171,10 @@ DAMAGED = {
     "empty sentencepiece": (dict(tokenizer_model=b"", tokenizer_config_json=SPECIAL), "cannot be read"),
     "damaged config": (dict(tokenizer_json="{}", tokenizer_config_json="{"), "tokenizer_config.json is not readable"),
     "config is a list": (dict(tokenizer_json="{}", tokenizer_config_json="[]"), "holds a list"),
-    "no eos": (dict(tokenizer_json=byte_level(), tokenizer_config_json={"bos_token": "<s>"}), "names no eos_token"),
+    "no eos": (
+        dict(tokenizer_json=byte_level(), tokenizer_config_json={"bos_token": "<s>"}),
+        "neither names an eos_token",
+    ),
     "unknown eos": (dict(tokenizer_json=byte_level(), tokenizer_config_json={"eos_token": "<e>"}), "<e>"),
     "template in latin-1": (
         dict(tokenizer_json=byte_level(), tokenizer_config_json=SPECIAL, chat_template_jinja="é".encode("latin-1")),
@@ -223,3 +226,20 @@ def test_the_three_places_of_a_chat_template(tmp_path: Path) -> None:
     assert template("several", {"chat_template": several}) == "yes"
     assert template("others", {"chat_template": several[:1]}) is None
     assert template("file", {"chat_template": "no"}, chat_template_jinja="yes 🙂") == "yes 🙂"
+
+
+@pytest.mark.parametrize(
+    ("settings", "generation", "message"),
+    [
+        ({}, {"eos_token_id": [[2]]}, "unhashable type: 'list'"),
+        ({}, {"eos_token_id": 1.5}, "the eos_token_id is 1.5, expected one number"),
+        ({"eos_token": 5}, {}, "holds a value that cannot be used"),
+        ({"eos_token": {"a": 1}}, {}, "has no 'content'"),
+        ({"chat_template": [{"name": "default"}]}, {}, "has no 'template'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(settings, generation, message, tmp_path: Path) -> None:
+    folder = write(tmp_path / "x", tokenizer_json=byte_level(), tokenizer_config_json={"eos_token": "</s>"} | settings)
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    with pytest.raises(InputError, match=f"x, its tokenizer_config.json or generation_config.json:? .*{message}"):
+        Tokenizer(folder)

@@ -447,6 +447,7 @@ EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
         (dict(rope_scaling=dict(type="dynamic", factor="2")), "factor is '2'"),
         (dict(rope_scaling=dict(type="yarn", factor="2", original_max_position_embeddings=8)), "factor is '2'"),
         (dict(rope_scaling=dict(type="yarn", factor=4, original_max_position_embeddings=0)), "embeddings is 0"),
+        (dict(rope_scaling=LONG | dict(original_max_position_embeddings=None)), "has no 'original_max_position_emb"),
         (dict(rope_scaling=LONG | dict(short_factor=["a"] * 8)), "short_factor is 'a'"),
         (dict(rope_scaling=LONG | dict(long_factor=[1.0])), "long_factor has 1 numbers, expected 8"),
         (dict(model_type="granite", logits_scaling=0), "division by zero"),

@@ -153,7 +153,7 @@ def rope(hf: dict[str, Any]) -> dict[str, Any]:
         KeyError: a number that this kind needs is missing.
     """
     parameters = hf.get("rope_parameters") or {}
-    scaling = dict(hf.get("rope_scaling") or parameters)
+    scaling = {key: value for key, value in (hf.get("rope_scaling") or parameters).items() if value is not None}
     kind = scaling.pop("type", None) or scaling.get("rope_type") or "default"
     scaling["rope_type"] = kind = KINDS.get(kind, kind)
     if kind not in ROPE_SCALINGS:

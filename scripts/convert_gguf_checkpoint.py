@@ -1,4 +1,4 @@
-"""Turns a GGUF file of the llama architecture into a Hugging Face checkpoint folder.
+"""Turns a GGUF file of the llama or qwen2 architecture into a Hugging Face checkpoint folder.
 
 python scripts/convert_gguf_checkpoint.py --gguf_path model.gguf --checkpoint_dir checkpoints/org/name
 """
@@ -11,7 +11,7 @@ from lit_gpt.gguf import convert_gguf
 
 
 def main(gguf_path: Path, checkpoint_dir: Path, dtype: DType = "float32") -> None:
-    """Writes a GGUF file (llama.cpp's format, llama architecture) as a Hugging Face checkpoint folder.
+    """Writes a GGUF file (llama.cpp's format; llama or qwen2) as a Hugging Face checkpoint folder.
 
     Args:
         gguf_path: The file to read.

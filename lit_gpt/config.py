@@ -165,7 +165,7 @@ class Config:
         """Reads `lit_config.json`, or what Hugging Face's `config.json` says.
 
         Raises:
-            InputError: neither is there, or it describes an architecture that no family knows.
+            InputError: neither is there, or it describes an architecture that no family knows, or sizes of no model.
         """
         checkpoint_dir = Path(checkpoint_dir)
         ours, theirs = checkpoint_dir / "lit_config.json", checkpoint_dir / "config.json"

@@ -167,6 +167,4 @@ def rope(hf: dict[str, Any]) -> dict[str, Any]:
         found |= {key: place[key] for key in found if place.get(key) is not None}
     scaling = {key: value for key, value in scaling.items() if key not in found}
     scaling = None if kind == "default" else scaling
-    return {"rope_scaling": scaling} | dict(
-        rope_base=found["rope_theta"], rotary_percentage=found["partial_rotary_factor"]
-    )
+    return dict(rope_scaling=scaling, rope_base=found["rope_theta"], rotary_percentage=found["partial_rotary_factor"])

@@ -2,7 +2,7 @@
 
 python finetune/full.py --checkpoint_dir checkpoints/sample/SmolLM2-135M-Instruct-Q4_1 --data_dir data/docstrings
 python finetune/full.py --train_only 4
-python finetune/full.py --train_only '[transformer.h.2[0-9].mlp, transformer.ln_f]'
+python finetune/full.py --train_only '["transformer.h.2[0-9].mlp", transformer.ln_f]'
 python finetune/full.py --precision bf16-mixed --activation_checkpointing block
 """
 
@@ -26,7 +26,7 @@ def main(
     Args:
         out_dir: Where the model, the settings and the report of this run go. Its best is a Hugging Face folder.
         train_only: None is everything; 4 the last four blocks, the final norm and the head; or patterns of parameters'
-            names; see lit_gpt/full.py.
+            names, '["transformer.h.2[0-9]", lm_head]'; see lit_gpt/full.py.
         train: The optimizer, the batch and the intervals; see lit_gpt/train.py.
         shared: The flags of every recipe: --checkpoint_dir, --data_dir, --precision ...; see lit_gpt/recipe.py.
     """

@@ -100,7 +100,20 @@ def explain(message: str, known: list[str]) -> str:
     elif found := re.search(r"(?:Group '(.+)' does not accept o|O)ption '(.+?)'", line):
         unknown = "--" + ".".join(filter(None, found.groups()))
     near = difflib.get_close_matches(unknown, known, n=1)
-    return f"{line}. {f'Did you mean {near[0]}?' if near else 'See --help.'}"
+    hint = f"Did you mean {near[0]}?" if near else "See --help."
+    if (found := re.search(r"Got (?:value: )?([\[{].*)", line)) and not is_yaml(found[1]):
+        hint = """In a list or mapping, what holds brackets needs quotes of its own: '["mlp.fc_[12]", lm_head]'."""
+    return f"{line}. {hint}"
+
+
+def is_yaml(text: str) -> bool:
+    import yaml
+
+    try:
+        yaml.safe_load(text)
+    except yaml.YAMLError:
+        return False
+    return True
 
 
 def command() -> str:

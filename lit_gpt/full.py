@@ -14,7 +14,7 @@ class Full:
 
     train_only: int | list[str] | None = None
     """None is all; 4 the last four blocks, the final norm and the head; or patterns of names as in
-    transformer.h.3.mlp.fc_1.weight, of which a beginning will do: [transformer.h.2[0-9], lm_head]."""
+    transformer.h.3.mlp.fc_1.weight, of which a beginning will do: ["transformer.h.2[0-9]", lm_head]."""
 
 
 def mark_chosen_as_trainable(model: GPT, full: Full) -> list[str]:

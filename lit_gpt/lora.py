@@ -55,9 +55,10 @@ class LoRA:
     layers: int | list[int] | None = None
     """Which blocks: None is all, 8 the last eight, [0, 5, 11] these. The head does not count as one."""
     modules: list[str] | None = None
-    """Adapt these instead of the places above: patterns of names as in transformer.h.3.mlp.fc_1, such as mlp.fc_1."""
+    """Adapt these instead of the places above: patterns of names as in transformer.h.3.mlp.fc_1, such as
+    ["mlp.fc_[12]", attn.proj]."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Other ranks for some modules, by patterns of their names: {attn.q: 16}."""
+    """Other ranks for some modules, by patterns of their names: {attn.q: 16, "mlp.fc_[12]": 4}."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Other alphas for some modules."""
     rslora: bool = False

@@ -36,4 +36,4 @@ def check_patterns(patterns: Iterable[str]) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise InputError(f"{pattern!r} is no pattern of names ({error}). One is attn.q or mlp.fc_[12].") from None
+            raise InputError(f'{pattern!r} is no pattern of names ({error}). One is attn.q or "mlp.fc_[12]".') from None

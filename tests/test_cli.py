@@ -102,6 +102,8 @@ def shell(folder: Path) -> Shell:
         (["--number", "many"], "--number: Expected a int. Got value: many."),
         (["--most", "many"], "--most: Expected int, null. Got many."),
         (["--number"], "expected one argument"),
+        (["--steps.names", "[h.[01], b]"], """[h.[01], b]. In a list or mapping, what holds brackets needs quotes"""),
+        (["--most", "[1]"], "--most: Expected int, null. Got [1]. See --help."),
         (["--config", "gone.yaml"], "gone.yaml"),
         (["--config", "unknown.yaml"], "Did you mean --number?"),
         (["--config", "unknown_below.yaml"], "Did you mean --steps.rate?"),

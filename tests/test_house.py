@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -276,6 +277,14 @@ def test_help_from_anywhere_without_heavy_imports(path: Path, helps) -> None:
     flags |= {field.name for kind in shared_settings(main) for field in dataclasses.fields(kind)}
     for flag in flags:
         assert re.search(rf"^  --{flag}\b", text, re.MULTILINE), flag
+
+
+@each_script
+def test_documented_commands_are_understood(path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    commands = re.findall(rf"python {name(path)}(.*)", ast.get_docstring(tree(path)).replace("\\\n", " "))
+    for command in commands:
+        parse(load(path).main, shlex.split(re.split(r" (?:[|>]+) ", command)[0], comments=True))
 
 
 @cache

@@ -1,6 +1,8 @@
 """Every method from its script to answers, and what may be combined with what: `pytest tests/test_methods.py`"""
 
 import io
+import re
+import shlex
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tiny
+from conftest import ROOT, make_tiny
 from safetensors.torch import load_file
 from test_finetune import script
 from test_train import column, edited, equal, rows_of, write_data
@@ -28,6 +30,7 @@ from lit_gpt.adapter import (
 )
 from lit_gpt.blocks import recompute_blocks
 from lit_gpt.checkpoint import build_model, load_model, load_weights
+from lit_gpt.cli import parse
 from lit_gpt.config import Config
 from lit_gpt.dataset import Dataset, micro_batches
 from lit_gpt.export import export_merged
@@ -285,6 +288,13 @@ def test_what_cannot_be_is_said_in_one_line(act, message, tiny_dir) -> None:
     with pytest.raises(InputError, match=message) as caught:
         act(load_model(tiny_dir).requires_grad_())
     assert "\n" not in str(caught.value)
+
+
+def test_the_documented_patterns_choose() -> None:
+    (command,) = re.findall(r"--train_only ('.*')", (ROOT / "finetune/full.py").read_text())
+    only = parse(script("finetune/full.py").main, ["--train_only", *shlex.split(command)])["train_only"]
+    chosen = mark_chosen_as_trainable(build_model(Config.from_name("SmolLM2-135M")), Full(only))
+    assert {name.split(".")[2] for name in chosen if ".mlp." in name} == {str(i) for i in range(20, 30)}
 
 
 def test_a_pattern_ends_where_a_name_does(tiny_dir) -> None:

@@ -67,7 +67,7 @@ def main(
     sides, seeds = partial(classify.split, data, source.val_fraction), range(sweep_seeds) if sweep else [args.seed]
     for seed in seeds:
         sides(seed)  # what is wrong with them is found before anything is written
-    fabric = start(args)
+    fabric = start(args, own_weights=any(step.method in ("last_k", "full") for step in steps.values()))
     if fabric.world_size > 1 and (depths or is_sharded(fabric)):
         raise InputError("Several devices train --method lora, qlora or full, with --strategy auto and no --sweep.")
     if fabric.is_global_zero:

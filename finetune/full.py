@@ -30,7 +30,7 @@ def main(
         train: The optimizer, the batch and the intervals; see lit_gpt/train.py.
         shared: The flags of every recipe: --checkpoint_dir, --data_dir, --precision ...; see lit_gpt/recipe.py.
     """
-    this = begin(locals(), shard=True)  # finds what is wrong before a weight is read, and starts the processes
+    this = begin(locals(), full=True)  # finds what is wrong before a weight is read, and starts the processes
 
     model = build_model(this.config)  # no weights yet
     base = load_weights(model, *this.source)

@@ -167,6 +167,16 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def as_weight(tensor: torch.Tensor, fabric: "Fabric") -> torch.Tensor:
+    """A tensor as a run will hold the weights that it trains: on its device, and split where they are."""
+    tensor = tensor.to(fabric.device)
+    if not is_sharded(fabric):
+        return tensor
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    return distribute_tensor(tensor, fabric.strategy.device_mesh["data_parallel"], [Shard(0)])
+
+
 def split_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A whole tensor, which every process has, split as `like` is."""
     if not hasattr(like, "device_mesh"):

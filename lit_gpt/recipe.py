@@ -32,7 +32,7 @@ from lit_gpt.model import GPT
 from lit_gpt.quantize import Quantize, quantization
 from lit_gpt.report import finish
 from lit_gpt.tokenizer import Tokenizer
-from lit_gpt.train import TrainArgs, fit
+from lit_gpt.train import TrainArgs, check_optimizer, fit
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -112,14 +112,15 @@ def chosen(kind: type, shared: dict[str, Any]) -> Any:
     return kind(**{field.name: shared[field.name] for field in fields(kind) if field.name in shared})
 
 
-def begin(settings: dict[str, Any], shard: bool = False) -> Run:
+def begin(settings: dict[str, Any], full: bool = False) -> Run:
     """Looks at everything that can be found wrong before a weight is read, then starts the processes.
 
-    `settings` are the arguments of the recipe's `main`, as `locals()` gives them in its first line. `shard` is what
-    --strategy auto means on several devices.
+    `settings` are the arguments of the recipe's `main`, as `locals()` gives them in its first line. `full` says that
+    the model's own weights train: on several devices --strategy auto then splits them.
 
     Raises:
-        InputError: out_dir is taken, something is no checkpoint or no prepared data, or they do not fit each other.
+        InputError: out_dir is taken, something is no checkpoint or no prepared data, they do not fit each other, or
+            see `start`.
     """
     own = {key: value for key, value in settings.items() if key != "shared"}
     args = RunArgs(out_dir=own["out_dir"], **settings["shared"])
@@ -127,14 +128,25 @@ def begin(settings: dict[str, Any], shard: bool = False) -> Run:
     tokenizer, config = Tokenizer(args.checkpoint_dir), Config.from_checkpoint(args.checkpoint_dir)
     train_data, val_data = Dataset(args.data_dir, "train"), Dataset(args.data_dir, "val")
     train_data.check_fits(tokenizer, config)
-    fabric = start(args, shard)
+    fabric = start(args, own_weights=full, shard=full)
     return Run(args, own | vars(args), config, tokenizer, train_data, val_data, fabric, loading_device(fabric))
 
 
-def start(args: LaunchArgs, shard: bool = False) -> "Fabric":
-    """The processes of a run, by the flags of the recipe."""
+def start(args: LaunchArgs, own_weights: bool = False, shard: bool = False) -> "Fabric":
+    """The processes of a run, by the flags of the recipe. `own_weights` says that the model's own ones train.
+
+    Raises:
+        InputError: see `launch` and `check_optimizer`; or what trains would be float16.
+    """
+    if own_weights and weight_dtype(args.precision) == torch.float16:
+        raise InputError(
+            f"--precision {args.precision} is for LoRA and adapters: weights in float16 cannot be trained themselves."
+            " Choose 16-mixed or bf16-true."
+        )
     where = args.num_nodes, args.strategy, shard
-    return launch(args.devices, args.precision, args.seed, args.logger, str(args.out_dir), *where)
+    fabric = launch(args.devices, args.precision, args.seed, args.logger, str(args.out_dir), *where)
+    check_optimizer(fabric, args.optimizer)
+    return fabric
 
 
 def set_blocks(model: GPT, args: LaunchArgs) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lit_gpt.dataset import Dataset, heaviest_first, micro_batches, step_records
-from lit_gpt.device import own_part, peak_memory_gb, whole
+from lit_gpt.device import as_weight, is_sharded, own_part, peak_memory_gb, whole
 from lit_gpt.errors import InputError
 from lit_gpt.log import Log, duration
 
@@ -259,8 +259,8 @@ def make_optimizer(model: nn.Module, args: TrainArgs, path: str = "torch.optim.A
     module, _, name = path.rpartition(".")
     try:
         kind = getattr(import_module(module), name)
-        if not issubclass(kind, torch.optim.Optimizer) or kind is torch.optim.LBFGS:
-            raise TypeError(f"{name} is no optimizer that steps by gradients alone")
+        if not issubclass(kind, torch.optim.Optimizer):
+            raise TypeError(f"{name} is no optimizer")
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise InputError(
             f"--optimizer {path}: {error}. Name a class by its path, such as torch.optim.AdamW or"
@@ -278,6 +278,25 @@ def make_optimizer(model: nn.Module, args: TrainArgs, path: str = "torch.optim.A
         return kind([group for group in groups if group["params"]], **options)
     except (TypeError, ValueError) as error:
         raise InputError(f"--optimizer {path} cannot be made with {options}: {error}.") from None
+
+
+def check_optimizer(fabric: "Fabric", path: str) -> None:
+    """Takes a step with a small weight, before there are others.
+
+    Raises:
+        InputError: there is no such class, it wants other gradients, or it cannot step where weights are split.
+    """
+    weight = nn.Parameter(as_weight(torch.ones(64, 64), fabric))
+    weight.grad = torch.ones_like(weight)
+    optimizer = make_optimizer(nn.ParameterList([weight]), TrainArgs(), path)
+    try:
+        optimizer.step()
+    except Exception as error:  # each fails in its own way
+        split = is_sharded(fabric)
+        raise InputError(
+            f"--optimizer {path} cannot step{' where weights are split among devices' if split else ''}:"
+            f" {str(error).strip('.!')}. Choose torch.optim.AdamW{', or another --strategy' if split else ''}."
+        ) from None
 
 
 def has_dropout(model: nn.Module) -> bool:

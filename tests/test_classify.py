@@ -250,11 +250,18 @@ def test_a_sweep_that_cannot_end_does_not_begin(monkeypatch) -> None:
         check_sweep(1)
 
 
-def test_a_bad_split_leaves_no_out_dir(csv_path, tiny_dir, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"val_fraction": 1.0}, "on one side"),
+        ({"precision": "16-true"}, "weights in float16 cannot be trained"),
+        ({"optimizer": "torch.optim.LBFGS"}, "LBFGS cannot step"),
+    ],
+)
+def test_what_cannot_be_leaves_no_out_dir(flags, message, csv_path, tiny_dir, tmp_path) -> None:
     main = runpy.run_path(str(ROOT / "finetune/classifier.py"))["main"]
-    shared = {"checkpoint_dir": tiny_dir, "data_path": csv_path, "val_fraction": 1.0}
-    with pytest.raises(InputError, match="on one side"):
-        main(out_dir=tmp_path / "out", **shared)
+    with pytest.raises(InputError, match=message):
+        main(out_dir=tmp_path / "out", checkpoint_dir=tiny_dir, data_path=csv_path, **flags)
     assert not (tmp_path / "out").exists()
 
 

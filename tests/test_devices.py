@@ -31,6 +31,8 @@ from lit_gpt.train import TrainArgs
 NAMES = ("lora", "lora nf4", "adapter", "adapter_v2 nf4-dq", "full", "full last")
 TOGETHER = " together"  # three records at once, with the prefix they share, and blocks computed again
 NAMES += tuple(name + TOGETHER for name in NAMES[:3])
+OPTIMIZERS = tuple(f"torch.optim.{name}" for name in ("AdamW", "SGD", "Adafactor"))
+OPTIMIZERS += ("bitsandbytes.optim.AdamW8bit", "bitsandbytes.optim.PagedAdamW8bit")
 STRATEGIES = ("ddp", "fsdp")
 SETTINGS = {  # the flags of METHODS that the runs below need, as a command line has them
     "full": [],
@@ -75,7 +77,16 @@ def one_of_two(tiny_dir: Path, data_dir: Path, out_dir: Path) -> None:
         assert (loading_device(fabric).type, fabric.world_size) == ("cpu", 2)
         for name in NAMES:
             found[f"{strategy} {name}"] = step(fabric, name, tiny_dir, data_dir, out_dir / strategy / name)
+        found[f"{strategy} refuses"] = [path for path in OPTIMIZERS if refusal(fabric, path)]
     torch.save(found, out_dir / f"{fabric.global_rank}.pt")
+
+
+def refusal(fabric: Any, path: str) -> str | None:
+    try:
+        return lit_gpt.train.check_optimizer(fabric, path)
+    except lit_gpt.InputError as error:
+        assert "cannot step where weights are split" in str(error) and "another --strategy" in str(error)
+        return str(error)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +109,11 @@ def test_a_step_is_that_of_one_process(name, strategy, two, tiny_dir, data_dir, 
             assert (found[key] - expected[key]).abs().max() <= 1e-10 * expected[key].abs().max(), key
         assert found["rows here"] / expected["rows here"] == pytest.approx(0.5 if strategy == "fsdp" else 1, abs=0.01)
     assert two[0][f"{strategy} {name}"]["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-6)
+
+
+def test_optimizers_that_cannot_step_with_split_weights_are_refused(two) -> None:
+    for rank in two:
+        assert rank["ddp refuses"] == [] and rank["fsdp refuses"] == list(OPTIMIZERS[2:])
 
 
 # ---- whole runs

@@ -1,4 +1,4 @@
-"""Fine-tune a classifier, on texts and labels of a CSV or JSON file.
+"""Fine-tune a classifier, on texts and labels of a file or data set.
 
 python scripts/download_spam.py
 python finetune/classifier.py --data_path data/spam.csv
@@ -30,7 +30,7 @@ from lit_gpt.train import TrainArgs, fit
 def main(
     out_dir: Path = Path("out/classifier"),
     lora: LoRA = LoRA(r=8, alpha=16, query=True, value=True),
-    quantize: Quantize = "bnb.nf4",
+    quantize: Quantize | None = None,
     train: TrainArgs = TrainArgs(learning_rate=3e-4, warmup_steps=10, global_batch_size=16, epochs=3),
     sweep: bool = False,
     sweep_seeds: int = 3,
@@ -41,7 +41,8 @@ def main(
     Args:
         out_dir: Where the trained weights, the settings and the report of this run go.
         lora: For the methods lora and qlora: the rank, and which matrices of which layers.
-        quantize: For the method qlora: the 4 or 8 bits of the frozen linears; see lit_gpt/quantize.py.
+        quantize: For the method qlora: the 4 or 8 bits of the frozen linears, None is bnb.nf4; see
+            lit_gpt/quantize.py.
         train: The optimizer, the batch and the intervals; see lit_gpt/train.py.
         sweep: Try everything between the output layer and all blocks, and draw accuracy against minutes.
         sweep_seeds: How often, each time with other texts for validation.
@@ -51,7 +52,10 @@ def main(
     settings = {key: value for key, value in locals().items() if key != "shared"} | shared
     classifier, source = chosen(ClassifierArgs, shared), chosen(TextArgs, shared)
     args = chosen(LaunchArgs, shared | {"out_dir": out_dir})
-    settings |= vars(args)
+    if quantize is not None and (sweep or classifier.method != "qlora"):
+        raise InputError("--quantize is for --method qlora, and nothing else here has a quantized base. Leave it out.")
+    quantize = quantize or ("bnb.nf4" if classifier.method == "qlora" else None)
+    settings |= vars(args) | {"quantize": quantize}
     claim_out_dir(out_dir, args.resume, args.overwrite)
     if sweep:
         check_sweep(sweep_seeds)
@@ -60,6 +64,9 @@ def main(
     tokenizer, config = Tokenizer(args.checkpoint_dir), Config.from_checkpoint(args.checkpoint_dir)
     steps = steps_of(classifier, config.n_layer) if sweep else {classifier.method: classifier}
     depths = {step.first_trained_block(config.n_layer) for step in steps.values()} - {0}
+    fabric = start(args, own_weights=any(step.method in ("last_k", "full") for step in steps.values()))
+    if fabric.world_size > 1 and (depths or is_sharded(fabric)):
+        raise InputError("Several devices train --method lora, qlora or full, with --strategy auto and no --sweep.")
     data = classify.read_labelled(source.data_path, source.text_key, source.label_key)
     limit = min(source.max_seq_length, config.block_size)
     ids = classify.encode(data.texts, tokenizer, limit)
@@ -67,9 +74,6 @@ def main(
     sides, seeds = partial(classify.split, data, source.val_fraction), range(sweep_seeds) if sweep else [args.seed]
     for seed in seeds:
         sides(seed)  # what is wrong with them is found before anything is written
-    fabric = start(args, own_weights=any(step.method in ("last_k", "full") for step in steps.values()))
-    if fabric.world_size > 1 and (depths or is_sharded(fabric)):
-        raise InputError("Several devices train --method lora, qlora or full, with --strategy auto and no --sweep.")
     if fabric.is_global_zero:
         start_run(out_dir, settings)
 

@@ -8,6 +8,7 @@ so that lines stay beside lines.
 """
 
 import csv
+import io
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from lit_gpt.classify import Texts, compute, encode
 from lit_gpt.cli import run
 from lit_gpt.device import Precision, default_device, inference_dtype
 from lit_gpt.finetuned import load_classifier
-from lit_gpt.records import csv_records, json_records, open_text
+from lit_gpt.records import open_text, read_records
 
 
 def main(
@@ -34,8 +35,8 @@ def main(
 
     Args:
         finetuned: What finetune/classifier.py wrote: its out_dir (then its best), or one folder of it.
-        texts: A .csv, .json or .jsonl file with a column of texts; of any other file, each line is a text. None reads
-            lines from standard input.
+        texts: A .csv, .json, .jsonl or .parquet file with a column of texts; of any other file, each line is a text.
+            None reads lines from standard input.
         text_key: The column.
         checkpoint_dir: The base, if it is no longer where it was in training.
         batch_size: How many texts at once.
@@ -62,12 +63,15 @@ def main(
 
 def read_texts(path: Path | None, text_key: str) -> list[str]:
     if path is None:
-        return [line.removesuffix("\n") for line in sys.stdin]
-    if path.suffix not in (".csv", ".json", ".jsonl"):
+        try:
+            return [line.removesuffix("\n") for line in io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig")]
+        except UnicodeDecodeError as error:
+            raise InputError(f"The standard input is not UTF-8 ({error.reason}). Write it as UTF-8.") from None
+    if path.suffix not in (".csv", ".json", ".jsonl", ".parquet"):
         with open_text(path) as file:
             return [line.removesuffix("\n") for line in file]
     texts = []
-    for number, record in enumerate((csv_records if path.suffix == ".csv" else json_records)(path), 1):
+    for number, record in enumerate(read_records(path), 1):
         if text_key not in record:
             has = ", ".join(map(str, record)) or "nothing"
             raise InputError(f"{path}, record {number} has no {text_key}; it has {has}. Name the column: --text_key.")

@@ -9,6 +9,7 @@ stands at y is never looked at by anything, since attention looks back.
 """
 
 import hashlib
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,10 +24,11 @@ from torch.nn import functional as F
 
 from lit_gpt.checkpoint import read_metadata, read_tensors, save_tensors
 from lit_gpt.dataset import Dataset
+from lit_gpt.device import is_first
 from lit_gpt.errors import InputError
 from lit_gpt.layout import Layout
 from lit_gpt.model import GPT
-from lit_gpt.records import csv_records, json_records
+from lit_gpt.records import as_text, read_records, read_split
 from lit_gpt.report import write_report
 from lit_gpt.tokenizer import Tokenizer
 
@@ -43,7 +45,8 @@ class TextArgs:
     """Where the texts and labels are."""
 
     data_path: Path
-    """A .csv, .json or .jsonl file of texts and labels. A column `split` may say train or val."""
+    """Texts and labels: a .csv, .json, .jsonl or .parquet file, or org/name of the hub. A column `split` may say train or
+    val; records that say test are left out."""
     text_key: str = "text"
     """The column of the texts."""
     label_key: str = "label"
@@ -51,8 +54,14 @@ class TextArgs:
     max_seq_length: int = 512
     """Longer texts are cut to their first tokens."""
     val_fraction: float = 0.2
-    """Share of the distinct texts that is set aside for validation, where no column names a split. The scores are of
+    """Share of the distinct texts that is set aside for validation, where no record says val. The scores are of
     these texts; since the first eval_records of them also choose `best`, they are a little optimistic."""
+
+    def __post_init__(self) -> None:
+        if self.max_seq_length < 1:
+            raise InputError(f"--max_seq_length is {self.max_seq_length}, expected 1 or more.")
+        if not 0 < self.val_fraction < 1:
+            raise InputError(f"--val_fraction is {self.val_fraction}, expected more than 0 and less than 1.")
 
 
 @dataclass(frozen=True)
@@ -228,38 +237,53 @@ class Labelled(NamedTuple):
 
 
 def read_labelled(path: Path, text_key: str, label_key: str) -> Labelled:
-    """Texts and labels of a .csv, .json or .jsonl file; a column `split` may say train or val.
+    """Texts and labels of a file or data set; a column `split` may say train or val.
+
+    Left out are records that say test, and training texts that are validation texts too.
 
     Raises:
         InputError: unreadable, a record without these keys or without text, or fewer than two classes.
     """
-    texts, found, splits = [], [], []
-    for number, record in enumerate((csv_records if path.suffix == ".csv" else json_records)(path), 1):
+    rows, n_test = [], 0
+    for number, record in enumerate(read_records(path), 1):
+        side = read_split(record.get("split"), f"{path}, record {number}")
+        if side == "other":
+            n_test += 1
+            continue
         missing = [key for key in (text_key, label_key) if record.get(key) in (None, "")]
         if missing:
             raise InputError(
                 f"{path}, record {number} has no {' and no '.join(missing)}; it has {', '.join(map(str, record))}."
                 " Name the columns with --text_key and --label_key."
             )
-        texts.append(str(record[text_key]))
-        found.append(str(record[label_key]))
-        splits.append(record.get("split") or None)
-    names = sorted(set(found))
+        rows.append((str(record[text_key]), str(record[label_key]), side))
+    val_texts = {text for text, _, side in rows if side == "val"}
+    kept = [row for row in rows if row[2] == "val" or row[0] not in val_texts]
+    if n_test or len(kept) < len(rows):
+        twice = f"{len(rows) - len(kept):,} training texts that are validation texts too"
+        say(f"Left out: {twice}; {n_test:,} records of split test.")
+    names = sorted({label for _, label, _ in kept})
     if len(names) < 2:
         raise InputError(f"{path} has {len(names)} kinds of {label_key}, expected two or more.")
-    if unknown := set(splits) - {None, "train", "val"}:
-        raise InputError(f"{path} says split {sorted(unknown)[0]!r}, expected train or val.")
     index = {name: i for i, name in enumerate(names)}
-    return Labelled(texts, [index[name] for name in found], names, splits)
+    texts, labels, splits = zip(*kept)
+    return Labelled(list(texts), [index[label] for label in labels], names, list(splits))
 
 
 def encode(texts: Sequence[str], tokenizer: Tokenizer, limit: int) -> list[np.ndarray]:
     """The first `limit` tokens of each text. Raises InputError for a text without any."""
-    encoded = [tokens.ids[:limit] for tokens in tokenizer.encode_batch(list(texts))]
+    encoded = [tokens.ids for tokens in tokenizer.encode_batch([as_text(text, "A text") for text in texts])]
     empty = [number for number, ids in enumerate(encoded, 1) if not ids]
     if empty:
         raise InputError(f"Text {empty[0]} has no tokens: nothing to classify. Leave it out.")
-    return [np.asarray(ids, np.int64) for ids in encoded]
+    if cut := sum(len(ids) > limit for ids in encoded):
+        say(f"{cut:,} of {len(texts):,} texts have more than {limit:,} tokens: they are cut to their first {limit:,}.")
+    return [np.asarray(ids[:limit], np.int64) for ids in encoded]
+
+
+def say(line: str) -> None:
+    if is_first():
+        print(line, file=sys.stderr)
 
 
 def split(data: Labelled, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -268,7 +292,7 @@ def split(data: Labelled, val_fraction: float, seed: int) -> tuple[np.ndarray, n
     Raises:
         InputError: a side is empty, or there is nothing to learn a class from.
     """
-    if any(data.splits):
+    if "val" in data.splits:
         val = np.array([name == "val" for name in data.splits])
     else:
         _, group = np.unique(np.array(data.texts, dtype=object).astype(str), return_inverse=True)

@@ -2,15 +2,19 @@
 
 import csv
 import io
+import json
 import runpy
-from dataclasses import asdict
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file
 from shell import python
+from test_train import equal, rows_of
 from torch.nn import functional as F
 
 from lit_gpt import InputError, Tokenizer
@@ -39,6 +43,7 @@ from lit_gpt.finetuned import start_run
 from lit_gpt.layout import Layout
 from lit_gpt.lora import lora_filter
 from lit_gpt.sweep import check_sweep, saturation, steps_of, summarize
+from lit_gpt.train import TrainArgs
 
 WORDS = {
     "up": "raise higher above climb over top",
@@ -253,7 +258,11 @@ def test_a_sweep_that_cannot_end_does_not_begin(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"val_fraction": 1.0}, "on one side"),
+        ({"val_fraction": 0.999}, "on one side"),
+        ({"val_fraction": 2.0}, "--val_fraction is 2.0, expected more than 0 and less than 1"),
+        ({"val_fraction": 0.0}, "--val_fraction is 0.0"),
+        ({"max_seq_length": 0}, "--max_seq_length is 0, expected 1 or more"),
+        ({"method": "lora", "quantize": "bnb.nf4"}, "--quantize is for --method qlora"),
         ({"precision": "16-true"}, "weights in float16 cannot be trained"),
         ({"optimizer": "torch.optim.LBFGS"}, "LBFGS cannot step"),
     ],
@@ -271,14 +280,16 @@ def test_what_cannot_be_leaves_no_out_dir(flags, message, csv_path, tiny_dir, tm
         ({"texts": "blank.txt"}, "There is no text in .*blank.txt"),
         ({"texts": "texts.csv", "text_key": "body"}, "record 1 has no body; it has text, label"),
         ({"texts": "texts.csv", "batch_size": 0}, "--batch_size is 0"),
+        ({}, "The standard input is not UTF-8"),
     ],
 )
-def test_what_cannot_be_labelled(flags, message, tmp_path) -> None:
+def test_what_cannot_be_labelled(flags, message, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\xfe\xe4\n")))
     write_texts(tmp_path / "texts.csv", 2)
     (tmp_path / "blank.txt").write_text("\n  \n")
     main = runpy.run_path(str(ROOT / "generate/classify.py"))["main"]
     with pytest.raises(InputError, match=message):
-        main(finetuned=tmp_path, **flags | {"texts": tmp_path / flags["texts"]})
+        main(finetuned=tmp_path, **flags | {"texts": tmp_path / flags["texts"] if flags else None})
 
 
 @pytest.mark.parametrize(
@@ -287,13 +298,53 @@ def test_what_cannot_be_labelled(flags, message, tmp_path) -> None:
         ("text,label\na,x\nb,x\n", "1 kinds of label"),
         ("text,kind\na,x\n", "record 1 has no label; it has text, kind"),
         ("text,label\n,x\n", "record 1 has no text"),
-        ("text,label,split\na,x,test\nb,y,\n", "split 'test'"),
+        ("text,label,split\na,x,fest\nb,y,\n", "record 1 says split 'fest', expected train, val or test"),
+        ("text,label,split\na,x,test\nb,y,\n", "1 kinds of label"),
     ],
 )
 def test_bad_texts(content, message, tmp_path) -> None:
     (tmp_path / "bad.csv").write_text(content)
     with pytest.raises(InputError, match=message):
         read_labelled(tmp_path / "bad.csv", "text", "label")
+
+
+def test_texts_of_validation_and_test_are_not_trained_on(tmp_path, capsys) -> None:
+    """A text is on one side only, a record that says test on none; in every file that holds records."""
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [("a", "x", "train"), ("b", "y", "train"), ("a", "y", "val"), ("c", "x", "validation"), ("d", None, "test")]
+    rows += [("c", "x", None), ("e", "x", None), ("a", "x", "train")]
+    records = [dict(zip(("text", "label", "split"), row, strict=True)) for row in rows]
+    (tmp_path / "texts.json").write_text(json.dumps(records))
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "texts.parquet")
+    for name in ("texts.json", "texts.parquet"):
+        data = read_labelled(tmp_path / name, "text", "label")
+        assert "Left out: 3 training texts that are validation texts too; 1 records of" in capsys.readouterr().err
+        sides = [[data.texts[i] for i in side] for side in split(data, 0.5, 0)]
+        assert sides == [["b", "e"], ["a", "c"]] and data.names == ["x", "y"]
+
+
+def test_cut_texts_are_counted(tiny_dir, capsys) -> None:
+    ids = encode(["one two three four five", "one"], Tokenizer(tiny_dir), 2)
+    assert [len(each) for each in ids] == [2, 1] and "1 of 2 texts have more than 2 tokens" in capsys.readouterr().err
+    with pytest.raises(InputError, match="half a surrogate"):
+        encode(["\ud83d"], Tokenizer(tiny_dir), 2)
+
+
+@pytest.mark.parametrize("method", ["last_k", "lora"])
+def test_a_classifier_goes_on_as_if_it_had_not_stopped(method, csv_path, tiny_dir, tmp_path) -> None:
+    """Stopped after each step, bit for bit."""
+    main = runpy.run_path(str(ROOT / "finetune/classifier.py"))["main"]
+    train = TrainArgs(learning_rate=0.01, global_batch_size=8, max_steps=3, warmup_steps=1)
+    shared = dict(checkpoint_dir=tiny_dir, data_path=csv_path, method=method)
+    main(tmp_path / "whole", train=train, **shared)
+    for resume in (False, True, True):
+        main(tmp_path / "parts", train=replace(train, max_hours=1e-9), resume=resume, **shared)
+    whole, parts = (load_file(tmp_path / part / "last/classifier.safetensors") for part in ("whole", "parts"))
+    assert equal(whole, parts)
+    whole, parts = ([row["loss"] for row in rows_of(tmp_path / part) if row["loss"]] for part in ("whole", "parts"))
+    assert whole == parts and len(whole) == 3
 
 
 def run(*command, **options) -> str:

@@ -45,8 +45,8 @@ class TextArgs:
     """Where the texts and labels are."""
 
     data_path: Path
-    """Texts and labels: a .csv, .json, .jsonl or .parquet file, or org/name of the hub. A column `split` may say train or
-    val; records that say test are left out."""
+    """Texts and labels: a .csv, .json, .jsonl or .parquet file, or org/name of the hub. A column `split` may say train
+    or val; records that say test are left out."""
     text_key: str = "text"
     """The column of the texts."""
     label_key: str = "label"

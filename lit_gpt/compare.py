@@ -8,16 +8,18 @@ data.
 import gc
 import hashlib
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from lit_gpt.checkpoint import build_model, load_model, read_tensors
+from lit_gpt.cli import parse
 from lit_gpt.config import Config
 from lit_gpt.dataset import Dataset
 from lit_gpt.errors import InputError
@@ -25,6 +27,7 @@ from lit_gpt.finetuned import finetuned_file, load_finetuned, read_description
 from lit_gpt.full import Full, mark_chosen_as_trainable
 from lit_gpt.layout import Layout
 from lit_gpt.log import read_metrics, write_whole
+from lit_gpt.memory import adapt, setup_of_script
 from lit_gpt.model import GPT
 from lit_gpt.report import check_can_draw
 from lit_gpt.tokenizer import Tokenizer
@@ -82,6 +85,8 @@ class Budget:
     steps: int
     """0 where they are still to be found."""
     flags: list[str]
+    minutes: float | None = None
+    """None where they are not what was asked for."""
 
     @property
     def common(self) -> list[str]:
@@ -97,11 +102,12 @@ def fingerprint(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check(budget: Budget, text: str) -> None:
+def check(names: Sequence[str], scripts: Path, budget: Budget, text: str) -> None:
     """Looks at everything that can be found wrong before the first run is launched.
 
     Raises:
-        InputError: no matplotlib, no checkpoint, data or text, or they do not fit each other.
+        InputError: no matplotlib, no checkpoint, data or text, or they do not fit each other; or a method cannot be
+            applied to the model, or has no such flags.
     """
     check_can_draw()
     tokenizer, config = Tokenizer(budget.checkpoint_dir), Config.from_checkpoint(budget.checkpoint_dir)
@@ -112,6 +118,16 @@ def check(budget: Budget, text: str) -> None:
             raise InputError(f"{budget.data_dir} has no {name} records. Prepare the data with some.")
     if not paragraphs(text, tokenizer, config.block_size):
         raise InputError("The general text has no paragraph of two tokens or more: nothing to measure forgetting on.")
+    budget = replace(budget, steps=budget.steps or 4)
+    for name in names:
+        script, flags = METHODS[name]
+        try:
+            settings = parse(runpy.run_path(str(scripts / script))["main"], [*budget.common, *flags.split()])
+            if (settings["train"].max_steps, settings["train"].epochs) != (budget.steps, budget.steps):
+                raise InputError("--flags says when to stop. That is for --steps, --tokens or --minutes.")
+            adapt(build_model(config), setup_of_script(script.removesuffix(".py"), settings, config, tokens=1))
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
 
 
 def steps_for(tokens: int, data_dir: Path) -> int:
@@ -120,7 +136,7 @@ def steps_for(tokens: int, data_dir: Path) -> int:
 
 
 def settle(budget: Budget, out_dir: Path) -> Budget:
-    """The budget of the comparison that `out_dir` holds already, else this one, which is written there.
+    """The budget of the comparison that `out_dir` holds already, else this one. What this one does not say may be any.
 
     Raises:
         InputError: a comparison of something else is there.
@@ -128,7 +144,7 @@ def settle(budget: Budget, out_dir: Path) -> Budget:
     path = out_dir / "compare.json"
     if path.is_file():
         found, now = json.loads(path.read_text(encoding="utf-8")), asdict(budget)
-        changed = [key for key in now if now[key] != found.get(key) and (key, now[key]) != ("steps", 0)]
+        changed = [key for key in now if now[key] not in (found.get(key), 0, None)]
         if changed:
             what = ", ".join(f"{key} was {found.get(key)}, now {now[key]}" for key in changed)
             raise InputError(f"{out_dir} holds another comparison: {what}. Name another --out_dir.")
@@ -146,7 +162,8 @@ def seconds_per_step(scripts: Path, budget: Budget, out_dir: Path) -> float:
     probe = out_dir / "probe"
     run_script(scripts / "full.py", [*budget.common, "--overwrite", "true", "--out_dir", str(probe)])
     times = [row["seconds"] for row in read_metrics(probe / "metrics.csv") if row["seconds"] is not None]
-    return sum(times[1:]) / len(times[1:])
+    times = times[1:] or times  # the flags may end it after one
+    return sum(times) / len(times)
 
 
 def run_script(script: Path, flags: Sequence[str]) -> None:

@@ -36,7 +36,7 @@ def main(
     data_dir: Path = Path("data/docstrings"),
     out_dir: Path = Path("out/compare"),
     methods: list[str] | None = None,
-    minutes: float = 30,
+    minutes: float | None = None,
     steps: int | None = None,
     tokens: int | None = None,
     general_text: Path | None = None,
@@ -49,7 +49,8 @@ def main(
         data_dir: What one of scripts/prepare_*.py wrote.
         out_dir: Where the runs, compare.md and compare.png go.
         methods: Which ones of those that lit_gpt/compare.py names. None is all.
-        minutes: For all together, about. The steps that fit are found by a few of full fine-tuning.
+        minutes: For all together, about. The steps that fit are found by a few of full fine-tuning. None is what
+            out_dir was begun with, else 30.
         steps: In place of minutes, the optimizer steps of 16 records that each method takes.
         tokens: In place of minutes, about how many tokens each method reads, those of prompts too.
         general_text: A text that has nothing to do with the data, on which forgetting is measured. None is
@@ -64,20 +65,21 @@ def main(
     for name, value in (("minutes", minutes), ("steps", steps), ("tokens", tokens)):
         if value is not None and value <= 0:
             raise InputError(f"--{name} is {value}, expected more than 0.")
-    if steps is not None and tokens is not None:
-        raise InputError("--steps and --tokens both say when to stop: choose one.")
+    if (minutes, steps, tokens).count(None) < 2:
+        raise InputError("--minutes, --steps and --tokens all say when to stop: choose one.")
     if tokens is not None and any("global_batch_size" in flag for flag in flags or []):
         raise InputError("--tokens counts on 16 records a step: with another global_batch_size say --steps.")
     with open_text(general_text or Path(str(files("lit_gpt") / "general.txt"))) as file:
         text = file.read()
-    budget = Budget(str(checkpoint_dir), str(data_dir), fingerprint(text), steps or 0, flags or [])
-    check(budget, text)
+    budget = Budget(str(checkpoint_dir), str(data_dir), fingerprint(text), steps or 0, flags or [], minutes)
+    check(methods, SCRIPTS, budget, text)
     if tokens is not None:
         budget = replace(budget, steps=steps_for(tokens, data_dir))
     budget = settle(budget, out_dir)
     if not budget.steps:
         each = seconds_per_step(SCRIPTS, replace(budget, steps=4), out_dir)
-        budget = replace(budget, steps=max(1, round(minutes * 60 / len(methods) / each)))
+        minutes = minutes or 30
+        budget = replace(budget, steps=max(1, round(minutes * 60 / len(methods) / each)), minutes=minutes)
     write_budget(budget, out_dir)
     compare(methods, SCRIPTS, budget, text, out_dir)
     print(f"{(out_dir / 'compare.md').read_text(encoding='utf-8')}\nPlot: {out_dir / 'compare.png'}")

@@ -4,6 +4,7 @@ import json
 import runpy
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,8 @@ def test_what_cannot_be_is_refused(folder, tmp_path) -> None:
     assert result.returncode == 2 and result.stderr.startswith("error: No method is called 'lora'. Known are: full;")
     with pytest.raises(InputError, match="holds another comparison"):
         settle(Budget("elsewhere", "data", "", 0, []), folder / "out")
-    result = compare(folder, out_dir=tmp_path / "out", steps=1, flags="[--learning_rat, '1']")
+    flags = "[--train.learning_rate, '1e30', --train.max_norm, 'null']"
+    result = compare(folder, out_dir=tmp_path / "out", steps=2, methods="[full]", flags=flags)
     assert result.returncode == 2 and "full.py failed, for the reason above" in result.stderr.splitlines()[-1]
 
 
@@ -141,6 +143,10 @@ def test_what_cannot_be_is_refused(folder, tmp_path) -> None:
         ({"steps": 0}, "--steps is 0"),
         ({"tokens": -1}, "--tokens is -1"),
         ({"tokens": 1, "steps": 1}, "choose one"),
+        ({"minutes": 1, "steps": 1}, "choose one"),
+        ({}, "last 4 blocks: train_only is 4, but the model has 2 blocks"),
+        ({"methods": ["full", "LoRA, r 8"], "flags": ["--quantize", "bnb.nf4"]}, "full: .*--quantize bnb.nf4"),
+        ({"methods": ["full"], "flags": ["--train.max_steps", "1"]}, "full: --flags says when to stop"),
         ({"tokens": 1, "flags": ["--train.global_batch_size", "4"]}, "16 records a step"),
         ({"checkpoint_dir": Path("nowhere")}, "nowhere"),
         ({"data_dir": Path("nowhere")}, "nowhere holds no prepared data"),
@@ -161,16 +167,25 @@ def test_nothing_is_launched_that_cannot_end_well(flags, message, tiny_dir, data
 def test_a_missing_matplotlib_is_missed_at_once(tiny_dir, data_dir, monkeypatch) -> None:
     monkeypatch.setattr("lit_gpt.report.find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install"):
-        check(Budget(str(tiny_dir), str(data_dir), "", 1, []), "Some text.")
+        check(["full"], ROOT / "finetune", Budget(str(tiny_dir), str(data_dir), "", 1, []), "Some text.")
 
 
 def test_a_budget_is_one_of_the_same_text(tmp_path) -> None:
     budget = Budget("base", "data", "one text", 3, [])
     write_budget(settle(budget, tmp_path / "out"), tmp_path / "out")
     assert settle(Budget("base", "data", "one text", 0, []), tmp_path / "out") == budget
-    for other in (Budget("base", "data", "another", 0, []), Budget("base", "data", "one text", 4, [])):
-        with pytest.raises(InputError, match="holds another comparison: (general_text was one text|steps was 3), now"):
-            settle(other, tmp_path / "out")
+    of_minutes = replace(budget, minutes=5)
+    write_budget(settle(of_minutes, tmp_path / "timed"), tmp_path / "timed")
+    for same in (budget, of_minutes, replace(of_minutes, steps=0), replace(budget, steps=0)):
+        assert settle(same, tmp_path / "timed") == of_minutes
+    for folder, change, was in (
+        ("out", {"general_text": "another"}, "general_text was one text"),
+        ("out", {"steps": 4}, "steps was 3"),
+        ("out", {"steps": 0, "minutes": 5}, "minutes was None"),
+        ("timed", {"steps": 0, "minutes": 6}, "minutes was 5"),
+    ):
+        with pytest.raises(InputError, match=f"holds another comparison: {was}, now"):
+            settle(replace(budget, **change), tmp_path / folder)
 
 
 def test_tokens_are_steps_of_mean_records(data_dir) -> None:

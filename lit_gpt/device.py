@@ -96,13 +96,12 @@ def launch(
         raise InputError(f"--devices {devices}, but this machine has {torch.cuda.device_count()} GPUs.")
     if kind == "mps" and devices * num_nodes > 1:
         raise InputError(f"--devices {devices}, but PyTorch drives one Apple GPU only.")
-    if strategy == "auto":
-        strategy = "fsdp" if shard else "ddp"
+    n_processes = devices * num_nodes
     fabric = Fabric(
         accelerator=kind,
         devices=devices,
         num_nodes=num_nodes,
-        strategy=strategy_of(strategy, devices * num_nodes) if devices * num_nodes > 1 else "auto",
+        strategy=strategy_of(n_processes, is_to_split(strategy, n_processes, shard)) if n_processes > 1 else "auto",
         plugins=[precision_plugin(resolve_precision(precision), kind)],
         loggers=make_loggers(logger, log_dir),
     )
@@ -113,10 +112,15 @@ def launch(
     return fabric
 
 
-def strategy_of(name: Strategy, n_processes: int) -> Any:
+def is_to_split(strategy: Strategy, n_processes: int, shard: bool) -> bool:
+    """Whether the weights are to be split among devices; `shard` is what "auto" means where there are several."""
+    return strategy == "fsdp" or strategy == "auto" and shard and n_processes > 1
+
+
+def strategy_of(n_processes: int, split: bool) -> Any:
     """Fabric's. fsdp is torch's `fully_shard`: each block, and then the rest, is whole only while it is at work."""
-    if name == "ddp":
-        return name
+    if not split:
+        return "ddp"
     from lightning_fabric.strategies import ModelParallelStrategy
 
     return ModelParallelStrategy(split_weights, data_parallel_size=n_processes, tensor_parallel_size=1)

@@ -35,7 +35,7 @@ from lit_gpt.full import Full
 from lit_gpt.layout import Layout
 from lit_gpt.model import GPT
 from lit_gpt.quantize import Quantize, QuantizedLinear, frozen, quantize_linears
-from lit_gpt.train import TrainArgs, make_optimizer
+from lit_gpt.train import TrainArgs, check_optimizer, make_optimizer
 
 OUTSIDE_GB = 1.0  # of a card: the CUDA context, and what the allocator cannot use
 EIGHT_BITS = ("bitsandbytes.optim.AdamW8bit", "bitsandbytes.optim.PagedAdamW8bit")
@@ -72,11 +72,14 @@ def setup_of_script(method: str, settings: dict[str, Any], config: Config, token
     """What a script's settings say. The records are those of the heaviest step; or all of `tokens` tokens.
 
     Raises:
-        InputError: the model reads no such record, or there are no prepared data where `tokens` is not given.
+        InputError: the model reads no such record, or there are no prepared data where `tokens` is not given; or see
+            `check_optimizer`.
     """
     check_method(method)
     if tokens is not None and not 1 <= tokens <= config.block_size:
         raise InputError(f"--tokens is {tokens}, but {config.name} reads 1 to {config.block_size}.")
+    if settings["optimizer"] not in EIGHT_BITS:  # they need not be installed here
+        check_optimizer(settings["optimizer"])
     of_method = Full(settings["train_only"]) if method == "full" else settings[method.removesuffix("_v2")]
     train = settings["train"]
     if tokens is None:

@@ -145,7 +145,7 @@ def start(args: LaunchArgs, own_weights: bool = False, shard: bool = False) -> "
         )
     where = args.num_nodes, args.strategy, shard
     fabric = launch(args.devices, args.precision, args.seed, args.logger, str(args.out_dir), *where)
-    check_optimizer(fabric, args.optimizer)
+    check_optimizer(args.optimizer, fabric)
     return fabric
 
 

@@ -280,19 +280,19 @@ def make_optimizer(model: nn.Module, args: TrainArgs, path: str = "torch.optim.A
         raise InputError(f"--optimizer {path} cannot be made with {options}: {error}.") from None
 
 
-def check_optimizer(fabric: "Fabric", path: str) -> None:
-    """Takes a step with a small weight, before there are others.
+def check_optimizer(path: str, fabric: "Fabric | None" = None) -> None:
+    """Takes a step with a small weight, before there are others; as they will be on the devices of a run.
 
     Raises:
         InputError: there is no such class, it wants other gradients, or it cannot step where weights are split.
     """
-    weight = nn.Parameter(as_weight(torch.ones(64, 64), fabric))
+    weight, split = torch.ones(64, 64), fabric is not None and is_sharded(fabric)
+    weight = nn.Parameter(weight if fabric is None else as_weight(weight, fabric))
     weight.grad = torch.ones_like(weight)
     optimizer = make_optimizer(nn.ParameterList([weight]), TrainArgs(), path)
     try:
         optimizer.step()
     except Exception as error:  # each fails in its own way
-        split = is_sharded(fabric)
         raise InputError(
             f"--optimizer {path} cannot step{' where weights are split among devices' if split else ''}:"
             f" {str(error).strip('.!')}. Choose torch.optim.AdamW{', or another --strategy' if split else ''}."

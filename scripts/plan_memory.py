@@ -6,12 +6,13 @@
         --flags '[--config, finetune/recipes/mistral-7b-qlora-24gb.yaml]'
 """
 
-import importlib.util
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
-from lit_gpt import Config, memory
+from lit_gpt import Config, InputError, memory
 from lit_gpt.cli import parse, run
+from lit_gpt.device import is_to_split
 from lit_gpt.memory import largest_batch, plan, plan_generation, switches, table
 
 ROOT = Path(__file__).parents[1]
@@ -31,15 +32,16 @@ def main(
         flags: The script's own flags.
         model_name: A published model, of which nothing has to be here. None is the script's --checkpoint_dir.
         tokens: The length of the longest record. None looks into the script's --data_dir.
-        card_gb: Memory of a GPU: finds the largest micro-batch that fits. Where --precision is auto, bf16-true is
-            meant then.
+        card_gb: Memory of a GPU: finds the largest micro-batch that fits, which takes a minute or two for a model of
+            7B. Where --precision is auto, bf16-true is meant then.
     """
+    if card_gb is not None and card_gb <= memory.OUTSIDE_GB:
+        raise InputError(
+            f"--card_gb is {card_gb:g}, expected more than the {memory.OUTSIDE_GB:g} that CUDA itself takes."
+        )
     path = script if script.is_file() else ROOT / script
     memory.check_method(path.stem)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    settings = parse(module.main, flags or [])
+    settings = parse(runpy.run_path(str(path))["main"], flags or [])
     if settings["precision"] == "auto" and card_gb is not None:
         settings["precision"] = "bf16-true"
     config = Config.from_name(model_name) if model_name else Config.from_checkpoint(settings["checkpoint_dir"])
@@ -47,7 +49,10 @@ def main(
 
     n, longest = len(setup.lengths), max(setup.lengths)
     what = f"{setup.quantize or str(setup.dtype).removeprefix('torch.')}, {n} records of up to {longest:,} tokens"
-    print(f"{config.name}, {setup.method}, {what}: GB at the peak of a step\n")
+    n_processes = settings["devices"] * settings["num_nodes"]
+    split = is_to_split(settings["strategy"], n_processes, shard=setup.method == "full")
+    when = ", before it is split among the devices" if split else ""
+    print(f"{config.name}, {setup.method}, {what}: GB at the peak of a step{when}\n")
     rows = [("as it is set", plan(setup))]
     rows += [(f"with `{switch}`", plan(other)) for switch, other in switches(setup).items()]
     rows.append(("generating 256 tokens", plan_generation(setup)))

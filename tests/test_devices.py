@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 import lit_gpt.train
 from lit_gpt.blocks import recompute_blocks
 from lit_gpt.dataset import Dataset
-from lit_gpt.device import launch, loading_device, own_part, whole
+from lit_gpt.device import is_to_split, launch, loading_device, own_part, whole
 from lit_gpt.finetuned import Checkpoints, load_finetuned
 from lit_gpt.train import TrainArgs
 
@@ -83,7 +83,7 @@ def one_of_two(tiny_dir: Path, data_dir: Path, out_dir: Path) -> None:
 
 def refusal(fabric: Any, path: str) -> str | None:
     try:
-        return lit_gpt.train.check_optimizer(fabric, path)
+        return lit_gpt.train.check_optimizer(path, fabric)
     except lit_gpt.InputError as error:
         assert "cannot step where weights are split" in str(error) and "another --strategy" in str(error)
         return str(error)
@@ -278,6 +278,12 @@ def test_numbers_that_do_not_fit(environment, settings, message, monkeypatch) ->
         monkeypatch.setenv(key, value)
     with pytest.raises(lit_gpt.InputError, match=message):
         launch(**settings)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_what_is_to_be_split(shard) -> None:
+    assert is_to_split("fsdp", 1, shard) and not is_to_split("ddp", 2, shard) and not is_to_split("auto", 1, shard)
+    assert is_to_split("auto", 2, shard) == shard
 
 
 if __name__ == "__main__":

@@ -207,10 +207,17 @@ def test_script(tiny_dir: Path, capsys) -> None:
     said = capsys.readouterr().out
     assert "checkpoint, lora, bfloat16, 16 records of up to 100 tokens" in said and "as it is set" in said
     assert "On a card of 1.08 GB, of which 0.08 are usable, --train.micro_batch_size" in said
-    main(Path("finetune/full.py"), ["--train_only", "2", "--precision", "32-true"], "pythia-14m", 64)
-    assert "pythia-14m, full, float32" in capsys.readouterr().out
+    assert "split" not in said
+    main(Path("finetune/full.py"), ["--train_only", "2", "--precision", "32-true", "--devices", "2"], "pythia-14m", 64)
+    said = capsys.readouterr().out
+    assert "pythia-14m, full, float32" in said and "of a step, before it is split among the devices\n" in said
     with pytest.raises(InputError, match="no plan for finetune/classifier.py"):
         main(Path("finetune/classifier.py"), ["--data_path", "x.csv"], "SmolLM2-135M", 64)
+    with pytest.raises(InputError, match="SparseAdam cannot step"):
+        main(flags=["--optimizer", "torch.optim.SparseAdam"], model_name="pythia-14m", tokens=8)
+    for wrong in (-3, 0.5):
+        with pytest.raises(InputError, match=f"--card_gb is {wrong}, expected more than the 1 that CUDA itself takes"):
+            main(card_gb=wrong)
     for wrong in (-5, 0, 100_000):
         with pytest.raises(InputError, match=f"--tokens is {wrong}, but SmolLM2-135M reads 1 to"):
             main(model_name="SmolLM2-135M", tokens=wrong)

@@ -86,7 +86,7 @@ class Budget:
     """0 where they are still to be found."""
     flags: list[str]
     minutes: float | None = None
-    """None where they are not what was asked for."""
+    """None where steps or tokens were asked for."""
 
     @property
     def common(self) -> list[str]:

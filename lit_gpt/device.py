@@ -45,6 +45,16 @@ def weight_dtype(precision: Precision) -> torch.dtype:
     return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(resolve_precision(precision), torch.float32)
 
 
+def trained_dtype(precision: Precision) -> torch.dtype:
+    """What weights are stored in that train themselves. Raises InputError for float16, in which they cannot."""
+    if weight_dtype(precision) == torch.float16:
+        raise InputError(
+            f"--precision {precision} is for LoRA and adapters: weights in float16 cannot be trained themselves."
+            " Choose 16-mixed or bf16-true."
+        )
+    return weight_dtype(precision)
+
+
 def autocast_dtype(precision: Precision) -> torch.dtype | None:
     """What mixed precision computes in; None where nothing is cast."""
     return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)

@@ -28,7 +28,7 @@ from lit_gpt.blocks import ActivationCheckpointing, recompute_blocks
 from lit_gpt.checkpoint import build_model
 from lit_gpt.config import Config
 from lit_gpt.dataset import Dataset, heaviest_first, micro_batches, step_records
-from lit_gpt.device import autocast_dtype, weight_dtype
+from lit_gpt.device import autocast_dtype, trained_dtype, weight_dtype
 from lit_gpt.errors import InputError
 from lit_gpt.finetuned import METHODS
 from lit_gpt.full import Full
@@ -73,7 +73,7 @@ def setup_of_script(method: str, settings: dict[str, Any], config: Config, token
 
     Raises:
         InputError: the model reads no such record, or there are no prepared data where `tokens` is not given; or see
-            `check_optimizer`.
+            `check_optimizer` and `trained_dtype`.
     """
     check_method(method)
     if tokens is not None and not 1 <= tokens <= config.block_size:
@@ -96,7 +96,7 @@ def setup_of(method: str, of_method: Any, settings: dict[str, Any], config: Conf
         config=config,
         method=method,
         settings=of_method,
-        dtype=weight_dtype(settings["precision"]),
+        dtype=(trained_dtype if method == "full" else weight_dtype)(settings["precision"]),
         autocast=autocast_dtype(settings["precision"]),
         quantize=settings.get("quantize"),
         activation_checkpointing=settings["activation_checkpointing"],

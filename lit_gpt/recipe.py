@@ -22,6 +22,7 @@ from lit_gpt.device import (
     is_sharded,
     launch,
     loading_device,
+    trained_dtype,
     weight_dtype,
 )
 from lit_gpt.errors import InputError
@@ -136,13 +137,10 @@ def start(args: LaunchArgs, own_weights: bool = False, shard: bool = False) -> "
     """The processes of a run, by the flags of the recipe. `own_weights` says that the model's own ones train.
 
     Raises:
-        InputError: see `launch` and `check_optimizer`; or what trains would be float16.
+        InputError: see `trained_dtype`, `launch` and `check_optimizer`.
     """
-    if own_weights and weight_dtype(args.precision) == torch.float16:
-        raise InputError(
-            f"--precision {args.precision} is for LoRA and adapters: weights in float16 cannot be trained themselves."
-            " Choose 16-mixed or bf16-true."
-        )
+    if own_weights:
+        trained_dtype(args.precision)
     where = args.num_nodes, args.strategy, shard
     fabric = launch(args.devices, args.precision, args.seed, args.logger, str(args.out_dir), *where)
     check_optimizer(args.optimizer, fabric)

@@ -147,6 +147,7 @@ def test_what_cannot_be_is_refused(folder, tmp_path) -> None:
         ({}, "last 4 blocks: train_only is 4, but the model has 2 blocks"),
         ({"methods": ["full", "LoRA, r 8"], "flags": ["--quantize", "bnb.nf4"]}, "full: .*--quantize bnb.nf4"),
         ({"methods": ["full"], "flags": ["--train.max_steps", "1"]}, "full: --flags says when to stop"),
+        ({"methods": ["LoRA, r 8", "full"], "flags": ["--precision", "16-true"]}, "full: .*float16 cannot be trained"),
         ({"methods": ["full"], "flags": ["--optimizer", "torch.optim.LBFGS"]}, "full: .*LBFGS cannot step"),
         ({"tokens": 1, "flags": ["--train.global_batch_size", "4"]}, "16 records a step"),
         ({"checkpoint_dir": Path("nowhere")}, "nowhere"),

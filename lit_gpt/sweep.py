@@ -126,6 +126,7 @@ def table(entries: Sequence[dict]) -> str:
 def sweep_figure(entries: Sequence[dict]) -> "Figure":
     """Accuracy against minutes and against trained parameters; the ring is where it saturates."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(10, 4.5), dpi=100, layout="constrained")
     tuned = [entry for entry in entries if entry["setting"] != BASELINE]
@@ -133,15 +134,18 @@ def sweep_figure(entries: Sequence[dict]) -> "Figure":
     enough = saturation(tuned)
     for axes, key, label in zip(figure.subplots(1, 2, sharey=True), ("minutes", "trained"), ("minutes", "parameters")):
         shown = [entry for entry in tuned if entry[key] > 0]
-        x, y = [entry[key] for entry in shown], [100 * entry["accuracy"] for entry in shown]
-        axes.errorbar(x, y, [100 * entry["spread"] for entry in shown], marker="o", capsize=3, linewidth=1)
+        walk = [entry for entry in shown if entry["setting"] != "features"]  # which is beside the way, not on it
+        axes.plot(*zip(*((entry[key], 100 * entry["accuracy"]) for entry in walk)), color="tab:blue", linewidth=1)
         for entry in shown:
             at = (entry[key], 100 * entry["accuracy"])
+            axes.errorbar(*at, 100 * entry["spread"], marker="o", capsize=3, linewidth=1, color="tab:blue")
             axes.annotate(entry["setting"], at, xytext=(4, -12), textcoords="offset points", fontsize="small")
         axes.plot(enough[key], 100 * enough["accuracy"], "o", markersize=15, fillstyle="none", color="tab:red")
         for entry in base:
             axes.axhline(100 * entry["accuracy"], color="tab:gray", linestyle="--", linewidth=1, label=BASELINE)
         axes.set(xscale="log", xlabel=f"{label}, logarithmic")
+        if key == "minutes":  # 2, not 2 x 10^0
+            axes.xaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")

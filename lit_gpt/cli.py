@@ -7,6 +7,7 @@ import errno
 import gc
 import os
 import re
+import select
 import shlex
 import sys
 import time
@@ -29,8 +30,16 @@ def run(main: Callable[..., None]) -> None:
     try:
         settings = parse(main, sys.argv[1:])
         main(**settings)
+        sys.stdout.flush()
     except InputError as error:
         fail(str(error))
+    except BrokenPipeError:
+        stdout = select.poll()
+        stdout.register(1, 0)
+        if not stdout.poll(0):  # it was another pipe
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what reads the output, such as `head`, has read enough
+        sys.exit(141)  # as if by SIGPIPE
     except OSError as error:
         if error.errno in DISK_FULL:
             fail(f"{error.strerror}{f': {error.filename}' if error.filename else ''}. Free some space and run again.")

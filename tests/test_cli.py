@@ -56,6 +56,8 @@ def main(what: str = "work", path: Path = Path("a"), number: int = 1, most: int 
     if what == "interrupt":
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
         os.kill(os.getpid(), signal.SIGINT)
+    if what == "pipe":
+        raise BrokenPipeError("of something else")
     if what == "nameless":
         raise OSError("something about a socket")
     print(what, path, number, most, steps.rate, steps.names)
@@ -119,6 +121,17 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(shell: Shell, args: lis
     assert result.returncode == 2 and result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ") and said in line
+
+
+@pytest.mark.parametrize("what", ["work", "pipe"])
+def test_who_has_read_enough_is_told_nothing(folder: Path, what: str) -> None:
+    """As with `| head`. Any other pipe that breaks is a bug."""
+    command = [sys.executable, "script.py", "--what", what]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if what == "work":
+        process.stdout.close()
+    said = process.stderr.read()
+    assert (process.wait(), said) == (141, "") if what == "work" else "BrokenPipeError: of something else" in said
 
 
 @pytest.mark.parametrize("what, name", [("bug", "ZeroDivisionError"), ("nameless", "OSError")])

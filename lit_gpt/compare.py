@@ -54,6 +54,8 @@ METHODS = {  # learning rates are those of the scripts
     "adapter v2": Method("adapter_v2.py"),
 }
 
+PROBE_STEPS = 4  # of full fine-tuning, to find out how many fit into the minutes
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -118,7 +120,7 @@ def check(names: Sequence[str], scripts: Path, budget: Budget, text: str) -> Non
             raise InputError(f"{budget.data_dir} has no {name} records. Prepare the data with some.")
     if not paragraphs(text, tokenizer, config.block_size):
         raise InputError("The general text has no paragraph of two tokens or more: nothing to measure forgetting on.")
-    budget = replace(budget, steps=budget.steps or 4)
+    budget = replace(budget, steps=budget.steps or PROBE_STEPS)
     for name in names:
         script, flags = METHODS[name]
         try:
@@ -159,7 +161,7 @@ def write_budget(budget: Budget, out_dir: Path) -> None:
 
 def seconds_per_step(scripts: Path, budget: Budget, out_dir: Path) -> float:
     """Of full fine-tuning, the slowest, in its first steps, which are the heaviest."""
-    probe = out_dir / "probe"
+    budget, probe = replace(budget, steps=PROBE_STEPS), out_dir / "probe"
     run_script(scripts / "full.py", [*budget.common, "--overwrite", "true", "--out_dir", str(probe)])
     times = [row["seconds"] for row in read_metrics(probe / "metrics.csv") if row["seconds"] is not None]
     times = times[1:] or times  # the flags may end it after one

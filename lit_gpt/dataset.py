@@ -54,8 +54,8 @@ class Dataset:
             arrays[name] = np.memmap(path, dtype, "r")
         self.tokens, self.trained, self.ends = arrays["tokens"], arrays["trained"], arrays["ends"]
         self.split = arrays["split"]
-        whole = np.diff(self.ends, prepend=0).min(initial=1) > 0 and self.ends[-1:].sum() == len(self.tokens)
-        if not whole or self.split.max(initial=0) > NEITHER:
+        fits = np.diff(self.ends, prepend=0).min() > 0 and self.ends[-1] == len(self.tokens)
+        if not fits or self.split.max() > NEITHER:
             raise InputError(f"{data_dir}: ends.bin or split.bin does not fit the tokens. Prepare the data again.")
         self.records = np.flatnonzero(self.split == (TRAIN if split == "train" else VAL))
 

@@ -56,11 +56,9 @@ def export_merged(
         model = merge_into(base, finetuned, checkpoint_dir, expected, tokenizer)
     if model.config.tie_embeddings and model.lm_head.weight is not model.transformer.wte.weight:
         print("The head was the embedding and now differs from it: the merged checkpoint holds both.")
-    before = logits_of(model, tokenizer) if dtype not in (None, stored) else None
-    cast_weights(model, dtype or stored)
     expected = logits_of(model, tokenizer)
-    if before is not None:
-        print(f"Rounded to {str(dtype).removeprefix('torch.')}: {difference(before, expected)}.")
+    if dtype not in (None, stored):
+        expected = rounded(model, dtype, tokenizer, expected)
     save_hf(model, source, out_dir, max_shard, lambda folder: prove(expected, folder))
 
 
@@ -87,6 +85,14 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Rounds the weights; the rotary frequencies, which no file holds, stay as they are."""
     for name, param in model.named_parameters():
         param.data = cast(name, param.data, dtype)
+
+
+def rounded(model: GPT, dtype: torch.dtype, tokenizer: Tokenizer, before: Logits) -> Logits:
+    """Rounds the weights, and says what that did to the logits; returns those that are to be read back."""
+    cast_weights(model, dtype)
+    expected = logits_of(model, tokenizer)
+    print(f"Rounded to {str(dtype).removeprefix('torch.')}: {difference(before, expected)}.")
+    return expected
 
 
 def must_explain(found: Difference, dtype: torch.dtype) -> None:

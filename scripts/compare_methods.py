@@ -77,7 +77,7 @@ def main(
         budget = replace(budget, steps=steps_for(tokens, data_dir))
     budget = settle(budget, out_dir)
     if not budget.steps:
-        each = seconds_per_step(SCRIPTS, replace(budget, steps=4), out_dir)
+        each = seconds_per_step(SCRIPTS, budget, out_dir)
         minutes = minutes or 30
         budget = replace(budget, steps=max(1, round(minutes * 60 / len(methods) / each)), minutes=minutes)
     write_budget(budget, out_dir)

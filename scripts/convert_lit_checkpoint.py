@@ -17,10 +17,10 @@ from lit_gpt.checkpoint import convert, load_model
 from lit_gpt.cli import run
 from lit_gpt.config import SAMPLE
 from lit_gpt.device import DType, as_dtype
-from lit_gpt.export import export_merged, export_peft, whole_model
+from lit_gpt.export import export_merged, export_peft, rounded, whole_model
 from lit_gpt.files import must_be_empty
 from lit_gpt.gguf_out import export_gguf
-from lit_gpt.proof import difference, logits_of, prove
+from lit_gpt.proof import logits_of, prove
 
 
 def main(
@@ -69,10 +69,11 @@ def main(
     else:
         source, check = checkpoint_dir or SAMPLE, None
         if prove_it:
-            expected = logits_of(load_model(source, as_dtype(dtype)), Tokenizer(source))
-            if dtype is not None:  # one model after the other
-                before = logits_of(load_model(source), Tokenizer(source))
-                print(f"Rounded to {dtype}: {difference(before, expected)}.")
+            model, tokenizer = load_model(source), Tokenizer(source)
+            expected = logits_of(model, tokenizer)
+            if dtype is not None:
+                expected = rounded(model, as_dtype(dtype), tokenizer, expected)
+            del model  # no two of them at once
             check = functools.partial(prove, expected)
         convert(source, out_dir, True, as_dtype(dtype), int(max_shard_size * 1e9), check)
     print(f"Wrote {out_dir}.")

@@ -1,4 +1,4 @@
-"""Fine-tune with LLaMA-Adapter: a few vectors that the upper blocks look at besides the text.
+"""Fine-tune with LLaMA-Adapter: a few vectors that the upper blocks attend to besides the text.
 
 python finetune/adapter.py --checkpoint_dir checkpoints/sample/SmolLM2-135M-Instruct-Q4_1 --data_dir data/docstrings
 python finetune/adapter.py --adapter.prompt_length 20 --adapter.start_layer 4
@@ -7,39 +7,31 @@ python finetune/adapter.py --quantize bnb.nf4
 
 from pathlib import Path
 
-from lit_gpt.adapter import Adapter, apply_adapter, mark_only_adapter_as_trainable
-from lit_gpt.checkpoint import build_model, load_weights
-from lit_gpt.cli import run
-from lit_gpt.quantize import Quantize, quantize_linears
-from lit_gpt.recipe import Shared, begin, finetune
+from lit_gpt.adapter import Adapter
+from lit_gpt.cli import Flags, run
+from lit_gpt.memory.plan import print_plan
+from lit_gpt.quantize import Quantize
+from lit_gpt.recipe import RunArgs, finetune_with
+from lit_gpt.runs.methods import METHODS
 from lit_gpt.train import TrainArgs
 
 
 def main(
-    out_dir: Path = Path("out/adapter/docstrings"),
+    args: Flags[RunArgs] = RunArgs(out_dir=Path("out/adapter/docstrings")),
     adapter: Adapter = Adapter(prompt_length=10, start_layer=2),
     quantize: Quantize | None = None,
     train: TrainArgs = TrainArgs(learning_rate=1e-2, weight_decay=0.02, global_batch_size=16, epochs=1),
-    **shared: Shared,
 ) -> None:
     """Fine-tune with LLaMA-Adapter.
 
     Args:
-        out_dir: Where the adapter, the settings and the report of this run go.
+        args: The flags of every recipe, such as --checkpoint_dir and --data_dir; see lit_gpt/recipe.py.
         adapter: How many vectors, and from which block on; see lit_gpt/adapter.py.
         quantize: Keep the frozen linears in 4 or 8 bits; see lit_gpt/quantize.py.
         train: The optimizer, the batch and the intervals; see lit_gpt/train.py.
-        shared: The flags of every recipe: --checkpoint_dir, --data_dir, --precision ...; see lit_gpt/recipe.py.
     """
-    this = begin(locals())  # finds what is wrong before a weight is read, and starts the processes
-
-    model = build_model(this.config)  # no weights yet
-    quantize_linears(model, quantize)
-    base = load_weights(model, *this.source)
-    apply_adapter(model, adapter)  # gates are zero, so nothing has changed yet
-    mark_only_adapter_as_trainable(model)
-
-    finetune(this, model, train, "adapter", adapter, base)
+    # the acts are those of finetune/lora.py; what is adapted, and how, is `METHODS["adapter"].apply`
+    finetune_with(METHODS["adapter"], args, adapter, quantize, train, show_plan=print_plan)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ import time
 import torch
 
 from lit_gpt import InputError
-from lit_gpt.cli import run
+from lit_gpt.cli import Flags, run
+from lit_gpt.data.prompts import render, resolve_style
 from lit_gpt.device import default_device, peak_memory_gb
-from lit_gpt.finetuned import Shared, UseArgs, load_for_use
-from lit_gpt.generate import stream
-from lit_gpt.prompts import render, resolve_style
+from lit_gpt.generate.decode import stream
+from lit_gpt.runs.finetuned import UseArgs, load_for_use
 
 
 def main(
@@ -27,22 +27,23 @@ def main(
     max_new_tokens: int = 200,
     temperature: float = 0.0,
     top_k: int | None = None,
-    **shared: Shared,
+    args: Flags[UseArgs] = UseArgs(),
 ) -> None:
     """Answer a prompt.
 
     Args:
         prompt: The instruction; with --prompt_style none the text to continue.
         input: Further text for the instruction to work on.
-        prompt_style: The text around the prompt: chat (the checkpoint's template), alpaca, one of lit_gpt/styles/, a
-            .jinja file, or none. auto is what the fine-tuned weights were trained with, else chat where there is one.
+        prompt_style: The text around the prompt: chat (the checkpoint's template), alpaca, one of
+            lit_gpt/data/styles/, a .jinja file, or none. auto is what the fine-tuned weights were trained with, else
+            chat where there is one.
         num_samples: How many answers.
         max_new_tokens: The longest answer.
         temperature: 0 takes the likeliest token each time; 1 samples from what the model says.
         top_k: Sample from the k likeliest tokens only.
-        shared: --checkpoint_dir, --finetuned, --precision ...: with which model, and how; see lit_gpt/finetuned.py.
+        args: With which model, such as --finetuned, and how; see lit_gpt/runs/finetuned.py.
     """
-    args, device = UseArgs(**shared), default_device()
+    device = default_device()
     if temperature == 0 and (num_samples > 1 or top_k is not None or args.top_p is not None):
         raise InputError(
             "At --temperature 0 all answers are the same: --num_samples, --top_k and --top_p need a higher one."

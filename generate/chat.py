@@ -10,11 +10,11 @@ import sys
 
 import torch
 
-from lit_gpt.cli import run
+from lit_gpt.cli import Flags, run
+from lit_gpt.data.prompts import render, resolve_style
 from lit_gpt.device import default_device
-from lit_gpt.finetuned import Shared, UseArgs, load_for_use
-from lit_gpt.generate import stream
-from lit_gpt.prompts import render, resolve_style
+from lit_gpt.generate.decode import stream
+from lit_gpt.runs.finetuned import UseArgs, load_for_use
 
 
 def main(
@@ -22,7 +22,7 @@ def main(
     max_new_tokens: int = 500,
     temperature: float = 0.7,
     top_k: int | None = 50,
-    **shared: Shared,
+    args: Flags[UseArgs] = UseArgs(),
 ) -> None:
     """Talk to a model.
 
@@ -31,9 +31,9 @@ def main(
         max_new_tokens: The longest answer.
         temperature: 0 takes the likeliest token each time; 1 samples from what the model says.
         top_k: Sample from the k likeliest tokens only.
-        shared: --checkpoint_dir, --finetuned, --precision ...: with which model, and how; see lit_gpt/finetuned.py.
+        args: With which model, such as --finetuned, and how; see lit_gpt/runs/finetuned.py.
     """
-    args, device = UseArgs(**shared), default_device()
+    device = default_device()
     model, tokenizer, trained_style = load_for_use(args, device)
     style = resolve_style("auto", tokenizer, trained_style)
     generator = torch.Generator(device).manual_seed(args.seed)

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from lit_gpt import InputError
-from lit_gpt.classify import Texts, compute, encode
+from lit_gpt.classifier.features import compute
+from lit_gpt.classifier.load import load_classifier
+from lit_gpt.classifier.texts import Texts, encode
 from lit_gpt.cli import run
+from lit_gpt.data.read_files import open_text, read_records
 from lit_gpt.device import Precision, default_device, inference_dtype
-from lit_gpt.finetuned import load_classifier
-from lit_gpt.records import open_text, read_records
 
 
 def main(

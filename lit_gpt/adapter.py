@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from lit_gpt.errors import InputError
-from lit_gpt.model import GPT, CausalSelfAttention, View
-from lit_gpt.replace import replace_modules
+from lit_gpt.model.attention import CausalSelfAttention, View
+from lit_gpt.model.gpt import GPT
+from lit_gpt.replace_modules import replace_modules
 
 
 @dataclass(frozen=True)

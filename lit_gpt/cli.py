@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import errno
 import gc
+import inspect
 import os
 import re
 import select
@@ -12,11 +13,19 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 from lit_gpt.errors import InputError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+Settings = TypeVar("Settings")
+FLAT = "each field is a flag of its own"
+Flags = Annotated[Settings, FLAT]
+"""`args: Flags[RunArgs]` in a script's `main` makes every field of RunArgs a flag: --seed, and not --args.seed."""
 
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
@@ -60,42 +69,93 @@ def fail(line: str, status: int = 2) -> None:
 
 
 def parse(main: Callable[..., None], args: list[str]) -> dict[str, Any]:
-    """The arguments of `main` that the command line, and the file after `--config`, ask for."""
+    """The arguments of `main` that the command line, and the file after `--config`, ask for.
+
+    Raises:
+        InputError: an unknown flag or key, or a value of another type than the parameter's.
+    """
     gc.freeze()  # torch's million objects stay for good; looking through them costs --help 0.2 s
-    from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader, set_parsing_settings
+    from jsonargparse import (
+        ArgumentError,
+        set_loader,  # see `load_text`
+        set_parsing_settings,
+    )
     from yaml import YAMLError
 
-    def load(text: str) -> Any:  # YAML takes "# Be brief." for a comment: without a value, such a text is itself
-        value = get_loader("yaml")(text)
-        return text if value is None else value  # jsonargparse sees to `null` before it comes here
-
-    set_loader("text", load, exceptions=(YAMLError,))
+    set_loader("text", load_text, exceptions=(YAMLError,))
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a field's docstring is its help
-    summary = (main.__doc__ or "").split("\n    Args:")[0].strip()
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, parser_mode="text", description=summary)
-    parser.add_argument(
-        "--config", action="config", help="A YAML file of settings, such as a run's hyperparameters.yaml"
-    )
-    own, shared = signature(main).parameters, shared_settings(main)
-    for kind in shared:
-        parser.add_class_arguments(kind, as_group=False, sub_configs=False, skip={*own})
-    fields = {field.name for kind in shared for field in dataclasses.fields(kind)}
-    parser.add_function_arguments(main, as_group=False, sub_configs=False, skip=fields - {*own})
+    parser = make_parser(main)
     try:
-        settings = vars(parser.instantiate(parser.parse_args(args)))
+        values = vars(parser.instantiate(parser.parse_args(args)))
     except ArgumentError as error:
         known = [option for action in parser._actions for option in action.option_strings]
         raise InputError(explain(str(error), known)) from None
     except UnicodeDecodeError as error:
         raise InputError(f"The file after --config is not UTF-8 ({error}). Save it as UTF-8.") from None
-    settings.pop("config", None)
-    return settings
+    settings = {}
+    for name, kind in dataclasses_of_flags(main).items():
+        settings[name] = kind(**{field.name: values.pop(field.name) for field in dataclasses.fields(kind)})
+    values.pop("config", None)
+    return values | settings
 
 
-def shared_settings(main: Callable[..., None]) -> list[type]:
-    """The dataclasses whose fields `main` takes as flags of its own, by `**shared: Annotated[Any, Settings]`."""
-    rest = [param for param in signature(main).parameters.values() if param.kind is param.VAR_KEYWORD]
-    return [kind for param in rest for kind in get_type_hints(main, include_extras=True)[param.name].__metadata__]
+def make_parser(main: Callable[..., None]) -> "ArgumentParser":
+    """One flag for each parameter of `main`, in groups; `Flags` parameters give one for each of their fields."""
+    from jsonargparse import ArgumentParser
+
+    summary = (main.__doc__ or "").split("\n    Args:")[0].strip()
+    parser = ArgumentParser(
+        exit_on_error=False,
+        allow_abbrev=False,
+        parser_mode="text",
+        description=summary,
+        epilog=examples(main),
+        formatter_class=help_formatter(),
+    )
+    config_help = "A YAML file of settings, such as a run's hyperparameters.yaml"
+    parser.add_argument("--config", action="config", help=config_help)
+    flat = dataclasses_of_flags(main)
+    parser.add_function_arguments(main, as_group=False, sub_configs=False, skip=set(flat))
+    for name, kind in flat.items():
+        parser.add_class_arguments(kind, as_group=True, sub_configs=False)
+        default = signature(main).parameters[name].default
+        if default is not Parameter.empty:
+            parser.set_defaults(vars(default))
+    return parser
+
+
+def dataclasses_of_flags(main: Callable[..., None]) -> dict[str, type]:
+    """The parameters of `main` that are annotated `Flags[Settings]`, and their dataclasses."""
+    hints = get_type_hints(main, include_extras=True)
+    return {name: hint.__origin__ for name, hint in hints.items() if FLAT in getattr(hint, "__metadata__", ())}
+
+
+def load_text(text: str) -> Any:
+    """A flag's text as YAML. YAML takes "# Be brief." for a comment: such a text, which has no value, is itself."""
+    from jsonargparse import get_loader
+
+    value = get_loader("yaml")(text)
+    return text if value is None else value  # jsonargparse sees to `null` before it comes here
+
+
+def examples(main: Callable[..., None]) -> str | None:
+    """The commands in the docstring of the script, for the end of --help."""
+    docstring = inspect.cleandoc(main.__globals__.get("__doc__") or "")
+    commands = [line.strip() for line in docstring.split("\n") if re.match(r"\s*(python|bash) |\s*--", line)]
+    return "examples:\n" + "\n".join(f"  {line}" for line in commands) if commands else None
+
+
+def help_formatter() -> type:
+    """jsonargparse's, but the examples at the end keep their lines."""
+    from jsonargparse import DefaultHelpFormatter
+
+    class Formatter(DefaultHelpFormatter):
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            if text.startswith("examples:"):
+                return text
+            return super()._fill_text(text, width, indent)
+
+    return Formatter
 
 
 def explain(message: str, known: list[str]) -> str:

@@ -68,3 +68,9 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")  # then renamed: at any moment the file is old or new, never half
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    temporary.replace(path)

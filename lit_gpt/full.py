@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 
 from lit_gpt.errors import InputError
-from lit_gpt.model import GPT
-from lit_gpt.replace import check_patterns
+from lit_gpt.model.gpt import GPT
+from lit_gpt.name_patterns import check_patterns
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lit_gpt.errors import InputError
-from lit_gpt.model import GPT
-from lit_gpt.replace import check_patterns, replace_modules
+from lit_gpt.model.gpt import GPT
+from lit_gpt.name_patterns import check_patterns
+from lit_gpt.replace_modules import replace_modules
 
 PLACES = {  # field of LoRA -> the modules it names, below transformer.h.{layer} but for the head
     "query": r"attn\.q",

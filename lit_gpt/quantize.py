@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lit_gpt.errors import InputError
-from lit_gpt.replace import replace_modules
+from lit_gpt.replace_modules import replace_modules
 
 Quantize = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8"]
 

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from lit_gpt import InputError
 from lit_gpt.cli import run
-from lit_gpt.compare import (
+from lit_gpt.config import SAMPLE
+from lit_gpt.data.read_files import open_text
+from lit_gpt.studies.compare_methods import (
     METHODS,
     Budget,
     check,
@@ -25,8 +27,6 @@ from lit_gpt.compare import (
     steps_for,
     write_budget,
 )
-from lit_gpt.config import SAMPLE
-from lit_gpt.records import open_text
 
 SCRIPTS = Path(__file__).parents[1] / "finetune"
 
@@ -54,7 +54,7 @@ def main(
         steps: In place of minutes, the optimizer steps of 16 records that each method takes.
         tokens: In place of minutes, about how many tokens each method reads, those of prompts too.
         general_text: A text that has nothing to do with the data, on which forgetting is measured. None is
-            lit_gpt/general.txt.
+            lit_gpt/studies/general_text.txt.
         flags: More flags for the scripts in finetune/.
     """
     methods = [*METHODS] if methods is None else methods
@@ -69,7 +69,7 @@ def main(
         raise InputError("--minutes, --steps and --tokens all say when to stop: choose one.")
     if tokens is not None and any("global_batch_size" in flag for flag in flags or []):
         raise InputError("--tokens counts on 16 records a step: with another global_batch_size say --steps.")
-    with open_text(general_text or Path(str(files("lit_gpt") / "general.txt"))) as file:
+    with open_text(general_text or Path(str(files("lit_gpt.studies") / "general_text.txt"))) as file:
         text = file.read()
     budget = Budget(str(checkpoint_dir), str(data_dir), fingerprint(text), steps or 0, flags or [], minutes)
     check(methods, SCRIPTS, budget, text)

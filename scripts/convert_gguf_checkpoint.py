@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lit_gpt.cli import run
 from lit_gpt.device import DType
-from lit_gpt.gguf import convert_gguf
+from lit_gpt.formats.gguf_reader import convert_gguf
 
 
 def main(gguf_path: Path, checkpoint_dir: Path, dtype: DType = "float32") -> None:

@@ -7,7 +7,7 @@ No other script needs this: they all read Hugging Face's folders as they are.
 
 from pathlib import Path
 
-from lit_gpt.checkpoint import convert
+from lit_gpt.checkpoint.save import convert
 from lit_gpt.cli import run
 from lit_gpt.device import DType, as_dtype
 

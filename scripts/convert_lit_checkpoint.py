@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Literal
 
 from lit_gpt import InputError, Tokenizer
-from lit_gpt.checkpoint import convert, load_model
+from lit_gpt.checkpoint.load import load_model
+from lit_gpt.checkpoint.save import convert
 from lit_gpt.cli import run
 from lit_gpt.config import SAMPLE
 from lit_gpt.device import DType, as_dtype
-from lit_gpt.export import export_merged, export_peft, rounded, whole_model
 from lit_gpt.files import must_be_empty
-from lit_gpt.gguf_out import export_gguf
-from lit_gpt.proof import logits_of, prove
+from lit_gpt.formats.gguf_writer import export_gguf
+from lit_gpt.formats.merge import export_merged, export_peft, rounded, whole_model
+from lit_gpt.formats.verify import logits_of, prove
 
 
 def main(

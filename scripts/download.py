@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 
 from lit_gpt import Config, InputError, families
-from lit_gpt.checkpoint import convert, read_tensors
+from lit_gpt.checkpoint.hub import WEIGHTS, download
+from lit_gpt.checkpoint.load import read_tensors
+from lit_gpt.checkpoint.save import convert
 from lit_gpt.cli import run
 from lit_gpt.device import DType, as_dtype
-from lit_gpt.hub import WEIGHTS, download
-from lit_gpt.model import count_parameters
+from lit_gpt.model.gpt import count_parameters
 
 
 def main(

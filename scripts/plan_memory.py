@@ -10,10 +10,12 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 
-from lit_gpt import Config, InputError, memory
+from lit_gpt import Config, InputError
 from lit_gpt.cli import parse, run
-from lit_gpt.device import is_to_split
-from lit_gpt.memory import largest_batch, plan, plan_generation, switches, table
+from lit_gpt.distributed import is_to_split
+from lit_gpt.memory import plan as memory
+from lit_gpt.memory.plan import largest_batch, plan, plan_generation, switches, table
+from lit_gpt.runs.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,15 +44,16 @@ def main(
     path = script if script.is_file() else ROOT / script
     memory.check_method(path.stem)
     settings = parse(runpy.run_path(str(path))["main"], flags or [])
-    if settings["precision"] == "auto" and card_gb is not None:
-        settings["precision"] = "bf16-true"
-    config = Config.from_name(model_name) if model_name else Config.from_checkpoint(settings["checkpoint_dir"])
+    args = settings["args"]
+    if args.precision == "auto" and card_gb is not None:
+        settings["args"] = args = replace(args, precision="bf16-true")
+    config = Config.from_name(model_name) if model_name else Config.from_checkpoint(args.checkpoint_dir)
     setup = memory.setup_of_script(path.stem, settings, config, tokens)
 
     n, longest = len(setup.lengths), max(setup.lengths)
     what = f"{setup.quantize or str(setup.dtype).removeprefix('torch.')}, {n} records of up to {longest:,} tokens"
-    n_processes = settings["devices"] * settings["num_nodes"]
-    split = is_to_split(settings["strategy"], n_processes, shard=setup.method == "full")
+    n_processes = args.devices * args.num_nodes
+    split = is_to_split(args.strategy, n_processes, shard=METHODS[setup.method].trains_base)
     when = ", before it is split among the devices" if split else ""
     print(f"{config.name}, {setup.method}, {what}: GB at the peak of a step{when}\n")
     rows = [("as it is set", plan(setup))]

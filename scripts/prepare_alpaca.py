@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Literal
 
-from lit_gpt.cli import run
-from lit_gpt.data import DataArgs, Shared, prepare
-from lit_gpt.fetch import fetch
-from lit_gpt.records import read_records
+from lit_gpt.cli import Flags, run
+from lit_gpt.data.fetch import fetch
+from lit_gpt.data.prepare import DataArgs, prepare
+from lit_gpt.data.read_files import read_records
 
 GITHUB = "https://raw.githubusercontent.com/"
 URLS = {
@@ -20,19 +20,17 @@ URLS = {
 def main(
     variant: Literal["original", "cleaned", "libre", "2k"] = "original",
     url: str | None = None,
-    data_dir: Path = Path("data/alpaca"),
-    **shared: Shared,
+    args: Flags[DataArgs] = DataArgs(data_dir=Path("data/alpaca")),
 ) -> None:
     """Prepare records with instruction, input and output.
 
     Args:
         variant: The original, one cleaned by hand, one made without OpenAI (libre), or 2,000 records.
         url: A .json, .jsonl or .parquet file in its place.
-        data_dir: Where the prepared data go.
-        shared: How records become tokens; see lit_gpt/data.py.
+        args: How records become tokens, and where they go; see lit_gpt/data/prepare.py.
     """
     file = fetch(url or URLS[variant])
-    prepare(lambda: read_records(file), DataArgs(data_dir=data_dir, **shared))
+    prepare(lambda: read_records(file), args)
 
 
 if __name__ == "__main__":

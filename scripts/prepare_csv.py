@@ -6,20 +6,20 @@ python scripts/prepare_csv.py --csv_path qa.csv --data_dir data/qa --instruction
 
 from pathlib import Path
 
-from lit_gpt.cli import run
-from lit_gpt.data import DataArgs, Shared, prepare
-from lit_gpt.records import csv_records, with_validation
+from lit_gpt.cli import Flags, run
+from lit_gpt.data.prepare import DataArgs, prepare
+from lit_gpt.data.read_files import csv_records
+from lit_gpt.data.records import with_validation
 
 
-def main(csv_path: Path, val_path: Path | None = None, **shared: Shared) -> None:
+def main(csv_path: Path, val_path: Path | None = None, args: Flags[DataArgs] = DataArgs()) -> None:
     """Prepare records from a CSV file with a header line.
 
     Args:
         csv_path: A table with a header line, its columns in any order. Everything is text: NA stays NA.
         val_path: Another such file, for validation.
-        shared: How records become tokens; see lit_gpt/data.py.
+        args: How records become tokens, and where they go; see lit_gpt/data/prepare.py.
     """
-    args = DataArgs(**shared)
     prepare(lambda: with_validation(csv_records(csv_path), val_path and csv_records(val_path), args), args)
 
 

@@ -5,19 +5,18 @@ python scripts/prepare_docstrings.py
 
 from pathlib import Path
 
-from lit_gpt.cli import run
-from lit_gpt.data import DataArgs, Shared, prepare
-from lit_gpt.docstrings import records
+from lit_gpt.cli import Flags, run
+from lit_gpt.data.docstrings import records
+from lit_gpt.data.prepare import DataArgs, prepare
 
 
-def main(data_dir: Path = Path("data/docstrings"), **shared: Shared) -> None:
+def main(args: Flags[DataArgs] = DataArgs(data_dir=Path("data/docstrings"))) -> None:
     """Prepares about 4,000 questions and answers on Python's standard library for a checkpoint's tokenizer.
 
     Args:
-        data_dir: Where the prepared data go
-        shared: How records become tokens; see lit_gpt/data.py
+        args: How records become tokens, and where they go; see lit_gpt/data/prepare.py.
     """
-    prepare(records, DataArgs(data_dir=data_dir, **shared))
+    prepare(records, args)
 
 
 if __name__ == "__main__":

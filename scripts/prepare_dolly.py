@@ -5,32 +5,25 @@ python scripts/prepare_dolly.py
 
 from pathlib import Path
 
-from lit_gpt.cli import run
-from lit_gpt.data import DataArgs, Shared, prepare
-from lit_gpt.fetch import fetch
-from lit_gpt.records import json_records
+from lit_gpt.cli import Flags, run
+from lit_gpt.data.fetch import fetch
+from lit_gpt.data.prepare import DataArgs, prepare
+from lit_gpt.data.read_files import json_records
 
 URL = "https://huggingface.co/datasets/databricks/databricks-dolly-15k/resolve/main/databricks-dolly-15k.jsonl"
 
 
 def main(
     url: str = URL,
-    input_key: str = "context",
-    output_key: str = "response",
-    data_dir: Path = Path("data/dolly"),
-    **shared: Shared,
+    args: Flags[DataArgs] = DataArgs(data_dir=Path("data/dolly"), input_key="context", output_key="response"),
 ) -> None:
     """Prepare databricks-dolly-15k.
 
     Args:
         url: Where the file is.
-        input_key: What the instruction is to work on.
-        output_key: The answer.
-        data_dir: Where the prepared data go.
-        shared: How records become tokens; see lit_gpt/data.py.
+        args: How records become tokens, and where they go; see lit_gpt/data/prepare.py.
     """
     file = fetch(url)
-    args = DataArgs(data_dir=data_dir, input_key=input_key, output_key=output_key, **shared)
     prepare(lambda: json_records(file), args)
 
 

@@ -6,21 +6,21 @@ python scripts/prepare_json.py --json_path qa.jsonl --data_dir data/qa --instruc
 
 from pathlib import Path
 
-from lit_gpt.cli import run
-from lit_gpt.data import DataArgs, Shared, prepare
-from lit_gpt.records import json_records, with_validation
+from lit_gpt.cli import Flags, run
+from lit_gpt.data.prepare import DataArgs, prepare
+from lit_gpt.data.read_files import json_records
+from lit_gpt.data.records import with_validation
 
 
-def main(json_path: Path, val_path: Path | None = None, **shared: Shared) -> None:
+def main(json_path: Path, val_path: Path | None = None, args: Flags[DataArgs] = DataArgs()) -> None:
     """Prepare records from a .json or .jsonl file.
 
     Args:
         json_path: A list of objects (.json, read as a whole), or an object per line (.jsonl, of any size): instruction
             and output, prompt and completion, conversations, or texts.
         val_path: Another such file, for validation.
-        shared: How records become tokens; see lit_gpt/data.py.
+        args: How records become tokens, and where they go; see lit_gpt/data/prepare.py.
     """
-    args = DataArgs(**shared)
     prepare(lambda: with_validation(json_records(json_path), val_path and json_records(val_path), args), args)
 
 

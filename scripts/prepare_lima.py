@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from lit_gpt.cli import run
-from lit_gpt.data import DataArgs, Shared, prepare
+from lit_gpt.cli import Flags, run
+from lit_gpt.data.fetch import fetch
+from lit_gpt.data.prepare import DataArgs, prepare
+from lit_gpt.data.read_files import json_records
 from lit_gpt.errors import InputError
-from lit_gpt.fetch import fetch
-from lit_gpt.records import json_records
 
 URL = "https://huggingface.co/datasets/GAIR/lima/resolve/main/train.jsonl"
 
@@ -23,17 +23,18 @@ def records(file: Path) -> Iterator[dict]:
         yield {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(talk)]}
 
 
-def main(url: str = URL, access_token: str | None = None, data_dir: Path = Path("data/lima"), **shared: Shared) -> None:
+def main(
+    url: str = URL, access_token: str | None = None, args: Flags[DataArgs] = DataArgs(data_dir=Path("data/lima"))
+) -> None:
     """Prepare LIMA, conversations of several turns included.
 
     Args:
         url: Where the file is.
         access_token: Of the hub, where you accept the conditions of GAIR/lima first. None is HF_TOKEN.
-        data_dir: Where the prepared data go.
-        shared: How records become tokens; see lit_gpt/data.py.
+        args: How records become tokens, and where they go; see lit_gpt/data/prepare.py.
     """
     file = fetch(url, token=access_token or os.environ.get("HF_TOKEN"))
-    prepare(lambda: records(file), DataArgs(data_dir=data_dir, **shared))
+    prepare(lambda: records(file), args)
 
 
 if __name__ == "__main__":

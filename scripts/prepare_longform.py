@@ -6,11 +6,11 @@ python scripts/prepare_longform.py
 from collections.abc import Iterator
 from pathlib import Path
 
-from lit_gpt.cli import run
-from lit_gpt.data import DataArgs, Shared, prepare
+from lit_gpt.cli import Flags, run
+from lit_gpt.data.fetch import fetch
+from lit_gpt.data.prepare import DataArgs, prepare
+from lit_gpt.data.read_files import json_records
 from lit_gpt.errors import InputError
-from lit_gpt.fetch import fetch
-from lit_gpt.records import json_records
 
 URL = "https://raw.githubusercontent.com/akoksal/LongForm/main/dataset"
 
@@ -23,16 +23,15 @@ def records(files: dict[str, Path]) -> Iterator[dict]:
             yield {"instruction": record["input"], "output": record["output"], "split": split}
 
 
-def main(url: str = URL, data_dir: Path = Path("data/longform"), **shared: Shared) -> None:
+def main(url: str = URL, args: Flags[DataArgs] = DataArgs(data_dir=Path("data/longform"))) -> None:
     """Prepare LongForm.
 
     Args:
         url: Where train.json and val.json are.
-        data_dir: Where the prepared data go.
-        shared: How records become tokens; see lit_gpt/data.py.
+        args: How records become tokens, and where they go; see lit_gpt/data/prepare.py.
     """
     files = {split: fetch(f"{url}/{split}.json") for split in ("train", "val")}
-    prepare(lambda: records(files), DataArgs(data_dir=data_dir, **shared))
+    prepare(lambda: records(files), args)
 
 
 if __name__ == "__main__":

@@ -5,21 +5,21 @@ python scripts/prepare_sources.py --sources '{mine.jsonl: 2, databricks/databric
 python scripts/prepare_sources.py --sources '{book.txt: 1}' --data_dir data/book
 """
 
-from lit_gpt.cli import run
-from lit_gpt.data import DataArgs, Shared, prepare
-from lit_gpt.records import mix, read_records, with_validation
+from lit_gpt.cli import Flags, run
+from lit_gpt.data.prepare import DataArgs, prepare
+from lit_gpt.data.read_files import mix, read_records
+from lit_gpt.data.records import with_validation
 
 
-def main(sources: dict[str, float], val_source: str | None = None, **shared: Shared) -> None:
+def main(sources: dict[str, float], val_source: str | None = None, args: Flags[DataArgs] = DataArgs()) -> None:
     """Prepare records of any kind, each source as often as its weight says.
 
     Args:
         sources: From each .json, .jsonl, .csv, .parquet, .txt or .md file, folder of .txt files, saved data set, or
             org/name of the hub, to how often each of its records is taken: 0.5 is every second one, 2 is twice.
         val_source: Another such source, for validation.
-        shared: How records become tokens; see lit_gpt/data.py.
+        args: How records become tokens, and where they go; see lit_gpt/data/prepare.py.
     """
-    args = DataArgs(**shared)
     prepare(lambda: with_validation(mix(sources, args.split_key), val_source and read_records(val_source), args), args)
 
 

@@ -13,15 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from helpers.families import CASES, make, tokens
+from helpers.models import edit_config, make_checkpoint, reference
+from helpers.shell import python
 from safetensors.torch import load_file, save_file
-from shell import python
-from test_families import CASES, make, tokens
-from test_model import edit_config, make_checkpoint, reference
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lit_gpt import Config, InputError, checkpoint, files
-from lit_gpt.checkpoint import build_model, convert, load_model, load_weights
-from lit_gpt.convert import hf_name
+from lit_gpt import Config, InputError, files
+from lit_gpt.checkpoint import save as checkpoint
+from lit_gpt.checkpoint.load import build_model, load_model, load_weights
+from lit_gpt.checkpoint.save import convert
+from lit_gpt.checkpoint.tensor_names import hf_name
 
 
 @pytest.fixture(scope="module", params=["untied", "tied"])

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import runpy
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,37 +11,24 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from helpers.runs import equal, rows_of
+from helpers.scripts import script
+from helpers.shell import python
 from safetensors.torch import load_file
-from shell import python
-from test_train import equal, rows_of
 from torch.nn import functional as F
 
 from lit_gpt import InputError, Tokenizer
-from lit_gpt.checkpoint import load_model
-from lit_gpt.classify import (
-    Classifier,
-    ClassifierArgs,
-    Texts,
-    cached_rows,
-    check_scikit_learn,
-    class_weights,
-    compute,
-    encode,
-    fit_logistic_regression,
-    hidden_rows,
-    in_batches,
-    mark_trainable,
-    read_labelled,
-    report,
-    score,
-    split,
-    start_at,
-)
+from lit_gpt.checkpoint.load import load_model
+from lit_gpt.classifier.cached_states import cached_rows, hidden_rows, start_at
+from lit_gpt.classifier.features import check_scikit_learn, compute, fit_logistic_regression, in_batches
+from lit_gpt.classifier.head import Classifier, ClassifierArgs, class_weights, mark_trainable
+from lit_gpt.classifier.scores import report, score
+from lit_gpt.classifier.sweep import check_sweep, saturation, steps_of, summarize
+from lit_gpt.classifier.texts import Texts, encode, read_labelled, split
 from lit_gpt.cli import save_hyperparameters
-from lit_gpt.finetuned import start_run
-from lit_gpt.layout import Layout
 from lit_gpt.lora import lora_filter
-from lit_gpt.sweep import check_sweep, saturation, steps_of, summarize
+from lit_gpt.model.packing import Layout
+from lit_gpt.runs.out_dir import start_run
 from lit_gpt.train import TrainArgs
 
 WORDS = {
@@ -247,10 +233,10 @@ def test_a_sweep_goes_on_with_its_settings(tmp_path) -> None:
 def test_a_sweep_that_cannot_end_does_not_begin(monkeypatch) -> None:
     with pytest.raises(InputError, match="--sweep_seeds is 0"):
         check_sweep(0)
-    monkeypatch.setattr("lit_gpt.classify.find_spec", lambda name: None)
+    monkeypatch.setattr("lit_gpt.classifier.head.find_spec", lambda name: None)
     with pytest.raises(InputError, match="scikit-learn: pip install"):
         check_scikit_learn()
-    monkeypatch.setattr("lit_gpt.report.find_spec", lambda name: None)
+    monkeypatch.setattr("lit_gpt.runs.report.find_spec", lambda name: None)
     with pytest.raises(InputError, match="matplotlib: pip install"):
         check_sweep(1)
 
@@ -268,7 +254,7 @@ def test_a_sweep_that_cannot_end_does_not_begin(monkeypatch) -> None:
     ],
 )
 def test_what_cannot_be_leaves_no_out_dir(flags, message, csv_path, tiny_dir, tmp_path) -> None:
-    main = runpy.run_path(str(ROOT / "finetune/classifier.py"))["main"]
+    main = script("finetune/classifier.py").main
     with pytest.raises(InputError, match=message):
         main(out_dir=tmp_path / "out", checkpoint_dir=tiny_dir, data_path=csv_path, **flags)
     assert not (tmp_path / "out").exists()
@@ -287,7 +273,7 @@ def test_what_cannot_be_labelled(flags, message, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\xfe\xe4\n")))
     write_texts(tmp_path / "texts.csv", 2)
     (tmp_path / "blank.txt").write_text("\n  \n")
-    main = runpy.run_path(str(ROOT / "generate/classify.py"))["main"]
+    main = script("generate/classify.py").main
     with pytest.raises(InputError, match=message):
         main(finetuned=tmp_path, **flags | {"texts": tmp_path / flags["texts"] if flags else None})
 
@@ -335,12 +321,12 @@ def test_cut_texts_are_counted(tiny_dir, capsys) -> None:
 @pytest.mark.parametrize("method", ["last_k", "lora"])
 def test_a_classifier_goes_on_as_if_it_had_not_stopped(method, csv_path, tiny_dir, tmp_path) -> None:
     """Stopped after each step, bit for bit."""
-    main = runpy.run_path(str(ROOT / "finetune/classifier.py"))["main"]
+    main = script("finetune/classifier.py").main
     train = TrainArgs(learning_rate=0.01, global_batch_size=8, max_steps=3, warmup_steps=1)
     shared = dict(checkpoint_dir=tiny_dir, data_path=csv_path, method=method)
-    main(tmp_path / "whole", train=train, **shared)
+    main(out_dir=tmp_path / "whole", train=train, **shared)
     for resume in (False, True, True):
-        main(tmp_path / "parts", train=replace(train, max_hours=1e-9), resume=resume, **shared)
+        main(out_dir=tmp_path / "parts", train=replace(train, max_hours=1e-9), resume=resume, **shared)
     whole, parts = (load_file(tmp_path / part / "last/classifier.safetensors") for part in ("whole", "parts"))
     assert equal(whole, parts)
     whole, parts = ([row["loss"] for row in rows_of(tmp_path / part) if row["loss"]] for part in ("whole", "parts"))

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from helpers.shell import python
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shell import python
 
 from lit_gpt.cli import parse, save_hyperparameters
 

@@ -11,18 +11,27 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, make_tiny
-from shell import python
-from test_train import write_data
+from helpers.runs import write_data
+from helpers.shell import python
 from torch.nn import functional as F
 
 from lit_gpt import Config, InputError, Tokenizer
-from lit_gpt.checkpoint import build_model, load_model
+from lit_gpt.checkpoint.load import build_model, load_model
 from lit_gpt.cli import parse
-from lit_gpt.compare import METHODS, Budget, check, loss_before, settle, steps_for, text_loss, write_budget
-from lit_gpt.dataset import Dataset
-from lit_gpt.finetuned import load_finetuned
-from lit_gpt.log import HEADER, read_metrics
-from lit_gpt.memory import adapt, setup_of_script
+from lit_gpt.data.dataset import Dataset
+from lit_gpt.memory.plan import adapt, setup_of_script
+from lit_gpt.runs.finetuned import load_finetuned
+from lit_gpt.runs.log import HEADER, read_metrics
+from lit_gpt.studies.compare_methods import (
+    METHODS,
+    Budget,
+    check,
+    loss_before,
+    settle,
+    steps_for,
+    text_loss,
+    write_budget,
+)
 
 FOUR = ["full", "LoRA, r 8", "QLoRA, r 8", "adapter"]
 
@@ -167,7 +176,7 @@ def test_nothing_is_launched_that_cannot_end_well(flags, message, tiny_dir, data
 
 
 def test_a_missing_matplotlib_is_missed_at_once(tiny_dir, data_dir, monkeypatch) -> None:
-    monkeypatch.setattr("lit_gpt.report.find_spec", lambda name: None)
+    monkeypatch.setattr("lit_gpt.runs.report.find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install"):
         check(["full"], ROOT / "finetune", Budget(str(tiny_dir), str(data_dir), "", 1, []), "Some text.")
 

@@ -1,6 +1,5 @@
 """From records to trained tokens on disk, and back: `pytest tests/test_data.py`"""
 
-import importlib.util
 import json
 import os
 import re
@@ -9,26 +8,22 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from helpers.prepared import BLOCK_SIZE, CONFIG, QA, content, prepared, script, stored
+from helpers.tiny_tokenizers import SPECIAL, byte_level, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import SPECIAL, byte_level, write
 
 from lit_gpt import Config, InputError, Tokenizer
-from lit_gpt.data import DataArgs, choose_split, groups, prepare
-from lit_gpt.dataset import ANSWER, NEITHER, OTHER, TRAIN, VAL, Dataset, micro_batches
-from lit_gpt.prompts import render, style_names
-from lit_gpt.xray import xray
+from lit_gpt.data.dataset import ANSWER, NEITHER, OTHER, TRAIN, VAL, Dataset, micro_batches
+from lit_gpt.data.inspect import xray
+from lit_gpt.data.prepare import DataArgs, choose_split, groups, prepare
+from lit_gpt.data.prompts import render, style_names
 
-BLOCK_SIZE = 200
-CONFIG = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=300, hidden_size=8, rms_norm_eps=1e-5)
-CONFIG |= dict(intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=BLOCK_SIZE)
 TEMPLATE = (ROOT / "tests/data/chat_templates/zephyr.jinja").read_text()
-QA = [{"instruction": f"What is {i}?", "output": f"It is {i}."} for i in range(40)]
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +37,6 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(checkpoint: Path) -> Tokenizer:
     return Tokenizer(checkpoint)
-
-
-def prepared(records, checkpoint: Path, data_dir: Path, **args) -> tuple[Dataset, Dataset]:
-    prepare(records, DataArgs(checkpoint_dir=checkpoint, data_dir=data_dir, **args))
-    return Dataset(data_dir, "train"), Dataset(data_dir, "val")
-
-
-def stored(dataset: Dataset) -> list[tuple[list[int], list[int]]]:
-    """Each record's tokens and marks."""
-    spans = [dataset.span(i) for i in range(len(dataset))]
-    return [(dataset.tokens[start:end].tolist(), dataset.trained[start:end].tolist()) for start, end in spans]
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def n_bytes(ids: list[int], tokenizer: Tokenizer) -> int:
@@ -151,7 +131,7 @@ def test_stored_tokens_say_the_text(checkpoint, tokenizer, tmp_path: Path, instr
 
 def test_memory_does_not_grow_with_the_records(checkpoint, tmp_path: Path, monkeypatch) -> None:
     """But for a few numbers each; and the X-ray looks at a part at a time."""
-    monkeypatch.setattr("lit_gpt.xray.PART", 2**13)
+    monkeypatch.setattr("lit_gpt.data.inspect.PART", 2**13)
 
     def peak(n: int) -> int:
         records = ({"instruction": f"What is {i}?", "output": f"It is {i}."} for i in range(n))
@@ -502,13 +482,6 @@ def test_a_vocabulary_beyond_16_bits(tmp_path: Path) -> None:
     train, _ = prepared(records, folder, tmp_path / "data", prompt_style="none")
     assert train.meta["tokens_dtype"] == "uint32" and train.tokens.dtype == np.uint32
     assert train[0][0].tolist() == [65537, 66001, 1]
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_scripts_agree(checkpoint, tmp_path: Path) -> None:

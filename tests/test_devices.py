@@ -14,18 +14,19 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from helpers.methods import TRAIN, exact, finetune
+from helpers.runs import DESCRIPTION, column, first, write_data
+from helpers.shell import python
 from safetensors.torch import load_file
-from shell import python
-from test_methods import TRAIN, exact, finetune
-from test_train import DESCRIPTION, column, first, write_data
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 
 import lit_gpt.train
-from lit_gpt.blocks import recompute_blocks
-from lit_gpt.dataset import Dataset
-from lit_gpt.device import is_to_split, launch, loading_device, own_part, whole
-from lit_gpt.finetuned import Checkpoints, load_finetuned
+from lit_gpt.data.dataset import Dataset
+from lit_gpt.distributed import full_tensor, is_to_split, launch, loading_device, local_tensor
+from lit_gpt.model.activation_checkpointing import recompute_blocks
+from lit_gpt.runs.finetuned import load_finetuned
+from lit_gpt.runs.saves import Checkpoints
 from lit_gpt.train import TrainArgs
 
 NAMES = ("lora", "lora nf4", "adapter", "adapter_v2 nf4-dq", "full", "full last")
@@ -56,8 +57,8 @@ def step(fabric: Any, name: str, tiny_dir: Path, data_dir: Path, out_dir: Path) 
 
     def keep(*_: Any) -> None:
         grads = {key: param.grad for key, param in model.named_parameters() if param.grad is not None}
-        found.update({key: whole(grad).clone() for key, grad in grads.items()})
-        rows = [own_part(param).shape[0] for param in model.parameters() if param.dim() == 2]
+        found.update({key: full_tensor(grad).clone() for key, grad in grads.items()})
+        rows = [local_tensor(param).shape[0] for param in model.parameters() if param.dim() == 2]
         found["rows here"] = torch.tensor(float(sum(rows)))
 
     handle = register_optimizer_step_pre_hook(keep)
@@ -83,7 +84,7 @@ def one_of_two(tiny_dir: Path, data_dir: Path, out_dir: Path) -> None:
 
 def refusal(fabric: Any, path: str) -> str | None:
     try:
-        return lit_gpt.train.check_optimizer(path, fabric)
+        return lit_gpt.optimizer.check_optimizer(path, fabric)
     except lit_gpt.InputError as error:
         assert "cannot step where weights are split" in str(error) and "another --strategy" in str(error)
         return str(error)

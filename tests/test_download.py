@@ -16,10 +16,10 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 from conftest import ROOT
-from shell import python
+from helpers.shell import python
 
 from lit_gpt import Config
-from lit_gpt.checkpoint import load_model
+from lit_gpt.checkpoint.load import load_model
 
 CHUNK = 10 * 2**20  # what the library writes at once
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

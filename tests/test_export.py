@@ -11,24 +11,25 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, make_tiny
+from helpers.families import CASES, make, tokens, trained, weights_of
+from helpers.models import error, reference
+from helpers.shell import python
+from helpers.tiny_tokenizers import SPECIAL, metaspace, sentencepiece, write
+from helpers.tiny_tokenizers import TEXTS as ALL_SORTS
 from record_llama_cpp import llama_cpp_tokens
-from shell import python
-from test_families import CASES, make, tokens
-from test_model import error, reference
-from test_peft import trained, weights_of
-from tiny_tokenizers import SPECIAL, metaspace, sentencepiece, write
-from tiny_tokenizers import TEXTS as ALL_SORTS
 
-from lit_gpt import Config, InputError, Tokenizer, gguf_out
-from lit_gpt import export as exporting
-from lit_gpt.checkpoint import convert, load_model, save_hf, save_tensors, write_files
-from lit_gpt.export import export_merged, export_peft
-from lit_gpt.finetuned import load_finetuned
-from lit_gpt.generate import stream
-from lit_gpt.gguf import convert_gguf, read_gguf
+from lit_gpt import Config, InputError, Tokenizer
+from lit_gpt.checkpoint.load import load_model
+from lit_gpt.checkpoint.save import convert, save_hf, save_tensors, write_files
+from lit_gpt.formats import gguf_writer as gguf_out
+from lit_gpt.formats import merge as exporting
+from lit_gpt.formats.gguf_reader import convert_gguf, read_gguf
+from lit_gpt.formats.merge import export_merged, export_peft
+from lit_gpt.formats.verify import TEXTS, difference, logits_of, prove
+from lit_gpt.generate.decode import stream
 from lit_gpt.lora import LoRA, LoRALinear
-from lit_gpt.proof import TEXTS, difference, logits_of, prove
-from lit_gpt.replace import replace_modules
+from lit_gpt.replace_modules import replace_modules
+from lit_gpt.runs.finetuned import load_finetuned
 
 EVERYWHERE = LoRA(r=4, alpha=8, query=True, key=True, value=True, projection=True, mlp=True)
 
@@ -45,7 +46,7 @@ def write_adapter(folder: Path, base: Path, lora: LoRA = EVERYWHERE, quantize: s
     """As finetune/lora.py writes it."""
     from dataclasses import asdict
 
-    from lit_gpt.checkpoint import build_model, load_weights
+    from lit_gpt.checkpoint.load import build_model, load_weights
 
     model, tokenizer = trained(base, lora), Tokenizer(base)
     fingerprint = load_weights(build_model(Config.from_checkpoint(base)), base)

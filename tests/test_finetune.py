@@ -1,11 +1,9 @@
 """finetune/lora.py from the command line to a merged checkpoint, on tiny models: `pytest tests/test_finetune.py`"""
 
-import importlib.util
 import io
 import json
 import shutil
 import sys
-import types
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -14,40 +12,30 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tiny
+from helpers.runs import FROZEN, column, equal, rows_of, write_data
+from helpers.scripts import ROOT, lora, script
+from helpers.shell import python
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from shell import python
-from test_train import FROZEN, column, equal, rows_of, write_data
 
 from lit_gpt import Tokenizer, cli
-from lit_gpt.checkpoint import build_model, load_model, load_weights
+from lit_gpt.checkpoint.load import build_model, load_model, load_weights
 from lit_gpt.config import Config
-from lit_gpt.dataset import Dataset
-from lit_gpt.device import launch, weight_dtype
-from lit_gpt.finetuned import load_finetuned
-from lit_gpt.generate import generate
+from lit_gpt.data.dataset import Dataset
+from lit_gpt.device import weight_dtype
+from lit_gpt.distributed import launch
+from lit_gpt.generate.decode import generate
 from lit_gpt.lora import LoRA
+from lit_gpt.runs.finetuned import load_finetuned
 from lit_gpt.train import TrainArgs
 
-ROOT = Path(__file__).parents[1]
 TRAIN = TrainArgs(learning_rate=0.01, global_batch_size=8, epochs=6, warmup_steps=3, eval_interval=5)
 SHORT = TrainArgs(learning_rate=0.01, global_batch_size=8, micro_batch_size=4, max_steps=3, warmup_steps=1)
 ALL = LoRA(r=8, alpha=16.0, query=True, key=True, value=True, projection=True, mlp=True)
 
 
-def script(path: str) -> types.ModuleType:
-    """A script as a module, from its path."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def finetune(checkpoint_dir: Path, data_dir: Path, out_dir: Path, **settings: Any) -> None:
     lora.main(checkpoint_dir=checkpoint_dir, data_dir=data_dir, out_dir=out_dir, **settings)
-
-
-lora = script("finetune/lora.py")
 
 
 def run_script(*command: Any, cwd: Path) -> None:
@@ -219,7 +207,7 @@ def test_two_changed_lines_make_another_method(tiny_dir, data_dir, tmp_path) -> 
     schedule = "lit_gpt.train.learning_rate = lambda step, steps, args: args.learning_rate / (step + 1)\n"
     for old, new in (
         ("query=True, value=True)", "query=False, key=True, value=False, layers=[1])"),
-        ("import TrainArgs\n", "import TrainArgs\nimport lit_gpt.train\n" + schedule),
+        ("import TrainArgs, fit\n", "import TrainArgs, fit\nimport lit_gpt.train\n" + schedule),
     ):
         assert source.count(old) == 1
         source = source.replace(old, new)

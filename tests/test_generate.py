@@ -1,6 +1,5 @@
 """From a prompt to an answer, and the scripts that print it: `pytest tests/test_generate.py`"""
 
-import importlib.util
 import io
 import subprocess
 import sys
@@ -10,14 +9,17 @@ from types import ModuleType
 import pytest
 import torch
 from conftest import ROOT
-from shell import python
+from helpers.scripts import script as any_script
+from helpers.shell import python
 
 from lit_gpt import GPT, InputError, Tokenizer
-from lit_gpt.checkpoint import load_model
-from lit_gpt.data import DataArgs, prepare
-from lit_gpt.dataset import Dataset
-from lit_gpt.generate import answers, generate, sample, stream
-from lit_gpt.prompts import render
+from lit_gpt.checkpoint.load import load_model
+from lit_gpt.data.dataset import Dataset
+from lit_gpt.data.prepare import DataArgs, prepare
+from lit_gpt.data.prompts import render
+from lit_gpt.generate.answers import answers
+from lit_gpt.generate.decode import generate, stream
+from lit_gpt.generate.sampling import sample
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.4, -torch.inf, 0.0, 1.3])
 DRAWS, TOLERATED = 50_000, 36.0  # chi-square of up to 6 degrees of freedom stays below it but once in 400,000 times
@@ -162,10 +164,7 @@ def test_answers_to_a_dataset(model: GPT, tiny_dir: Path, tmp_path: Path) -> Non
 
 
 def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"generate/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return any_script(f"generate/{name}.py")
 
 
 def shell(name: str, *args: str | Path, stdin: str = "") -> subprocess.CompletedProcess:

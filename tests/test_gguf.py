@@ -33,11 +33,11 @@ from transformers import (
 )
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-import lit_gpt.gguf
-from lit_gpt.checkpoint import load_model
+import lit_gpt.formats.gguf_reader
+from lit_gpt.checkpoint.load import load_model
 from lit_gpt.errors import InputError
-from lit_gpt.gguf import FILES, convert_gguf
-from lit_gpt.gguf_tokenizer import build_tokenizer, special_ids
+from lit_gpt.formats.gguf_reader import FILES, convert_gguf
+from lit_gpt.formats.gguf_tokenizer import build_tokenizer, special_ids
 
 ROOT = Path(__file__).parents[1]
 RECORDED = json.loads(TOKENS_FILE.read_text(encoding="utf-8"))
@@ -102,7 +102,7 @@ def test_tokens_of_other_kinds_equal_llama_cpp(kind: str, sample_dir: Path, tmp_
 
 def vocabulary_tokenizer(sample_dir: Path, folder: Path, kind: str) -> Tokenizer:
     write_gguf(folder / f"{kind}.gguf", vocabulary(sample_dir, kind), {})
-    metadata, _ = lit_gpt.gguf.read_gguf(folder / f"{kind}.gguf")
+    metadata, _ = lit_gpt.formats.gguf_reader.read_gguf(folder / f"{kind}.gguf")
     return build_tokenizer(metadata, special_ids(metadata))
 
 
@@ -425,7 +425,7 @@ def test_nothing_is_left_of_an_interrupted_run(tmp_path: Path, monkeypatch: pyte
             raise KeyboardInterrupt
         return made(name, *_)
 
-    made = lit_gpt.gguf.hf_tensor
+    made = lit_gpt.formats.gguf_reader.hf_tensor
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(lit_gpt.gguf, "hf_tensor", interrupt)
         convert_gguf(path, target)

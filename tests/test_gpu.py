@@ -12,11 +12,12 @@ import torch
 from conftest import ROOT
 
 from lit_gpt import Config
-from lit_gpt.checkpoint import build_model, load_model, load_weights
+from lit_gpt.checkpoint.load import build_model, load_model, load_weights
 from lit_gpt.lora import LoRA
-from lit_gpt.memory import Setup, adapt, batch_of, plan
+from lit_gpt.memory.plan import Setup, adapt, batch_of, plan
+from lit_gpt.optimizer import make_optimizer
 from lit_gpt.quantize import Quantize, QuantizedLinear, quantize_linears
-from lit_gpt.train import TrainArgs, make_optimizer
+from lit_gpt.train import TrainArgs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -108,7 +109,7 @@ def test_lora_learns(sample_dir, docstrings, tmp_path, devices: int, precision: 
     command += ["--train.max_steps", "30", "--train.learning_rate", "2e-3"]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    from lit_gpt.log import read_metrics
+    from lit_gpt.runs.log import read_metrics
 
     rows = read_metrics(tmp_path / "out/metrics.csv")
     vals = [row["val_loss"] for row in rows if row["val_loss"] is not None]

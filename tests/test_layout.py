@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from lit_gpt import GPT, Config
-from lit_gpt.layout import Layout, prefix_groups
+from lit_gpt.model.packing import Layout, prefix_groups
 
 SIZES = dict(n_layer=2, n_head=4, n_query_groups=2, n_embd=32, intermediate_size=48, vocab_size=50, block_size=64)
 RECORD = st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(0, 2**12 - 1))

@@ -13,14 +13,8 @@ import pytest
 import torch
 
 from lit_gpt.device import peak_memory_gb
-from lit_gpt.log import (
-    COLUMNS,
-    HEADER,
-    Log,
-    duration,
-    read_metrics,
-)
-from lit_gpt.report import loss_figure, show_answers, write_report
+from lit_gpt.runs.log import COLUMNS, HEADER, Log, duration, read_metrics
+from lit_gpt.runs.report import loss_figure, show_answers, write_report
 
 HOSTILE = [
     "a | b || c |\n|---|---|\n| 1 | 2 |",

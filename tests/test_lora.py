@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_model import error, make_checkpoint, make_record, reference, small_gpt
+from helpers.models import error, make_checkpoint, make_record, reference, small_gpt
 from torch import nn
 from torch.nn import functional as F
 
 from lit_gpt import GPT, InputError
-from lit_gpt.checkpoint import load_model, save_hf
-from lit_gpt.convert import hf_name
-from lit_gpt.layout import Layout
+from lit_gpt.checkpoint.load import load_model
+from lit_gpt.checkpoint.save import save_hf
+from lit_gpt.checkpoint.tensor_names import hf_name
 from lit_gpt.lora import (
     PLACES,
     LoRA,
@@ -23,7 +23,8 @@ from lit_gpt.lora import (
     mark_only_lora_as_trainable,
     merge_lora_weights,
 )
-from lit_gpt.replace import replace_modules
+from lit_gpt.model.packing import Layout
+from lit_gpt.replace_modules import replace_modules
 
 EVERYWHERE = {place: True for place in PLACES}
 NOWHERE = {place: False for place in PLACES}

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from test_finetune import script
+from helpers.scripts import script
 
 from lit_gpt import Config, InputError
 from lit_gpt.adapter import Adapter
-from lit_gpt.checkpoint import build_model
+from lit_gpt.checkpoint.load import build_model
 from lit_gpt.full import Full
 from lit_gpt.lora import LoRA
-from lit_gpt.memory import (
-    Plan,
+from lit_gpt.memory.ledger import Plan
+from lit_gpt.memory.plan import (
     Setup,
     adapt,
     batch_of,
@@ -27,9 +27,10 @@ from lit_gpt.memory import (
     switches,
     watch_steps,
 )
-from lit_gpt.model import GPT
+from lit_gpt.model.gpt import GPT
+from lit_gpt.optimizer import make_optimizer
 from lit_gpt.quantize import QuantizedLinear, quantize_linears
-from lit_gpt.train import TrainArgs, make_optimizer
+from lit_gpt.train import TrainArgs
 
 SMALL = Config(
     name="small", n_layer=3, n_head=4, n_query_groups=2, n_embd=64, intermediate_size=160, vocab_size=512,

@@ -7,17 +7,17 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT, make_tiny
+from helpers.methods import METHODS, PROMPTS, TRAIN, exact, finetune, unmoved
+from helpers.runs import column, edited, equal, rows_of, write_data
+from helpers.scripts import script
 from safetensors.torch import load_file
-from test_finetune import script
-from test_train import column, edited, equal, rows_of, write_data
 
 import lit_gpt.adapter
-import lit_gpt.recipe
+import lit_gpt.memory.plan
 from lit_gpt import GPT, InputError
 from lit_gpt.adapter import (
     Adapter,
@@ -25,37 +25,18 @@ from lit_gpt.adapter import (
     adapter_v2_filter,
     apply_adapter,
     apply_adapter_v2,
-    mark_only_adapter_as_trainable,
-    mark_only_adapter_v2_as_trainable,
 )
-from lit_gpt.blocks import recompute_blocks
-from lit_gpt.checkpoint import build_model, load_model, load_weights
+from lit_gpt.checkpoint.load import build_model, load_model, load_weights
 from lit_gpt.cli import parse
 from lit_gpt.config import Config
-from lit_gpt.dataset import Dataset, micro_batches
-from lit_gpt.export import export_merged
-from lit_gpt.finetuned import load_finetuned
+from lit_gpt.data.dataset import Dataset, micro_batches
+from lit_gpt.formats.merge import export_merged
 from lit_gpt.full import Full, mark_chosen_as_trainable
-from lit_gpt.generate import generate
-from lit_gpt.lora import LoRA, apply_lora, lora_filter, mark_only_lora_as_trainable
-from lit_gpt.quantize import quantize_linears
-from lit_gpt.train import TrainArgs, make_optimizer
-
-TRAIN = TrainArgs(learning_rate=0.02, global_batch_size=4, micro_batch_size=4, max_steps=4, warmup_steps=1)
-TRAIN = replace(TRAIN, eval_interval=2, save_interval=2)
-PROMPTS = Adapter(prompt_length=3, start_layer=1)
-METHODS: dict[str, dict[str, Any]] = {  # the flags of one run each, of the script that has its first word's name
-    "lora": {"lora": LoRA(mlp=True)},
-    "lora nf4": {"lora": LoRA(mlp=True), "quantize": "bnb.nf4"},
-    "lora int8": {"lora": LoRA(mlp=True), "quantize": "bnb.int8"},
-    "adapter": {"adapter": PROMPTS},
-    "adapter nf4": {"adapter": PROMPTS, "quantize": "bnb.nf4"},
-    "adapter_v2": {"adapter": PROMPTS},
-    "adapter_v2 nf4-dq": {"adapter": PROMPTS, "quantize": "bnb.nf4-dq"},
-    "full": {},
-    "full last": {"train_only": 1},
-    "full pattern": {"train_only": ["transformer.h.0.mlp", "transformer.h.1.norm_1.weight"]},
-}
+from lit_gpt.generate.decode import generate
+from lit_gpt.lora import LoRA, lora_filter
+from lit_gpt.model.activation_checkpointing import recompute_blocks
+from lit_gpt.optimizer import make_optimizer
+from lit_gpt.runs.finetuned import load_finetuned
 
 
 def trains(name: str) -> Callable[[str], bool]:
@@ -72,29 +53,11 @@ def data_dir(tmp_path_factory, tiny_dir: Path) -> Path:
     return write_data(tmp_path_factory.mktemp("data") / "str", tiny_dir)
 
 
-def finetune(name: str, tiny_dir: Path, data_dir: Path, out_dir: Path, train: TrainArgs = TRAIN, **more: Any) -> None:
-    main = script(f"finetune/{name.split()[0]}.py").main
-    settings = METHODS[name] | dict(n_answers=0, precision="32-true") | more
-    main(checkpoint_dir=tiny_dir, data_dir=data_dir, out_dir=out_dir, train=train, **settings)
-
-
 @pytest.fixture(scope="module", params=METHODS)
 def run(request, tmp_path_factory, tiny_dir: Path, data_dir: Path) -> tuple[str, Path]:
     out_dir = tmp_path_factory.mktemp("run") / "out"
     finetune(request.param, tiny_dir, data_dir, out_dir)
     return request.param, out_dir
-
-
-def unmoved(name: str, tiny_dir: Path) -> GPT:
-    """The model of a method before its first step, with the random numbers that its script began with."""
-    torch.manual_seed(1337)
-    model, settings = build_model(Config.from_checkpoint(tiny_dir)), METHODS[name]
-    quantize_linears(model, settings.get("quantize"))
-    load_weights(model, tiny_dir)
-    surgeons = {"lora": apply_lora, "adapter": apply_adapter, "adapter_v2": apply_adapter_v2}
-    if surgeon := surgeons.get(name.split()[0]):
-        surgeon(model, settings.get("lora") or settings["adapter"])
-    return model
 
 
 def test_exactly_its_parameters_moved(run, tiny_dir) -> None:
@@ -291,8 +254,8 @@ def test_what_cannot_be_is_said_in_one_line(act, message, tiny_dir) -> None:
 
 def test_the_documented_patterns_choose() -> None:
     (command,) = re.findall(r"--train_only ('.*')", (ROOT / "finetune/full.py").read_text())
-    only = parse(script("finetune/full.py").main, ["--train_only", *shlex.split(command)])["train_only"]
-    chosen = mark_chosen_as_trainable(build_model(Config.from_name("SmolLM2-135M")), Full(only))
+    only = parse(script("finetune/full.py").main, ["--train_only", *shlex.split(command)])["full"]
+    chosen = mark_chosen_as_trainable(build_model(Config.from_name("SmolLM2-135M")), only)
     assert {name.split(".")[2] for name in chosen if ".mlp." in name} == {str(i) for i in range(20, 30)}
 
 
@@ -305,23 +268,6 @@ def test_a_pattern_ends_where_a_name_does(tiny_dir) -> None:
 
 
 # ---- combinations: shared prefixes, and blocks computed again in backward
-
-
-def exact(name: str, tiny_dir: Path) -> GPT:
-    """In float64, with nothing at zero that would hide a gradient."""
-    model = unmoved(name, tiny_dir)
-    marks = {"lora": mark_only_lora_as_trainable, "adapter": mark_only_adapter_as_trainable}
-    marks |= {"adapter_v2": mark_only_adapter_v2_as_trainable}
-    if name.startswith("full"):
-        mark_chosen_as_trainable(model, Full(**METHODS[name]))
-    else:
-        marks[name.split()[0]](model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for key, param in model.double().named_parameters():
-            if key.endswith(("lora_B", "adapter_gate", "adapter_bias")):
-                param.add_(0.1 * torch.randn(param.shape, generator=generator, dtype=param.dtype))
-    return model
 
 
 def gradients(model: GPT, data_dir: Path, size: int, share: bool) -> dict[str, torch.Tensor]:
@@ -403,7 +349,7 @@ def test_what_cannot_train_is_refused_before_anything_is_written(
 @pytest.mark.parametrize("path", ["torch.optim.SGD", "torch.optim.Adafactor", "bitsandbytes.optim.AdamW8bit"])
 def test_optimizers_by_class_path(path, tiny_dir, data_dir, tmp_path, monkeypatch, capsys) -> None:
     """They train, and go on bit for bit. A run that is long enough says its plan, or that there is none."""
-    monkeypatch.setattr(lit_gpt.recipe, "SPEED", {True: 1.0, False: 1.0})
+    monkeypatch.setattr(lit_gpt.memory.plan, "OPERATIONS_PER_SECOND", {"cpu": 1.0, "gpu": 1.0})
     finetune("lora", tiny_dir, data_dir, tmp_path / "whole", optimizer=path)
     planned = "No plan of the memory" if "Adafactor" in path else "Planned peak of a step: "
     assert planned in capsys.readouterr().err

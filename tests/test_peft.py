@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.families import CASES, make, tokens, trained, weights_of
+from helpers.models import error, reference
 from safetensors.torch import load_file, save_file
-from test_families import CASES, make, tokens
-from test_model import error, reference
 
 from lit_gpt import InputError
-from lit_gpt.checkpoint import load_model
-from lit_gpt.finetuned import load_finetuned
-from lit_gpt.lora import LoRA, apply_lora, lora_filter
-from lit_gpt.peft import load_peft, save_peft
+from lit_gpt.checkpoint.load import load_model
+from lit_gpt.checkpoint.peft import load_peft, save_peft
+from lit_gpt.lora import LoRA
+from lit_gpt.runs.finetuned import load_finetuned
 
 EVERYWHERE = LoRA(r=4, alpha=10, query=True, key=True, value=True, projection=True, mlp=True, head=True)
 FAMILIES = [case for case in CASES if "," not in case]  # of what follows a comma, peft sees nothing
@@ -29,20 +29,6 @@ SETTINGS = {
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda case: case.replace(" ", "_"))
 def folder(request, tmp_path_factory) -> Path:
     return make(tmp_path_factory.mktemp("family") / "checkpoint", *CASES[request.param])
-
-
-def trained(folder: Path, lora: LoRA):
-    model = load_model(folder)
-    torch.manual_seed(0)
-    apply_lora(model, lora)
-    for name, param in model.named_parameters():
-        if lora_filter(name):
-            param.data += 0.2 * torch.randn_like(param)
-    return model
-
-
-def weights_of(model) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in model.state_dict().items() if lora_filter(name)}
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_gpt import docstrings
+from lit_gpt.data import docstrings
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_docstrings.py"
 

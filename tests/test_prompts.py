@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from tiny_tokenizers import byte_level, write
+from helpers.tiny_tokenizers import byte_level, write
 
 from lit_gpt import InputError, Tokenizer
-from lit_gpt.data import mark_trained
-from lit_gpt.prompts import render, resolve_style, style_label, style_names
-from lit_gpt.tokenizer import SPECIAL_TOKENS
+from lit_gpt.data.prepare import mark_trained
+from lit_gpt.data.prompts import render, resolve_style, style_label, style_names
+from lit_gpt.data.tokenizer import SPECIAL_TOKENS
 
 TEMPLATES = Path(__file__).parent / "data/chat_templates"
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]

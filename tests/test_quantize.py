@@ -18,22 +18,23 @@ import bitsandbytes
 import pytest
 import torch
 from conftest import make_tiny
+from helpers.runs import column, equal, error, write_data
+from helpers.scripts import lora, script
 from safetensors.torch import load_file, save_file
-from test_finetune import lora, script
-from test_train import column, equal, error, write_data
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lit_gpt.quantize
 from lit_gpt import Config, InputError
-from lit_gpt.checkpoint import build_model, load_model, load_weights, read_metadata
-from lit_gpt.dataset import Dataset, micro_batches
-from lit_gpt.device import launch
-from lit_gpt.finetuned import load_finetuned, read_description
+from lit_gpt.checkpoint.load import build_model, load_model, load_weights, read_metadata
+from lit_gpt.data.dataset import Dataset, micro_batches
+from lit_gpt.distributed import launch
 from lit_gpt.lora import LoRA, LoRALinear, apply_lora, mark_only_lora_as_trainable, merge_lora_weights
-from lit_gpt.model import GPT
+from lit_gpt.model.gpt import GPT
+from lit_gpt.optimizer import make_optimizer
 from lit_gpt.quantize import Quantize, QuantizedLinear, quantization, quantize_linears
-from lit_gpt.train import TrainArgs, make_optimizer
+from lit_gpt.runs.finetuned import load_finetuned, read_description
+from lit_gpt.train import TrainArgs
 
 KINDS = get_args(Quantize)
 BITS = {"bnb.nf4": 4.5, "bnb.nf4-dq": 4.13, "bnb.fp4": 4.5, "bnb.fp4-dq": 4.13, "bnb.int8": 8.03}  # of 1,000 x 1,024

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_gpt import InputError
-from lit_gpt.records import csv_records, json_records
+from lit_gpt.data.read_files import csv_records, json_records
 
 RECORDS = [
     {"instruction": "Größe?\n", "input": "", "output": "🙂\u2028, \"so\"\r\nand 'so'"},

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import make_tiny
+from helpers.shell import python
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from shell import python
 
 from lit_gpt import InputError
-from lit_gpt.data import DataArgs, prepare
-from lit_gpt.finetuned import load_finetuned
+from lit_gpt.data.prepare import DataArgs, prepare
+from lit_gpt.runs.finetuned import load_finetuned
 
 ROOT = Path(__file__).parents[1]
 FLAGS = {  # 9 steps; dropout has to be the same, too
@@ -93,7 +93,7 @@ def arm(kill: list | None) -> Counter[str]:
     import safetensors.torch
     from lightning_fabric import Fabric
 
-    from lit_gpt.log import Log
+    from lit_gpt.runs.log import Log
 
     calls: Counter[str] = Counter()
     name = lambda path: Path(path).name  # noqa: E731

@@ -13,18 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from helpers.prepared import CONFIG, QA, content, looked_at, prepared, script, stored
+from helpers.shell import python
+from helpers.tiny_tokenizers import SPECIAL, byte_level, metaspace, sentencepiece, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shell import python
-from test_data import CONFIG, QA, content, prepared, script, stored
-from test_xray import looked_at
-from tiny_tokenizers import SPECIAL, byte_level, metaspace, sentencepiece, write
 
 from lit_gpt import InputError, Tokenizer
-from lit_gpt.data import DataArgs, cut_text, prepare
-from lit_gpt.dataset import OTHER, Dataset
-from lit_gpt.prompts import render
-from lit_gpt.records import Keys, blank_part, in_our_form, mix, read_records
+from lit_gpt.data.dataset import OTHER, Dataset
+from lit_gpt.data.prepare import DataArgs, cut_text, prepare
+from lit_gpt.data.prompts import render
+from lit_gpt.data.read_files import mix, read_records
+from lit_gpt.data.records import Keys, blank_part, in_our_form
 
 USER, ANSWER = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}
 SYSTEM, TOOL = {"role": "system", "content": "Be brief."}, {"role": "tool", "content": "42", "tool_call_id": "1"}
@@ -246,7 +246,7 @@ def test_sources_that_are_none(tmp_path: Path, name: str, content: bytes | None,
 
 @given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=3), weights=st.lists(st.floats(0.1, 3), min_size=3))
 def test_mixing_takes_each_source_as_often_as_it_should(sizes, weights) -> None:
-    import lit_gpt.records as records
+    import lit_gpt.data.read_files as records
 
     original = records.read_records
     try:
@@ -350,7 +350,7 @@ def test_the_same_is_not_tokenized_twice(checkpoint, tmp_path: Path, monkeypatch
     for end in "ab":  # the file's content matters, not its name
         style.write_text("{% for message in messages %}{{ message.content }}" + end + "{% endfor %}")
         assert run(prompt_style=str(style)) and not run(prompt_style=str(style))
-    monkeypatch.setattr("lit_gpt.prompts.STYLES", tmp_path)  # nor is the name of one of ours all
+    monkeypatch.setattr("lit_gpt.data.prompts.STYLES", tmp_path)  # nor is the name of one of ours all
     for end in "ab":
         style.write_text("{% for message in messages %}{{ message.content }}" + end + "{% endfor %}")
         assert run(prompt_style="own") and not run(prompt_style="own")
@@ -505,7 +505,7 @@ def test_a_script_for_data_is_short() -> None:
 
 
 def test_checksums(server, tmp_path: Path, monkeypatch) -> None:
-    from lit_gpt.fetch import fetch
+    from lit_gpt.data.fetch import fetch
 
     monkeypatch.chdir(tmp_path)
     body = gzip.compress(b"content")

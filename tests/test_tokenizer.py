@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny_tokenizers import SPECIAL, TEXTS, byte_level, metaspace, sentencepiece, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import SPECIAL, TEXTS, byte_level, metaspace, sentencepiece, write
 
 from lit_gpt import InputError, Tokenizer
 

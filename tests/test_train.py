@@ -3,13 +3,11 @@
 The part that needs two processes is this file itself, run as a script by `two_ranks`.
 """
 
-import copy
 import dataclasses
 import functools
 import math
 import subprocess
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.runs import DESCRIPTION, FROZEN, column, edited, equal, error, first, rows_of, write_data
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -25,53 +24,23 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import lit_gpt.train
 from lit_gpt import Config, InputError
-from lit_gpt.checkpoint import build_model, load_weights
-from lit_gpt.data import DataArgs, prepare
-from lit_gpt.dataset import Dataset, heaviest_first, micro_batches, step_records
-from lit_gpt.device import launch, weight_dtype
-from lit_gpt.finetuned import Checkpoints, Finetuned
-from lit_gpt.layout import Segment
-from lit_gpt.log import read_metrics
+from lit_gpt.checkpoint.load import build_model, load_weights
+from lit_gpt.data.dataset import Dataset, heaviest_first, micro_batches, step_records
+from lit_gpt.data.prepare import DataArgs, prepare
+from lit_gpt.device import weight_dtype
+from lit_gpt.distributed import launch
 from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
-from lit_gpt.model import GPT
-from lit_gpt.train import TrainArgs, data_fingerprint, learning_rate, make_optimizer
+from lit_gpt.model.gpt import GPT
+from lit_gpt.model.packing import Segment
+from lit_gpt.optimizer import make_optimizer
+from lit_gpt.runs.resume import data_fingerprint
+from lit_gpt.runs.saves import Checkpoints
+from lit_gpt.train import TrainArgs, learning_rate
 
 ROOT = Path(__file__).parents[1]
 EVERYWHERE = LoRA(r=4, alpha=8, query=True, key=True, value=True, projection=True, mlp=True, head=True)
 TRAIN = TrainArgs(learning_rate=5e-3, global_batch_size=8, micro_batch_size=4, epochs=2, max_steps=4, warmup_steps=2)
-FROZEN = {  # precision -> the declared dtype of frozen weights; what trains and theta are float32 under all
-    "32-true": torch.float32,
-    "bf16-true": torch.bfloat16,
-    "bf16-mixed": torch.float32,
-    "16-true": torch.float16,
-    "16-mixed": torch.float32,
-}
-DESCRIPTION = Finetuned("lora", {}, "", "", "", "")
 STEPS = {"8x1": (8, 1), "2x4": (8, 4), "1x8": (8, 8), "5x1": (5, 1), "1x5": (5, 8)}  # passes -> records, size of one
-
-
-def edited(module: types.ModuleType, *changes: tuple[str, str]) -> types.ModuleType:
-    """A module with its source changed, as a user would."""
-    source = Path(module.__file__).read_text()
-    for old, new in changes:
-        assert source.count(old) == 1, f"{module.__file__} has {source.count(old)} times {old!r}"
-        source = source.replace(old, new)
-    changed = types.ModuleType(f"{module.__name__}_edited")
-    sys.modules[changed.__name__] = changed  # dataclasses look their module up
-    exec(compile(source, module.__file__, "exec"), changed.__dict__)
-    return changed
-
-
-def write_data(data_dir: Path, checkpoint_dir: Path, n_train: int = 40) -> Path:
-    """Real text of different lengths: the methods of str, and what Python says about them."""
-    methods = [(name, getattr(str, name).__doc__.split("\n")) for name in dir(str) if not name.startswith("_")]
-    records = [
-        {"instruction": f"What does str.{name} do?", "output": " ".join(doc[: 1 + i % 3]), "split": "train"}
-        for i, (name, doc) in enumerate(methods)
-    ]
-    records = records[:n_train] + [record | {"split": "val"} for record in records[40:]]
-    prepare(records, DataArgs(checkpoint_dir=checkpoint_dir, data_dir=data_dir))
-    return data_dir
 
 
 @pytest.fixture(scope="module")
@@ -95,19 +64,6 @@ def run_fit(model: GPT, data_dir: Path, out_dir: Path, args: TrainArgs = TRAIN, 
     checkpoints = Checkpoints(out_dir, model, DESCRIPTION)
     lit_gpt.train.fit(launch(1, "32-true"), model, train_data, val_data, args, checkpoints, resume)
     return rows_of(out_dir)
-
-
-def rows_of(out_dir: Path) -> list[dict]:
-    rows = read_metrics(out_dir / "metrics.csv")
-    return [{key: value for key, value in row.items() if key not in ("seconds", "memory_gb")} for row in rows]
-
-
-def column(out_dir: Path, name: str) -> list[float]:
-    return [row[name] for row in rows_of(out_dir) if row[name] is not None]
-
-
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 # ---- exactness: one step's gradient is the same however it is computed
@@ -147,18 +103,6 @@ def padded_gradients(tiny_dir: Path, train_data: Dataset) -> dict[str, torch.Ten
     return {name: param.grad for name, param in model.named_parameters() if param.requires_grad}
 
 
-def first(data: Dataset, n: int) -> Dataset:
-    data = copy.copy(data)
-    data.records = data.records[:n]
-    return data
-
-
-def error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """The largest difference, as a share of its tensor's largest entry."""
-    assert found.keys() == expected.keys() and len(found) == 2 * 15  # 2 blocks x 7 linears, and the head
-    return max(((found[key] - expected[key]).abs().max() / expected[key].abs().max()).item() for key in found)
-
-
 @pytest.fixture(scope="module")
 def expected(tiny_dir: Path, data_dir: Path) -> dict[int, dict[str, torch.Tensor]]:
     return {n: padded_gradients(tiny_dir, first(Dataset(data_dir, "train"), n)) for n in (5, 8)}
@@ -176,13 +120,13 @@ def test_gradient_does_not_depend_on_micro_batches(name: str, tiny_dir, data_dir
 @pytest.mark.parametrize("share", [False, True])
 def test_gradient_does_not_depend_on_the_token_budget(budget, share, tiny_dir, data_dir, tmp_path, expected) -> None:
     loop = edited(lit_gpt.train)
-    loop.micro_batches = lambda *args: micro_batches(*args[:5], share, budget)
+    loop.micro_batches = lambda *args, **of: micro_batches(*args, **of | dict(share_prefixes=share, budget=budget))
     data = first(Dataset(data_dir, "train"), 8)
     assert error(step_gradients(launch(1, "32-true"), tiny_dir, data, tmp_path, 8, loop.fit), expected[8]) < 1e-10
 
 
 def test_wrong_divisor_fails_the_check(tiny_dir, data_dir, tmp_path, expected) -> None:
-    fit = edited(lit_gpt.train, (")) / targets", ")) / layout.n_targets / len(batches)")).fit  # the mean of means
+    fit = edited(lit_gpt.train, (")) / n_targets", ")) / layout.n_targets / len(batches)")).fit  # the mean of means
     wrong = step_gradients(launch(1, "32-true"), tiny_dir, first(Dataset(data_dir, "train"), 8), tmp_path, 4, fit)
     assert error(wrong, expected[8]) > 1e-3
 
@@ -197,8 +141,8 @@ def test_leaked_target_fails_the_check(tiny_dir, data_dir, tmp_path, expected) -
 def test_leaked_attention_fails_the_check(tiny_dir, data_dir, tmp_path, expected) -> None:
     loop = edited(lit_gpt.train)
 
-    def one_segment(*args: Any) -> list:
-        batches = micro_batches(*args[:5])
+    def one_segment(*args: Any, **of: Any) -> list:
+        batches = micro_batches(*args, **of | dict(share_prefixes=False))
         return [(idx, dataclasses.replace(it, segments=(Segment(0, it.n_tokens),))) for idx, it in batches]
 
     loop.micro_batches = one_segment

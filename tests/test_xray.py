@@ -9,28 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from helpers.prepared import CONFIG, content, looked_at, script
+from helpers.shell import python
+from helpers.tiny_tokenizers import SPECIAL, byte_level, metaspace, sentencepiece, write
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from shell import python
-from test_data import CONFIG, content, script
-from tiny_tokenizers import SPECIAL, byte_level, metaspace, sentencepiece, write
 
 from lit_gpt import Config, InputError, Tokenizer
-from lit_gpt.data import CUT, DROPPED, DataArgs, prepare
-from lit_gpt.dataset import ANSWER, NEITHER, TRAIN, VAL, Dataset, step_records
-from lit_gpt.model import GPT
+from lit_gpt.data.dataset import ANSWER, NEITHER, TRAIN, VAL, Dataset, step_records
+from lit_gpt.data.inspect import EXAMPLES, HARMLESS, PROBLEMS, XRay
+from lit_gpt.data.prepare import CUT, DROPPED, DataArgs, prepare
+from lit_gpt.data.show import length_figure, print_lengths, show_record
+from lit_gpt.model.gpt import GPT
+from lit_gpt.studies.cost import add_cost
 from lit_gpt.train import TrainArgs
-from lit_gpt.xray import (
-    EXAMPLES,
-    HARMLESS,
-    PROBLEMS,
-    XRay,
-    add_cost,
-    length_figure,
-    print_lengths,
-    show_record,
-    xray,
-)
 
 # spells no stop token between turns, but where the answer does itself; doubles BOS where the question asks for it
 TEMPLATE = (
@@ -53,10 +45,6 @@ def checkpoint(tmp_path_factory) -> Path:
         config_json=CONFIG | {"vocab_size": size},
     )
     return write(tmp_path_factory.mktemp("checkpoint"), **files)
-
-
-def looked_at(checkpoint: Path, data_dir: Path):
-    return xray(data_dir, Tokenizer(checkpoint), Config.from_checkpoint(checkpoint))
 
 
 WORDS = st.lists(st.sampled_from(["one", "two", "three", "four", "é", "🙂"]), min_size=1, max_size=4)
@@ -145,7 +133,7 @@ def test_a_part_at_a_time_finds_the_same(checkpoint, tmp_path: Path, monkeypatch
     prepare(records, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data"))
     whole = looked_at(checkpoint, tmp_path / "data")
     assert whole.problems["duplicate"] == 15
-    monkeypatch.setattr("lit_gpt.xray.PART", 20)
+    monkeypatch.setattr("lit_gpt.data.inspect.PART", 20)
     assert looked_at(checkpoint, tmp_path / "data") == whole
 
 

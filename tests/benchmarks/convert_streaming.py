@@ -18,8 +18,10 @@ from pathlib import Path
 import torch
 
 from lit_gpt import Config
-from lit_gpt.checkpoint import Writer, build_model, checked_tensors, digest, fingerprint
-from lit_gpt.convert import to_hf
+from lit_gpt.checkpoint.fingerprint import digest, fingerprint
+from lit_gpt.checkpoint.load import build_model, checked_tensors
+from lit_gpt.checkpoint.save import Writer
+from lit_gpt.checkpoint.tensor_names import to_hf
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/convert_hf_checkpoint.py"

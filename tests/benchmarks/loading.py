@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 from lit_gpt import Config
-from lit_gpt.checkpoint import Writer, build_model
-from lit_gpt.convert import to_hf
+from lit_gpt.checkpoint.load import build_model
+from lit_gpt.checkpoint.save import Writer
+from lit_gpt.checkpoint.tensor_names import to_hf
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "checkpoints/sample/SmolLM2-135M-Instruct-Q4_1"

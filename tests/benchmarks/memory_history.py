@@ -13,7 +13,7 @@ from dataclasses import replace
 from lit_gpt import Config
 from lit_gpt.adapter import Adapter
 from lit_gpt.lora import LoRA
-from lit_gpt.memory import Setup, plan
+from lit_gpt.memory.plan import Setup, plan
 
 KINDS = (None, "bnb.nf4", "bnb.nf4-dq")
 PUBLISHED = {  # (model, method, tokens, records at once): GB for each kind

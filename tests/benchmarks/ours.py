@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 from worker import ALPHA, RANK, Record, decoder, serve, trainer
 
-from lit_gpt.checkpoint import load_model
-from lit_gpt.generate import generate
-from lit_gpt.layout import Layout
+from lit_gpt.checkpoint.load import load_model
+from lit_gpt.generate.decode import generate
 from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
+from lit_gpt.model.packing import Layout
 
 
 def lora(args: argparse.Namespace) -> Callable[[dict], dict]:

@@ -18,13 +18,14 @@ from pathlib import Path
 import torch
 
 from lit_gpt import GPT, Config
-from lit_gpt.blocks import recompute_blocks
-from lit_gpt.checkpoint import build_model
+from lit_gpt.checkpoint.load import build_model
 from lit_gpt.device import default_device, peak_memory_gb, weight_dtype
-from lit_gpt.layout import Layout
 from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
+from lit_gpt.model.activation_checkpointing import recompute_blocks
+from lit_gpt.model.packing import Layout
+from lit_gpt.optimizer import make_optimizer
 from lit_gpt.quantize import QuantizedLinear, quantize_linears
-from lit_gpt.train import TrainArgs, make_optimizer
+from lit_gpt.train import TrainArgs
 
 
 def random_model(config: Config, kind: str, device: torch.device, dtype: torch.dtype) -> GPT:

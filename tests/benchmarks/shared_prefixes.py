@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from lit_gpt import Tokenizer
-from lit_gpt.checkpoint import load_model
+from lit_gpt.checkpoint.load import load_model
 from lit_gpt.config import SAMPLE
-from lit_gpt.data import DataArgs, prepare
-from lit_gpt.dataset import Dataset, micro_batches, step_records
-from lit_gpt.docstrings import records
+from lit_gpt.data.dataset import Dataset, micro_batches, step_records
+from lit_gpt.data.docstrings import records
+from lit_gpt.data.prepare import DataArgs, prepare
 from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
 
 

@@ -1,0 +1,1 @@
+"""Classifying texts: a head of classes on a GPT."""

@@ -1,0 +1,136 @@
+"""Where a run stands: what is saved to go on with it, and what is checked before it goes on.
+
+`runs/out_dir.py` compares the settings of the two runs, `runs/saves.py` reads and writes the weights and the
+optimizer, and this file knows the position in the data and the schedule.
+"""
+
+import hashlib
+import math
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lit_gpt.data.dataset import Dataset
+from lit_gpt.distributed import local_tensor
+from lit_gpt.errors import InputError
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+    from lit_gpt.runs.saves import Checkpoints
+    from lit_gpt.train import TrainArgs
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the weights and the optimizer, all that resuming needs."""
+
+    data: str
+    """Fingerprint of the training records."""
+    global_batch_size: int
+    seed: int
+    step: int = 0
+    """Optimizer steps done."""
+    best_val_loss: float = math.inf
+    evals_without_gain: int = 0
+    scaler: dict[str, Any] = field(default_factory=dict)
+    """The scale of the loss under 16-true and 16-mixed; empty under the others."""
+
+    def is_best(self, val_loss: float) -> bool:
+        """Notes a validation loss, and says whether it is the lowest so far."""
+        if val_loss < self.best_val_loss:
+            self.best_val_loss = val_loss
+            self.evals_without_gain = 0
+            return True
+        self.evals_without_gain += 1
+        return False
+
+    def out_of_patience(self, patience: int | None) -> bool:
+        return patience is not None and self.evals_without_gain >= patience
+
+
+def resume_progress(
+    fabric: "Fabric",
+    checkpoints: "Checkpoints",
+    optimizer: torch.optim.Optimizer,
+    train_data: Dataset,
+    args: "TrainArgs",
+    resume: bool,
+) -> Progress:
+    """Step 0 of a new run; or, to resume, the progress that `last` holds, with the weights and the optimizer put back.
+
+    Raises:
+        InputError: the saved run had other data, another batch size or another seed, or see `Checkpoints.resume`.
+    """
+    now = Progress(data_fingerprint(train_data), args.global_batch_size, args.seed)
+    if fabric.is_global_zero:
+        checkpoints.recover()
+    fabric.barrier()
+    saved = checkpoints.resume(optimizer) if resume else None
+    if saved is None:
+        return now
+    progress = Progress(**saved)
+    check_same_batches(progress, now)
+    if progress.scaler:
+        fabric.strategy.precision.load_state_dict(progress.scaler)
+    return progress
+
+
+def check_same_batches(saved: Progress, now: Progress) -> None:
+    """Raises InputError where the saved run drew its batches from other records: some would be skipped or repeated."""
+    names = ("data", "global_batch_size", "seed")
+    changed = [name for name in names if getattr(saved, name) != getattr(now, name)]
+    if changed:
+        raise InputError(
+            f"The saved run had another {' and another '.join(changed)}. Resume with the settings of"
+            " hyperparameters.yaml, or start anew with --overwrite true."
+        )
+
+
+def save_progress(
+    fabric: "Fabric",
+    checkpoints: "Checkpoints",
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    keep_steps: bool = False,
+) -> None:
+    """Saves `last`, from which the run can go on; with `keep_steps` also the weights of this step.
+
+    Raises:
+        InputError: a trained weight is not finite. That shows here, and not in the next step's loss.
+    """
+    params = [local_tensor(param) for group in optimizer.param_groups for param in group["params"]]
+    is_finite = all(torch.isfinite(param).all() for param in params)
+    not_finite = torch.tensor(float(not is_finite), device=fabric.device)
+    if fabric.all_reduce(not_finite, reduce_op="sum"):
+        check_finite(math.nan, f"A trained weight after step {progress.step}")
+    progress.scaler = fabric.strategy.precision.state_dict()
+    if keep_steps:  # before `last`: a run killed in between comes by here again
+        checkpoints.save(f"step-{progress.step:06d}")
+    checkpoints.save_state("last", optimizer, asdict(progress))
+    fabric.barrier()
+
+
+def check_finite(value: float, what: str) -> None:
+    """Raises InputError where a loss or a weight is NaN or infinite."""
+    if not math.isfinite(value):
+        raise InputError(
+            f"{what} is {value}. Lower --train.learning_rate, or choose another --precision; `last` and `best` are as"
+            " they were saved before."
+        )
+
+
+def data_fingerprint(dataset: Dataset) -> str:
+    """sha256 over which records these are, where they lie, and the hash of what `prepare` made them from.
+
+    Records that `prepare` did not write have no such hash: for them it is over their tokens and marks.
+    """
+    digest = hashlib.sha256(dataset.meta.get("hash", "").encode())
+    arrays = [dataset.records, dataset.ends]
+    if "hash" not in dataset.meta:
+        arrays += [dataset.tokens, dataset.trained]
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Comparisons and costs, found by trying."""

@@ -1,0 +1,81 @@
+"""`python script.py --flags` for the price of a fork: a process that has imported what scripts import, which takes
+seconds, and has started no thread, forks one for each command. It is this file, run as a script.
+"""
+
+import atexit
+import functools
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+
+def python(
+    script: Path | str,
+    *flags: Any,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    input: str = "",
+    check: bool = False,
+) -> subprocess.CompletedProcess[str]:
+    """As `subprocess.run` with its output captured as text."""
+    argv = [str(script), *map(str, flags)]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as readers:
+        stdin, *pipes = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
+        stdin.write_text(input)
+        for pipe in pipes:  # not files: a test may forbid a command to write any
+            os.mkfifo(pipe)
+        texts = [readers.submit(pipe.read_text) for pipe in pipes]
+        files = [str(stdin), *map(str, pipes)]
+        job = dict(argv=argv, cwd=str(cwd or Path.cwd()), env=dict(env or os.environ), files=files)
+        print(json.dumps(job), file=server().stdin, flush=True)
+        status = int(server().stdout.readline())
+        result = subprocess.CompletedProcess(argv, status, *(text.result() for text in texts))
+    assert not (check and status), result.stderr
+    return result
+
+
+@functools.cache
+def server() -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, __file__], text=True, stdin=pipe, stdout=pipe)
+    atexit.register(process.terminate)
+    return process
+
+
+def serve() -> None:
+    """Forks a process for each job; returns in that process, which has become what the job asks for."""
+    import lightning_fabric  # noqa: F401
+    import matplotlib.figure  # noqa: F401
+    import torch
+
+    import lit_gpt.memory.plan  # noqa: F401
+    import lit_gpt.recipe  # noqa: F401
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            return become(**json.loads(line))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    sys.exit()
+
+
+def become(argv: list[str], cwd: str, env: dict[str, str], files: list[str]) -> None:
+    for stream, name in enumerate(files):
+        os.dup2(os.open(name, os.O_RDONLY if stream == 0 else os.O_WRONLY), stream)
+    sys.stdin, sys.argv = open(0, closefd=False), argv
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+
+
+if __name__ == "__main__":
+    serve()
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -64,11 +64,9 @@ def main(
     # what the run writes: hyperparameters.yaml now, `last` and `best` while it trains
     start_run(fabric, args.out_dir, settings)
     checkpoints = new_checkpoints("lora", lora, args, model, base, tokenizer, train_data)
+    print_plan(fabric, checkpoints.method, settings, config, train_data)  # you may delete this
 
-    # the memory of a step; training does not need this line
-    print_plan(fabric, checkpoints.method, settings, config, train_data)
-
-    # answers before, training, answers after
+    # answers before, training, answers after by the best weights, report
     n_answers = answers_of_this_process(fabric, args)
     before = answers(model, tokenizer, val_data, n_answers)
     log = fit(
@@ -85,8 +83,6 @@ def main(
     if n_answers:
         checkpoints.load("best")  # what --finetuned will use
     after = answers(model, tokenizer, val_data, n_answers)
-
-    # report
     finish(fabric, log, args.out_dir, "LoRA", settings, before, after)
 
 

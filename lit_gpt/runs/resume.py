@@ -6,6 +6,7 @@ optimizer, and this file knows the position in the data and the schedule.
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -64,24 +65,30 @@ def resume_progress(
     Raises:
         InputError: the saved run had other data, another batch size or another seed, or see `Checkpoints.resume`.
     """
-    now = Progress(data_fingerprint(train_data), args.global_batch_size, args.seed)
+    new_run = Progress(data_fingerprint(train_data), args.global_batch_size, args.seed)
+
+    # what a killed process left half-written is cleared away before anybody reads
     if fabric.is_global_zero:
         checkpoints.recover()
     fabric.barrier()
+
+    # the weights and the optimizer, put back; nothing if the run was killed before its first save
     saved = checkpoints.resume(optimizer) if resume else None
     if saved is None:
-        return now
+        return new_run
+
+    # the position in the data and the schedule
     progress = Progress(**saved)
-    check_same_batches(progress, now)
+    check_same_batches(progress, new_run)
     if progress.scaler:
         fabric.strategy.precision.load_state_dict(progress.scaler)
     return progress
 
 
-def check_same_batches(saved: Progress, now: Progress) -> None:
+def check_same_batches(saved: Progress, new_run: Progress) -> None:
     """Raises InputError where the saved run drew its batches from other records: some would be skipped or repeated."""
     names = ("data", "global_batch_size", "seed")
-    changed = [name for name in names if getattr(saved, name) != getattr(now, name)]
+    changed = [name for name in names if getattr(saved, name) != getattr(new_run, name)]
     if changed:
         raise InputError(
             f"The saved run had another {' and another '.join(changed)}. Resume with the settings of"
@@ -101,16 +108,23 @@ def save_progress(
     Raises:
         InputError: a trained weight is not finite. That shows here, and not in the next step's loss.
     """
-    params = [local_tensor(param) for group in optimizer.param_groups for param in group["params"]]
-    is_finite = all(torch.isfinite(param).all() for param in params)
-    not_finite = torch.tensor(float(not is_finite), device=fabric.device)
-    if fabric.all_reduce(not_finite, reduce_op="sum"):
+    # a weight that is not finite on any device must not replace the last good save
+    is_finite = all(torch.isfinite(local_tensor(param)).all() for param in trained_params(optimizer))
+    n_not_finite = torch.tensor(float(not is_finite), device=fabric.device)
+    if fabric.all_reduce(n_not_finite, reduce_op="sum"):
         check_finite(math.nan, f"A trained weight after step {progress.step}")
+
     progress.scaler = fabric.strategy.precision.state_dict()
     if keep_steps:  # before `last`: a run killed in between comes by here again
         checkpoints.save(f"step-{progress.step:06d}")
     checkpoints.save_state("last", optimizer, asdict(progress))
     fabric.barrier()
+
+
+def trained_params(optimizer: torch.optim.Optimizer) -> Iterator[torch.nn.Parameter]:
+    """The parameters that an optimizer changes."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
 
 
 def check_finite(value: float, what: str) -> None:

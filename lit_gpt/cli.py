@@ -75,45 +75,45 @@ def parse(main: Callable[..., None], args: list[str]) -> dict[str, Any]:
         InputError: an unknown flag or key, or a value of another type than the parameter's.
     """
     gc.freeze()  # torch's million objects stay for good; looking through them costs --help 0.2 s
-    from jsonargparse import (
-        ArgumentError,
-        set_loader,  # see `load_text`
-        set_parsing_settings,
-    )
-    from yaml import YAMLError
+    from jsonargparse import ArgumentError
 
-    set_loader("text", load_text, exceptions=(YAMLError,))
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a field's docstring is its help
     parser = make_parser(main)
     try:
         values = vars(parser.instantiate(parser.parse_args(args)))
     except ArgumentError as error:
-        known = [option for action in parser._actions for option in action.option_strings]
-        raise InputError(explain(str(error), known)) from None
+        raise InputError(explain(str(error), option_strings(parser))) from None
     except UnicodeDecodeError as error:
         raise InputError(f"The file after --config is not UTF-8 ({error}). Save it as UTF-8.") from None
-    settings = {}
-    for name, kind in dataclasses_of_flags(main).items():
-        settings[name] = kind(**{field.name: values.pop(field.name) for field in dataclasses.fields(kind)})
     values.pop("config", None)
-    return values | settings
+
+    # the fields of a `Flags` parameter come back as values of their own: put them together again
+    for name, kind in dataclasses_of_flags(main).items():
+        fields = {field.name: values.pop(field.name) for field in dataclasses.fields(kind)}
+        values[name] = kind(**fields)
+    return values
 
 
 def make_parser(main: Callable[..., None]) -> "ArgumentParser":
     """One flag for each parameter of `main`, in groups; `Flags` parameters give one for each of their fields."""
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
+    from yaml import YAMLError
 
+    set_loader("text", load_text, exceptions=(YAMLError,))
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a field's docstring is its help
     summary = (main.__doc__ or "").split("\n    Args:")[0].strip()
     parser = ArgumentParser(
         exit_on_error=False,
         allow_abbrev=False,
         parser_mode="text",
+        usage="%(prog)s [--config FILE] [--FLAG VALUE ...]",
         description=summary,
         epilog=examples(main),
         formatter_class=help_formatter(),
     )
     config_help = "A YAML file of settings, such as a run's hyperparameters.yaml"
     parser.add_argument("--config", action="config", help=config_help)
+
+    # the parameters of `main` itself, then one group for each `Flags` parameter
     flat = dataclasses_of_flags(main)
     parser.add_function_arguments(main, as_group=False, sub_configs=False, skip=set(flat))
     for name, kind in flat.items():
@@ -126,8 +126,19 @@ def make_parser(main: Callable[..., None]) -> "ArgumentParser":
 
 def dataclasses_of_flags(main: Callable[..., None]) -> dict[str, type]:
     """The parameters of `main` that are annotated `Flags[Settings]`, and their dataclasses."""
-    hints = get_type_hints(main, include_extras=True)
-    return {name: hint.__origin__ for name, hint in hints.items() if FLAT in getattr(hint, "__metadata__", ())}
+    kinds = {}
+    for name, hint in get_type_hints(main, include_extras=True).items():
+        if FLAT in getattr(hint, "__metadata__", ()):
+            kinds[name] = hint.__origin__
+    return kinds
+
+
+def option_strings(parser: "ArgumentParser") -> list[str]:
+    """Every flag that a parser knows, such as --seed."""
+    flags = []
+    for action in parser._actions:
+        flags.extend(action.option_strings)
+    return flags
 
 
 def load_text(text: str) -> Any:
@@ -141,8 +152,11 @@ def load_text(text: str) -> Any:
 def examples(main: Callable[..., None]) -> str | None:
     """The commands in the docstring of the script, for the end of --help."""
     docstring = inspect.cleandoc(main.__globals__.get("__doc__") or "")
-    commands = [line.strip() for line in docstring.split("\n") if re.match(r"\s*(python|bash) |\s*--", line)]
-    return "examples:\n" + "\n".join(f"  {line}" for line in commands) if commands else None
+    first_words = re.compile(r"\s*(python|bash|echo|--)")
+    commands = [f"  {line.strip()}" for line in docstring.split("\n") if first_words.match(line)]
+    if not commands:
+        return None
+    return "\n".join(["examples:", *commands])
 
 
 def help_formatter() -> type:

@@ -8,7 +8,6 @@ quantized linear gives QLoRA. `merge_lora_weights` is its inverse and leaves a p
 
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +17,11 @@ from torch.nn import functional as F
 
 from lit_gpt.errors import InputError
 from lit_gpt.model.gpt import GPT
-from lit_gpt.name_patterns import check_patterns
+from lit_gpt.name_patterns import check_patterns, matches_end, value_by_end
 from lit_gpt.replace_modules import replace_modules
 
-PLACES = {  # field of LoRA -> the modules it names, below transformer.h.{layer} but for the head
+# a switch of LoRA -> the ends of the names of the linears that it adapts
+TARGETS = {
     "query": r"attn\.q",
     "key": r"attn\.k",
     "value": r"attn\.v",
@@ -33,7 +33,7 @@ PLACES = {  # field of LoRA -> the modules it names, below transformer.h.{layer}
 
 @dataclass(frozen=True)
 class LoRA:
-    """What to learn, and where."""
+    """How large the low-rank changes are, and which linears are changed."""
 
     r: int = 8
     """Rank of the change. The number of trained parameters grows with it; 8 to 64 is usual."""
@@ -54,49 +54,47 @@ class LoRA:
     head: bool = False
     """Adapt the language model head."""
     layers: int | list[int] | None = None
-    """Which blocks: None is all, 8 the last eight, [0, 5, 11] these. The head does not count as one."""
+    """The blocks to adapt: None is all, 8 is the last eight, [0, 5, 11] is these three. The head is not one of them."""
     modules: list[str] | None = None
-    """Adapt these instead of the places above: patterns of names as in transformer.h.3.mlp.fc_1, such as
-    ["mlp.fc_[12]", attn.proj]."""
+    """Adapt these linears instead of those switched on above: patterns for the ends of names as in
+    transformer.h.3.mlp.fc_1, such as ["mlp.fc_[12]", attn.proj]."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Other ranks for some modules, by patterns of their names: {attn.q: 16, "mlp.fc_[12]": 4}."""
+    """Other ranks for some linears, by patterns for the ends of their names: {attn.q: 16, "mlp.fc_[12]": 4}."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """Other alphas for some modules."""
+    """Other alphas for some linears, by such patterns, too."""
     rslora: bool = False
     """Scale by alpha / sqrt(r), which lets high ranks learn as fast as low ones. https://arxiv.org/abs/2312.03732"""
     dora: bool = False
     """Train the length of each row of the weight apart from its direction. https://arxiv.org/abs/2402.09353"""
 
     def __post_init__(self) -> None:
-        ranks, alphas = [self.r, *self.rank_pattern.values()], [self.alpha, *self.alpha_pattern.values()]
-        if min(ranks) < 1 or not min(alphas) > 0 or not 0 <= self.dropout < 1:
+        # the smallest of all ranks, and of all alphas
+        r = min([self.r, *self.rank_pattern.values()])
+        alpha = min([self.alpha, *self.alpha_pattern.values()])
+        if r < 1 or not alpha > 0 or not 0 <= self.dropout < 1:
             raise InputError(
-                f"lora.r is {min(ranks)}, expected 1 or more; lora.alpha {min(alphas)}, expected more than 0;"
+                f"lora.r is {r}, expected 1 or more; lora.alpha {alpha}, expected more than 0;"
                 f" lora.dropout {self.dropout}, expected 0 to 1."
             )
-        check_patterns([*(self.modules or ()), *self.rank_pattern, *self.alpha_pattern])
-        if not self.modules and not any(getattr(self, place) for place in PLACES):
-            raise InputError(f"LoRA has nothing to adapt. Turn on at least one of {', '.join(PLACES)}.")
+        check_patterns([*(self.modules or []), *self.rank_pattern, *self.alpha_pattern])
+        if not self.modules and not any(getattr(self, switch) for switch in TARGETS):
+            raise InputError(f"LoRA has nothing to adapt. Turn on at least one of {', '.join(TARGETS)}.")
 
     def matches(self, name: str, n_layer: int) -> bool:
-        """Whether the module called `name` is to be adapted."""
-        layer, path = re.fullmatch(r"(?:transformer\.h\.(\d+)\.)?(.+)", name).groups()
+        """Whether the linear called `name`, of a model of `n_layer` blocks, is to be adapted."""
+        if not any(matches_end(name, pattern) for pattern in self.targets()):
+            return False
+        in_block = re.match(r"transformer\.h\.(\d+)\.", name)
+        return in_block is None or int(in_block[1]) in self.blocks(n_layer)
+
+    def targets(self) -> list[str]:
+        """Patterns for the ends of the names of the linears to adapt."""
         if self.modules is not None:
-            chosen = fits(name, self.modules) is not None
-        else:
-            chosen = any(getattr(self, place) and re.fullmatch(pattern, path) for place, pattern in PLACES.items())
-        return chosen and (layer is None or int(layer) in self.blocks(n_layer))
-
-    def rank_of(self, name: str) -> int:
-        return self.rank_pattern.get(fits(name, self.rank_pattern), self.r)
-
-    def scaling_of(self, name: str) -> float:
-        """What the change of a module is multiplied by."""
-        alpha, r = self.alpha_pattern.get(fits(name, self.alpha_pattern), self.alpha), self.rank_of(name)
-        return alpha / (math.sqrt(r) if self.rslora else r)
+            return self.modules
+        return [pattern for switch, pattern in TARGETS.items() if getattr(self, switch)]
 
     def blocks(self, n_layer: int) -> range | list[int]:
-        """The adapted blocks of a model that has `n_layer`.
+        """The numbers of the blocks to adapt in a model that has `n_layer` of them.
 
         Raises:
             InputError: the model has no such block.
@@ -108,10 +106,15 @@ class LoRA:
             raise InputError(f"lora.layers is {self.layers}, but the model's blocks are 0 to {n_layer - 1}.")
         return blocks
 
+    def rank_of(self, name: str) -> int:
+        """The rank of the change to the linear called `name`."""
+        return value_by_end(name, self.rank_pattern, default=self.r)
 
-def fits(name: str, patterns: Iterable[str]) -> str | None:
-    """The first pattern that a module's name, or its last parts, match."""
-    return next((pattern for pattern in patterns if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name)), None)
+    def scaling_of(self, name: str) -> float:
+        """The factor before B A of the linear called `name`."""
+        alpha = value_by_end(name, self.alpha_pattern, default=self.alpha)
+        r = self.rank_of(name)
+        return alpha / math.sqrt(r) if self.rslora else alpha / r
 
 
 class LoRALinear(nn.Module):
@@ -120,33 +123,49 @@ class LoRALinear(nn.Module):
     def __init__(self, linear: nn.Module, r: int, scaling: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.linear = linear
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
         self.scaling = scaling
         self.dropout = nn.Dropout(dropout)
-        device = next(linear.parameters()).device
-        self.lora_A = nn.Parameter(torch.empty(r, linear.in_features, device=device, dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, device=device, dtype=torch.float32))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # what nn.Linear does to its own weight
+        like = {"device": next(linear.parameters()).device, "dtype": torch.float32}
+        self.lora_A = nn.Parameter(torch.empty(r, linear.in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, **like))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear begins with its own weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        low = self.scaling * F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (B, T, in) -> (B, T, r)
-        return self.linear(x).add_(F.linear(low, self.lora_B.to(x.dtype)))  # (B, T, out)
+        low = self.down(x)  # (B, T, in) -> (B, T, r)
+        y = self.linear(x)  # (B, T, out)
+        # in place: nothing else holds the linear's output, and its backward does not need it
+        return y.add_(self.up(low))
+
+    def down(self, x: torch.Tensor) -> torch.Tensor:
+        """(alpha / r) A x, in the dtype of x."""
+        A = self.lora_A.to(x.dtype)
+        return self.scaling * F.linear(self.dropout(x), A)
+
+    def up(self, low: torch.Tensor) -> torch.Tensor:
+        """B times the output of `down`."""
+        B = self.lora_B.to(low.dtype)
+        return F.linear(low, B)
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
         """The wrapped linear with the change added to its weight: in float32, rounded once.
 
         Its weight is a new parameter, so that a head that was tied to the embedding leaves the embedding alone. A
-        quantized linear becomes a plain one in float32, the change added to what its codes stand for.
+        quantized linear becomes a plain one in float32, the change added to the weight that its codes stand for.
         """
         linear = self.linear if isinstance(self.linear, nn.Linear) else self.linear.dequantized()
-        linear.weight = nn.Parameter(self.changed(linear.weight).to(linear.weight.dtype), requires_grad=False)
+        changed = self.changed(linear.weight)
+        linear.weight = nn.Parameter(changed.to(linear.weight.dtype), requires_grad=False)
         return linear
 
     def changed(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight (out, in) and the change to it, in float32 at least."""
+        """The weight (out, in) with the change added, in float32 at least."""
         change = self.scaling * (self.lora_B @ self.lora_A)
-        return weight.to(torch.promote_types(weight.dtype, change.dtype)) + change
+        # bfloat16 plus float32 is float32, a float64 weight stays what it is
+        dtype = torch.promote_types(weight.dtype, change.dtype)
+        return weight.to(dtype) + change
 
 
 class DoRALinear(LoRALinear):
@@ -159,23 +178,29 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, linear: nn.Module, r: int, scaling: float, dropout: float = 0.0) -> None:
         super().__init__(linear, r, scaling, dropout)
-        lengths = self.weight().to(torch.promote_types(self.lora_A.dtype, self.weight().dtype)).norm(dim=1)
+        weight = self.base_weight()
+        dtype = torch.promote_types(self.lora_A.dtype, weight.dtype)
+        lengths = weight.to(dtype).norm(dim=1)
         self.lora_magnitude = nn.Parameter(lengths.to(self.lora_A.dtype))
 
-    def weight(self) -> torch.Tensor:
+    def base_weight(self) -> torch.Tensor:
+        """W (out, in) of the wrapped linear, quantized or not."""
         return self.linear.weight if isinstance(self.linear, nn.Linear) else self.linear.dequantize()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            lengths = super().changed(self.weight()).norm(dim=1)
-        low = self.scaling * F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (B, T, in) -> (B, T, r)
+            lengths = super().changed(self.base_weight()).norm(dim=1)
+        low = self.down(x)  # (B, T, in) -> (B, T, r)
+        # m / |V| is for V x alone: the bias is taken off the linear's output, and put back
         bias = 0 if self.linear.bias is None else self.linear.bias
-        y = self.linear(x) - bias + F.linear(low, self.lora_B.to(x.dtype))
-        return y * (self.lora_magnitude / lengths).to(x.dtype) + bias
+        y = self.linear(x) - bias + self.up(low)  # (B, T, out)
+        scale = (self.lora_magnitude / lengths).to(x.dtype)
+        return y * scale + bias
 
     def changed(self, weight: torch.Tensor) -> torch.Tensor:
         direction = super().changed(weight)
-        return direction * (self.lora_magnitude / direction.norm(dim=1))[:, None]
+        scale = self.lora_magnitude / direction.norm(dim=1)
+        return direction * scale[:, None]
 
 
 def apply_lora(model: GPT, lora: LoRA) -> list[str]:
@@ -184,20 +209,28 @@ def apply_lora(model: GPT, lora: LoRA) -> list[str]:
     Raises:
         InputError: the model has none of them, or already carries LoRA; a pattern is for none of them.
     """
+    # what cannot be
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise InputError("This model already carries LoRA: merge it first (`python scripts/merge_lora.py`).")
-    n_layer, kind = model.config.n_layer, DoRALinear if lora.dora else LoRALinear
+    n_layer = model.config.n_layer
     lora.blocks(n_layer)  # refuses layers that are not there, even if only the head is adapted
+
+    # which linears: all kinds of them, quantized ones too, have in_features
     linears = [name for name, module in model.named_modules() if hasattr(module, "in_features")]
-    names = {name for name in linears if lora.matches(name, n_layer)}
-    if not names:
+    chosen = {name for name in linears if lora.matches(name, n_layer)}
+    if not chosen:
         raise InputError(f"{lora} matches no linear of {model.config.name}.")
-    for pattern in (*lora.rank_pattern, *lora.alpha_pattern):
-        if not any(fits(name, [pattern]) for name in names):
+    for pattern in [*lora.rank_pattern, *lora.alpha_pattern]:
+        if not any(matches_end(name, pattern) for name in chosen):
             raise InputError(f"lora has a rank or an alpha for {pattern!r}, of which nothing is adapted.")
 
+    # wrap them
+    wrapper = DoRALinear if lora.dora else LoRALinear
+
     def wrap(name: str, module: nn.Module) -> nn.Module | None:
-        return kind(module, lora.rank_of(name), lora.scaling_of(name), lora.dropout) if name in names else None
+        if name not in chosen:
+            return None
+        return wrapper(module, r=lora.rank_of(name), scaling=lora.scaling_of(name), dropout=lora.dropout)
 
     return replace_modules(model, wrap)
 
@@ -208,10 +241,15 @@ def lora_filter(key: str, value: Any = None) -> bool:
 
 
 def mark_only_lora_as_trainable(model: nn.Module) -> None:
+    """Freezes everything but the parameters of LoRA."""
     for name, param in model.named_parameters():
         param.requires_grad = lora_filter(name)
 
 
 def merge_lora_weights(model: nn.Module) -> list[str]:
     """Puts a plain, merged linear back in the place of every LoRALinear, and returns their names."""
-    return replace_modules(model, lambda name, module: module.merged() if isinstance(module, LoRALinear) else None)
+
+    def merge(name: str, module: nn.Module) -> nn.Module | None:
+        return module.merged() if isinstance(module, LoRALinear) else None
+
+    return replace_modules(model, merge)

@@ -14,6 +14,7 @@ def replace_modules(model: nn.Module, swap: Callable[[str, nn.Module], nn.Module
     swapped = []
 
     def walk(parent: nn.Module, path: str) -> None:
+        # a list, since the loop replaces children while it runs
         for key, child in list(parent.named_children()):
             name = f"{path}.{key}" if path else key
             new = swap(name, child)

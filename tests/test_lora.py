@@ -15,7 +15,7 @@ from lit_gpt.checkpoint.load import load_model
 from lit_gpt.checkpoint.save import save_hf
 from lit_gpt.checkpoint.tensor_names import hf_name
 from lit_gpt.lora import (
-    PLACES,
+    TARGETS,
     LoRA,
     LoRALinear,
     apply_lora,
@@ -26,8 +26,8 @@ from lit_gpt.lora import (
 from lit_gpt.model.packing import Layout
 from lit_gpt.replace_modules import replace_modules
 
-EVERYWHERE = {place: True for place in PLACES}
-NOWHERE = {place: False for place in PLACES}
+EVERYWHERE = {place: True for place in TARGETS}
+NOWHERE = {place: False for place in TARGETS}
 BLOCK = {
     "query": ["attn.q"],
     "key": ["attn.k"],
@@ -95,7 +95,7 @@ def test_identity_at_birth(checkpoint_dir, dtype) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", TARGETS)
 @pytest.mark.parametrize(
     ("layers", "blocks"), [(None, [0, 1, 2]), (1, [2]), (2, [1, 2]), (3, [0, 1, 2]), ([0], [0]), ([2, 0], [0, 2])]
 )

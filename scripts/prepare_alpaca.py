@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Literal
 
 from lit_gpt.cli import Flags, run
-from lit_gpt.data.fetch import fetch
 from lit_gpt.data.prepare import DataArgs, prepare
 from lit_gpt.data.read_files import read_records
+from lit_gpt.download import fetch
 
 GITHUB = "https://raw.githubusercontent.com/"
 URLS = {

@@ -6,9 +6,9 @@ python scripts/prepare_dolly.py
 from pathlib import Path
 
 from lit_gpt.cli import Flags, run
-from lit_gpt.data.fetch import fetch
 from lit_gpt.data.prepare import DataArgs, prepare
 from lit_gpt.data.read_files import json_records
+from lit_gpt.download import fetch
 
 URL = "https://huggingface.co/datasets/databricks/databricks-dolly-15k/resolve/main/databricks-dolly-15k.jsonl"
 

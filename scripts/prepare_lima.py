@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lit_gpt.cli import Flags, run
-from lit_gpt.data.fetch import fetch
 from lit_gpt.data.prepare import DataArgs, prepare
 from lit_gpt.data.read_files import json_records
+from lit_gpt.download import fetch
 from lit_gpt.errors import InputError
 
 URL = "https://huggingface.co/datasets/GAIR/lima/resolve/main/train.jsonl"

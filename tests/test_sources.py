@@ -505,7 +505,7 @@ def test_a_script_for_data_is_short() -> None:
 
 
 def test_checksums(server, tmp_path: Path, monkeypatch) -> None:
-    from lit_gpt.data.fetch import fetch
+    from lit_gpt.download import fetch
 
     monkeypatch.chdir(tmp_path)
     body = gzip.compress(b"content")

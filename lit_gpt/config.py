@@ -122,7 +122,7 @@ class Config:
 
     def check_scaling(self, scaling: dict[str, Any]) -> None:
         """Raises InputError for what no kind of scaling can work with."""
-        needed = families.ROPE_SCALINGS[scaling.get("rope_type", "default")]
+        needed = families.ROPE_TYPES[scaling.get("rope_type", "default")]
         for key, value in scaling.items():
             numbers, n = (value, self.rope_n_elem // 2) if key in ("short_factor", "long_factor") else ([value], 1)
             if len(numbers) != n:

@@ -7,7 +7,7 @@ No other script needs this: they all read Hugging Face's folders as they are.
 
 from pathlib import Path
 
-from lit_gpt.checkpoint.save import convert
+from lit_gpt.checkpoint.save import convert_checkpoint
 from lit_gpt.cli import run
 from lit_gpt.device import DType, as_dtype
 
@@ -20,7 +20,7 @@ def main(checkpoint_dir: Path, out_dir: Path, dtype: DType | None = None) -> Non
         out_dir: Where the copy goes.
         dtype: Of the copy. None is that of each tensor.
     """
-    convert(checkpoint_dir, out_dir, hugging_face=False, dtype=as_dtype(dtype))
+    convert_checkpoint(checkpoint_dir, out_dir, hugging_face=False, dtype=as_dtype(dtype))
     print(f"Wrote {out_dir}. Any script takes it as --checkpoint_dir.")
 
 

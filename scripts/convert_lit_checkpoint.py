@@ -14,7 +14,7 @@ from typing import Literal
 
 from lit_gpt import InputError, Tokenizer
 from lit_gpt.checkpoint.load import load_model
-from lit_gpt.checkpoint.save import convert
+from lit_gpt.checkpoint.save import convert_checkpoint
 from lit_gpt.cli import run
 from lit_gpt.config import SAMPLE
 from lit_gpt.device import DType, as_dtype
@@ -76,7 +76,7 @@ def main(
                 expected = rounded(model, as_dtype(dtype), tokenizer, expected)
             del model  # no two of them at once
             check = functools.partial(prove, expected)
-        convert(source, out_dir, True, as_dtype(dtype), int(max_shard_size * 1e9), check)
+        convert_checkpoint(source, out_dir, True, as_dtype(dtype), int(max_shard_size * 1e9), check)
     print(f"Wrote {out_dir}.")
 
 

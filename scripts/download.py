@@ -15,7 +15,7 @@ import torch
 from lit_gpt import Config, InputError, families
 from lit_gpt.checkpoint.hub import WEIGHTS, download
 from lit_gpt.checkpoint.load import read_tensors
-from lit_gpt.checkpoint.save import convert
+from lit_gpt.checkpoint.save import convert_checkpoint
 from lit_gpt.cli import run
 from lit_gpt.device import DType, as_dtype
 from lit_gpt.model.gpt import count_parameters
@@ -56,7 +56,7 @@ def main(
         return
     else:
         files = download(repo_id, source, revision, access_token, tokenizer_only)
-        convert(source, converted, hugging_face=True, dtype=as_dtype(dtype))
+        convert_checkpoint(source, converted, hugging_face=True, dtype=as_dtype(dtype))
         folder.mkdir(exist_ok=True)
         for path in converted.iterdir():
             path.replace(folder / path.name)

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lit_gpt import Config, InputError, files
-from lit_gpt.checkpoint import save as checkpoint
+from lit_gpt.checkpoint import load, save
 from lit_gpt.checkpoint.load import build_model, load_model, load_weights
-from lit_gpt.checkpoint.save import convert
+from lit_gpt.checkpoint.save import convert_checkpoint
 from lit_gpt.checkpoint.tensor_names import hf_name
 
 
@@ -58,11 +58,11 @@ def save_bins(folder: Path, parts: list[dict[str, torch.Tensor]], **options) -> 
 def in_layout(layout: str, source: Path, out: Path, monkeypatch) -> Path:
     """A copy of `source` in another layout of files."""
     kind, _, parts = layout.partition(", ")
-    monkeypatch.setattr(checkpoint, "MAX_SHARD", 20_000 if parts == "sharded" else 10**9)
+    monkeypatch.setattr(save, "MAX_SHARD", 20_000 if parts == "sharded" else 10**9)
     if kind == "safetensors":
         reference(source).save_pretrained(out, max_shard_size="20KB" if parts == "sharded" else "1GB")
     elif kind == "converted":
-        convert(source, out, hugging_face=False)
+        convert_checkpoint(source, out, hugging_face=False)
     else:
         shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"))
         tensors = list(tensors_of(source).items())
@@ -90,7 +90,7 @@ def test_every_layout_of_files_is_the_same_model(layout, source, tmp_path, monke
 
 def test_dtype(source, tmp_path) -> None:
     exact = dict(load_model(source).named_parameters())
-    convert(source, tmp_path / "bf16", hugging_face=True, dtype=torch.bfloat16)
+    convert_checkpoint(source, tmp_path / "bf16", hugging_face=True, dtype=torch.bfloat16)
     for model in (load_model(source, dtype=torch.bfloat16), load_model(tmp_path / "bf16")):
         for name, param in model.named_parameters():
             assert param.dtype == torch.bfloat16 and torch.equal(param, exact[name].bfloat16())
@@ -107,9 +107,9 @@ def test_there_and_back_is_bit_identical(kind, max_shard, dtype, request, tmp_pa
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, ours, back = request.getfixturevalue(kind), tmp_path / "ours", tmp_path / "back"
-    monkeypatch.setattr(checkpoint, "MAX_SHARD", max_shard)
-    convert(source, ours, hugging_face=False, dtype=dtype)
-    convert(ours, back, hugging_face=True)
+    monkeypatch.setattr(save, "MAX_SHARD", max_shard)
+    convert_checkpoint(source, ours, hugging_face=False, dtype=dtype)
+    convert_checkpoint(ours, back, hugging_face=True)
 
     assert (len(list(back.glob("*.safetensors"))) > 1) == (max_shard < 10**9)
     before = {key: value.to(dtype or value.dtype) for key, value in tensors_of(source).items()}
@@ -150,7 +150,7 @@ def test_a_copy_needs_no_code_of_its_own(model_type, tmp_path) -> None:
     if case == "stablelm":
         old |= dict(rope_pct=0.25, rope_theta=old.pop("rope_parameters")["rope_theta"])
     (source / "config.json").write_text(json.dumps(old))
-    convert(source, tmp_path / "copy", hugging_face=True)
+    convert_checkpoint(source, tmp_path / "copy", hugging_face=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "copy", attn_implementation="eager")
     assert type(model).__name__ in ("FalconForCausalLM", "StableLmForCausalLM")
     assert (model(tokens(1, 9)).logits - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -158,8 +158,8 @@ def test_a_copy_needs_no_code_of_its_own(model_type, tmp_path) -> None:
 
 def test_fingerprint_follows_copies_and_tells_weights_apart(copy, tmp_path) -> None:
     base = fingerprint(copy)
-    convert(copy, tmp_path / "ours", hugging_face=False, dtype=torch.bfloat16)
-    convert(tmp_path / "ours", tmp_path / "theirs", hugging_face=True, dtype=torch.float16)
+    convert_checkpoint(copy, tmp_path / "ours", hugging_face=False, dtype=torch.bfloat16)
+    convert_checkpoint(tmp_path / "ours", tmp_path / "theirs", hugging_face=True, dtype=torch.float16)
     assert fingerprint(tmp_path / "ours") == fingerprint(tmp_path / "theirs") == base
     change(copy, lambda tensors: tensors["model.norm.weight"][7].mul_(1.001))
     assert fingerprint(copy) != base
@@ -179,16 +179,16 @@ def test_tensors_are_converted_one_at_a_time(copy, dtype, monkeypatch) -> None:
 def test_a_copy_reads_every_tensor_once(hugging_face, max_shard, copy, tmp_path, monkeypatch) -> None:
     """And holds no more than two; all its files say what it is a copy of."""
     expected, alive = fingerprint(copy), watch(monkeypatch)
-    convert(copy, tmp_path / "out", hugging_face, max_shard=max_shard)
+    convert_checkpoint(copy, tmp_path / "out", hugging_face, max_shard=max_shard)
     assert len(alive) == len(tensors_of(copy)) > 15 and max(alive) <= 2
     written = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert {checkpoint.read_metadata(file)[checkpoint.FINGERPRINT] for file in written} == {expected}
+    assert {load.read_metadata(file)[load.FINGERPRINT_KEY] for file in written} == {expected}
     assert (len(written) > 1) == (max_shard is not None)
 
 
 def watch(monkeypatch) -> list[int]:
     """How many tensors of the files were alive, each time that one was read."""
-    read, seen, alive = checkpoint.read_tensors, [], []
+    read, seen, alive = load.read_tensors, [], []
 
     def watched(paths):
         for name, tensor in read(paths):
@@ -196,7 +196,7 @@ def watch(monkeypatch) -> list[int]:
             alive.append(sum(not storage.expired() for storage in seen))
             yield name, tensor
 
-    monkeypatch.setattr(checkpoint, "read_tensors", watched)
+    monkeypatch.setattr(load, "read_tensors", watched)
     return alive
 
 
@@ -261,7 +261,7 @@ BAD = {
 
 
 def test_our_own_config_with_a_part_that_is_not_there(copy, tmp_path) -> None:
-    convert(copy, tmp_path / "out", hugging_face=False)
+    convert_checkpoint(copy, tmp_path / "out", hugging_face=False)
     config = json.loads((tmp_path / "out/lit_config.json").read_text()) | {"norm": "Nope"}
     (tmp_path / "out/lit_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="its lit_config.json says 'Nope', which no part is called"):
@@ -277,7 +277,7 @@ def test_all_templates_travel_and_no_folder_does(copy, sample_dir, tmp_path) -> 
     tokenizer.chat_template = {"default": "{{ messages }}", "rag": "{{ documents }}"}
     tokenizer.save_pretrained(copy)
     (copy / "tokenizer_backup").mkdir()
-    convert(copy, tmp_path / "out", hugging_face=True)
+    convert_checkpoint(copy, tmp_path / "out", hugging_face=True)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
     assert not (tmp_path / "out/tokenizer_backup").exists()
 
@@ -299,7 +299,7 @@ def test_all_that_is_wrong_is_said_at_once(copy) -> None:
 
     change(copy, edit)
     with pytest.raises(InputError) as caught:
-        convert(copy, copy.parent / "out", hugging_face=False)
+        convert_checkpoint(copy, copy.parent / "out", hugging_face=False)
     for part in ("norm.weight holds NaN", "what is in no", f"{LAYER_1} has shape", "input_layernorm.weight is missing"):
         assert part in str(caught.value)
     assert not (copy.parent / "out").exists()
@@ -322,7 +322,7 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("mine")
     with pytest.raises(InputError, match="out is not empty"):
-        convert(tmp_path / "not even there", tmp_path / "out", hugging_face=False)
+        convert_checkpoint(tmp_path / "not even there", tmp_path / "out", hugging_face=False)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
@@ -330,12 +330,12 @@ def test_the_folder_one_is_in_and_links_to_others(copy, tmp_path, monkeypatch) -
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     with pytest.raises(InputError, match=r"^\. is the folder you are in"):
-        convert(tmp_path / "not even there", Path("."), hugging_face=False)
+        convert_checkpoint(tmp_path / "not even there", Path("."), hugging_face=False)
     for name in ("real", "not yet"):
         (tmp_path / f"link to {name}").symlink_to(tmp_path / name)
     (tmp_path / "real").mkdir()
     for name in ("real", "not yet"):
-        convert(copy, tmp_path / f"link to {name}", hugging_face=False)
+        convert_checkpoint(copy, tmp_path / f"link to {name}", hugging_face=False)
         assert (tmp_path / f"link to {name}").is_symlink() and (tmp_path / name / "lit_config.json").is_file()
 
 

@@ -20,7 +20,7 @@ from record_llama_cpp import llama_cpp_tokens
 
 from lit_gpt import Config, InputError, Tokenizer
 from lit_gpt.checkpoint.load import load_model
-from lit_gpt.checkpoint.save import convert, save_hf, save_tensors, write_files
+from lit_gpt.checkpoint.save import convert_checkpoint, save_hf, save_tensors, write_files
 from lit_gpt.formats import gguf_writer as gguf_out
 from lit_gpt.formats import merge as exporting
 from lit_gpt.formats.gguf_reader import convert_gguf, read_gguf
@@ -29,7 +29,7 @@ from lit_gpt.formats.verify import TEXTS, difference, logits_of, prove
 from lit_gpt.generate.decode import stream
 from lit_gpt.lora import LoRA, LoRALinear
 from lit_gpt.replace_modules import replace_modules
-from lit_gpt.runs.finetuned import load_finetuned
+from lit_gpt.runs.load_finetuned import load_finetuned
 
 EVERYWHERE = LoRA(r=4, alpha=8, query=True, key=True, value=True, projection=True, mlp=True)
 
@@ -114,7 +114,7 @@ def test_one_model_at_a_time(base, tiny, tmp_path, monkeypatch) -> None:
         most.append(len(alive))
         return loaded
 
-    convert(tiny, tmp_path / "base", True, torch.bfloat16)
+    convert_checkpoint(tiny, tmp_path / "base", True, torch.bfloat16)
     adapter = write_adapter(tmp_path / "lora", tmp_path / "base", quantize="bnb.nf4")
     monkeypatch.setattr(exporting, "load_finetuned", watched)
     export_merged(adapter, None, tmp_path / "merged", base=base)
@@ -156,14 +156,14 @@ def test_what_is_not_the_model_is_not_kept(tiny, tmp_path) -> None:
     adapter = write_adapter(tmp_path / "lora", tiny)
     expected = logits_of(load_finetuned(None, adapter)[0], Tokenizer(tiny))
     with pytest.raises(InputError, match="not the model: logits"):
-        convert(tiny, tmp_path / "wrong", True, check=lambda folder: prove(expected, folder))
+        convert_checkpoint(tiny, tmp_path / "wrong", True, check=lambda folder: prove(expected, folder))
     assert not (tmp_path / "wrong").exists() and not list(tmp_path.glob(".wrong*"))
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [(torch.float16, 0.01), (torch.bfloat16, 0.1)])
 def test_rounding_is_not_an_error(dtype, largest, tiny, tmp_path, capsys) -> None:
     expected, rounded = (logits_of(load_model(tiny, kind), Tokenizer(tiny)) for kind in (None, dtype))
-    convert(tiny, tmp_path / "copy", True, dtype, check=lambda folder: prove(rounded, folder))
+    convert_checkpoint(tiny, tmp_path / "copy", True, dtype, check=lambda folder: prove(rounded, folder))
     assert f"Read back in {str(dtype)[6:]}" in capsys.readouterr().out
     found = difference(expected, logits_of(load_model(tmp_path / "copy"), Tokenizer(tiny)))
     assert 0 < found.largest < largest * found.scale and found.mean < found.largest
@@ -179,8 +179,8 @@ def too_large(folder: Path, source: Path) -> Path:
 
 TOO_LARGE = r"h.1.mlp.proj.weight holds 1e\+05, and float16 ends at 6.55e\+04. Choose bfloat16 or float32."
 EXPORTS = {
-    "hf": lambda source, out, adapter: convert(source, out, True, torch.float16),
-    "lit": lambda source, out, adapter: convert(source, out, False, torch.float16),
+    "hf": lambda source, out, adapter: convert_checkpoint(source, out, True, torch.float16),
+    "lit": lambda source, out, adapter: convert_checkpoint(source, out, False, torch.float16),
     "merged": lambda source, out, adapter: export_merged(adapter, None, out, torch.float16),
     "loaded": lambda source, out, adapter: load_model(source, torch.float16),
 }
@@ -236,7 +236,7 @@ def test_a_folder_with_something_in_it_is_left_alone(format, tiny, tmp_path) -> 
     """Also the checkpoint's own; before anything is loaded."""
     adapter, before = tmp_path / "lora", {path: path.stat().st_mtime_ns for path in tiny.iterdir()}
     act = {
-        "hf": lambda: convert(tiny, tiny, True),
+        "hf": lambda: convert_checkpoint(tiny, tiny, True),
         "merged": lambda: export_merged(adapter, tiny, tiny),
         "peft": lambda: export_peft(adapter, tiny, tiny),
         "gguf": lambda: gguf_out.export_gguf(tiny, tiny, "float16"),
@@ -369,7 +369,7 @@ def test_llama_cpp_reads_the_same_pieces(kind, sample_dir, tmp_path) -> None:
 
 def test_more_stop_tokens_than_gguf_holds(tiny, tmp_path) -> None:
     source = tmp_path / "model"
-    convert(tiny, source, True)
+    convert_checkpoint(tiny, source, True)
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0, 3, 4]}))
     with pytest.raises(InputError, match=r"has 4 stop tokens, \[2, 0, 3, 4\], a GGUF file at most 3"):
         gguf_out.export_gguf(source, tmp_path / "gguf", "float16")

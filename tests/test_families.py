@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from lit_gpt import Config, InputError, Tokenizer, families
 from lit_gpt.checkpoint.load import build_model, load_model
-from lit_gpt.checkpoint.save import convert
+from lit_gpt.checkpoint.save import convert_checkpoint
 from lit_gpt.checkpoint.tensor_names import hf_name
 from lit_gpt.generate.decode import generate
 from lit_gpt.model.gpt import count_parameters
@@ -102,8 +102,8 @@ def test_records_end_to_end_are_separate_records(share_prefixes, pair) -> None:
 
 def test_there_and_back(folder, tmp_path) -> None:
     """Every tensor of the checkpoint bit by bit, and transformers loads it."""
-    convert(folder, tmp_path / "lit", hugging_face=False)
-    convert(tmp_path / "lit", tmp_path / "hf", hugging_face=True)
+    convert_checkpoint(folder, tmp_path / "lit", hugging_face=False)
+    convert_checkpoint(tmp_path / "lit", tmp_path / "hf", hugging_face=True)
     before, after = (load_file(at / "model.safetensors") for at in (folder, tmp_path / "hf"))
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     converted, source = load_model(tmp_path / "lit"), load_model(folder)
@@ -263,8 +263,8 @@ def test_transformers_reads_an_exported_tokenizer_with_spaces_as_pieces(tmp_path
     folder = make(tmp_path / "checkpoint", "Llama", COMMON | dict(vocab_size=512))
     settings = SPECIAL | {"tokenizer_class": "PreTrainedTokenizerFast"}
     write(folder, tokenizer_config_json=settings, tokenizer_json=metaspace())
-    convert(folder, tmp_path / "lit", hugging_face=False)
-    convert(tmp_path / "lit", tmp_path / "hf", hugging_face=True)
+    convert_checkpoint(folder, tmp_path / "lit", hugging_face=False)
+    convert_checkpoint(tmp_path / "lit", tmp_path / "hf", hugging_face=True)
     ours, theirs, before = Tokenizer(folder), *map(AutoTokenizer.from_pretrained, (tmp_path / "hf", folder))
     for text in TEXTS:
         ids = theirs(text, add_special_tokens=False).input_ids

@@ -1,18 +1,26 @@
-"""TODO doc of checkpoint.fingerprint"""
+"""Fingerprints of base models: what was trained on one base is refused by any other."""
 
 import hashlib
 
 import torch
 
-FINGERPRINT = "lit_gpt.fingerprint"  # in a safetensors header, where a copy says what it is a copy of
+FINGERPRINT_KEY = "lit_gpt.fingerprint"  # in a safetensors header: a copy carries the fingerprint of its original
+N_SAMPLES = 64  # values of a tensor that are looked at; all of them would take as long as reading the file again
 
 
-def digest(name: str, tensor: torch.Tensor) -> str:
-    """A tensor's name, shape and 64 evenly spaced values."""
-    values = tensor.flatten()[torch.linspace(0, tensor.numel() - 1, 64, dtype=torch.float64).long()]
-    return f"{name} {list(tensor.shape)} {values.float().tolist()}"
+def tensor_digest(name: str, tensor: torch.Tensor) -> str:
+    """A tensor's name, shape and 64 evenly spaced values, as text. Computed as float32, so that most casts keep it."""
+    # float64: float32 cannot hold the last index of a large tensor
+    positions = torch.linspace(0, tensor.numel() - 1, N_SAMPLES, dtype=torch.float64).long()
+    values = tensor.flatten()[positions].float().tolist()
+    return f"{name} {list(tensor.shape)} {values}"
 
 
-def fingerprint(digests: dict[str, str]) -> str:
-    """sha256 of a base model, whatever the order of its tensors. An adapter is refused by any other base."""
-    return hashlib.sha256("\n".join(digests[name] for name in sorted(digests)).encode()).hexdigest()
+def model_fingerprint(digests: dict[str, str]) -> str:
+    """The sha256 of a model's tensor digests, given by name.
+
+    Names are sorted first: the order of the tensors in their files, and into how many files they are split, makes no
+    difference.
+    """
+    lines = [digests[name] for name in sorted(digests)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

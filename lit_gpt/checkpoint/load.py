@@ -1,4 +1,4 @@
-"""TODO doc of checkpoint.load"""
+"""Reading checkpoint folders: files -> tensors under our names -> checks -> a model's parameters, one at a time."""
 
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -7,12 +7,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lit_gpt.checkpoint.fingerprint import FINGERPRINT, digest, fingerprint
+from lit_gpt.checkpoint.fingerprint import FINGERPRINT_KEY, model_fingerprint, tensor_digest
 from lit_gpt.checkpoint.tensor_names import hf_name, to_lit
 from lit_gpt.config import Config, read_json
 from lit_gpt.errors import InputError, reading
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantize import Quantize, QuantizedLinear, quantize_linears
+
+MAX_PROBLEMS = 5  # of a checkpoint's tensors, that one error tells
 
 
 def build_model(config: Config) -> GPT:
@@ -20,7 +22,7 @@ def build_model(config: Config) -> GPT:
     with torch.device("meta"):
         try:
             return GPT(config).requires_grad_(False)
-        except KeyError as error:  # from one of the tables at the end of model.py
+        except KeyError as error:  # from one of the tables of classes in lit_gpt/model/
             raise InputError(f"{config.name}: its lit_config.json says {error}, which no part is called.") from error
 
 
@@ -56,78 +58,114 @@ def load_weights(
     checkpoint_dir = Path(checkpoint_dir)
     digests = {}
     for name, tensor in checked_tensors(model, checkpoint_dir):
-        assign(model, name, tensor.to(device), dtype or tensor.dtype)
-        digests[name] = digest(name, tensor)
+        replace_parameter(model, name, tensor.to(device), dtype or tensor.dtype)
+        digests[name] = tensor_digest(name, tensor)
     if model.config.tie_embeddings:
         model.lm_head.weight = model.transformer.wte.weight
-    model.to(device)  # what is not in the files: the rotary frequencies
-    return read_metadata(weight_files(checkpoint_dir)[0]).get(FINGERPRINT) or fingerprint(digests)
+    model.to(device)  # the rotary frequencies too, which are in no file
+    return stored_fingerprint(checkpoint_dir) or model_fingerprint(digests)
 
 
 def checked_tensors(model: GPT, checkpoint_dir: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """A checkpoint's tensors under our names, in file order, if they are those that `model` has.
+    """Yields a checkpoint's tensors under our names, in file order, if they are those that `model` has.
+
+    A tensor that does not fit is noted and left out. After the last one, all problems are raised as one error.
 
     Raises:
-        InputError: see `load_weights`; after the last tensor.
+        InputError: see `load_weights`.
     """
-    # a model of this config, whatever has been done to ours: a quantized linear has no weight left
-    shapes = {name: tuple(param.shape) for name, param in build_model(model.config).named_parameters()}
+    config = model.config
     files = weight_files(checkpoint_dir)
-    seen, problems = set(), []
-    for name, tensor in read_tensors(files):
+    converted = is_converted(files)
+    shapes = parameter_shapes(config)
+    problems: list[str] = []
+    seen: set[str] = set()
+    for stored_name, stored in read_tensors(files):
+        # under our names; the parts of a fused tensor have one each
         try:
-            ours = [(name, tensor)] if is_converted(files) else to_lit(name, tensor, model.config)
+            named = [(stored_name, stored)] if converted else to_lit(stored_name, stored, config)
         except KeyError:
-            problems.append(f"{name} is in no {model.config.family} model")
+            problems.append(f"{stored_name} is in no {config.family} model")
             continue
-        for key, value in ours:
-            seen.add(key)
-            if key not in shapes:
-                problems.append(f"{name} has no place in a model of {model.config.n_layer} layers")
-            elif tuple(value.shape) != shapes[key]:
-                problems.append(f"{name} has shape {list(value.shape)}, the config says {list(shapes[key])}")
-            elif not is_finite(value):
-                problems.append(f"{name} holds NaN or infinite values")
+
+        # those that fit
+        for name, tensor in named:
+            seen.add(name)
+            if name not in shapes:
+                problems.append(f"{stored_name} has no place in a model of {config.n_layer} layers")
+            elif tuple(tensor.shape) != shapes[name]:
+                expected = list(shapes[name])
+                problems.append(f"{stored_name} has shape {list(tensor.shape)}, the config says {expected}")
+            elif not is_finite(tensor):
+                problems.append(f"{stored_name} holds NaN or infinite values")
             else:
-                yield key, value
-    missing = {key if is_converted(files) else hf_name(key, model.config)[0]: None for key in shapes if key not in seen}
+                yield name, tensor
+
+    # missing ones, by the names that the checkpoint would give them; parts of a fused tensor share one
+    unseen = [name for name in shapes if name not in seen]
+    missing = dict.fromkeys(name if converted else hf_name(name, config)[0] for name in unseen)
     problems += [f"{name} is missing" for name in missing]
+
     if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        n_more = len(problems) - MAX_PROBLEMS
+        more = f" (and {n_more} more)" if n_more > 0 else ""
         raise InputError(
-            f"{checkpoint_dir}: {'; '.join(problems[:5])}{more}. Download or convert the checkpoint again."
+            f"{checkpoint_dir}: {'; '.join(problems[:MAX_PROBLEMS])}{more}. Download or convert the checkpoint again."
         )
 
 
+def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """The shapes of a plain model of this config.
+
+    A model that is being loaded cannot be asked instead: its quantized linears no longer have a weight.
+    """
+    return {name: tuple(param.shape) for name, param in build_model(config).named_parameters()}
+
+
+def stored_fingerprint(checkpoint_dir: Path) -> str | None:
+    """The fingerprint that a converted or exported copy carries in the header of its first file."""
+    first_file = weight_files(checkpoint_dir)[0]
+    return read_metadata(first_file).get(FINGERPRINT_KEY)
+
+
 def is_converted(files: list[Path]) -> bool:
-    """Whether these are our own names and layout."""
+    """Whether the tensors have our own names and layout: `scripts/convert_hf_checkpoint.py` wrote them."""
     return files[0].name.startswith("lit_model")
 
 
 def weight_files(checkpoint_dir: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights: ours before Hugging Face's, safetensors before .bin."""
-    for stem, ending in (("lit_model", "safetensors"), ("model", "safetensors"), ("pytorch_model", "bin")):
-        index = checkpoint_dir / f"{stem}.{ending}.index.json"
+    """The files that hold a checkpoint's weights: ours before Hugging Face's, safetensors before .bin.
+
+    Raises:
+        InputError: there are none, or one that the index names is missing.
+    """
+    for name in ("lit_model.safetensors", "model.safetensors", "pytorch_model.bin"):
+        index = checkpoint_dir / f"{name}.index.json"  # of a model in several files
         if index.is_file():
-            content = read_json(index)
-            with reading(index):
-                files = [checkpoint_dir / name for name in sorted(set(content["weight_map"].values()))]
-            missing = [file.name for file in files if not file.is_file()]
-            if missing or not files:
-                raise InputError(
-                    f"{checkpoint_dir} lacks {', '.join(missing) or 'all weights'}. Download the checkpoint again."
-                )
-            return files
-        if (checkpoint_dir / f"{stem}.{ending}").is_file():
-            return [checkpoint_dir / f"{stem}.{ending}"]
+            return indexed_files(index)
+        if (checkpoint_dir / name).is_file():
+            return [checkpoint_dir / name]
     raise InputError(
         f"{checkpoint_dir} has no weights: no model.safetensors, no pytorch_model.bin and no index of parts of them."
         " `python scripts/download_sample.py` fetches a small checkpoint."
     )
 
 
+def indexed_files(index: Path) -> list[Path]:
+    """The files that a model.safetensors.index.json names, which says for each tensor where it is."""
+    folder = index.parent
+    content = read_json(index)
+    with reading(index):
+        names = sorted(set(content["weight_map"].values()))
+        files = [folder / name for name in names]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        raise InputError(f"{folder} lacks {', '.join(missing) or 'all weights'}. Download the checkpoint again.")
+    return files
+
+
 def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor, in file order."""
+    """Yields every tensor with its name, in file order."""
     from safetensors import SafetensorError, safe_open
 
     for file in files:
@@ -139,19 +177,25 @@ def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
                 for name in tensors.offset_keys():
                     yield name, tensors.get_tensor(name)
         except SafetensorError as error:
-            raise InputError(f"{file} is damaged or incomplete ({first_line(error)}). Download it again.") from None
+            raise InputError(f"{file} is damaged or incomplete ({first_line(error)}). Download it again.") from error
 
 
 def read_bin(file: Path) -> dict[str, torch.Tensor]:
-    """What `torch.save` wrote, if it is nothing but tensors by name."""
-    mapped = zipfile.is_zipfile(file)  # before torch 1.6 it was no zip, and cannot be mapped into memory
+    """Reads a file that `torch.save` wrote, if it holds nothing but tensors by name. No code in it is run.
+
+    Raises:
+        InputError: it holds something else, or is damaged.
+    """
+    is_zip = zipfile.is_zipfile(file)  # before torch 1.6 it was none, and cannot be mapped into memory
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # of many kinds; torch's own text advises to run the code in the file
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:
+        # A damaged file makes the unpickler fail with almost any error. Only its kind is shown: for what
+        # weights_only refuses, torch's own text advises to load the file without it, which runs the code in it.
         raise InputError(
             f"{file} is damaged, or is no plain file of tensors ({type(error).__name__}). Download it again, best as"
             " safetensors."
-        ) from None
+        ) from error
     if not isinstance(tensors, dict):
         raise InputError(f"{file} is no plain file of tensors: it holds a {type(tensors).__name__}.")
     others = [str(name) for name, value in tensors.items() if not torch.is_tensor(value)]
@@ -161,7 +205,7 @@ def read_bin(file: Path) -> dict[str, torch.Tensor]:
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """The header of a safetensors file."""
+    """The text fields in the header of a safetensors file; empty for a .bin, which has none."""
     from safetensors import SafetensorError, safe_open
 
     if file.suffix != ".safetensors":
@@ -170,34 +214,45 @@ def read_metadata(file: Path) -> dict[str, str]:
         with safe_open(file, framework="pt") as tensors:
             return tensors.metadata() or {}
     except SafetensorError as error:
-        raise InputError(f"{file} is damaged or incomplete ({first_line(error)}).") from None
+        raise InputError(f"{file} is damaged or incomplete ({first_line(error)}).") from error
 
 
 def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0].rstrip(".")
 
 
-def assign(model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    """Replaces a parameter, which may be on the meta device. A quantized linear takes the checkpoint's own values."""
+def replace_parameter(model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    """Puts a tensor in the place of a parameter, which may be on the meta device.
+
+    A quantized linear takes the checkpoint's own values and computes its codes from them: `dtype` is not for it.
+    """
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf == "weight" and isinstance(module, QuantizedLinear):
         module.load_weight(tensor)
     else:
-        setattr(module, leaf, nn.Parameter(cast(name, tensor, dtype), requires_grad=False))
+        setattr(module, leaf, nn.Parameter(cast_without_overflow(name, tensor, dtype), requires_grad=False))
 
 
-def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Raises InputError where a value is too large for `dtype`, and would become infinite."""
-    found = tensor.to(dtype)
-    if found is not tensor and dtype.itemsize <= tensor.dtype.itemsize and not is_finite(found):
+def cast_without_overflow(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in another dtype.
+
+    Raises:
+        InputError: a value is too large for `dtype`, and would become infinite.
+    """
+    result = tensor.to(dtype)
+    may_overflow = result is not tensor and dtype.itemsize <= tensor.dtype.itemsize
+    if may_overflow and not is_finite(result):
         raise InputError(
             f"{name} holds {tensor.abs().max():.3g}, and {str(dtype).removeprefix('torch.')} ends at"
             f" {torch.finfo(dtype).max:.3g}. Choose bfloat16 or float32."
         )
-    return found
+    return result
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all values are. The extremes tell, and finding them needs no memory."""
-    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+    """Whether all values are finite. The smallest and the largest tell, and finding them needs no memory."""
+    if tensor.numel() == 0:
+        return True
+    extremes = torch.stack(tensor.aminmax())
+    return bool(torch.isfinite(extremes).all())

@@ -16,7 +16,7 @@ import torch
 from lit_gpt import families
 from lit_gpt.checkpoint.load import read_tensors
 from lit_gpt.checkpoint.save import save_tensors
-from lit_gpt.checkpoint.tensor_names import fused_rows, hf_name, to_lit, weights
+from lit_gpt.checkpoint.tensor_names import fused_rows, hf_name, name_map_of, to_lit
 from lit_gpt.config import Config, read_json
 from lit_gpt.errors import InputError, reading
 from lit_gpt.lora import LoRA
@@ -77,7 +77,7 @@ def save_peft(trained: Tensors, lora: LoRA, config: Config, base: str, folder: P
         "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != lora.alpha},
         "use_rslora": lora.rslora,
         "use_dora": lora.dora,
-        "fan_in_fan_out": bool(families.fact(config.family, "TRANSPOSED")),
+        "fan_in_fan_out": bool(families.definition(config.family, "TRANSPOSED")),
         "bias": "none",
     }
     save_tensors(tensors, folder / WEIGHTS, {})
@@ -88,7 +88,7 @@ def all_modules(config: Config) -> list[str]:
     """The original's names of all linears of all blocks, and of the head."""
     return [
         name.replace("{}", str(layer), 1)
-        for name in weights(config)
+        for name in name_map_of(config)
         for layer in range(config.n_layer if "{}" in name else 1)
     ]
 

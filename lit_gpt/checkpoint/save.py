@@ -1,4 +1,4 @@
-"""Checkpoint folders: reading their tensors into a model, one at a time, and writing them in either format."""
+"""Writing checkpoint folders, in Hugging Face's names or ours, with never more than one tensor in memory."""
 
 import json
 import shutil
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from lit_gpt import families
-from lit_gpt.checkpoint.fingerprint import FINGERPRINT, digest, fingerprint
-from lit_gpt.checkpoint.load import build_model, cast, checked_tensors, first_line, read_metadata, weight_files
+from lit_gpt.checkpoint.fingerprint import FINGERPRINT_KEY, model_fingerprint, tensor_digest
+from lit_gpt.checkpoint.load import build_model, cast_without_overflow, checked_tensors, first_line, stored_fingerprint
 from lit_gpt.checkpoint.tensor_names import to_hf
 from lit_gpt.config import Config, read_json
 from lit_gpt.errors import InputError
@@ -28,38 +28,62 @@ MAX_SHARD = 4 * 10**9  # bytes; a larger model is written as several files
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file of tensors that are all in memory, with text fields in its header.
+
+    Raises:
+        InputError: the disk is full.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, file, {"format": "pt"} | metadata)
-        file.chmod(file.parent.stat().st_mode & 0o666)  # the library leaves it to its owner alone
-    except SafetensorError as error:  # its way to report a full disk
-        raise InputError(f"{file} could not be written ({first_line(error)}). Free some space and run again.") from None
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(on_cpu, file, {"format": "pt"} | metadata)
+        # safetensors 0.8 lets only the owner read its files: https://github.com/safetensors/safetensors/issues/782
+        file.chmod(file.parent.stat().st_mode & 0o666)
+    except SafetensorError as error:  # the library's way to report a full disk
+        raise InputError(
+            f"{file} could not be written ({first_line(error)}). Free some space and run again."
+        ) from error
 
 
-class Writer:
-    """A safetensors file, tensor by tensor. Its header stands first and is known last, so that room is left for it."""
+class SafetensorsWriter:
+    """Writes a safetensors file tensor by tensor, where the library wants all of them in memory.
 
-    KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8"}
+        size of the header | header (JSON), padded with spaces | tensors, one after the other
+        8 bytes              `room` bytes                        `size` bytes
+
+    The header stands first and is known last, so that room is left for it. The library has no such writer:
+    https://github.com/safetensors/safetensors/issues/291
+    """
+
+    DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8"}
+    BYTES_PER_TENSOR = 256  # of header: its name, dtype, shape and place
 
     def __init__(self, path: Path, metadata: Mapping[str, str], n_tensors: int) -> None:
         """`n_tensors` is the most that will come. Values of `metadata` may change until `close`, not their length."""
         self.metadata = metadata
         self.header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-        self.room, self.size = len(json.dumps(self.header)) + 256 * (n_tensors + 1) // 8 * 8, 0
-        self.room += -self.room % 8  # the data begin at a multiple of 8
+        self.room = len(json.dumps(self.header)) + self.BYTES_PER_TENSOR * (n_tensors + 1)
+        self.room += -self.room % 8  # the tensors begin at a multiple of 8
+        self.size = 0
         self.file = path.open("wb")
         self.file.seek(8 + self.room)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        begin, self.size = self.size, self.size + tensor.nbytes
-        kind = self.KINDS[str(tensor.dtype).removeprefix("torch.")]
-        self.header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, self.size]}
-        self.file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        """Writes a tensor behind those that are there."""
+        begin = self.size
+        self.size += tensor.nbytes
+        self.header[name] = {
+            "dtype": self.DTYPES[str(tensor.dtype).removeprefix("torch.")],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, self.size],
+        }
+        content = tensor.detach().cpu().contiguous().flatten()
+        self.file.write(content.view(torch.uint8).numpy().data)  # as bytes: numpy has no bfloat16
 
     def close(self) -> None:
+        """Writes the header into the room that was left for it."""
         self.header["__metadata__"] |= self.metadata
         header = json.dumps(self.header).encode()
         assert len(header) <= self.room, f"{self.file.name}: a header of {len(header)} bytes in room for {self.room}"
@@ -68,7 +92,7 @@ class Writer:
         self.file.close()
 
 
-def convert(
+def convert_checkpoint(
     checkpoint_dir: Path,
     out_dir: Path,
     hugging_face: bool,
@@ -86,17 +110,27 @@ def convert(
     """
     must_be_empty(out_dir)
     model = build_model(Config.from_checkpoint(checkpoint_dir))
-    own = read_metadata(weight_files(checkpoint_dir)[0]).get(FINGERPRINT)
-    metadata = {FINGERPRINT: own or fingerprint({})}  # as long as what is known in the end
+    original = stored_fingerprint(checkpoint_dir)
+    # of a checkpoint without one it is known after the last tensor; until then another of the same length stands here
+    metadata = {FINGERPRINT_KEY: original or model_fingerprint({})}
 
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+    def converted_tensors() -> Iterator[tuple[str, torch.Tensor]]:
         digests = {}
         for name, tensor in checked_tensors(model, checkpoint_dir):
-            digests[name] = digest(name, tensor)
-            yield name, cast(name, tensor, dtype or tensor.dtype)
-        metadata[FINGERPRINT] = own or fingerprint(digests)
+            digests[name] = tensor_digest(name, tensor)
+            yield name, cast_without_overflow(name, tensor, dtype or tensor.dtype)
+        metadata[FINGERPRINT_KEY] = original or model_fingerprint(digests)
 
-    write_checkpoint(tensors(), model.config, checkpoint_dir, out_dir, hugging_face, metadata, max_shard, check)
+    write_checkpoint(
+        converted_tensors(),
+        config=model.config,
+        source=checkpoint_dir,
+        out_dir=out_dir,
+        hugging_face=hugging_face,
+        metadata=metadata,
+        max_shard=max_shard,
+        check=check,
+    )
 
 
 def save_hf(
@@ -109,11 +143,21 @@ def save_hf(
     """Writes a model as a Hugging Face folder. `source` is the folder it came from: its tokenizer goes along.
 
     A head that no longer is the embedding (a LoRA on it was merged) is written too, and config.json says so.
-    `max_shard` and `check` are those of `convert`.
+    `max_shard` and `check` are those of `convert_checkpoint`.
     """
-    untied = model.config.tie_embeddings and model.lm_head.weight is not model.transformer.wte.weight
-    config = model.config.replace(tie_embeddings=False) if untied else model.config
-    write_checkpoint(model.named_parameters(), config, source, out_dir, True, {}, max_shard, check)
+    config = model.config
+    if config.tie_embeddings and model.lm_head.weight is not model.transformer.wte.weight:
+        config = config.replace(tie_embeddings=False)
+    write_checkpoint(
+        model.named_parameters(),
+        config=config,
+        source=source,
+        out_dir=out_dir,
+        hugging_face=True,
+        metadata={},
+        max_shard=max_shard,
+        check=check,
+    )
 
 
 def write_checkpoint(
@@ -126,10 +170,18 @@ def write_checkpoint(
     max_shard: int | None,
     check: Callable[[Path], None] | None,
 ) -> None:
-    """Writes tensors, given under our names, with the companions of `source`. Never more than one is in memory."""
+    """Writes a new folder, which appears when it is whole and `check` has not refused it. See `write_files`."""
     must_be_empty(out_dir)
     with new_folder(out_dir) as folder:
-        write_files(tensors, config, source, folder, hugging_face, metadata, max_shard)
+        write_files(
+            tensors,
+            config=config,
+            source=source,
+            folder=folder,
+            hugging_face=hugging_face,
+            metadata=metadata,
+            max_shard=max_shard,
+        )
         if check is not None:
             check(folder)
 
@@ -143,33 +195,69 @@ def write_files(
     metadata: Mapping[str, str] = MappingProxyType({}),
     max_shard: int | None = None,
 ) -> None:
-    """Writes them into a folder that is there. Headers come last: `metadata` may be completed with the last tensor."""
-    stem, n_tensors = "model" if hugging_face else "lit_model", len(build_model(config).state_dict())
-    shards: list[Writer] = []
-    dtypes = set()
-    for name, tensor in to_hf(tensors, config) if hugging_face else tensors:
-        if not shards or (shards[-1].size and shards[-1].size + tensor.nbytes > (max_shard or MAX_SHARD)):
-            shards.append(Writer(folder / f"{stem}-{len(shards)}.safetensors", metadata, n_tensors))
-        shards[-1].add(name, tensor)
-        dtypes.add(str(tensor.dtype).removeprefix("torch."))
-    for shard in shards:
-        shard.close()
-    names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    names = names if len(shards) > 1 else [f"{stem}.safetensors"]
-    for i, name in enumerate(names):
-        (folder / f"{stem}-{i}.safetensors").rename(folder / name)
-    if len(shards) > 1:
-        index: dict[str, Any] = {"metadata": {"total_size": sum(shard.size for shard in shards)}}
-        keys = ((key, name) for name, shard in zip(names, shards, strict=True) for key in shard.header)
-        index["weight_map"] = {key: name for key, name in keys if key != "__metadata__"}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-    copy_companions(source, folder, config, dtypes.pop() if len(dtypes) == 1 else None)
+    """Writes a checkpoint into a folder that is there: the weights, and the tokenizer and settings of `source`.
+
+    `tensors` come under our names, one at a time. Headers are written last, so that the last tensor may still complete
+    `metadata`.
+    """
+    dtypes = write_weights(
+        to_hf(tensors, config) if hugging_face else tensors,
+        folder=folder,
+        stem="model" if hugging_face else "lit_model",
+        metadata=metadata,
+        n_tensors=len(build_model(config).state_dict()),
+        max_shard=max_shard or MAX_SHARD,
+    )
+    copy_companions(source, folder)
+    write_hf_config(source, folder, config, dtype=dtypes.pop() if len(dtypes) == 1 else None)
     if not hugging_face:
         config.save(folder)
 
 
-def copy_others(source: Path, folder: Path) -> None:
-    """Copies the companions but config.json, which is about the weights."""
+def write_weights(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    folder: Path,
+    stem: str,
+    metadata: Mapping[str, str],
+    n_tensors: int,
+    max_shard: int,
+) -> set[str]:
+    """Writes STEM.safetensors, or several files of at most `max_shard` bytes and their index. Returns the dtypes.
+
+    `n_tensors` is the most that will come.
+    """
+    # the tensors; how many files they need is known in the end
+    shards: list[SafetensorsWriter] = []
+    dtypes = set()
+    for name, tensor in tensors:
+        if not shards or (shards[-1].size and shards[-1].size + tensor.nbytes > max_shard):
+            path = folder / f"{stem}-{len(shards)}.safetensors"
+            shards.append(SafetensorsWriter(path, metadata, n_tensors))
+        shards[-1].add(name, tensor)
+        dtypes.add(str(tensor.dtype).removeprefix("torch."))
+    for shard in shards:
+        shard.close()
+
+    # their names
+    file_names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        file_names = [f"{stem}.safetensors"]
+    for i, file_name in enumerate(file_names):
+        (folder / f"{stem}-{i}.safetensors").rename(folder / file_name)
+
+    # the index of several: in which file each tensor is
+    if len(shards) > 1:
+        weight_map = {}
+        for shard, file_name in zip(shards, file_names, strict=True):
+            weight_map |= {name: file_name for name in shard.header if name != "__metadata__"}
+        total_size = sum(shard.size for shard in shards)
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    return dtypes
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copies what belongs to a checkpoint besides its weights, but for config.json: that describes the weights."""
     for pattern in COMPANIONS:
         for path in source.glob(pattern):
             if path.name != "config.json" and path.is_file():
@@ -178,16 +266,28 @@ def copy_others(source: Path, folder: Path) -> None:
                 shutil.copyfile(path, copy)
 
 
-def copy_companions(source: Path, folder: Path, config: Config, dtype: str | None) -> None:
-    """Copies the tokenizer and the settings; config.json says what the weights now are."""
-    copy_others(source, folder)
+def write_hf_config(source: Path, folder: Path, config: Config, dtype: str | None) -> None:
+    """Writes the config.json of `source` such that it describes the weights in `folder`, and transformers reads it."""
     hf = read_json(source / "config.json")
-    renamed, new = families.fact(config.family, "OLD").get(hf.get("model_type"), ({}, {}))
-    hf = {renamed.get(key, key): value for key, value in hf.items() if key != "auto_map"}  # no code goes along
-    hf |= new | {"tie_word_embeddings": config.tie_embeddings}
+
+    # a model_type that transformers has renamed, and keys that it has
+    former = families.definition(config.family, "FORMER_MODEL_TYPES")
+    renamed_keys, added_keys = former.get(hf.get("model_type"), ({}, {}))
+    hf = {renamed_keys.get(key, key): value for key, value in hf.items()}
+    hf |= added_keys
+    hf.pop("auto_map", None)  # names the checkpoint's own code, which does not go along
+
+    # what the weights are now
+    hf["tie_word_embeddings"] = config.tie_embeddings
     if dtype is not None:
-        hf["dtype" if "dtype" in hf else "torch_dtype"] = dtype
-    (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
-    if Config.from_checkpoint(folder).replace(name=config.name) != config:  # it stood in the old folder's name alone
+        hf["dtype" if "dtype" in hf else "torch_dtype"] = dtype  # transformers 5 and 4
+    write_json(folder / "config.json", hf)
+
+    # what followed from the folder's name alone (EXCEPTIONS of a family), and the copy has another name
+    if Config.from_checkpoint(folder).replace(name=config.name) != config:
         hf |= {"rope_scaling": config.rope_scaling, "max_position_embeddings": config.block_size}
-        (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "config.json", hf)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -3,7 +3,7 @@
 from typing import Any
 
 from lit_gpt.errors import InputError
-from lit_gpt.families import activation, positions
+from lit_gpt.families import activation, position_settings
 
 MODEL_TYPES = ("falcon", "RefinedWeb", "RefinedWebModel")
 
@@ -17,9 +17,12 @@ SIZES = {
     "180B": dict(block="parallel", n_layer=80, n_head=232, n_query_groups=8, n_embd=14848, tie_embeddings=True),
 }
 MODELS: dict[str, dict[str, Any]] = {
-    f"tiiuae/falcon-{size}{chat}": FALCON | sizes
-    for size, sizes in SIZES.items()
-    for chat in ("", "-chat" if size == "180B" else "-instruct")
+    "tiiuae/falcon-7b": FALCON | SIZES["7b"],
+    "tiiuae/falcon-7b-instruct": FALCON | SIZES["7b"],
+    "tiiuae/falcon-40b": FALCON | SIZES["40b"],
+    "tiiuae/falcon-40b-instruct": FALCON | SIZES["40b"],
+    "tiiuae/falcon-180B": FALCON | SIZES["180B"],
+    "tiiuae/falcon-180B-chat": FALCON | SIZES["180B"],
 }
 
 PREFIX = "transformer."
@@ -41,30 +44,44 @@ TWO_NORMS = {
     "transformer.h.{}.post_attention_layernorm": "transformer.h.{}.ln_mlp",
 }
 
-# before transformers knew Falcon: names in config.json that have others now, and what it has to say besides
-NAMES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_head_kv": "num_kv_heads"}
-NOW = {"model_type": "falcon", "architectures": ["FalconForCausalLM"]}
-OLD = {"RefinedWebModel": (NAMES, NOW), "RefinedWeb": (NAMES, NOW | {"new_decoder_architecture": True})}
+# before transformers knew Falcon, its model_type was RefinedWebModel (7B) or RefinedWeb (40B)
+RENAMED_KEYS = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_head_kv": "num_kv_heads"}
+ADDED_KEYS = {"model_type": "falcon", "architectures": ["FalconForCausalLM"]}
+FORMER_MODEL_TYPES = {
+    "RefinedWebModel": (RENAMED_KEYS, ADDED_KEYS),
+    "RefinedWeb": (RENAMED_KEYS, ADDED_KEYS | {"new_decoder_architecture": True}),
+}
 
 
 def weights(config: Any) -> dict[str, Any]:
-    """Two norms side by side have names of their own."""
+    """WEIGHTS, with other names for the two norms of a block that has two."""
     if config.block != "parallel":
         return WEIGHTS
-    return {TWO_NORMS.get(theirs, theirs): ours for theirs, ours in WEIGHTS.items()}
+    return {TWO_NORMS.get(name, name): ours for name, ours in WEIGHTS.items()}
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    hf = {"num_hidden_layers": hf.get("n_layer"), "num_attention_heads": hf.get("n_head")} | hf  # RefinedWeb's names
     if hf.get("alibi"):
         raise InputError("alibi is not known: of Falcon's models only those with rotary positions can be used.")
-    new = hf.get("new_decoder_architecture", hf["model_type"] == "RefinedWeb")
-    heads = hf["num_attention_heads"]
-    groups = hf.get("num_kv_heads") or hf.get("n_head_kv") or heads
-    two_norms = new and hf.get("num_ln_in_parallel_attn") != 1
-    block = "sequential" if not hf.get("parallel_attn", True) else "parallel" if two_norms else "shared_norm"
+    hf = {"num_hidden_layers": hf.get("n_layer"), "num_attention_heads": hf.get("n_head")} | hf  # RefinedWeb's names
+    is_new = hf.get("new_decoder_architecture", hf["model_type"] == "RefinedWeb")  # that of 40B and 180B
     bias = hf.get("bias", False)
-    return positions(hf, hf.get("max_position_embeddings", 2048)) | dict(
+
+    # how many heads of keys and values
+    heads = hf["num_attention_heads"]
+    if is_new:
+        groups = hf.get("num_kv_heads") or hf.get("n_head_kv") or heads
+    else:
+        groups = 1 if hf.get("multi_query", True) else heads
+
+    # one norm or two, side by side or one after the other
+    block = "shared_norm"
+    if is_new and hf.get("num_ln_in_parallel_attn") != 1:
+        block = "parallel"
+    if not hf.get("parallel_attn", True):
+        block = "sequential"
+
+    return position_settings(hf, hf.get("max_position_embeddings", 2048)) | dict(
         block=block,
         norm="LayerNorm",
         norm_eps=hf.get("layer_norm_epsilon", 1e-5),
@@ -72,7 +89,7 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
         activation=activation(hf.get("activation", "gelu")),
         n_layer=hf["num_hidden_layers"],
         n_head=heads,
-        n_query_groups=groups if new else 1 if hf.get("multi_query", True) else heads,
+        n_query_groups=groups,
         n_embd=hf["hidden_size"],
         intermediate_size=hf.get("ffn_hidden_size"),
         vocab_size=hf["vocab_size"],

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lit_gpt.families import activation, positions
+from lit_gpt.families import activation, position_settings, series
 
 MODEL_TYPES = ("gpt_neox",)
 
@@ -10,34 +10,35 @@ NEOX = dict(
     block="parallel", norm="LayerNorm", norm_eps=1e-5, mlp="GptNeoxMLP", activation="gelu", attn_bias=True,
     proj_bias=True, mlp_bias=True, vocab_size=50304, block_size=2048, rotary_percentage=0.25,
 )  # fmt: skip
+TINY_PYTHIA = {  # without a twin that was trained on deduplicated text
+    "14m": NEOX | dict(n_layer=6, n_head=4, n_embd=128),
+    "31m": NEOX | dict(n_layer=6, n_head=8, n_embd=256),
+}
 PYTHIA = {
-    "14m": dict(n_layer=6, n_head=4, n_embd=128),
-    "31m": dict(n_layer=6, n_head=8, n_embd=256),
-    "70m": dict(n_layer=6, n_head=8, n_embd=512),
-    "160m": dict(n_layer=12, n_head=12, n_embd=768),
-    "410m": dict(n_layer=24, n_head=16, n_embd=1024),
-    "1b": dict(n_layer=16, n_head=8, n_embd=2048),
-    "1.4b": dict(n_layer=24, n_head=16, n_embd=2048),
-    "2.8b": dict(n_layer=32, n_head=32, n_embd=2560),
-    "6.9b": dict(n_layer=32, n_head=32, n_embd=4096, vocab_size=50432),
-    "12b": dict(n_layer=36, n_head=40, n_embd=5120, vocab_size=50688),
+    "70m": NEOX | dict(n_layer=6, n_head=8, n_embd=512),
+    "160m": NEOX | dict(n_layer=12, n_head=12, n_embd=768),
+    "410m": NEOX | dict(n_layer=24, n_head=16, n_embd=1024),
+    "1b": NEOX | dict(n_layer=16, n_head=8, n_embd=2048),
+    "1.4b": NEOX | dict(n_layer=24, n_head=16, n_embd=2048),
+    "2.8b": NEOX | dict(n_layer=32, n_head=32, n_embd=2560),
+    "6.9b": NEOX | dict(n_layer=32, n_head=32, n_embd=4096, vocab_size=50432),
+    "12b": NEOX | dict(n_layer=36, n_head=40, n_embd=5120, vocab_size=50688),
 }
 REDPAJAMA = NEOX | dict(block="sequential", vocab_size=50432, rotary_percentage=1.0)
-RED_3B, RED_7B = dict(n_layer=32, n_head=32, n_embd=2560), dict(n_layer=32, n_head=32, n_embd=4096)
+RED_3B = dict(n_layer=32, n_head=32, n_embd=2560)
+RED_7B = dict(n_layer=32, n_head=32, n_embd=4096)
 STABLELM = NEOX | dict(vocab_size=50432, block_size=4096)
-STABLE_3B, STABLE_7B = dict(n_layer=16, n_head=32, n_embd=4096), dict(n_layer=16, n_head=48, n_embd=6144)
+STABLE_3B = dict(n_layer=16, n_head=32, n_embd=4096)
+STABLE_7B = dict(n_layer=16, n_head=48, n_embd=6144)
 STABLECODE = NEOX | dict(vocab_size=49152, n_layer=32, n_head=32, n_embd=2560)
 MODELS: dict[str, dict[str, Any]] = {
-    **{f"EleutherAI/pythia-{size}": NEOX | sizes for size, sizes in PYTHIA.items()},
-    **{
-        f"EleutherAI/pythia-{size}-deduped": NEOX | sizes
-        for size, sizes in PYTHIA.items()
-        if size not in ("14m", "31m")
-    },
+    **series("EleutherAI/pythia-{size}", TINY_PYTHIA),
+    **series("EleutherAI/pythia-{size}", PYTHIA),
+    **series("EleutherAI/pythia-{size}-deduped", PYTHIA),
     "EleutherAI/gpt-neox-20b": NEOX | dict(n_layer=44, n_head=64, n_embd=6144, vocab_size=50432),
-    "databricks/dolly-v2-3b": NEOX | PYTHIA["2.8b"] | dict(vocab_size=50280),
-    "databricks/dolly-v2-7b": NEOX | PYTHIA["6.9b"] | dict(vocab_size=50280),
-    "databricks/dolly-v2-12b": NEOX | PYTHIA["12b"] | dict(vocab_size=50280),
+    "databricks/dolly-v2-3b": PYTHIA["2.8b"] | dict(vocab_size=50280),
+    "databricks/dolly-v2-7b": PYTHIA["6.9b"] | dict(vocab_size=50280),
+    "databricks/dolly-v2-12b": PYTHIA["12b"] | dict(vocab_size=50280),
     "togethercomputer/RedPajama-INCITE-Base-3B-v1": REDPAJAMA | RED_3B,
     "togethercomputer/RedPajama-INCITE-Chat-3B-v1": REDPAJAMA | RED_3B,
     "togethercomputer/RedPajama-INCITE-Instruct-3B-v1": REDPAJAMA | RED_3B,
@@ -70,10 +71,11 @@ IGNORED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")  # 
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    old = {"rope_theta": hf.get("rotary_emb_base"), "partial_rotary_factor": hf.get("rotary_pct")}
-    hf = {key: value for key, value in old.items() if value} | hf
+    # names of before transformers 5
+    former = {"rope_theta": hf.get("rotary_emb_base"), "partial_rotary_factor": hf.get("rotary_pct")}
+    hf = {key: value for key, value in former.items() if value} | hf
     bias = hf.get("attention_bias", True)
-    return positions(hf, hf["max_position_embeddings"]) | dict(
+    return position_settings(hf, hf["max_position_embeddings"]) | dict(
         block="parallel" if hf.get("use_parallel_residual", True) else "sequential",
         norm="LayerNorm",
         norm_eps=hf.get("layer_norm_eps", 1e-5),

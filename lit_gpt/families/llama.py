@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lit_gpt.families import usual
+from lit_gpt.families import common_settings, series
 
 MODEL_TYPES = ("llama",)
 
@@ -25,7 +25,8 @@ SIZES = {  # of Llama 1 and 2; the vocabulary of both has 32,000 tokens
 LLAMA_1 = dict(block_size=2048, norm_eps=1e-6)
 LLAMA_2 = dict(block_size=4096, norm_eps=1e-5)
 CODE = dict(block_size=16384, norm_eps=1e-5, rope_base=1000000)
-CONDENSED_4, CONDENSED_8 = (dict(rope_scaling=dict(rope_type="linear", factor=factor)) for factor in (4.0, 8.0))
+CONDENSED_4 = dict(rope_scaling=dict(rope_type="linear", factor=4.0))
+CONDENSED_8 = dict(rope_scaling=dict(rope_type="linear", factor=8.0))
 LLAMA_3 = dict(vocab_size=128256, n_query_groups=8, rope_base=500000, norm_eps=1e-5)
 SIZES_3 = {
     "1B": dict(n_layer=16, n_head=32, n_embd=2048, intermediate_size=8192, tie_embeddings=True),
@@ -36,54 +37,68 @@ SIZES_3 = {
 }
 
 
-def llama_3(size: str, factor: float | None) -> dict[str, Any]:
-    if factor is None:
-        return LLAMA_3 | SIZES_3[size] | dict(block_size=8192)
-    kind = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
-    return LLAMA_3 | SIZES_3[size] | dict(block_size=131072, rope_scaling=kind | dict(factor=factor))
+def sizes_of(common: dict[str, Any], *sizes: str) -> dict[str, dict[str, Any]]:
+    """Llama 1 or 2 in some of the sizes above."""
+    return {size: common | SIZES[size] for size in sizes}
 
+
+def llama_3(size: str, factor: float) -> dict[str, Any]:
+    """Llama 3.1 and later, whose positions are stretched by `factor`."""
+    scaling = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    return LLAMA_3 | SIZES_3[size] | dict(block_size=131072, rope_scaling=scaling | dict(factor=factor))
+
+
+LLAMA_3_0 = LLAMA_3 | dict(block_size=8192)
+LLAMA_3_1 = {size: llama_3(size, 8.0) for size in ("8B", "70B", "405B")}
+LLAMA_3_2 = {size: llama_3(size, 32.0) for size in ("1B", "3B")}
+WITH_INSTRUCT = ("", "-Instruct")
+MORE_TOKENS = dict(vocab_size=32016)  # Code Llama's, to fill in the middle of a text
+VICUNA_1_3 = {"7b": LLAMA_1 | SIZES["7b"], "13b": LLAMA_1 | SIZES["13b"], "33b": LLAMA_1 | SIZES["30b"]}
+LONG_VICUNA = LLAMA_2 | CONDENSED_4 | dict(block_size=16384)
+LONG_LLAMA_1 = LLAMA_1 | CONDENSED_8 | dict(block_size=16384)
+PLATYPUS_2 = {size: LLAMA_2 | SIZES[size.lower()] for size in ("7B", "13B", "70B")}
 
 MODELS: dict[str, dict[str, Any]] = {
-    **{f"HuggingFaceTB/SmolLM2-{size}{kind}": SMOL_SIZES[size] for size in SMOL_SIZES for kind in ("", "-Instruct")},
+    **series("HuggingFaceTB/SmolLM2-{size}{kind}", SMOL_SIZES, WITH_INSTRUCT),
     "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": TINY | dict(norm_eps=1e-5),
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": TINY | dict(norm_eps=1e-5),
-    **{f"huggyllama/llama-{size}": LLAMA_1 | SIZES[size] for size in ("7b", "13b", "30b", "65b")},
-    **{f"meta-llama/Llama-2-{size}{kind}-hf": LLAMA_2 | SIZES[size]
-       for size in ("7b", "13b", "70b") for kind in ("", "-chat")},
-    "meta-llama/Meta-Llama-3-8B": llama_3("8B", None),
-    "meta-llama/Meta-Llama-3-8B-Instruct": llama_3("8B", None),
-    "meta-llama/Meta-Llama-3-70B": llama_3("70B", None),
-    "meta-llama/Meta-Llama-3-70B-Instruct": llama_3("70B", None),
-    **{f"meta-llama/Llama-3.1-{size}{kind}": llama_3(size, 8.0)
-       for size in ("8B", "70B", "405B") for kind in ("", "-Instruct")},
-    **{f"meta-llama/Llama-3.2-{size}{kind}": llama_3(size, 32.0)
-       for size in ("1B", "3B") for kind in ("", "-Instruct")},
+    **series("huggyllama/llama-{size}", sizes_of(LLAMA_1, "7b", "13b", "30b", "65b")),
+    **series("meta-llama/Llama-2-{size}{kind}-hf", sizes_of(LLAMA_2, "7b", "13b", "70b"), ("", "-chat")),
+    "meta-llama/Meta-Llama-3-8B": LLAMA_3_0 | SIZES_3["8B"],
+    "meta-llama/Meta-Llama-3-8B-Instruct": LLAMA_3_0 | SIZES_3["8B"],
+    "meta-llama/Meta-Llama-3-70B": LLAMA_3_0 | SIZES_3["70B"],
+    "meta-llama/Meta-Llama-3-70B-Instruct": LLAMA_3_0 | SIZES_3["70B"],
+    **series("meta-llama/Llama-3.1-{size}{kind}", LLAMA_3_1, WITH_INSTRUCT),
+    **series("meta-llama/Llama-3.2-{size}{kind}", LLAMA_3_2, WITH_INSTRUCT),
     "meta-llama/Llama-3.3-70B-Instruct": llama_3("70B", 8.0),
     "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": llama_3("8B", 8.0),
     "deepseek-ai/DeepSeek-R1-Distill-Llama-70B": llama_3("70B", 8.0),
-    **{f"lmsys/vicuna-{size}-v1.3": LLAMA_1 | SIZES[of] for size, of in (("7b", "7b"), ("13b", "13b"), ("33b", "30b"))},
-    **{f"lmsys/vicuna-{size}-v1.5": LLAMA_2 | SIZES[size] for size in ("7b", "13b")},
-    **{f"lmsys/vicuna-{size}-v1.5-16k": LLAMA_2 | SIZES[size] | CONDENSED_4 | dict(block_size=16384)
-       for size in ("7b", "13b")},
-    **{f"lmsys/longchat-{size}-16k": LLAMA_1 | SIZES[size] | CONDENSED_8 | dict(block_size=16384)
-       for size in ("7b", "13b")},
-    **{f"openlm-research/open_llama_{size}": LLAMA_1 | SIZES[size] for size in ("3b", "7b", "13b")},
+    **series("lmsys/vicuna-{size}-v1.3", VICUNA_1_3),
+    **series("lmsys/vicuna-{size}-v1.5", sizes_of(LLAMA_2, "7b", "13b")),
+    **series("lmsys/vicuna-{size}-v1.5-16k", sizes_of(LONG_VICUNA, "7b", "13b")),
+    **series("lmsys/longchat-{size}-16k", sizes_of(LONG_LLAMA_1, "7b", "13b")),
+    **series("openlm-research/open_llama_{size}", sizes_of(LLAMA_1, "3b", "7b", "13b")),
     "garage-bAInd/Platypus-30B": LLAMA_1 | SIZES["30b"],
-    **{f"garage-bAInd/{kind}Platypus2-{size}": LLAMA_2 | SIZES[size.lower()]
-       for kind, sizes in {"": ("7B", "13B", "70B"), "Camel-": ("13B", "70B"), "Stable-": ("13B",)}.items()
-       for size in sizes},
-    "garage-bAInd/Platypus2-70B-instruct": LLAMA_2 | SIZES["70b"],
+    **series("garage-bAInd/Platypus2-{size}", PLATYPUS_2),
+    "garage-bAInd/Camel-Platypus2-13B": PLATYPUS_2["13B"],
+    "garage-bAInd/Camel-Platypus2-70B": PLATYPUS_2["70B"],
+    "garage-bAInd/Stable-Platypus2-13B": PLATYPUS_2["13B"],
+    "garage-bAInd/Platypus2-70B-instruct": PLATYPUS_2["70B"],
     "NousResearch/Nous-Hermes-13b": LLAMA_1 | SIZES["13b"] | dict(vocab_size=32001),
     "NousResearch/Nous-Hermes-llama-2-7b": LLAMA_2 | SIZES["7b"],
     "NousResearch/Nous-Hermes-Llama2-13b": LLAMA_2 | SIZES["13b"] | dict(vocab_size=32032),
     "stabilityai/FreeWilly2": LLAMA_2 | SIZES["70b"],
     "stabilityai/StableBeluga2": LLAMA_2 | SIZES["70b"],  # its later name
     "togethercomputer/LLaMA-2-7B-32K": LLAMA_2 | SIZES["7b"] | CONDENSED_8 | dict(block_size=32768),
-    "codellama/CodeLlama-70b-hf": CODE | SIZES["70b"] | dict(vocab_size=32016),
-    **{f"codellama/CodeLlama-{size}{kind}-hf": CODE | SIZES[size] | (
-        {} if size == "34b" or kind == "-Python" else dict(vocab_size=32016))
-       for size in ("7b", "13b", "34b") for kind in ("", "-Python", "-Instruct")},
-}  # fmt: skip
+    "codellama/CodeLlama-70b-hf": CODE | SIZES["70b"] | MORE_TOKENS,
+    "codellama/CodeLlama-7b-hf": CODE | SIZES["7b"] | MORE_TOKENS,
+    "codellama/CodeLlama-7b-Python-hf": CODE | SIZES["7b"],
+    "codellama/CodeLlama-7b-Instruct-hf": CODE | SIZES["7b"] | MORE_TOKENS,
+    "codellama/CodeLlama-13b-hf": CODE | SIZES["13b"] | MORE_TOKENS,
+    "codellama/CodeLlama-13b-Python-hf": CODE | SIZES["13b"],
+    "codellama/CodeLlama-13b-Instruct-hf": CODE | SIZES["13b"] | MORE_TOKENS,
+    **series("codellama/CodeLlama-{size}{kind}-hf", sizes_of(CODE, "34b"), ("", "-Python", "-Instruct")),
+}
 
 WEIGHTS = {
     "model.embed_tokens": "transformer.wte",
@@ -101,12 +116,12 @@ WEIGHTS = {
 }
 
 
-# what their config.json does not say: the positions of LongChat's first models are condensed by 8. StableLM-alpha needs
-# no entry: it is a GPT-NeoX whose config.json says all that the table in gpt_neox.py does
+# LongChat's first models: no config.json says that their positions are condensed by 8. (StableLM-alpha needs no entry:
+# it is a GPT-NeoX whose config.json says all that the table in gpt_neox.py does.)
 LONGCHAT = CONDENSED_8 | dict(block_size=16384)
 EXCEPTIONS = {"longchat-7b-16k": LONGCHAT, "longchat-13b-16k": LONGCHAT}
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     bias = hf.get("attention_bias", False)
-    return usual(hf) | dict(attn_bias=bias, proj_bias=bias, mlp_bias=hf.get("mlp_bias", False))
+    return common_settings(hf) | dict(attn_bias=bias, proj_bias=bias, mlp_bias=hf.get("mlp_bias", False))

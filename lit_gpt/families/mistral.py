@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lit_gpt.families import llama, sliding, usual
+from lit_gpt.families import common_settings, llama, window_settings
 
 MODEL_TYPES = ("mistral",)
 
@@ -28,4 +28,4 @@ WEIGHTS = llama.WEIGHTS
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    return usual(hf) | sliding(hf)
+    return common_settings(hf) | window_settings(hf)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lit_gpt.families import llama, sliding, usual
+from lit_gpt.families import common_settings, llama, window_settings
 
 MODEL_TYPES = ("mixtral",)
 
@@ -18,7 +18,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistralai/Mixtral-8x22B-Instruct-v0.1": MIXTRAL | SIZE_22B | dict(vocab_size=32768),
 }  # fmt: skip
 
-WEIGHTS = {theirs: ours for theirs, ours in llama.WEIGHTS.items() if ".mlp." not in theirs} | {
+WEIGHTS = {name: ours for name, ours in llama.WEIGHTS.items() if ".mlp." not in name} | {
     "model.layers.{}.block_sparse_moe.gate": "transformer.h.{}.mlp.gate",
     "model.layers.{}.block_sparse_moe.experts.{}.w1": "transformer.h.{}.mlp.experts.{}.fc_1",
     "model.layers.{}.block_sparse_moe.experts.{}.w3": "transformer.h.{}.mlp.experts.{}.fc_2",
@@ -28,4 +28,4 @@ WEIGHTS = {theirs: ours for theirs, ours in llama.WEIGHTS.items() if ".mlp." not
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     experts = dict(n_expert=hf["num_local_experts"], n_expert_per_token=hf["num_experts_per_tok"])
-    return usual(hf) | sliding(hf) | experts | dict(mlp="LLaMAMoE")
+    return common_settings(hf) | window_settings(hf) | experts | dict(mlp="LLaMAMoE")

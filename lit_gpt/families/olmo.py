@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lit_gpt.families import llama, usual
+from lit_gpt.families import common_settings, llama
 
 MODEL_TYPES = ("olmo", "olmo2")
 
@@ -33,22 +33,23 @@ WEIGHTS = llama.WEIGHTS | {
     "model.layers.{}.self_attn.q_norm": "transformer.h.{}.attn.norm_q",
     "model.layers.{}.self_attn.k_norm": "transformer.h.{}.attn.norm_k",
 }
-NAMES_OF_2 = {
+NORMS_OF_2 = {
     "model.layers.{}.post_attention_layernorm": "transformer.h.{}.norm_1",
     "model.layers.{}.post_feedforward_layernorm": "transformer.h.{}.norm_2",
 }
 
 
 def weights(config: Any) -> dict[str, Any]:
-    """In OLMo 2 a name means another norm."""
-    others = {theirs: ours for theirs, ours in WEIGHTS.items() if "layernorm" not in theirs}
-    return others | NAMES_OF_2 if config.block == "post_norm" else WEIGHTS
+    """WEIGHTS, but for the norms of OLMo 2: one of Llama's names stands for another norm there."""
+    if config.block != "post_norm":
+        return WEIGHTS
+    return {name: ours for name, ours in WEIGHTS.items() if "layernorm" not in name} | NORMS_OF_2
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     bias = hf.get("attention_bias", False)
-    found = usual(hf) | dict(attn_bias=bias, proj_bias=bias)
+    settings = common_settings(hf) | dict(attn_bias=bias, proj_bias=bias)
     if hf["model_type"] == "olmo2":
-        return found | dict(block="post_norm", qk_norm="all_heads")
+        return settings | dict(block="post_norm", qk_norm="all_heads")
     clip = hf.get("clip_qkv")
-    return found | dict(norm="LayerNorm_without_weight", qk_norm="clip" if clip else None, clip_qkv=clip)
+    return settings | dict(norm="LayerNorm_without_weight", qk_norm="clip" if clip else None, clip_qkv=clip)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from lit_gpt.errors import InputError
-from lit_gpt.families import llama, usual
+from lit_gpt.families import common_settings, llama
 
 MODEL_TYPES = ("phi",)
 
@@ -19,7 +19,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 LIKE_LLAMA = ("embed_tokens", "input_layernorm", "q_proj", "k_proj", "v_proj", "lm_head")
-WEIGHTS = {theirs: ours for theirs, ours in llama.WEIGHTS.items() if theirs.endswith(LIKE_LLAMA)} | {
+WEIGHTS = {name: ours for name, ours in llama.WEIGHTS.items() if name.endswith(LIKE_LLAMA)} | {
     "model.layers.{}.self_attn.dense": "transformer.h.{}.attn.proj",
     "model.layers.{}.self_attn.q_layernorm": "transformer.h.{}.attn.norm_q.norm",
     "model.layers.{}.self_attn.k_layernorm": "transformer.h.{}.attn.norm_k.norm",
@@ -32,6 +32,7 @@ WEIGHTS = {theirs: ours for theirs, ours in llama.WEIGHTS.items() if theirs.ends
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     if "hidden_size" not in hf:
         raise InputError("this is the layout of 2023, with its own code. Download the model's current revision.")
-    same = ("block", "norm", "mlp", "attn_bias", "proj_bias", "mlp_bias", "lm_head_bias")
-    found = usual(hf, hidden_act="gelu_new", partial_rotary_factor=0.5) | {key: PHI[key] for key in same}
-    return found | dict(qk_norm="per_head" if hf.get("qk_layernorm") else None)
+    settings = common_settings(hf, hidden_act="gelu_new", partial_rotary_factor=0.5)
+    of_every_phi = ("block", "norm", "mlp", "attn_bias", "proj_bias", "mlp_bias", "lm_head_bias")
+    settings |= {key: PHI[key] for key in of_every_phi}
+    return settings | dict(qk_norm="per_head" if hf.get("qk_layernorm") else None)

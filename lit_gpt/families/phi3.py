@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lit_gpt.families import llama, sliding, usual
+from lit_gpt.families import common_settings, llama, window_settings
 
 MODEL_TYPES = ("phi3",)
 
@@ -37,7 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "microsoft/Phi-4-reasoning-plus": PHI_4 | dict(block_size=32768, rope_base=500000),
 }  # fmt: skip
 
-WEIGHTS = {key: value for key, value in llama.WEIGHTS.items() if not key.endswith("_proj")} | {
+WEIGHTS = {name: ours for name, ours in llama.WEIGHTS.items() if not name.endswith("_proj")} | {
     "model.layers.{}.self_attn.qkv_proj": (
         "stacked", "transformer.h.{}.attn.q", "transformer.h.{}.attn.k", "transformer.h.{}.attn.v"
     ),
@@ -48,4 +48,4 @@ WEIGHTS = {key: value for key, value in llama.WEIGHTS.items() if not key.endswit
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    return usual(hf) | sliding(hf)
+    return common_settings(hf) | window_settings(hf)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lit_gpt.families import llama, sliding, usual
+from lit_gpt.families import common_settings, llama, series, window_settings
 
 MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe")
 
@@ -17,6 +17,7 @@ SIZES_2 = {
     "72B": dict(n_layer=80, n_head=64, n_query_groups=8, n_embd=8192, intermediate_size=29568, vocab_size=152064),
 }
 LONG = ("7B", "14B", "32B", "72B")  # bases that were trained on 131,072 positions
+CODER_SIZES = ("0.5B", "1.5B", "3B", "7B", "14B", "32B")
 QWEN_3 = dict(
     qk_norm="per_head", norm_eps=1e-6, rope_base=1000000.0, vocab_size=151936, block_size=40960, head_size=128,
     n_query_groups=8,
@@ -44,8 +45,9 @@ MODELS: dict[str, dict[str, Any]] = {
     **{f"Qwen/Qwen2.5-{size}": QWEN_2 | sizes | (dict(block_size=131072) if size in LONG else {})
        for size, sizes in SIZES_2.items()},
     **{f"Qwen/Qwen2.5-{size}-Instruct": QWEN_2 | sizes for size, sizes in SIZES_2.items()},
-    **{f"Qwen/Qwen2.5-Coder-{size}{kind}": QWEN_2 | SIZES_2[size]
-       for size in ("0.5B", "1.5B", "3B", "7B", "14B", "32B") for kind in ("", "-Instruct")},
+    **series(
+        "Qwen/Qwen2.5-Coder-{size}{kind}", {size: QWEN_2 | SIZES_2[size] for size in CODER_SIZES}, ("", "-Instruct")
+    ),
     **{f"Qwen/Qwen3-{size}": QWEN_3 | sizes for size, sizes in SIZES_3.items()},
     **{f"Qwen/Qwen3-{size}-Base": QWEN_3 | SIZES_3[size] | dict(block_size=32768) for size in WITH_BASE},
 }  # fmt: skip
@@ -61,23 +63,26 @@ WEIGHTS = llama.WEIGHTS | {
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    found = usual(hf)
-    if hf.get("use_sliding_window"):  # the upper layers, where no layer_types say it
+    settings = common_settings(hf)
+    if hf.get("use_sliding_window"):
+        # the upper layers have the window, unless layer_types says otherwise
         first = hf.get("max_window_layers", 28)
-        kinds = ["full_attention" if i < first else "sliding_attention" for i in range(found["n_layer"])]
-        found |= sliding({"layer_types": kinds} | {key: value for key, value in hf.items() if value is not None})
+        pattern = ["full_attention" if i < first else "sliding_attention" for i in range(settings["n_layer"])]
+        given = {key: value for key, value in hf.items() if value is not None}
+        settings |= window_settings({"layer_types": pattern} | given)
     if hf["model_type"] == "qwen2":
-        return found | dict(attn_bias=True)
+        return settings | dict(attn_bias=True)
     bias = hf.get("attention_bias", False)
-    found |= dict(qk_norm="per_head", attn_bias=bias, proj_bias=bias)
+    settings |= dict(qk_norm="per_head", attn_bias=bias, proj_bias=bias)
     if hf["model_type"] == "qwen3":
-        return found | dict(head_size=hf.get("head_dim", 128))
-    every, dense = hf.get("decoder_sparse_step", 1), set(hf.get("mlp_only_layers") or ())
-    return found | dict(
+        return settings | dict(head_size=hf.get("head_dim", 128))
+    every = hf.get("decoder_sparse_step", 1)
+    dense = set(hf.get("mlp_only_layers") or ())
+    return settings | dict(
         mlp="LLaMAMoE",
         n_expert=hf.get("num_experts") or hf["num_local_experts"],
         n_expert_per_token=hf["num_experts_per_tok"],
         renormalize_experts=hf.get("norm_topk_prob", False),
         moe_intermediate_size=hf["moe_intermediate_size"],
-        dense_layers=[i for i in range(found["n_layer"]) if i in dense or (i + 1) % every],
+        dense_layers=[i for i in range(settings["n_layer"]) if i in dense or (i + 1) % every],
     )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lit_gpt.families import llama, sliding
+from lit_gpt.families import llama, window_settings
 
 MODEL_TYPES = ("smollm3",)
 
@@ -19,8 +19,12 @@ WEIGHTS = llama.WEIGHTS
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    found = llama.from_hf({"tie_word_embeddings": True, "rope_theta": 2000000.0} | hf)
+    settings = llama.from_hf({"tie_word_embeddings": True, "rope_theta": 2000000.0} | hf)
+    # its no_rope_layers says for each layer whether it has positions (1, or any number but 0) or none (0)
     every = hf.get("no_rope_layer_interval", 4)
-    with_rope = hf.get("no_rope_layers") or [(i + 1) % every for i in range(found["n_layer"])]  # 1: it has positions
-    found["no_rope_layers"] = [i for i, on in enumerate(with_rope) if not on]
-    return found | (sliding(hf) if hf.get("use_sliding_window") else {})
+    pattern = [(i + 1) % every for i in range(settings["n_layer"])]
+    has_positions = hf.get("no_rope_layers") or pattern
+    settings["no_rope_layers"] = [i for i, flag in enumerate(has_positions) if not flag]
+    if hf.get("use_sliding_window"):
+        settings |= window_settings(hf)
+    return settings

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lit_gpt.families import llama, usual
+from lit_gpt.families import common_settings, llama
 
 MODEL_TYPES = ("stablelm", "stablelm_epoch")
 
@@ -29,8 +29,8 @@ WEIGHTS = llama.WEIGHTS | {
     "model.layers.{}.self_attn.k_layernorm.norms.{}": "transformer.h.{}.attn.norm_k.norms.{}",
 }
 
-# before transformers knew StableLM: names in config.json that have others now, and what it has to say besides
-OLD = {
+# before transformers knew StableLM
+FORMER_MODEL_TYPES = {
     "stablelm_epoch": (
         {"rope_pct": "partial_rotary_factor", "norm_eps": "layer_norm_eps"},
         {"model_type": "stablelm", "architectures": ["StableLmForCausalLM"]},
@@ -39,8 +39,8 @@ OLD = {
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    old = {"partial_rotary_factor": hf.get("rope_pct", 0.25), "layer_norm_eps": hf.get("norm_eps", 1e-5)}
-    return usual(hf, **old) | dict(
+    former = {"partial_rotary_factor": hf.get("rope_pct", 0.25), "layer_norm_eps": hf.get("norm_eps", 1e-5)}
+    return common_settings(hf, **former) | dict(
         norm="LayerNorm",
         block="shared_norm" if hf.get("use_parallel_residual") else "sequential",
         qk_norm="each_head" if hf.get("qk_layernorm") else None,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lit_gpt.families import llama, sliding, usual
+from lit_gpt.families import common_settings, llama, window_settings
 
 MODEL_TYPES = ("starcoder2",)
 
@@ -23,7 +23,7 @@ MODELS: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 
-WEIGHTS = {theirs: ours for theirs, ours in llama.WEIGHTS.items() if ".mlp." not in theirs} | {
+WEIGHTS = {name: ours for name, ours in llama.WEIGHTS.items() if ".mlp." not in name} | {
     "model.layers.{}.mlp.c_fc": "transformer.h.{}.mlp.fc",
     "model.layers.{}.mlp.c_proj": "transformer.h.{}.mlp.proj",
 }
@@ -31,6 +31,6 @@ WEIGHTS = {theirs: ours for theirs, ours in llama.WEIGHTS.items() if ".mlp." not
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     bias = hf.get("use_bias", True)
-    missing = dict(hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True)
-    found = usual(hf, **missing) | dict(norm_eps=hf.get("norm_epsilon", 1e-5), norm="LayerNorm", mlp="GptNeoxMLP")
-    return found | sliding(hf) | dict(attn_bias=bias, proj_bias=bias, mlp_bias=bias)
+    settings = common_settings(hf, hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True) | window_settings(hf)
+    settings |= dict(norm="LayerNorm", norm_eps=hf.get("norm_epsilon", 1e-5), mlp="GptNeoxMLP")
+    return settings | dict(attn_bias=bias, proj_bias=bias, mlp_bias=bias)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lit_gpt.checkpoint.load import cast
-from lit_gpt.checkpoint.save import Writer
+from lit_gpt.checkpoint.load import cast_without_overflow
+from lit_gpt.checkpoint.save import SafetensorsWriter
 from lit_gpt.errors import InputError
 from lit_gpt.files import must_be_empty, new_folder
 from lit_gpt.formats.gguf_tokenizer import TOKENIZER_KEYS, adds_bos, build_tokenizer, special_ids
@@ -64,7 +64,7 @@ def convert_gguf(gguf_path: Path, checkpoint_dir: Path, dtype: str = "float32") 
     tokenizer = build_tokenizer(metadata, special)
     try:
         with new_folder(checkpoint_dir) as folder:
-            writer = Writer(folder / "model.safetensors", {}, len(sources))
+            writer = SafetensorsWriter(folder / "model.safetensors", {}, len(sources))
             for name, (source, _) in sources.items():
                 writer.add(name, hf_tensor(source, tensors[source], config))
             writer.close()
@@ -354,4 +354,4 @@ def hf_tensor(name: str, stored: StoredTensor, config: dict[str, Any]) -> torch.
     if heads and config["model_type"] == "llama":
         pairs = values.view(config[heads], -1, 2, values.shape[-1])  # (H, size / 2, 2, E)
         values = pairs.transpose(1, 2).reshape(values.shape)
-    return cast(name, values, getattr(torch, config["torch_dtype"]))
+    return cast_without_overflow(name, values, getattr(torch, config["torch_dtype"]))

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from lit_gpt.checkpoint.load import cast, load_model
+from lit_gpt.checkpoint.load import cast_without_overflow, load_model
 from lit_gpt.checkpoint.tensor_names import hf_name
 from lit_gpt.config import Config
 from lit_gpt.data.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ def export_gguf(checkpoint_dir: Path, out_dir: Path, kind: GGUFType) -> Path:
         for name, tensor in tensors(model):
             to = type_of(gguf, tensor, kind)
             if to.name == "F16":
-                cast(name, tensor, torch.float16)  # gguf would write infinity
+                cast_without_overflow(name, tensor, torch.float16)  # gguf would write infinity
             writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), to), raw_dtype=to)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

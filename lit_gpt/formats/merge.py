@@ -6,9 +6,9 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from lit_gpt.checkpoint.load import cast
+from lit_gpt.checkpoint.load import cast_without_overflow
 from lit_gpt.checkpoint.peft import CONFIG, save_peft
-from lit_gpt.checkpoint.save import copy_others, save_hf
+from lit_gpt.checkpoint.save import copy_companions, save_hf
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.errors import InputError
 from lit_gpt.files import must_be_empty, new_folder
@@ -16,7 +16,8 @@ from lit_gpt.formats.verify import EXACT, ROUNDING, Difference, Logits, differen
 from lit_gpt.lora import LoRA, lora_filter, merge_lora_weights
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantize import dequantize_linears
-from lit_gpt.runs.finetuned import Finetuned, describe_peft, finetuned_file, load_finetuned, read_description
+from lit_gpt.runs.header import Header, finetuned_file, read_header, read_peft_header
+from lit_gpt.runs.load_finetuned import load_finetuned
 from lit_gpt.runs.methods import METHODS
 
 Base = Literal["original", "dequantized"]
@@ -64,9 +65,9 @@ def export_merged(
     save_hf(model, source, out_dir, max_shard, lambda folder: prove(expected, folder))
 
 
-def describe(finetuned: Path) -> Finetuned:
+def describe(finetuned: Path) -> Header:
     """What was trained there, without loading it."""
-    return describe_peft(finetuned) if (finetuned / CONFIG).is_file() else read_description(finetuned)
+    return read_peft_header(finetuned) if (finetuned / CONFIG).is_file() else read_header(finetuned)
 
 
 def whole_model(finetuned: Path) -> Path | None:
@@ -89,7 +90,7 @@ def merge(model: GPT, dtype: torch.dtype) -> GPT:
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Rounds the weights; the rotary frequencies, which no file holds, stay as they are."""
     for name, param in model.named_parameters():
-        param.data = cast(name, param.data, dtype)
+        param.data = cast_without_overflow(name, param.data, dtype)
 
 
 def rounded(model: GPT, dtype: torch.dtype, tokenizer: Tokenizer, before: Logits) -> Logits:
@@ -140,7 +141,7 @@ def export_peft(finetuned: Path, checkpoint_dir: Path | None, out_dir: Path) -> 
     tokenizer, weights = Tokenizer(source), {k: v for k, v in model.state_dict().items() if lora_filter(k)}
     with new_folder(out_dir) as folder:
         save_peft(weights, LoRA(**description.settings), model.config, str(source), folder)
-        copy_others(source, folder)
+        copy_companions(source, folder)
         again, _ = load_finetuned(source, folder, quantize=description.quantize or "none")
         found = difference(logits_of(model, tokenizer), logits_of(again, tokenizer))
         print(f"Read back: {found}.")

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from lit_gpt import Config
-from lit_gpt.checkpoint.fingerprint import digest, fingerprint
+from lit_gpt.checkpoint.fingerprint import model_fingerprint, tensor_digest
 from lit_gpt.checkpoint.load import build_model, checked_tensors
-from lit_gpt.checkpoint.save import Writer
+from lit_gpt.checkpoint.save import SafetensorsWriter
 from lit_gpt.checkpoint.tensor_names import to_hf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +45,7 @@ def make(folder: Path) -> int:
     shards: list[Writer] = []
     for name, tensor in to_hf(tensors, model.config):
         if not shards or shards[-1].size + tensor.nbytes > 5e9:
-            shards.append(Writer(folder / f"{len(shards)}.safetensors", {}, 400))
+            shards.append(SafetensorsWriter(folder / f"{len(shards)}.safetensors", {}, 400))
         shards[-1].add(name, tensor)
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     weight_map = {}
@@ -126,7 +126,7 @@ def main() -> None:
 def load_fingerprint(folder: Path) -> str:
     """Of the weights as they are read; a torn file is refused."""
     model = build_model(Config.from_checkpoint(folder))
-    return fingerprint({name: digest(name, tensor) for name, tensor in checked_tensors(model, folder)})
+    return model_fingerprint({name: tensor_digest(name, tensor) for name, tensor in checked_tensors(model, folder)})
 
 
 if __name__ == "__main__":

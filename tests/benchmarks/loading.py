@@ -20,7 +20,7 @@ import torch
 
 from lit_gpt import Config
 from lit_gpt.checkpoint.load import build_model
-from lit_gpt.checkpoint.save import Writer
+from lit_gpt.checkpoint.save import SafetensorsWriter
 from lit_gpt.checkpoint.tensor_names import to_hf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +53,7 @@ def make(folder: Path) -> Path:
         (name, noise.repeat(-(-param.numel() // len(noise)))[: param.numel()].view(param.shape))
         for name, param in build_model(config).named_parameters()
     )
-    writer = Writer(folder / "model.safetensors", {}, 400)
+    writer = SafetensorsWriter(folder / "model.safetensors", {}, 400)
     for name, tensor in to_hf(tensors, config):
         writer.add(name, tensor)
     writer.close()

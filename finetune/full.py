@@ -19,7 +19,7 @@ from lit_gpt.generate.answers import answers
 from lit_gpt.memory.plan import print_plan
 from lit_gpt.recipe import RunArgs, answers_of_this_process, new_checkpoints, set_blocks, start_processes
 from lit_gpt.runs.out_dir import claim_out_dir, start_run
-from lit_gpt.runs.report import finish
+from lit_gpt.runs.report import report_run
 from lit_gpt.train import TrainArgs, fit
 
 
@@ -77,7 +77,7 @@ def main(
     if n_answers:
         checkpoints.load("best")  # what --finetuned will use
     after = answers(model, tokenizer, val_data, n_answers)
-    finish(fabric, log, args.out_dir, "Full fine-tuning", settings, before, after)
+    report_run(fabric, log, args.out_dir, "Full fine-tuning", settings, before, after)
 
 
 if __name__ == "__main__":

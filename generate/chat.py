@@ -14,7 +14,7 @@ from lit_gpt.cli import Flags, run
 from lit_gpt.data.prompts import render, resolve_style
 from lit_gpt.device import default_device
 from lit_gpt.generate.decode import stream
-from lit_gpt.runs.finetuned import UseArgs, load_for_use
+from lit_gpt.runs.load_finetuned import UseArgs, load_for_use
 
 
 def main(

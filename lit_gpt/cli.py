@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 from lit_gpt.errors import InputError
+from lit_gpt.files import write_whole
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -172,21 +173,54 @@ def help_formatter() -> type:
     return Formatter
 
 
-def explain(message: str, known: list[str]) -> str:
-    """jsonargparse's message in one line, with the nearest flag where one, or a key of the file, was mistyped."""
-    line = re.sub(r"\s+", " ", message.removeprefix("Parser key ")).strip().rstrip(".")
-    line = re.sub(r"Does not validate .* Subtypes: \[(.+)\] Errors: .* Given value: (.*)", r"Expected \1. Got \2", line)
-    line = re.sub(r"^\"([\w.]+)\":", r"--\1:", re.sub(r"<class '(\w+)'>", r"\1", line)).replace("NoneType", "null")
-    unknown = ""
-    if found := re.search(r"unrecognized arguments: ([^\s=]+)", line):
-        unknown = found[1]
-    elif found := re.search(r"(?:Group '(.+)' does not accept o|O)ption '(.+?)'", line):
-        unknown = "--" + ".".join(filter(None, found.groups()))
-    near = difflib.get_close_matches(unknown, known, n=1)
-    hint = f"Did you mean {near[0]}?" if near else "See --help."
-    if (found := re.search(r"Got (?:value: )?([\[{].*)", line)) and not is_yaml(found[1]):
+# jsonargparse's English -> ours, one after the other. Seen in version 4.49; a pattern that no longer matches changes
+# nothing.
+REWRITES = (
+    # errors of YAML have several lines
+    (r"\s+", " "),
+    (r"^ | $", ""),
+    # "Parser key "number":" is a flag, for who typed one
+    (r"^Parser key ", ""),
+    (r"^\"([\w.]+)\":", r"--\1:"),
+    # a Union's error lists the errors of all its types: only the types and the value are of use
+    (r"Does not validate .* Subtypes: \[(.+)\] Errors: .* Given value: (.*)", r"Expected \1. Got \2"),
+    # types as they are written in YAML
+    (r"<class '(\w+)'>", r"\1"),
+    (r"NoneType", "null"),
+    # a sentence follows, after a point of our own
+    (r"\.+$", ""),
+)
+# What was mistyped, in the words of jsonargparse: a flag, a key of the file, or a key below another one of the file
+UNKNOWN_FLAG = r"unrecognized arguments: ([^\s=]+)"
+UNKNOWN_KEY = r"(?:Group '(?P<group>.+)' does not accept o|O)ption '(?P<key>.+?)'"
+GIVEN_LIST = r"Got (?:value: )?([\[{].*)"
+
+
+def explain(message: str, flags: list[str]) -> str:
+    """jsonargparse's message in one line, and what to type next: the nearest of `flags` if one was mistyped."""
+    line = message
+    for pattern, replacement in REWRITES:
+        line = re.sub(pattern, replacement, line)
+
+    hint = "See --help."
+    nearest = difflib.get_close_matches(mistyped_flag(line), flags, n=1)
+    if nearest:
+        hint = f"Did you mean {nearest[0]}?"
+    given = re.search(GIVEN_LIST, line)
+    if given and not is_yaml(given[1]):
         hint = """In a list or mapping, what holds brackets needs quotes of its own: '["mlp.fc_[12]", lm_head]'."""
     return f"{line}. {hint}"
+
+
+def mistyped_flag(line: str) -> str:
+    """The flag that does not exist, or the one that a key of the file would be; empty if it is another error."""
+    flag = re.search(UNKNOWN_FLAG, line)
+    if flag:
+        return flag[1]
+    key = re.search(UNKNOWN_KEY, line)
+    if key is None:
+        return ""
+    return f"--{key['group']}.{key['key']}" if key["group"] else f"--{key['key']}"
 
 
 def is_yaml(text: str) -> bool:
@@ -199,9 +233,13 @@ def is_yaml(text: str) -> bool:
     return True
 
 
+# ---- hyperparameters.yaml
+
+
 def command() -> str:
     """The command line as it can be typed again."""
-    return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    script = os.path.relpath(sys.argv[0])
+    return shlex.join(["python", script, *sys.argv[1:]])
 
 
 def save_hyperparameters(path: Path, settings: dict[str, Any]) -> None:
@@ -211,10 +249,15 @@ def save_hyperparameters(path: Path, settings: dict[str, Any]) -> None:
     """
     settings = {name: value for name, value in settings.items() if name not in ("resume", "overwrite")}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"# {command()}\n{as_yaml(settings)}", encoding="utf-8")
+    write_whole(path, f"# {command()}\n{as_yaml(settings)}")
 
 
 def read_hyperparameters(path: Path) -> dict[str, Any]:
+    """The settings that `save_hyperparameters` wrote, as YAML has them.
+
+    Raises:
+        InputError: the file has been edited and is no YAML now.
+    """
     import yaml
 
     try:
@@ -224,25 +267,30 @@ def read_hyperparameters(path: Path) -> dict[str, Any]:
 
 
 def as_yaml(settings: dict[str, Any]) -> str:
+    """Settings as YAML, in their order."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
-        pass
+        """A class of our own, since a resolver is added to a class."""
 
     # jsonargparse reads 1e-5 as a number, which YAML 1.1 does not: a text that looks like it needs quotes
     Dumper.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*[eE][-+]?\d+$"), [*"+-0123456789"]
+        tag="tag:yaml.org,2002:float",
+        regexp=re.compile(r"[-+]?\d[\d_]*[eE][-+]?\d+$"),
+        first=list("+-0123456789"),
     )
-    settings = {key: plain(value) for key, value in settings.items()}
+    settings = {name: plain(value) for name, value in settings.items()}
     return yaml.dump(settings, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def plain(value: Any) -> Any:
-    """A setting as YAML knows it: dataclasses as mappings, paths as text."""
+    """A setting as YAML knows it: dataclasses as mappings, tuples as lists, paths as text."""
     if dataclasses.is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    if isinstance(value, Path):
+        return str(value)
+    return value

@@ -1,7 +1,11 @@
+"""The error that users can mend, and turning the surprises of a file into it."""
+
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+SURPRISES = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, re.error)
 
 
 class InputError(Exception):
@@ -19,6 +23,7 @@ def reading(path: Path | str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, re.error) as error:
-        what = f"has no {error}" if isinstance(error, KeyError) else f"holds a value that cannot be used ({error})"
-        raise InputError(f"{path} {what}. Copy or download it again.") from error
+    except KeyError as error:
+        raise InputError(f"{path} has no {error}. Copy or download it again.") from error
+    except SURPRISES as error:
+        raise InputError(f"{path} holds a value that cannot be used ({error}). Copy or download it again.") from error

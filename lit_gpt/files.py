@@ -1,4 +1,11 @@
-"""Folders that are either whole or not there."""
+"""Folders and files that are whole or not there, even if the process is killed while it writes them.
+
+with new_folder(out_dir / "last") as folder:     # writes to .last.partial; then last -> .last.old, .last.partial
+    save_tensors(tensors, folder / ...)          # -> last, and .last.old is deleted
+
+with whole_file(out_dir / "loss.png") as file:   # writes to loss.png.tmp; then loss.png.tmp -> loss.png
+    figure.savefig(file)
+"""
 
 import os
 import shutil
@@ -10,7 +17,7 @@ from lit_gpt.errors import InputError
 
 
 def must_be_empty(folder: Path) -> None:
-    """Raises InputError where something is in the way of a new folder: `new_folder` would replace it."""
+    """Raises InputError if something is in the way of a new folder: `new_folder` would replace it."""
     must_be_elsewhere(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file, expected a folder. Name another one.")
@@ -34,7 +41,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     must_be_elsewhere(folder)
     folder = folder.resolve()  # a link stays one
     recover(folder)
-    partial, old = beside(folder)
+    partial, old = partial_and_old(folder)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -49,20 +56,22 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def recover(folder: Path) -> None:
-    """Clears away what a killed process left beside `folder`."""
-    partial, old = beside(folder)
-    if old.exists() and not folder.exists():
+    """Clears away what a killed process left of `new_folder(folder)`."""
+    partial, old = partial_and_old(folder)
+    if old.exists() and not folder.exists():  # killed between the two renames
         old.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def beside(folder: Path) -> tuple[Path, Path]:
+def partial_and_old(folder: Path) -> tuple[Path, Path]:
+    """The names that `new_folder` uses next to `folder`: what is being written, and what it takes the place of."""
     folder = folder.resolve()  # "." has no name, and a rename would replace a link
     return folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
 
 
 def sync(path: Path) -> None:
+    """Waits until a file, or the list of names in a folder, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -70,7 +79,21 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")  # then renamed: at any moment the file is old or new, never half
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    temporary.replace(path)
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a path to write to, which takes the place of `path` when the block ends without an error.
+
+    Killed at any moment, `path` is the old file or the new one; what was written is left behind as `NAME.tmp`.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # of a block that failed
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file, in UTF-8, that is whole or not there."""
+    with whole_file(path) as file:
+        file.write_bytes(text.encode())

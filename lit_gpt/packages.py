@@ -1,24 +1,52 @@
 """Packages that only some scripts need: one check, and one sentence that says how to install them."""
 
+import importlib
 from importlib.util import find_spec
+from types import ModuleType
 
 from lit_gpt.errors import InputError
 
+# pip's name for what is imported under another one, or has to be new enough
+PIP_NAMES = {"sklearn": "scikit-learn", "bitsandbytes": "bitsandbytes>=0.50"}
+
 
 def is_installed(package: str) -> bool:
-    return find_spec(package) is not None
+    """Whether a package can be imported. "pyarrow.parquet" asks for pyarrow."""
+    return find_spec(package.split(".")[0]) is not None
 
 
-def require(package: str, extra: str, purpose: str) -> None:
+def require(package: str, extra: str | None, purpose: str) -> None:
     """Makes sure that an optional package is there, before any work is done that would need it.
 
     Args:
         package: The name that is imported, such as "sklearn".
-        extra: The extra of pyproject.toml that brings it, such as "classify".
+        extra: The extra of pyproject.toml that brings it, such as "classify". None is a package of the core, which
+            may be missing all the same.
         purpose: What needs it, as the subject of a sentence: "The plot".
 
     Raises:
         InputError: it is not installed.
     """
     if not is_installed(package):
-        raise InputError(f"{purpose} needs the package {package}: pip install -e '.[{extra}]'")
+        raise InputError(f"{purpose} needs {how_to_install(package, extra)}")
+
+
+def import_optional(package: str, extra: str | None, purpose: str) -> ModuleType:
+    """The module of an optional package, imported only now. The arguments are those of `require`.
+
+    Raises:
+        InputError: it is not installed, or its own import fails.
+    """
+    require(package, extra, purpose)
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:  # it is there, and lacks a library of its own
+        raise InputError(f"{purpose} needs {how_to_install(package, extra)} ({error})") from error
+
+
+def how_to_install(package: str, extra: str | None) -> str:
+    """A package by pip's name, and the command: "matplotlib: pip install -e '.[report]'"."""
+    name = package.split(".")[0]
+    name = PIP_NAMES.get(name, name)
+    source = f"'{name}'" if extra is None else f"-e '.[{extra}]'"
+    return f"{name}: pip install {source}"

@@ -20,11 +20,11 @@ from lit_gpt.model.compile import compile_blocks
 from lit_gpt.model.gpt import GPT
 from lit_gpt.optimizer import check_optimizer
 from lit_gpt.quantize import Quantize, quantization, quantize_linears
-from lit_gpt.runs.finetuned import Finetuned
+from lit_gpt.runs.header import Header
 from lit_gpt.runs.loggers import LoggerName, make_loggers
 from lit_gpt.runs.methods import Method
 from lit_gpt.runs.out_dir import claim_out_dir, start_run
-from lit_gpt.runs.report import finish
+from lit_gpt.runs.report import report_run
 from lit_gpt.runs.saves import Checkpoints
 from lit_gpt.train import TrainArgs, fit
 
@@ -123,7 +123,7 @@ def new_checkpoints(
 
     `method` is a name in `runs/methods.py`, `base` the fingerprint of the weights that `model` was loaded with.
     """
-    header = Finetuned(
+    header = Header(
         method=method,
         settings=asdict(method_settings),
         checkpoint_dir=str(args.checkpoint_dir),
@@ -205,4 +205,4 @@ def finetune_with(
     after = answers(model, tokenizer, val_data, n_answers)
 
     # report
-    finish(fabric, log, args.out_dir, method.title, settings, before, after)
+    report_run(fabric, log, args.out_dir, method.title, settings, before, after)

@@ -20,7 +20,7 @@ from lit_gpt.checkpoint.load import build_model, load_model
 from lit_gpt.cli import parse
 from lit_gpt.data.dataset import Dataset
 from lit_gpt.memory.plan import adapt, setup_of_script
-from lit_gpt.runs.finetuned import load_finetuned
+from lit_gpt.runs.load_finetuned import load_finetuned
 from lit_gpt.runs.log import HEADER, read_metrics
 from lit_gpt.studies.compare_methods import (
     METHODS,

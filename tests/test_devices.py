@@ -25,7 +25,7 @@ import lit_gpt.train
 from lit_gpt.data.dataset import Dataset
 from lit_gpt.distributed import full_tensor, is_to_split, launch, loading_device, local_tensor
 from lit_gpt.model.activation_checkpointing import recompute_blocks
-from lit_gpt.runs.finetuned import load_finetuned
+from lit_gpt.runs.load_finetuned import load_finetuned
 from lit_gpt.runs.saves import Checkpoints
 from lit_gpt.train import TrainArgs
 

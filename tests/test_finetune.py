@@ -26,7 +26,7 @@ from lit_gpt.device import weight_dtype
 from lit_gpt.distributed import launch
 from lit_gpt.generate.decode import generate
 from lit_gpt.lora import LoRA
-from lit_gpt.runs.finetuned import load_finetuned
+from lit_gpt.runs.load_finetuned import load_finetuned
 from lit_gpt.train import TrainArgs
 
 TRAIN = TrainArgs(learning_rate=0.01, global_batch_size=8, epochs=6, warmup_steps=3, eval_interval=5)

@@ -178,7 +178,7 @@ def test_fabric_loggers_get_the_same_figures(tmp_path: Path) -> None:
 RUN = """
 import sys
 from pathlib import Path
-from lit_gpt.log import Log
+from lit_gpt.runs.log import Log
 log = Log(Path(sys.argv[1]), 2)
 log.step(1, loss=1.25, tokens=100, seconds=0.5)
 log.note("a [red]note[/red] of " + "many words " * 20)
@@ -365,7 +365,7 @@ def test_the_report_without_matplotlib_says_what_to_type(tmp_path: Path) -> None
     Log(tmp_path, 0).close()
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"
-        "from pathlib import Path; from lit_gpt.report import write_report\n"
+        "from pathlib import Path; from lit_gpt.runs.report import write_report\n"
         "write_report(Path(sys.argv[1]), title='t', command='c', settings={}, facts={'a': '1 s'}, answers=[])"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)

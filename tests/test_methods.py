@@ -36,7 +36,7 @@ from lit_gpt.generate.decode import generate
 from lit_gpt.lora import LoRA, lora_filter
 from lit_gpt.model.activation_checkpointing import recompute_blocks
 from lit_gpt.optimizer import make_optimizer
-from lit_gpt.runs.finetuned import load_finetuned
+from lit_gpt.runs.load_finetuned import load_finetuned
 
 
 def trains(name: str) -> Callable[[str], bool]:

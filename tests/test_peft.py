@@ -14,7 +14,7 @@ from lit_gpt import InputError
 from lit_gpt.checkpoint.load import load_model
 from lit_gpt.checkpoint.peft import load_peft, save_peft
 from lit_gpt.lora import LoRA
-from lit_gpt.runs.finetuned import load_finetuned
+from lit_gpt.runs.load_finetuned import load_finetuned
 
 EVERYWHERE = LoRA(r=4, alpha=10, query=True, key=True, value=True, projection=True, mlp=True, head=True)
 FAMILIES = [case for case in CASES if "," not in case]  # of what follows a comma, peft sees nothing

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from lit_gpt import InputError
 from lit_gpt.data.prepare import DataArgs, prepare
-from lit_gpt.runs.finetuned import load_finetuned
+from lit_gpt.runs.load_finetuned import load_finetuned
 
 ROOT = Path(__file__).parents[1]
 FLAGS = {  # 9 steps; dropout has to be the same, too
@@ -121,7 +121,12 @@ def arm(kill: list | None) -> Counter[str]:
 
     watch(Fabric, "backward", lambda *_: "backward")
     watch(torch.optim.AdamW, "step", lambda *_: "optimizer.step")
-    watch(Log, "_put", lambda *_: "row", lambda log, *_: truncate(log.file.name, os.path.getsize(log.file.name) - 9))
+    watch(
+        Log,
+        "write_figures",
+        lambda *_: "row",
+        lambda log, *_: truncate(log.file.name, os.path.getsize(log.file.name) - 9),
+    )
     watch(
         safetensors.torch,
         "save_file",

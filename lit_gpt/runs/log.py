@@ -1,4 +1,10 @@
-"""What a person sees of a run while it trains: a progress bar or plain lines, and `metrics.csv`."""
+"""The log of a run while it trains: on a terminal a progress bar, elsewhere plain lines; and `metrics.csv`.
+
+step,epoch,loss,val_loss,learning_rate,grad_norm,tokens,trained_tokens,seconds,memory_gb
+0,,,3.5,,,,,,                                         a validation before the first step
+1,0.5,3.25,,0.001,1.5,2048,512,0.75,1.5               a step
+2,1.0,3.0,3.125,0.001,1.25,1024,256,0.5,1.5           a step, and the validation after it
+"""
 
 import atexit
 import os
@@ -6,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -18,11 +25,24 @@ from lit_gpt.files import write_whole
 
 HEADER = "step,epoch,loss,val_loss,learning_rate,grad_norm,tokens,trained_tokens,seconds,memory_gb"
 COLUMNS = HEADER.split(",")
-Row = dict[str, int | float | None]
+Row = dict[str, Any]  # a number for each column, or None
+
+SHOWN = {  # what a line or the bar says of a step, as far as it is known
+    "loss": "loss {:.4f}",
+    "val_loss": "val loss {:.4f}",
+    "learning_rate": "learning rate {:.2e}",
+    "speed": "{:,.0f} tokens/s",
+    "memory_gb": "{:.2f} GB",
+}
+SECONDS_BETWEEN_LINES = 10
 
 
 class Log:
-    """The figures of one run: on stderr, in `out_dir/metrics.csv` and in Fabric's loggers. Other ranks are silent."""
+    """The figures of one run: on stderr, in `out_dir/metrics.csv` and in Fabric's loggers. Other ranks are silent.
+
+    The bar is rich's Live with two lines of our own. Progress, rich's ready-made one, has a line per task and its own
+    way to write times: to have the figures below the bar and `duration` in it takes more code than this.
+    """
 
     def __init__(
         self,
@@ -31,56 +51,80 @@ class Log:
         *,
         first_step: int = 0,
         main_process: bool = True,
-        loggers: Sequence = (),
+        loggers: Sequence[Any] = (),
     ) -> None:
-        self.total_steps, self.first_step, self.loggers = total_steps, first_step, loggers
+        """A run that goes on after `first_step` keeps the rows up to it."""
+        self.total_steps = total_steps
+        self.first_step = first_step
+        self.loggers = loggers
+        self.main_process = main_process
+        self.open = main_process
         self.rows: list[Row] = []
         self.live: Live | None = None
-        self.open = self.main_process = main_process
         if not main_process:
             return
 
+        # metrics.csv: the rows that were there, without those after the step that the run goes on from
         out_dir.mkdir(parents=True, exist_ok=True)
         path = out_dir / "metrics.csv"
         if first_step > 0 and path.exists():
             self.rows = [row for row in read_metrics(path) if row["step"] <= first_step]
-        write_whole(path, "\n".join([HEADER, *map(_line, self.rows)]) + "\n")
+        lines = [HEADER] + [csv_line(row) for row in self.rows]
+        write_whole(path, "\n".join(lines) + "\n")
         self.file = path.open("r+b", buffering=0)  # unbuffered: a killed run keeps its rows
-        self.last_row_at = path.stat().st_size - (len(_line(self.rows[-1])) + 1 if self.rows else 0)
+        self.last_row_at = path.stat().st_size  # where in the file the last row begins; it may grow by a validation
+        if self.rows:
+            self.last_row_at -= len(lines[-1]) + 1
 
-        self.val_loss = next((row["val_loss"] for row in reversed(self.rows) if row["val_loss"] is not None), None)
+        # what is shown: the last step, the last validation, the time
+        self.val_loss: float | None = None
+        for row in self.rows:
+            if row["val_loss"] is not None:
+                self.val_loss = row["val_loss"]
         self.shown: Row = dict.fromkeys(COLUMNS) | {"step": first_step}
         self.printed_step = first_step
-        self.began = self.training_since = self.printed_at = time.monotonic()
+        self.began = time.monotonic()
+        self.training_since = self.began
+        self.printed_at = self.began
+
+        # the bar
         console = Console(stderr=True)
         if sys.stderr.isatty() and not console.is_dumb_terminal:
-            redirect = sys.stdout.isatty()  # rich would send a piped stdout to stderr, where the bar is
-            self.live = Live(get_renderable=self._bar, console=console, refresh_per_second=2, redirect_stdout=redirect)
+            self.live = Live(
+                get_renderable=self.bar,
+                console=console,
+                refresh_per_second=2,
+                redirect_stdout=sys.stdout.isatty(),  # rich would send a piped stdout to stderr, where the bar is
+            )
             self.live.start()
             atexit.register(self.close)  # a crash must not leave the terminal without a cursor
 
     def step(self, step: int, **figures: float) -> None:
-        """One optimizer step; the figures are named as in `HEADER`."""
+        """Logs one optimizer step; the figures are named as in `HEADER`."""
         if not self.main_process:
             return
         now = time.monotonic()
         if self.shown["step"] == self.first_step:  # what came before the first step says nothing about the time left
-            self.training_since = self.printed_at = now - figures.get("seconds", 0.0)
-        self.shown = self._put(step, figures)
-        if not self.live and (step - self.first_step <= 3 or step == self.total_steps or now - self.printed_at >= 10):
-            self._print_line()
+            self.training_since = now - figures.get("seconds", 0.0)
+            self.printed_at = self.training_since
+        self.shown = self.write_figures(step, figures)
+
+        # the first three lines say that it goes on, the others how
+        is_due = step - self.first_step <= 3 or now - self.printed_at >= SECONDS_BETWEEN_LINES
+        if self.live is None and (is_due or step == self.total_steps):
+            self.print_line()
 
     def val(self, step: int, val_loss: float) -> None:
-        """The validation loss after `step` steps; it joins the row of that step."""
+        """Logs the validation loss after `step` steps; it joins the row of that step."""
         if not self.main_process:
             return
-        self.val_loss = self._put(step, {"val_loss": val_loss})["val_loss"]
-        if not self.live:
+        self.val_loss = self.write_figures(step, {"val_loss": val_loss})["val_loss"]
+        if self.live is None:
             self.note(f"step {step:,}/{self.total_steps:,}  val loss {self.val_loss:.4f}")
 
     def note(self, text: str) -> None:
-        """A line of text that does not tear the progress bar."""
-        if self.live:
+        """Prints a text that does not tear the progress bar."""
+        if self.live is not None:
             self.live.console.print(Text(text), soft_wrap=True)
         elif self.main_process:
             print(text, file=sys.stderr, flush=True)
@@ -88,15 +132,20 @@ class Log:
     def facts(self) -> dict[str, str]:
         """The run in a few figures, for the report."""
         steps = [row for row in self.rows if row["loss"] is not None]
-        vals = [row["val_loss"] for row in self.rows if row["val_loss"] is not None]
+        val_losses = [row["val_loss"] for row in self.rows if row["val_loss"] is not None]
         seconds = sum(row["seconds"] for row in steps)
         facts = {"Optimizer steps": f"{len(steps):,}", "Time in them": duration(seconds)}
-        if vals:
-            facts["Validation loss"] = f"{vals[0]:.4f} before, {min(vals):.4f} at best, {vals[-1]:.4f} at the end"
+        if val_losses:
+            before = val_losses[0]
+            best = min(val_losses)
+            end = val_losses[-1]
+            facts["Validation loss"] = f"{before:.4f} before, {best:.4f} at best, {end:.4f} at the end"
         if steps:
+            tokens = sum(row["tokens"] for row in steps)
+            peak = max(row["memory_gb"] for row in steps)
             facts["Training loss"] = f"{steps[0]['loss']:.4f} at first, {steps[-1]['loss']:.4f} at last"
-            facts["Throughput"] = f"{sum(row['tokens'] for row in steps) / seconds:,.0f} tokens/s"
-            facts["Peak memory"] = f"{max(row['memory_gb'] for row in steps):.2f} GB"
+            facts["Throughput"] = f"{tokens / seconds:,.0f} tokens/s"
+            facts["Peak memory"] = f"{peak:.2f} GB"
         return facts
 
     def close(self) -> None:
@@ -104,60 +153,80 @@ class Log:
         if not self.open:
             return
         self.open = False
-        if self.live:
+        if self.live is not None:
             self.live.stop()
             atexit.unregister(self.close)
         elif self.printed_step < self.shown["step"]:  # a run that ends early ends between two lines
-            self._print_line()
+            self.print_line()
         self.file.close()
         for logger in self.loggers:
             logger.finalize("success")
 
-    def _put(self, step: int, figures: dict[str, float]) -> Row:
+    def write_figures(self, step: int, figures: dict[str, float]) -> Row:
+        """Writes figures of a step to metrics.csv and the loggers, and returns the row, which may have had some."""
         unknown = figures.keys() - set(COLUMNS)
         assert not unknown, f"metrics.csv has no column for {sorted(unknown)}: add it to HEADER in {__file__}"
-        # numpy's and torch's floats have another repr than Python's
-        figures = {name: value if isinstance(value, int) else float(value) for name, value in figures.items()}
+        numbers = {}
+        for name, value in figures.items():  # numpy's and torch's floats have another repr than Python's
+            numbers[name] = value if isinstance(value, int) else float(value)
+
+        # a row of its own, or the last one once more
         if self.rows and self.rows[-1]["step"] == step:
-            self.rows[-1].update(figures)
+            self.rows[-1].update(numbers)
         else:
-            self.rows.append(dict.fromkeys(COLUMNS) | {"step": step} | figures)
+            self.rows.append(dict.fromkeys(COLUMNS) | {"step": step} | numbers)
             self.last_row_at = self.file.seek(0, os.SEEK_END)
+        row = self.rows[-1]
         self.file.seek(self.last_row_at)
-        self.file.write(f"{_line(self.rows[-1])}\n".encode())
-        self.file.truncate()
+        self.file.write(f"{csv_line(row)}\n".encode())
+        self.file.truncate()  # it may have become shorter
+
         for logger in self.loggers:
-            logger.log_metrics(figures, step)
-        return self.rows[-1]
+            logger.log_metrics(numbers, step)
+        return row
 
-    def _print_line(self) -> None:
-        self.note(f"step {self.shown['step']:,}/{self.total_steps:,}  {self._figures()}  {self._times()}")
-        self.printed_step, self.printed_at = self.shown["step"], time.monotonic()
+    def print_line(self) -> None:
+        step = self.shown["step"]
+        self.note(f"step {step:,}/{self.total_steps:,}  {self.figures_text()}  {self.times_text()}")
+        self.printed_step = step
+        self.printed_at = time.monotonic()
 
-    def _bar(self) -> Group:
-        step, total = self.shown["step"], self.total_steps
-        line = Table.grid(Column(no_wrap=True), Column(ratio=1), Column(no_wrap=True), padding=(0, 1), expand=True)
-        line.add_row(f"step {step:,}/{total:,}", ProgressBar(total=max(total, 1), completed=step), self._times())
-        return Group(line, Text(self._figures()))
+    def bar(self) -> Group:
+        """Steps, bar and times on one line of the terminal, the figures of the last step on the next."""
+        step = self.shown["step"]
+        line = Table.grid(
+            Column(no_wrap=True),
+            Column(ratio=1),
+            Column(no_wrap=True),
+            padding=(0, 1),
+            expand=True,
+        )
+        line.add_row(
+            f"step {step:,}/{self.total_steps:,}",
+            ProgressBar(total=max(self.total_steps, 1), completed=step),
+            self.times_text(),
+        )
+        return Group(line, Text(self.figures_text()))
 
-    def _figures(self) -> str:
-        row = self.shown
-        speed = row["tokens"] / row["seconds"] if row["tokens"] is not None and row["seconds"] else None
-        figures = {
-            "loss {:.4f}": row["loss"],
-            "val loss {:.4f}": self.val_loss,
-            "learning rate {:.2e}": row["learning_rate"],
-            "{:,.0f} tokens/s": speed,
-            "{:.2f} GB": row["memory_gb"],
-        }
-        return "  ".join(text.format(value) for text, value in figures.items() if value is not None)
+    def figures_text(self) -> str:
+        """The figures of the last step, and the last validation loss."""
+        speed = None
+        if self.shown["tokens"] is not None and self.shown["seconds"]:
+            speed = self.shown["tokens"] / self.shown["seconds"]
+        figures = self.shown | {"val_loss": self.val_loss, "speed": speed}
+        texts = [text.format(figures[name]) for name, text in SHOWN.items() if figures[name] is not None]
+        return "  ".join(texts)
 
-    def _times(self) -> str:
-        now, done = time.monotonic(), self.shown["step"] - self.first_step
-        if done <= 0:
-            return duration(now - self.began)
-        left = (now - self.training_since) / done * max(self.total_steps - self.shown["step"], 0)
-        return f"{duration(now - self.began)}, {duration(left)} left"
+    def times_text(self) -> str:
+        """The time since the beginning, and after the first step the time left."""
+        now = time.monotonic()
+        elapsed = duration(now - self.began)
+        steps_done = self.shown["step"] - self.first_step
+        if steps_done <= 0:
+            return elapsed
+        steps_left = max(self.total_steps - self.shown["step"], 0)
+        left = (now - self.training_since) / steps_done * steps_left
+        return f"{elapsed}, {duration(left)} left"
 
 
 def read_metrics(path: Path) -> list[Row]:
@@ -167,22 +236,34 @@ def read_metrics(path: Path) -> list[Row]:
         raise InputError(
             f"{path} has other columns than this version writes: {header}. Start anew with --overwrite true."
         )
-    return [dict(zip(COLUMNS, map(_number, line.split(",")), strict=True)) for line in lines]
+    rows = []
+    for line in lines:
+        numbers = [parse_number(cell) for cell in line.split(",")]
+        rows.append(dict(zip(COLUMNS, numbers, strict=True)))
+    return rows
 
 
-def _number(text: str) -> int | float | None:
-    return None if not text else int(text) if text.isdigit() else float(text)
+# Numbers need no quotes, and the last row is written over: lines are made here, and not by the module csv.
 
 
-def _line(row: Row) -> str:
+def parse_number(cell: str) -> int | float | None:
+    if not cell:
+        return None
+    return int(cell) if cell.isdigit() else float(cell)
+
+
+def csv_line(row: Row) -> str:
+    """A row as it stands in the file. repr() is the shortest text that reads back as the same float."""
     return ",".join("" if row[name] is None else repr(row[name]) for name in COLUMNS)
 
 
 def duration(seconds: float) -> str:
     """A time span for people: `4.2 s`, `3 min 05 s`, `2 h 07 min`."""
     whole = round(seconds)
+    if whole < 10:
+        return f"{seconds:.1f} s"
     if whole < 60:
-        return f"{seconds:.1f} s" if whole < 10 else f"{whole} s"
+        return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"

@@ -1,4 +1,4 @@
-"""TODO doc of runs.out_dir"""
+"""The out_dir of a run: whether it is free, what in it belongs to runs, and its hyperparameters.yaml."""
 
 import os
 import shutil
@@ -12,25 +12,63 @@ from lit_gpt.files import recover
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-# what a run writes into its out_dir, and what is left of it where one is killed
-RUN_FOLDERS = ("last", "best", "step-" + 6 * "[0-9]")
-RUN_FILES = [name for folder in RUN_FOLDERS for name in (folder, f".{folder}.partial", f".{folder}.old")]
-RUN_FILES += [name for file in ("metrics.csv", "report.md", "loss.png") for name in (file, f"{file}.tmp")]
-RUN_FILES += ["hyperparameters.yaml", "tensorboard", "wandb"]
-# of a classifier, and of a sweep over how much of it trains
-RUN_FILES += ["confusion.png", "hidden.safetensors", "hidden.tmp"]
-RUN_FILES += ["sweep.csv", "sweep.csv.tmp", "sweep.md", "sweep.png"]
-RUN_FILES += [f"seed-[0-9]*-{step}" for step in ("features", "head", "last-[0-9]*")]
-# what may differ when a run goes on: where its files are (fingerprints tell whether they are the same), when to stop,
-# and what changes no result
-MAY_CHANGE = {"checkpoint_dir", "data_dir", "out_dir", "logger", "n_answers", "sweep_seeds"}
-MAY_CHANGE |= {"devices", "num_nodes", "strategy", "activation_checkpointing"}
-MAY_CHANGE |= {f"train.{key}" for key in ("max_hours", "patience", "save_interval", "keep_steps")}
-MAY_CHANGE |= {f"train.{key}" for key in ("micro_batch_size", "micro_batch_tokens", "share_prefixes")}
+# What runs write into an out_dir, as patterns. `--overwrite true` deletes these and nothing else: the folder may be
+# somebody's home. A classifier's are here, too, since every recipe may take the place of every other one's run.
+FOLDERS = (
+    "last",
+    "best",
+    "step-[0-9][0-9][0-9][0-9][0-9][0-9]",  # --train.keep_steps
+)
+FILES = (
+    "hyperparameters.yaml",
+    "metrics.csv",
+    "report.md",
+    "loss.png",
+    "confusion.png",  # of a classifier
+    "hidden.safetensors",
+    "sweep.csv",  # of a sweep over how much of a classifier trains
+    "sweep.md",
+    "sweep.png",
+)
+OTHERS = (
+    "tensorboard",  # --logger
+    "wandb",
+    "seed-[0-9]*-features",  # the classifiers of a sweep
+    "seed-[0-9]*-head",
+    "seed-[0-9]*-last-[0-9]*",
+)
+# and what is left of them where a process was killed, see lit_gpt/files.py
+LEFTOVERS_OF_FOLDERS = (".{}.partial", ".{}.old")
+LEFTOVERS_OF_FILES = ("{}.tmp",)
+
+# Settings that may differ when a run goes on. All others have to be those of its hyperparameters.yaml.
+MAY_CHANGE = (
+    # where things are: a fingerprint says whether they are the same ones
+    "checkpoint_dir",
+    "data_dir",
+    "out_dir",
+    # how long it goes on, and how often it saves
+    "train.max_hours",
+    "train.patience",
+    "train.save_interval",
+    "train.keep_steps",
+    "sweep_seeds",
+    # what is shown of it
+    "logger",
+    "n_answers",
+    # how a step is spread over passes and devices, which changes no result
+    "train.micro_batch_size",
+    "train.micro_batch_tokens",
+    "train.share_prefixes",
+    "activation_checkpointing",
+    "devices",
+    "num_nodes",
+    "strategy",
+)
 
 
 def claim_out_dir(out_dir: Path, resume: bool, overwrite: bool) -> None:
-    """Looks whether `out_dir` is free for a run. Of several processes only the first does, since it soon writes there.
+    """Checks that `out_dir` is free for a run. Of several processes only the first does, since it soon writes there.
 
     Raises:
         InputError: it is not empty, and neither flag says what to do with what is there.
@@ -49,7 +87,7 @@ def claim_out_dir(out_dir: Path, resume: bool, overwrite: bool) -> None:
 
 
 def start_run(fabric: "Fabric", out_dir: Path, settings: dict[str, Any]) -> None:
-    """What the first process of a run does to `out_dir`, once all that can be found wrong has been looked for.
+    """Readies `out_dir` in the first process, once all that can be found wrong has been looked for.
 
     Deletes the run that `overwrite` replaces, and writes hyperparameters.yaml; a run that goes on keeps its own.
 
@@ -58,30 +96,52 @@ def start_run(fabric: "Fabric", out_dir: Path, settings: dict[str, Any]) -> None
     """
     if not fabric.is_global_zero:
         return
-    path = out_dir / "hyperparameters.yaml"
     if settings["overwrite"]:
-        for name in RUN_FILES:  # and nothing else: the folder may be somebody's home
-            for found in out_dir.glob(name):
-                shutil.rmtree(found) if found.is_dir() else found.unlink()
+        delete_run(out_dir)
     recover(out_dir / "last")
-    began = (out_dir / "last").is_dir() or (out_dir / "sweep.csv").is_file()
-    if not (settings["resume"] and began and path.is_file()):
-        return save_hyperparameters(path, settings)
-    before, now = flat(read_hyperparameters(path)), flat(plain(settings))
-    changed = [key for key, value in before.items() if key not in MAY_CHANGE and key in now and now[key] != value]
+
+    hyperparameters = out_dir / "hyperparameters.yaml"
+    has_begun = (out_dir / "last").is_dir() or (out_dir / "sweep.csv").is_file()
+    if settings["resume"] and has_begun and hyperparameters.is_file():
+        check_same_settings(hyperparameters, settings)
+    else:
+        save_hyperparameters(hyperparameters, settings)
+
+
+def delete_run(out_dir: Path) -> None:
+    """Deletes what runs write, finished or killed, and nothing else."""
+    patterns = [*FOLDERS, *FILES, *OTHERS]
+    patterns += [leftover.format(folder) for leftover in LEFTOVERS_OF_FOLDERS for folder in FOLDERS]
+    patterns += [leftover.format(file) for leftover in LEFTOVERS_OF_FILES for file in FILES]
+    for pattern in patterns:
+        for path in out_dir.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def check_same_settings(hyperparameters: Path, settings: dict[str, Any]) -> None:
+    """Raises InputError if the run that wrote `hyperparameters` had others than `settings`, but for MAY_CHANGE."""
+    before = by_flag(read_hyperparameters(hyperparameters))
+    now = by_flag(plain(settings))
+    changed = []
+    for flag, value in before.items():
+        if flag in now and now[flag] != value and flag not in MAY_CHANGE:
+            changed.append(f"{flag} was {value}, now {now[flag]}")
     if changed:
-        what = ", ".join(f"{key} was {before[key]}, now {now[key]}" for key in changed)
         raise InputError(
-            f"{out_dir} began with other settings: {what}. Go on with --config {path} --resume true,"
-            " or change them there on purpose."
+            f"{hyperparameters.parent} began with other settings: {', '.join(changed)}. Go on with"
+            f" --config {hyperparameters} --resume true, or change them there on purpose."
         )
 
 
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"epochs": 1}} -> {"train.epochs": 1}, as the flags are called."""
-    items = ((f"{prefix}{key}", value) for key, value in settings.items())
-    return {
-        k: v
-        for key, value in items
-        for k, v in (flat(value, f"{key}.") if isinstance(value, dict) else {key: value}).items()
-    }
+def by_flag(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by the names of their flags: {"train": {"epochs": 1}} gives {"train.epochs": 1}."""
+    flags: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flags |= by_flag(value, f"{prefix}{key}.")
+        else:
+            flags[f"{prefix}{key}"] = value
+    return flags

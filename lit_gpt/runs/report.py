@@ -4,7 +4,6 @@ import html
 import re
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,134 +13,207 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_gpt.cli import as_yaml, command
-from lit_gpt.errors import InputError
+from lit_gpt.display.figures import INSTALL, can_draw, new_figure, save_figure
+from lit_gpt.display.tables import markdown_table
 from lit_gpt.files import write_whole
 from lit_gpt.runs.log import Log, Row, read_metrics
 
 if TYPE_CHECKING:
+    import numpy as np
     from lightning_fabric import Fabric
     from matplotlib.figure import Figure
 
-Answer = tuple[str, str, str, str]  # prompt, expected, before, after
+    from lit_gpt.generate.answers import Answered
+
+AnswerPair = tuple[str, str, str, str]  # prompt, expected, before, after
 
 
-def check_can_draw() -> None:
-    """Raises InputError where there is no matplotlib: before the runs whose plot is the point of them."""
-    if find_spec("matplotlib") is None:
-        raise InputError("The plot needs matplotlib: pip install -e '.[report]'")
+# ---- the plot of the loss
 
 
 def loss_figure(rows: list[Row]) -> "Figure":
     """The losses over the optimizer steps, 900 x 450 pixels: each step, their moving mean, validation as points."""
     import numpy as np
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    def points(name: str) -> tuple[np.ndarray, np.ndarray]:
-        pairs = [(row["step"], row[name]) for row in rows if row[name] is not None]
-        return np.array([step for step, _ in pairs]), np.array([value for _, value in pairs], dtype=float)
-
-    figure = Figure(figsize=(9, 4.5), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    (steps, losses), (val_steps, val_losses) = points("loss"), points("val_loss")
+    figure, axes = new_figure()
+    steps, losses = columns_of(rows, "step", "loss")
+    val_steps, val_losses = columns_of(rows, "step", "val_loss")
     finite = np.isfinite(losses)
+
+    # each step, and their mean if there are enough of them for one
     window = len(steps) // 15
     marker, alpha = (".", 0.8) if window < 2 else (None, 0.35)
     axes.plot(steps, losses, color="tab:blue", alpha=alpha, linewidth=0.8, marker=marker, label="training, each step")
     if window >= 2:
-        # weighted by trained tokens, as a mean of the steps' means is the loss of no set of tokens
-        weights = np.array([row["trained_tokens"] or 1 for row in rows if row["loss"] is not None]) * finite
-        totals, kernel = np.convolve(weights, np.ones(window), "same"), np.ones(window)
-        sums = np.convolve(np.where(finite, losses, 0) * weights, kernel, "same")
-        smooth = np.divide(sums, totals, out=np.full(len(sums), np.nan), where=totals > 0)
-        axes.plot(steps, smooth, color="tab:blue", linewidth=2, label=f"training, mean of {window:,} steps")
+        weights = np.array([row["trained_tokens"] or 1 for row in rows if row["loss"] is not None])
+        means = moving_mean(losses, weights, window)
+        axes.plot(steps, means, color="tab:blue", linewidth=2, label=f"training, mean of {window:,} steps")
+
+    # validations
     if len(val_steps):
         axes.plot(val_steps, val_losses, color="tab:orange", marker="o", linewidth=1, label="validation")
 
-    notes = [f"{(~finite).sum():,} steps without a finite loss"] if not finite.all() else []
-    val_seen = val_losses[np.isfinite(val_losses)]
-    seen = np.concatenate([losses[finite], val_seen])
-    if len(seen):
-        low, usual = seen.min(), np.quantile(seen, 0.98)
-        # a spike must not flatten the rest, but every validation loss is shown
-        high = max(min(seen.max(), 2 * usual - low), val_seen.max(initial=low))
+    # how much of it is shown
+    notes = []
+    if not finite.all():
+        notes.append(f"{(~finite).sum():,} steps without a finite loss")
+    finite_val_losses = val_losses[np.isfinite(val_losses)]
+    finite_losses = np.concatenate([losses[finite], finite_val_losses])
+    if len(finite_losses):
+        low, high = loss_limits(finite_losses, finite_val_losses)
         margin = 0.05 * (high - low) or 0.05
         axes.set_ylim(low - margin, high + margin)
-        notes += [f"{(seen > high).sum():,} steps above the plot"] if seen.max() > high else []
-    last = max((row["step"] for row in rows), default=0) or 1
-    axes.set_xlim(-0.02 * last, 1.02 * last)
+        if finite_losses.max() > high:
+            notes.append(f"{(finite_losses > high).sum():,} steps above the plot")
+    last_step = max((row["step"] for row in rows), default=0) or 1
+    axes.set_xlim(-0.02 * last_step, 1.02 * last_step)
+
+    # axes and legend
     axes.set(xlabel="optimizer step", ylabel="loss per trained token (nats)")
     axes.set_title("; ".join(notes), fontsize="small", loc="right", color="tab:red")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return figure
 
 
+def columns_of(rows: list[Row], x: str, y: str) -> "tuple[np.ndarray, np.ndarray]":
+    """Two columns of metrics.csv, without the rows in which `y` is empty."""
+    import numpy as np
+
+    filled = [row for row in rows if row[y] is not None]
+    return np.array([row[x] for row in filled]), np.array([row[y] for row in filled], dtype=float)
+
+
+def moving_mean(losses: "np.ndarray", weights: "np.ndarray", window: int) -> "np.ndarray":
+    """The mean of `window` losses around each one, without those that are not finite; NaN if none of them is.
+
+    The weights are the trained tokens of the steps: a mean of the steps' means would be the loss of no set of tokens.
+    """
+    import numpy as np
+
+    finite = np.isfinite(losses)
+    weights = weights * finite
+    totals = np.convolve(weights, np.ones(window), "same")
+    sums = np.convolve(np.where(finite, losses, 0) * weights, np.ones(window), "same")
+    return np.divide(sums, totals, out=np.full(len(sums), np.nan), where=totals > 0)
+
+
+def loss_limits(losses: "np.ndarray", val_losses: "np.ndarray") -> tuple[float, float]:
+    """The lowest and the highest loss to show. A spike must not flatten the rest; every validation loss is shown."""
+    import numpy as np
+
+    low = losses.min()
+    usual = np.quantile(losses, 0.98)
+    high = min(losses.max(), 2 * usual - low)
+    return low, max(high, val_losses.max(initial=low))
+
+
+# ---- report.md
+
+
 def write_report(
-    out_dir: Path, *, title: str, command: str, settings: dict, facts: dict[str, str], answers: list[Answer]
+    out_dir: Path, *, title: str, command: str, settings: dict, facts: dict[str, str], answers: Sequence[AnswerPair]
 ) -> Path:
-    """`out_dir/report.md`, and `loss.png` from `metrics.csv`: what was run, what came out, how the answers changed."""
-    plot = "![Training and validation loss over the optimizer steps](loss.png)"
-    try:
-        figure = loss_figure(read_metrics(out_dir / "metrics.csv"))
-        figure.savefig(out_dir / "loss.png.tmp", format="png")
-        (out_dir / "loss.png.tmp").replace(out_dir / "loss.png")
-    except FileNotFoundError:
-        plot = "Nothing was trained step by step."
-    except ModuleNotFoundError:
-        plot = "No plot, as matplotlib is missing: `pip install -e '.[report]'`"
-    parts = [f"# {_escape(title)}", _fenced(command, "sh"), "| | |\n|---|---|"]
-    parts[-1] += "".join(f"\n| {_escape(name)} | {_escape(value)} |" for name, value in facts.items())
-    parts += ["## Loss", plot, "## Answers before and after"] if answers else ["## Loss", plot]
+    """Writes `out_dir/report.md`, and `loss.png` from `metrics.csv`: what was run, and what came out of it."""
+    parts = [
+        f"# {escape_markdown(title)}",
+        code_block(command, "sh"),
+        facts_table(facts),
+        "## Loss",
+        draw_loss(out_dir),
+    ]
+    if answers:
+        parts.append("## Answers before and after")
     for prompt, expected, before, after in answers:
         parts.append(
-            f'<table>\n<tr><td colspan="2">{_html("Prompt", prompt)}</td></tr>\n'
-            f'<tr><td colspan="2">{_html("Expected", expected)}</td></tr>\n'
-            f'<tr valign="top"><td width="50%">{_html("Before", before)}</td>\n'
-            f'<td width="50%">{_html("After", after)}</td></tr>\n</table>'
+            f'<table>\n<tr><td colspan="2">{html_cell("Prompt", prompt)}</td></tr>\n'
+            f'<tr><td colspan="2">{html_cell("Expected", expected)}</td></tr>\n'
+            f'<tr valign="top"><td width="50%">{html_cell("Before", before)}</td>\n'
+            f'<td width="50%">{html_cell("After", after)}</td></tr>\n</table>'
         )
-    parts += ["<details>\n<summary>Settings</summary>", _fenced(as_yaml(settings), "yaml"), "</details>"]
-    write_whole(out_dir / "report.md", "\n\n".join(parts) + "\n")
-    return out_dir / "report.md"
+    parts += [
+        "<details>\n<summary>Settings</summary>",
+        code_block(as_yaml(settings), "yaml"),
+        "</details>",
+    ]
+    path = out_dir / "report.md"
+    write_whole(path, "\n\n".join(parts) + "\n")
+    return path
 
 
-def _escape(text: str) -> str:
-    return re.sub(r"([\\`*_~\[\]<>|&#])", r"\\\1", " ".join(text.split()))
+def draw_loss(out_dir: Path) -> str:
+    """Draws `loss.png`, and returns the Markdown that shows it, or says why there is none."""
+    metrics = out_dir / "metrics.csv"
+    if not metrics.is_file():
+        return "Nothing was trained step by step."
+    if not can_draw():
+        return f"No plot, as matplotlib is missing: `{INSTALL}`"
+    save_figure(loss_figure(read_metrics(metrics)), out_dir / "loss.png")
+    return "![Training and validation loss over the optimizer steps](loss.png)"
 
 
-def _fenced(text: str, language: str) -> str:
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+def facts_table(facts: dict[str, str]) -> str:
+    rows = [(escape_markdown(name), escape_markdown(value)) for name, value in facts.items()]
+    return markdown_table(("", ""), rows)
+
+
+def escape_markdown(text: str) -> str:
+    """A text on one line, in which nothing is markup."""
+    line = " ".join(text.split())
+    return re.sub(r"([\\`*_~\[\]<>|&#])", r"\\\1", line)
+
+
+def code_block(text: str, language: str) -> str:
+    """A fenced block; its fence is longer than any row of backticks in the text."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.strip()}\n{fence}"
 
 
-def _html(label: str, text: str) -> str:
-    # <samp> is monospaced but wraps; a blank line would end the HTML block, so every line ends in <br>
-    text = html.escape(text.replace("\r\n", "\n").replace("\r", "\n").expandtabs(4), quote=False)
-    text = re.sub(r"^ | (?= )", "&nbsp;", text, flags=re.MULTILINE).replace("\n", "<br>\n")
+def html_cell(label: str, text: str) -> str:
+    """A text with all its spaces and line ends. <samp> is monospaced and wraps."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n").expandtabs(4)
+    text = html.escape(text, quote=False)
+    text = re.sub(r"^ | (?= )", "&nbsp;", text, flags=re.MULTILINE)
+    text = text.replace("\n", "<br>\n")  # a blank line would end the HTML block, so that no line may be one
     return f"<b>{label}</b><br>\n<samp>{text}</samp>"
 
 
-def show_answers(answers: list[Answer]) -> None:
-    """The answers before and after, side by side on stdout."""
-    terminal = sys.stdout.isatty()
-    console = Console(force_terminal=terminal, width=None if terminal else 100)
+# ---- the end of a run
+
+
+def show_answers(answers: Sequence[AnswerPair]) -> None:
+    """Prints the answers before and after, side by side, on stdout."""
+    is_terminal = sys.stdout.isatty()
+    console = Console(force_terminal=is_terminal, width=None if is_terminal else 100)
     for prompt, expected, before, after in answers:
-        table = Table("before", "after", box=box.SQUARE, expand=True, show_lines=True)
-        table.columns[0].ratio = table.columns[1].ratio = 1
-        # an answer may hold anything, also the escape codes of a terminal
-        table.add_row(*(Text(text.replace("\x1b", "␛")) for text in (before, after)))
         for label, text in (("prompt", prompt), ("expected", expected)):
-            console.print(Text.assemble((f"{label}: ", "bold"), text.replace("\x1b", "␛")))
+            console.print(Text.assemble((f"{label}: ", "bold"), without_escapes(text)))
+        table = Table("before", "after", box=box.SQUARE, expand=True, show_lines=True)
+        for column in table.columns:
+            column.ratio = 1
+        table.add_row(Text(without_escapes(before)), Text(without_escapes(after)))
         console.print(table)
 
 
-def finish(
-    fabric: "Fabric", log: Log, out_dir: Path, title: str, settings: dict, before: Sequence, after: Sequence
+def without_escapes(text: str) -> str:
+    """A text that cannot steer a terminal: an answer may hold anything."""
+    return text.replace("\x1b", "␛")
+
+
+def report_run(
+    fabric: "Fabric",
+    log: Log,
+    out_dir: Path,
+    title: str,
+    settings: dict,
+    before: "Sequence[Answered]",
+    after: "Sequence[Answered]",
 ) -> None:
-    """The first process prints the answers before and after, writes the report, and says where everything is."""
+    """Prints the answers before and after, writes the report, and says where everything is; the first process does."""
     if not fabric.is_global_zero:
         return
     answers = [(old.question, old.expected, old.answer, new.answer) for old, new in zip(before, after, strict=True)]

@@ -1,12 +1,13 @@
-"""TODO doc of runs.saves"""
+"""The folders `last` and `best` of a run: writing them while it trains, and going on from `last`."""
 
 import json
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lit_gpt.checkpoint.load import read_metadata, read_tensors
 from lit_gpt.checkpoint.save import save_tensors, write_files
@@ -14,10 +15,12 @@ from lit_gpt.distributed import full_parameters, full_tensor, is_first, shard_li
 from lit_gpt.errors import InputError
 from lit_gpt.files import new_folder, recover
 from lit_gpt.model.gpt import GPT
-from lit_gpt.runs.finetuned import Finetuned, load_trained, read_description
+from lit_gpt.runs.header import KEY, Header, read_header
+from lit_gpt.runs.load_finetuned import load_trained
 from lit_gpt.runs.methods import METHODS, Method
 
-NUMBER = " number"  # in the name of what an optimizer keeps as a plain number
+STATE = "state.safetensors"  # what `last` holds besides the weights: the optimizer, and how far the run is
+NUMBER = " number"  # at the end of a name: the optimizer keeps this one as a plain number
 
 
 class Checkpoints:
@@ -27,82 +30,116 @@ class Checkpoints:
     process of a run must call its methods, since each may hold a part of the weights; only the first one writes.
     """
 
-    def __init__(self, out_dir: Path, model: GPT, description: Finetuned, method: Method | None = None) -> None:
-        self.out_dir, self.model, self.description, self.writes = out_dir, model, description, is_first()
-        self.method = method or METHODS[description.method]
-        self.keep = self.method.filter
+    def __init__(self, out_dir: Path, model: GPT, header: Header, method: Method | None = None) -> None:
+        """`method` None is the one that `header` names, in `runs/methods.py`."""
+        self.out_dir = out_dir
+        self.model = model
+        self.header = header
+        self.method = METHODS[header.method] if method is None else method
+        self.writes = is_first()
 
     def save(self, name: str) -> None:
-        with new_folder(self.out_dir / name) if self.writes else nullcontext() as folder:
+        """Saves the weights as the folder `name`."""
+        with self.open_folder(name) as folder:
             self.write_weights(folder)
 
     def save_state(self, name: str, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
         """Saves the weights, and with them the optimizer and `progress`, which is JSON."""
-        with new_folder(self.out_dir / name) if self.writes else nullcontext() as folder:
+        with self.open_folder(name) as folder:
             self.write_weights(folder)
-            tensors = flatten(optimizer.state_dict()["state"])  # its settings are the run's
+            tensors = name_state(optimizer.state_dict()["state"])  # its settings are the run's
             if folder is not None:
-                save_tensors(tensors, folder / "state.safetensors", {"progress": json.dumps(progress)})
+                save_tensors(tensors, folder / STATE, {"progress": json.dumps(progress)})
+
+    def open_folder(self, name: str) -> AbstractContextManager[Path | None]:
+        """The folder to write to in the first process, None in the others."""
+        return new_folder(self.out_dir / name) if self.writes else nullcontext()
 
     def write_weights(self, folder: Path | None) -> None:
-        """What the method keeps, as a file; all weights, as a Hugging Face folder."""
-        weights = full_parameters(self.model, self.keep)
-        header = {"lit_gpt": json.dumps(asdict(self.description))}
+        """Writes what the method trains as one file, or all weights as a Hugging Face folder."""
+        weights = full_parameters(self.model, self.method.filter)
+        metadata = {KEY: json.dumps(asdict(self.header))}
         if folder is None:
-            for _ in weights:  # only to take part
+            for _ in weights:  # putting a parameter together takes all processes
                 pass
         elif self.method.trains_base:
-            write_files(weights, self.model.config, Path(self.description.checkpoint_dir), folder, metadata=header)
+            source = Path(self.header.checkpoint_dir)
+            write_files(weights, self.model.config, source, folder, metadata=metadata)
         else:
-            save_tensors(dict(weights), folder / f"{self.description.method}.safetensors", header)
+            save_tensors(dict(weights), folder / f"{self.header.method}.safetensors", metadata)
 
     def load(self, name: str) -> None:
-        """Puts the weights of one of the folders back into the model."""
+        """Loads the weights of the folder `name` into the model."""
         load_trained(self.model, self.out_dir / name, self.method)
 
     def recover(self) -> None:
+        """Clears away what a killed process left of a save."""
         for name in ("last", "best"):
             recover(self.out_dir / name)
 
     def resume(self, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-        """Puts the last state back into the model and the optimizer; returns the progress, or None without a state."""
+        """Loads `last` into the model and the optimizer, and returns the progress; None if no state was saved.
+
+        Raises:
+            InputError: `last` was trained with another method, base, tokenizer or prompt style, or does not fit.
+        """
         last = self.out_dir / "last"
-        if not (last / "state.safetensors").is_file():
+        if not (last / STATE).is_file():
             return None
-        found, now = read_description(last), asdict(self.description)
-        changed = [key for key, value in asdict(found).items() if value != now[key] and key != "checkpoint_dir"]
+        self.check_same_header(last)
+        load_trained(self.model, last, self.method)
+
+        # the optimizer: what it keeps for a parameter is split among the devices as that parameter is
+        params: list[nn.Parameter] = []
+        for group in optimizer.param_groups:
+            params += group["params"]
+        state = nest_state(dict(read_tensors([last / STATE])))
+        for index, entry in state.items():
+            param = params[index]
+            for key, value in entry.items():
+                if torch.is_tensor(value) and value.shape == param.shape:
+                    entry[key] = shard_like(value, param)
+        settings = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": settings})
+
+        return json.loads(read_metadata(last / STATE)["progress"])
+
+    def check_same_header(self, last: Path) -> None:
+        """Raises InputError if the run in `last` is not this one. Its base may have moved: it has a fingerprint."""
+        saved = asdict(read_header(last))
+        now = asdict(self.header)
+        changed = [key for key in saved if key != "checkpoint_dir" and saved[key] != now[key]]
         if changed:
             raise InputError(f"{last} was trained with another {' and '.join(changed)}. Use the settings of that run.")
-        load_trained(self.model, last, self.method)
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        state = unflatten(dict(read_tensors([last / "state.safetensors"])))
-        for index, entry in state.items():
-            like = params[index]
-            entry |= {k: shard_like(v, like) for k, v in entry.items() if getattr(v, "shape", None) == like.shape}
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        return json.loads(read_metadata(last / "state.safetensors")["progress"])
 
 
-def flatten(state: dict[Any, Any], prefix: str = "") -> dict[str, torch.Tensor]:
-    """What an optimizer remembers, in which some nest dictionaries, by name."""
-    found = {}
+def name_state(state: dict[Any, Any], prefix: str = "") -> dict[str, torch.Tensor]:
+    """The state of an optimizer as named tensors, put together: {0: {"step": 3.0}} gives "0.step number".
+
+    Some optimizers nest dictionaries, such as the 8-bit ones of bitsandbytes. Every process must call it.
+    """
+    tensors: dict[str, torch.Tensor] = {}
     for key, value in state.items():
+        name = f"{prefix}{key}"
         if isinstance(value, dict):
-            found |= flatten(value, f"{prefix}{key}.")
+            tensors |= name_state(value, f"{name}.")
+        elif torch.is_tensor(value):
+            tensors[name] = full_tensor(value)
         elif value is not None:
-            is_tensor = torch.is_tensor(value)
-            found[f"{prefix}{key}{'' if is_tensor else NUMBER}"] = (
-                full_tensor(value) if is_tensor else torch.tensor(value)
-            )
-    return found
+            tensors[f"{name}{NUMBER}"] = torch.tensor(value)
+    return tensors
 
 
-def unflatten(tensors: dict[str, torch.Tensor]) -> dict[Any, Any]:
-    state: dict[Any, Any] = {}
+def nest_state(tensors: dict[str, torch.Tensor]) -> dict[int, dict[str, Any]]:
+    """The inverse of `name_state`: the state of an optimizer, by the number of the parameter."""
+    state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         index, *path, key = name.split(".")
         entry = state.setdefault(int(index), {})
         for part in path:
             entry = entry.setdefault(part, {})
-        entry[key.removesuffix(NUMBER)] = tensor.item() if key.endswith(NUMBER) else tensor
+        if key.endswith(NUMBER):
+            entry[key.removesuffix(NUMBER)] = tensor.item()
+        else:
+            entry[key] = tensor
     return state

@@ -28,7 +28,8 @@ from lit_gpt.full import Full, mark_chosen_as_trainable
 from lit_gpt.memory.plan import adapt, setup_of_script
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.packing import Layout
-from lit_gpt.runs.finetuned import finetuned_file, load_finetuned, read_description
+from lit_gpt.runs.header import finetuned_file, read_header
+from lit_gpt.runs.load_finetuned import load_finetuned
 from lit_gpt.runs.log import read_metrics
 from lit_gpt.runs.methods import METHODS as TRAINABLE
 from lit_gpt.runs.report import check_can_draw
@@ -199,7 +200,7 @@ def measure(name: str, folder: Path, text: str, base_loss: float) -> Outcome:
 
 
 def trained_parameters(folder: Path) -> int:
-    description = read_description(folder)
+    description = read_header(folder)
     if not TRAINABLE[description.method].trains_base:
         return sum(tensor.numel() for _, tensor in read_tensors([finetuned_file(folder)]))
     model = build_model(Config.from_checkpoint(folder))

@@ -9,7 +9,7 @@ import torch
 
 from lit_gpt.data.dataset import Dataset
 from lit_gpt.data.prepare import DataArgs, prepare
-from lit_gpt.runs.finetuned import Finetuned
+from lit_gpt.runs.header import Header
 from lit_gpt.runs.log import read_metrics
 
 FROZEN = {  # precision -> the declared dtype of frozen weights; what trains and theta are float32 under all
@@ -21,7 +21,7 @@ FROZEN = {  # precision -> the declared dtype of frozen weights; what trains and
 }
 
 
-DESCRIPTION = Finetuned("lora", {}, "", "", "", "")
+DESCRIPTION = Header("lora", {}, "", "", "", "")
 
 
 def edited(module: types.ModuleType, *changes: tuple[str, str]) -> types.ModuleType:

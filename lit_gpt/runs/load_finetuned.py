@@ -1,0 +1,169 @@
+"""Using what a run has trained: the base model, and on it the trained weights, unmerged."""
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lit_gpt.checkpoint import peft
+from lit_gpt.checkpoint.load import build_model, checked_tensors, load_model, load_weights, read_tensors
+from lit_gpt.config import SAMPLE, Config
+from lit_gpt.data.tokenizer import Tokenizer
+from lit_gpt.device import Precision, inference_dtype
+from lit_gpt.distributed import shard_like
+from lit_gpt.errors import InputError
+from lit_gpt.lora import apply_lora, lora_filter
+from lit_gpt.model.gpt import GPT
+from lit_gpt.quantize import Quantize, quantize_linears
+from lit_gpt.runs.header import Header, finetuned_file, is_peft, read_header, read_peft_header
+from lit_gpt.runs.methods import METHODS, Method
+
+QuantizeAs = Literal["auto", "none", Quantize]  # auto: as in training
+
+
+@dataclass(frozen=True)
+class UseArgs:
+    """Flags of every script that generates text: with which model, and how."""
+
+    checkpoint_dir: Path | None = None
+    """The model. None is the sample model, or the base of what was fine-tuned."""
+    finetuned: Path | None = None
+    """What a fine-tuning script wrote: an out_dir (its best), or one folder of it. It is not merged."""
+    top_p: float | None = None
+    """Sample from the fewest likeliest tokens that together have this probability."""
+    precision: Precision = "auto"
+    """Dtype of the weights and of the arithmetic."""
+    quantize: QuantizeAs = "auto"
+    """Keep the linears in 4 or 8 bits: a smaller model, and on a CPU a slower one. auto is what the fine-tuned weights
+    were trained on, none the weights as they are."""
+    seed: int = 1337
+    """Seed of the sampling."""
+
+
+def load_for_use(args: UseArgs, device: torch.device) -> tuple[GPT, Tokenizer, str | None]:
+    """A model, its tokenizer, and the prompt style it was fine-tuned with; None if it was not, or if that is unknown.
+
+    Raises:
+        InputError: see `load_finetuned` and `load_weights`.
+    """
+    dtype = inference_dtype(args.precision)
+    if args.finetuned is None:
+        checkpoint_dir = args.checkpoint_dir or SAMPLE
+        kind = None if args.quantize in ("auto", "none") else args.quantize
+        return load_model(checkpoint_dir, dtype, device, kind), Tokenizer(checkpoint_dir), None
+
+    model, header = load_finetuned(args.checkpoint_dir, args.finetuned, dtype, device, args.quantize)
+    tokenizer = Tokenizer(args.checkpoint_dir or header.checkpoint_dir)
+    if header.tokenizer not in ("", tokenizer.fingerprint):
+        raise InputError(f"{args.finetuned} was trained with another tokenizer than the one of its base now is.")
+    return model, tokenizer, header.prompt_style or None
+
+
+def load_finetuned(
+    checkpoint_dir: Path | None,
+    finetuned_dir: Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    quantize: QuantizeAs = "auto",
+    methods: Mapping[str, Method] = METHODS,
+) -> tuple[GPT, Header]:
+    """A base model with what was trained on it, unmerged. `checkpoint_dir` None is the base it was trained on.
+
+    `quantize` "auto" quantizes the base as it was in training. A line on stderr says if it is quantized otherwise.
+
+    Raises:
+        InputError: another base, or keys that do not fit it.
+    """
+    # what was trained, and how
+    from_peft = is_peft(finetuned_dir)
+    header = read_peft_header(finetuned_dir) if from_peft else read_header(finetuned_dir)
+    method = methods.get(header.method)
+    if method is None:
+        raise InputError(f"{finetuned_dir} holds a {header.method}, which writes no text: use generate/classify.py.")
+    if method.trains_base:  # all weights were saved: the folder is its own base
+        header = replace(header, checkpoint_dir=str(finetuned_file(finetuned_dir).parent))
+        checkpoint_dir = None
+
+    # its base
+    base_dir = Path(checkpoint_dir or header.checkpoint_dir)
+    if not base_dir.is_dir():
+        raise InputError(f"{finetuned_dir} was trained on {base_dir}, which is not there. Name it: --checkpoint_dir.")
+    kind = choose_quantization(header, quantize, finetuned_dir)
+    model = build_model(Config.from_checkpoint(base_dir))
+    quantize_linears(model, kind)
+    base = load_weights(model, base_dir, dtype, device)
+
+    # and the trained weights on it
+    if from_peft:
+        lora, tensors = peft.load_peft(finetuned_dir, model.config)
+        apply_lora(model, lora)
+        copy_parameters(model, tensors.items(), lora_filter, finetuned_dir)
+        header = replace(header, settings=asdict(lora), base=base)
+    elif not method.trains_base:
+        if base != header.base:
+            raise InputError(
+                f"{finetuned_dir} was trained on another base than {base_dir}: on {header.checkpoint_dir}."
+            )
+        model = method.apply(model, method.settings(**header.settings))
+        load_trained(model, finetuned_dir, method)
+    return model.eval(), header
+
+
+def choose_quantization(header: Header, quantize: QuantizeAs, finetuned_dir: Path) -> Quantize | None:
+    """How to quantize the base: as in training, or as asked for, with a line on stderr if that is something else."""
+    if quantize == "auto":
+        return header.quantize
+    asked = None if quantize == "none" else quantize
+    if asked != header.quantize:
+        was = describe_weights(header.quantize)
+        now = describe_weights(asked)
+        print(f"{finetuned_dir} was trained on {was}, here it is used on {now}: not quite the same.", file=sys.stderr)
+    return asked
+
+
+def describe_weights(quantize: Quantize | None) -> str:
+    return "the original weights" if quantize is None else f"weights in {quantize}"
+
+
+def load_trained(model: GPT, finetuned_dir: Path, method: Method) -> None:
+    """Loads trained weights into a model that the method has been applied to.
+
+    Raises:
+        InputError: the keys or the shapes are not those of the model.
+    """
+    file = finetuned_file(finetuned_dir)
+    if method.trains_base:  # a Hugging Face folder, under its names and perhaps in several files
+        tensors = checked_tensors(model, file.parent)
+    else:
+        tensors = read_tensors([file])
+    copy_parameters(model, tensors, method.filter, file)
+
+
+def copy_parameters(
+    model: nn.Module,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    keep: Callable[[str, Any], bool],
+    source: Path,
+) -> None:
+    """Copies tensors into the parameters that `keep` chooses, which have to be exactly those.
+
+    Raises:
+        InputError: a tensor has no such parameter, or another shape, or a parameter has no tensor.
+    """
+    params = {name: param for name, param in model.named_parameters() if keep(name, param)}
+    missing = set(params)
+    unfit = []
+    with torch.no_grad():
+        for name, tensor in tensors:
+            missing.discard(name)
+            if name in params and params[name].shape == tensor.shape:
+                params[name].copy_(shard_like(tensor, params[name]))
+            else:
+                unfit.append(name)
+    if unfit or missing:
+        names = unfit + sorted(missing)
+        raise InputError(f"{source} does not fit this model: {', '.join(names[:5])}.")

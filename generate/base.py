@@ -41,7 +41,7 @@ def main(
         max_new_tokens: The longest answer.
         temperature: 0 takes the likeliest token each time; 1 samples from what the model says.
         top_k: Sample from the k likeliest tokens only.
-        args: With which model, such as --finetuned, and how; see lit_gpt/runs/finetuned.py.
+        args: With which model, such as --finetuned, and how; see lit_gpt/runs/load_finetuned.py.
     """
     device = default_device()
     if temperature == 0 and (num_samples > 1 or top_k is not None or args.top_p is not None):

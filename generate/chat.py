@@ -31,7 +31,7 @@ def main(
         max_new_tokens: The longest answer.
         temperature: 0 takes the likeliest token each time; 1 samples from what the model says.
         top_k: Sample from the k likeliest tokens only.
-        args: With which model, such as --finetuned, and how; see lit_gpt/runs/finetuned.py.
+        args: With which model, such as --finetuned, and how; see lit_gpt/runs/load_finetuned.py.
     """
     device = default_device()
     model, tokenizer, trained_style = load_for_use(args, device)

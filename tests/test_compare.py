@@ -176,7 +176,7 @@ def test_nothing_is_launched_that_cannot_end_well(flags, message, tiny_dir, data
 
 
 def test_a_missing_matplotlib_is_missed_at_once(tiny_dir, data_dir, monkeypatch) -> None:
-    monkeypatch.setattr("lit_gpt.runs.report.find_spec", lambda name: None)
+    monkeypatch.setattr("lit_gpt.packages.find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install"):
         check(["full"], ROOT / "finetune", Budget(str(tiny_dir), str(data_dir), "", 1, []), "Some text.")
 

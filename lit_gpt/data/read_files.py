@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_gpt.errors import InputError
+from lit_gpt.packages import import_optional
 
 
 def mix(sources: Mapping[str, float], split_key: str = "split") -> Iterator[dict[str, Any]]:
@@ -49,7 +50,7 @@ def read_records(source: str | Path, split_key: str = "split") -> Iterator[dict[
 
 
 def parquet_records(path: Path) -> Iterator[dict[str, Any]]:
-    parquet = needs("pyarrow.parquet")
+    parquet = import_optional("pyarrow.parquet", "data", "A parquet file")
     from pyarrow import ArrowException
 
     try:
@@ -61,7 +62,7 @@ def parquet_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def dataset_records(source: str, split_key: str) -> Iterator[dict[str, Any]]:
-    datasets = needs("datasets")
+    datasets = import_optional("datasets", "data", "A data set of the hub, or a folder of one,")
     try:
         if Path(source).is_dir() and any(Path(source).rglob("state.json")):
             found = datasets.load_from_disk(source)
@@ -77,15 +78,6 @@ def dataset_records(source: str, split_key: str) -> Iterator[dict[str, Any]]:
                 yield from ({split_key: split, **record} for record in records)
     except Exception as error:  # the library raises whatever its parts raise, also in the midst of reading
         raise InputError(f"The data set {source} cannot be read: {' '.join(str(error).split())[:300]}") from None
-
-
-def needs(module: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError:
-        raise InputError(f'This needs the package {module.split(".")[0]}: pip install -e ".[data]"') from None
 
 
 def text_records(path: Path) -> Iterator[dict[str, Any]]:

@@ -16,6 +16,7 @@ from lit_gpt.checkpoint.save import SafetensorsWriter
 from lit_gpt.errors import InputError
 from lit_gpt.files import must_be_empty, new_folder
 from lit_gpt.formats.gguf_tokenizer import TOKENIZER_KEYS, adds_bos, build_tokenizer, special_ids
+from lit_gpt.packages import import_optional
 
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -166,11 +167,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
 
 
 def import_gguf() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise InputError("Reading GGUF files needs the package gguf. Type: pip install -e '.[sample]'") from None
-    return gguf
+    return import_optional("gguf", "sample", "Reading GGUF files")
 
 
 def check_metadata(metadata: dict[str, Any]) -> None:

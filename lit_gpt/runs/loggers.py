@@ -1,12 +1,9 @@
 """TODO doc of runs.loggers"""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from lit_gpt.errors import InputError
-
-if TYPE_CHECKING:
-    pass
+from lit_gpt.packages import is_installed, require
 
 LoggerName = Literal["tensorboard", "wandb"]
 
@@ -15,14 +12,15 @@ def make_loggers(logger: LoggerName | None, log_dir: str) -> Sequence[Any]:
     """metrics.csv is always written; these come on top."""
     if logger is None:
         return []
-    try:
-        if logger == "tensorboard":
-            from lightning_fabric.loggers import TensorBoardLogger
-
-            return [TensorBoardLogger(log_dir, name="tensorboard")]
+    if logger == "wandb":
+        require("wandb", "loggers", "--logger wandb")
         return [wandb_logger(log_dir)]
-    except ModuleNotFoundError:
-        raise InputError(f"--logger {logger} needs a package that is not installed: pip install {logger}") from None
+
+    if not is_installed("tensorboardX"):  # which Fabric's logger takes as well
+        require("tensorboard", "loggers", "--logger tensorboard")
+    from lightning_fabric.loggers import TensorBoardLogger
+
+    return [TensorBoardLogger(log_dir, name="tensorboard")]
 
 
 def wandb_logger(log_dir: str) -> Any:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -22,6 +22,8 @@ from lit_gpt.cli import parse
 from lit_gpt.config import Config
 from lit_gpt.data.dataset import Dataset
 from lit_gpt.data.tokenizer import Tokenizer
+from lit_gpt.display.figures import new_row, require_drawing, save_figure
+from lit_gpt.display.tables import markdown_table
 from lit_gpt.errors import InputError
 from lit_gpt.files import write_whole
 from lit_gpt.full import Full, mark_chosen_as_trainable
@@ -32,7 +34,6 @@ from lit_gpt.runs.header import finetuned_file, read_header
 from lit_gpt.runs.load_finetuned import load_finetuned
 from lit_gpt.runs.log import read_metrics
 from lit_gpt.runs.methods import METHODS as TRAINABLE
-from lit_gpt.runs.report import check_can_draw
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -112,7 +113,7 @@ def check(names: Sequence[str], scripts: Path, budget: Budget, text: str) -> Non
         InputError: no matplotlib, no checkpoint, data or text, or they do not fit each other; or a method cannot be
             applied to the model, or has no such flags.
     """
-    check_can_draw()
+    require_drawing()
     tokenizer, config = Tokenizer(budget.checkpoint_dir), Config.from_checkpoint(budget.checkpoint_dir)
     for split, name in (("train", "training"), ("val", "validation")):
         data = Dataset(Path(budget.data_dir), split)
@@ -240,7 +241,7 @@ def compare(names: Sequence[str], scripts: Path, budget: Budget, text: str, out_
         outcomes.append(Outcome(**json.loads(done.read_text(encoding="utf-8"))))
         first = loss_before([outcome.method for outcome in outcomes], out_dir)
         write_whole(out_dir / "compare.md", table(outcomes, first) + "\n")
-        figure(outcomes, first).savefig(out_dir / "compare.png")
+        save_figure(figure(outcomes, first), out_dir / "compare.png")
     return outcomes
 
 
@@ -256,30 +257,43 @@ def loss_before(names: Sequence[str], out_dir: Path) -> float:
 
 def table(outcomes: Sequence[Outcome], first: float) -> str:
     """Markdown. `first` is the validation loss before training."""
-    heads = ("method", "trained parameters", "peak memory", "training", "tokens/s", "validation loss", "on disk")
-    lines = [f"| {' | '.join((*heads, 'forgotten'))} |", "|---|" + "---:|" * len(heads)]
-    for o in outcomes:
-        cells: tuple[Any, ...] = (
-            *(o.method, f"{o.trained:,}", f"{o.memory_gb:.2f} GB", f"{o.minutes:.1f} min"),
-            *(f"{o.tokens_per_second:,.0f}", f"{o.val_loss:.3f}", f"{o.size_mb:,.1f} MB", f"{o.forgotten:+.3f}"),
+    heads = (
+        "method",
+        "trained parameters",
+        "peak memory",
+        "training",
+        "tokens/s",
+        "validation loss",
+        "on disk",
+        "forgotten",
+    )
+    rows = []
+    for outcome in outcomes:
+        row = (
+            outcome.method,
+            f"{outcome.trained:,}",
+            f"{outcome.memory_gb:.2f} GB",
+            f"{outcome.minutes:.1f} min",
+            f"{outcome.tokens_per_second:,.0f}",
+            f"{outcome.val_loss:.3f}",
+            f"{outcome.size_mb:,.1f} MB",
+            f"{outcome.forgotten:+.3f}",
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"Validation loss before training: {first:.3f}."])
+        rows.append(row)
+    lines = markdown_table(heads, rows, right=range(1, len(heads)))
+    return f"{lines}\n\nValidation loss before training: {first:.3f}."
 
 
 def figure(outcomes: Sequence[Outcome], first: float) -> "Figure":
     """The validation loss against what it cost: memory, minutes, and what was forgotten."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4.5), dpi=100, layout="constrained")
+    figure, plots = new_row(13, 4.5, n_plots=3)
     costs = {"memory_gb": "peak memory, GB", "minutes": "training, minutes", "forgotten": "forgotten, nats a token"}
-    for axes, (key, label) in zip(figure.subplots(1, 3, sharey=True), costs.items(), strict=True):
+    for axes, (key, label) in zip(plots, costs.items(), strict=True):
         for i, outcome in enumerate(outcomes):
             axes.plot(getattr(outcome, key), outcome.val_loss, "o", markersize=9, color=f"C{i}", label=outcome.method)
         axes.set(xlabel=label)
         axes.margins(x=0.15, y=0.15)
         axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel(f"validation loss ({first:.2f} before)")
-    figure.axes[2].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    plots[0].set_ylabel(f"validation loss ({first:.2f} before)")
+    plots[2].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

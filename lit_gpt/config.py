@@ -12,12 +12,12 @@ from lit_gpt.errors import InputError, reading
 
 SAMPLE = Path("checkpoints/sample/SmolLM2-135M-Instruct-Q4_1")  # what scripts/download_sample.py writes
 
-MAY_BE_ZERO = ("n_layer", "norm_eps", "rotary_percentage")  # besides what usually is
+MAY_BE_ZERO = ("n_layer", "norm_eps", "rotary_percentage")  # besides numbers that are 0 by default
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything `model.py` needs to build a GPT: the sizes, and which classes to build it from.
+    """All that `lit_gpt/model/` needs to build a GPT: the sizes, and the names of the classes to build it from.
 
     n_head = 4, n_query_groups = 4        n_query_groups = 2              n_query_groups = 1
     multi-head attention                  grouped-query attention         multi-query attention
@@ -44,17 +44,20 @@ class Config:
     intermediate_size: int | None = None
     """Width of the MLP. None is 4 n_embd."""
     embedding: str = "plain"
-    """plain, scaled (by embedding_scale) or positions (learned ones are added). `model.py` has tables of the classes
-    that this and the next names stand for."""
+    """plain, scaled (by embedding_scale) or positions (learned ones are added): EMBEDDINGS in model/embeddings.py."""
     block: str = "sequential"
+    """The order of norms, attention and MLP: BLOCKS in model/gpt.py."""
     norm: str = "RMSNorm"
+    """NORMS in model/norms.py."""
     norm_eps: float = 1e-5
     mlp: str = "LLaMAMLP"
+    """MLPS in model/mlp.py."""
     activation: str = "silu"
+    """ACTIVATIONS in model/mlp.py."""
     attn_bias: bool = False
-    """Of q, k and v."""
+    """Whether q, k and v have a bias."""
     proj_bias: bool = False
-    """Of the attention's output projection."""
+    """Whether the attention's output projection has a bias."""
     mlp_bias: bool = False
     lm_head_bias: bool = False
     rotary_percentage: float = 1.0
@@ -63,7 +66,7 @@ class Config:
     rope_scaling: dict[str, Any] | None = None
     """How positions are stretched, in Hugging Face's words: {"rope_type": "llama3", "factor": 8.0, ...}."""
     rope_local_base: float | None = None
-    """Layers with a sliding window use this base, unscaled, where it is given."""
+    """Layers with a sliding window use this base, unscaled. None: they use the others' base and scaling."""
     no_rope_layers: list[int] = field(default_factory=list)
     """Layers that know no positions."""
     tie_embeddings: bool = False
@@ -71,15 +74,17 @@ class Config:
     sliding_window: int | None = None
     """A token attends to the last so many, itself included."""
     sliding_layers: list[int] | None = None
-    """Layers with a sliding window. None is all, where there is a window."""
+    """Layers with a sliding window. None is all, if there is a window."""
     qk_norm: str | None = None
-    """What is done to queries and keys: per_head, each_head, all_heads, clip."""
+    """How queries and keys are normalized: per_head, each_head, all_heads, clip. None: they are not."""
     clip_qkv: float | None = None
+    """Largest entry of q, k and v, if qk_norm is clip."""
     attn_scale: float | None = None
-    """Of the attention scores. None is 1 / sqrt(head_size)."""
+    """Factor on the attention scores. None is 1 / sqrt(head_size)."""
     attn_softcap: float | None = None
+    """Soft cap of the attention scores."""
     final_softcap: float | None = None
-    """Of the logits."""
+    """Soft cap of the logits."""
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
@@ -94,23 +99,23 @@ class Config:
     """Layers without experts, in a model that has them."""
 
     def __post_init__(self) -> None:
-        for spec in fields(self):  # a config.json is somebody else's file
+        # every field is of its type, and a number in its range: a config.json is somebody else's file
+        for spec in fields(self):
             value = getattr(self, spec.name)
-            kinds = get_args(spec.type) if isinstance(spec.type, UnionType) else (spec.type,)
-            kinds = tuple(get_origin(kind) or kind for kind in kinds)
-            whole = isinstance(value, int) and not isinstance(value, bool) and float in kinds
-            if not (isinstance(value, kinds) or whole) or (isinstance(value, bool) and bool not in kinds):
-                names = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
-                raise InputError(f"{spec.name} is {value!r}, expected {names}.")
+            check_type(spec.name, value, spec.type)
             if isinstance(value, int | float) and not isinstance(value, bool):
                 check_number(spec.name, value, may_be_zero=spec.default == 0 or spec.name in MAY_BE_ZERO)
+
+        # sizes that follow from others; the instance is frozen for everybody else
         derived = {
             "n_query_groups": self.n_query_groups or self.n_head,
             "head_size": self.head_size or self.n_embd // self.n_head,
             "intermediate_size": self.intermediate_size or 4 * self.n_embd,
         }
         for key, value in derived.items():
-            object.__setattr__(self, key, value)  # the instance is frozen for everybody else
+            object.__setattr__(self, key, value)
+
+        # sizes that fit together
         if self.n_head % self.n_query_groups:
             raise InputError(f"{self.n_head} query heads cannot share {self.n_query_groups} groups of keys and values.")
         if self.n_expert_per_token > self.n_expert:
@@ -121,18 +126,26 @@ class Config:
         self.check_scaling(self.rope_scaling or {})
 
     def check_scaling(self, scaling: dict[str, Any]) -> None:
-        """Raises InputError for what no kind of scaling can work with."""
-        needed = families.ROPE_TYPES[scaling.get("rope_type", "default")]
+        """Raises InputError if a number of `rope_scaling` is none, or if there are too few or too many of them."""
+        positive = (*families.ROPE_TYPES[scaling.get("rope_type", "default")], "factor")
         for key, value in scaling.items():
-            numbers, n = (value, self.rope_n_elem // 2) if key in ("short_factor", "long_factor") else ([value], 1)
-            if len(numbers) != n:
-                raise InputError(f"{key} has {len(numbers)} numbers, expected {n}.")
+            if key == "rope_type":
+                continue
+            # one number, or one for each pair of rotated elements
+            numbers = [value]
+            expected = 1
+            if key in ("short_factor", "long_factor"):
+                numbers = value
+                expected = self.rope_n_elem // 2
+            if len(numbers) != expected:
+                raise InputError(f"{key} has {len(numbers)} numbers, expected {expected}.")
             for number in numbers:
-                if key != "rope_type" and number is not None:
-                    check_number(key, number, may_be_zero=key not in (*needed, "factor"))
+                if number is not None:
+                    check_number(key, number, may_be_zero=key not in positive)
 
     @property
     def padded_vocab_size(self) -> int:
+        """Rows of the embedding: vocab_size, in which the padding of a checkpoint is counted."""
         return self.vocab_size
 
     @property
@@ -141,14 +154,18 @@ class Config:
         return int(self.rotary_percentage * self.head_size)
 
     def window_of(self, layer: int) -> int | None:
-        """How many tokens a layer sees; None is all."""
-        return self.sliding_window if self.sliding_layers is None or layer in self.sliding_layers else None
+        """How many tokens a layer attends to; None is all."""
+        if self.sliding_layers is None or layer in self.sliding_layers:
+            return self.sliding_window
+        return None
 
     def rope_of(self, layer: int) -> str:
         """Which rotation a layer uses: global, local or none."""
         if layer in self.no_rope_layers:
             return "none"
-        return "local" if self.rope_local_base is not None and self.window_of(layer) else "global"
+        if self.rope_local_base is not None and self.window_of(layer):
+            return "local"
+        return "global"
 
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> "Config":
@@ -157,19 +174,21 @@ class Config:
         Raises:
             InputError: no such name; the nearest ones are listed.
         """
-        family, sizes = families.by_name(name)
-        return cls(**{"name": name.split("/")[-1], "family": family} | sizes | overrides)
+        family, settings = families.by_name(name)
+        return cls(**{"name": name.split("/")[-1], "family": family} | settings | overrides)
 
     @classmethod
     def from_checkpoint(cls, checkpoint_dir: Path, **overrides: Any) -> "Config":
-        """Reads `lit_config.json`, or what Hugging Face's `config.json` says.
+        """Reads our `lit_config.json`, or else Hugging Face's `config.json`.
 
         Raises:
             InputError: neither is there, or it describes an architecture that no family knows, or sizes of no model.
         """
         checkpoint_dir = Path(checkpoint_dir)
-        ours, theirs = checkpoint_dir / "lit_config.json", checkpoint_dir / "config.json"
-        path = ours if ours.is_file() else theirs
+        path = checkpoint_dir / "lit_config.json"
+        is_ours = path.is_file()
+        if not is_ours:
+            path = checkpoint_dir / "config.json"
         if not path.is_file():
             raise InputError(
                 f"{checkpoint_dir} is no checkpoint: it has no config.json."
@@ -177,8 +196,8 @@ class Config:
             )
         content = read_json(path)
         with reading(path):
-            if path == ours:
-                settings = {field.name: content[field.name] for field in fields(cls) if field.name in content}
+            if is_ours:
+                settings = {spec.name: content[spec.name] for spec in fields(cls) if spec.name in content}
             else:
                 family, settings = families.from_hf(content, path)
                 settings |= {"name": checkpoint_dir.name, "family": family}
@@ -192,8 +211,25 @@ class Config:
         return replace(self, **changes)
 
 
+def check_type(name: str, value: Any, annotation: Any) -> None:
+    """Raises InputError if a value is not of the annotated type, such as `int | None`. Entries are not looked at."""
+    options = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    types = tuple(get_origin(option) or option for option in options)  # list[int] -> list
+    if isinstance(value, bool):
+        fits = bool in types  # for Python it is an int, too
+    elif isinstance(value, int):
+        fits = int in types or float in types
+    else:
+        fits = isinstance(value, types)
+    if not fits:
+        names = " or ".join(kind.__name__ for kind in types if kind is not type(None))
+        raise InputError(f"{name} is {value!r}, expected {names}.")
+
+
 def check_number(name: str, value: Any, may_be_zero: bool) -> None:
-    if not isinstance(value, int | float) or not 0 <= value < math.inf or (value == 0 and not may_be_zero):
+    """Raises InputError if a value is no number, negative or infinite, or 0 where that makes no sense."""
+    is_number = isinstance(value, int | float)
+    if not is_number or not 0 <= value < math.inf or (value == 0 and not may_be_zero):
         raise InputError(f"{name} is {value!r}, expected {'0 or more' if may_be_zero else 'more than 0'}, and finite.")
 
 

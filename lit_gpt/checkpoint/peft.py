@@ -1,9 +1,11 @@
 """LoRA in the format of the peft library: adapter_config.json and adapter_model.safetensors.
 
-Where the original fuses linears that we keep apart, its one change stands for several of ours:
+If the checkpoint fuses linears that we keep apart, its one change stands for several of ours:
 
-    ours     q: B1 A1   k: B2 A2            fused    | B1  0 | | A1 |      rank r1 + r2, and as much more alpha
-    fused    q k: B A                                |  0 B2 | | A2 |      ours: A for both, each its rows of B"""
+    export    q: B1 A1   k: B2 A2      ->     q k: | B1  0 | | A1 |      rank r1 + r2, and as much more alpha
+                                                   |  0 B2 | | A2 |
+    import    q k: B A                 ->     q: Bq A   k: Bk A          A for both, each its own rows of B
+"""
 
 import json
 import re
@@ -20,51 +22,139 @@ from lit_gpt.checkpoint.tensor_names import fused_rows, hf_name, name_map_of, to
 from lit_gpt.config import Config, read_json
 from lit_gpt.errors import InputError, reading
 from lit_gpt.lora import LoRA
+from lit_gpt.name_patterns import value_by_end
 
-START = "base_model.model."  # of peft's names
-LEAVES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
-OTHERS = (  # settings of peft with which an adapter is more than the change above
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of all names in WEIGHTS
+OUR_LEAVES = {  # the end of a name in WEIGHTS -> the end of ours
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+    "lora_magnitude_vector": "lora_magnitude",
+    "lora_magnitude_vector.weight": "lora_magnitude",  # its name inside of peft
+}
+PEFT_LEAVES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
+UNKNOWN_SETTINGS = (  # of peft, with which an adapter is more than a change B A of linears
     "modules_to_save", "layer_replication", "trainable_token_indices", "alora_invocation_tokens", "use_qalora",
     "lora_bias", "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-Tensors = dict[str, torch.Tensor]
+KNOWN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # of init_lora_weights: they leave the base alone
+
+Change = dict[str, torch.Tensor]  # lora_A (r, in), lora_B (out, r) and, for DoRA, lora_magnitude (out,)
+Tensors = dict[str, torch.Tensor]  # by our names: transformer.h.3.attn.q.lora_A
 
 
 def save_peft(trained: Tensors, lora: LoRA, config: Config, base: str, folder: Path) -> None:
-    """Writes trained LoRA weights, by our names, such that `PeftModel.from_pretrained(base, folder)` loads them.
+    """Writes trained LoRA weights such that `PeftModel.from_pretrained(base, folder)` loads them.
 
     Raises:
-        InputError: DoRA on a part of what the original fuses: its one magnitude would need the other parts' too. Or
-            LoRA on the experts of a mixture, which transformers 5 keeps in one tensor. Or on the head of gpt_neox.
+        InputError: DoRA on a part of a fused linear: its one magnitude would need the other parts' too. Or LoRA on the
+            experts of a mixture, which transformers 5 keeps in one tensor. Or on the head of gpt_neox.
     """
-    if any(".experts." in name for name in trained):
+    changes = by_module(trained)
+    groups = fused_groups(changes, config)
+    check_exportable(changes, groups)
+
+    tensors: Tensors = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for hf_module, parts in groups.items():
+        # one change for all parts of a fused linear
+        change = changes[parts[0]] if len(parts) == 1 else fuse_changes(changes, parts, lora, config)
+        for leaf, tensor in change.items():
+            tensors[f"{PREFIX}{hf_module}.{PEFT_LEAVES[leaf]}"] = tensor
+
+        # scaling = alpha / rank, or alpha / sqrt(rank): the alpha that keeps the scaling of the first part
+        rank = change["lora_A"].size(0)
+        first_trained = next(part for part in parts if part in changes)
+        ranks[hf_module] = rank
+        alphas[hf_module] = lora.scaling_of(first_trained) * (rank**0.5 if lora.rslora else rank)
+
+    save_tensors(tensors, folder / WEIGHTS, {})
+    settings = peft_settings(lora, config, base, ranks, alphas)
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def by_module(trained: Tensors) -> dict[str, Change]:
+    """The trained tensors by the linear that they change, in float32, which is what peft trains in."""
+    changes: dict[str, Change] = defaultdict(dict)
+    for name, tensor in trained.items():
+        module, _, leaf = name.rpartition(".")
+        changes[module][leaf] = tensor.float()
+    return dict(changes)
+
+
+def fused_groups(changes: dict[str, Change], config: Config) -> dict[str, list[str]]:
+    """The checkpoint's linears that are changed -> all of our linears in each, changed or not."""
+    groups = {}
+    for module in changes:
+        name, part_names = hf_name(f"{module}.weight", config)
+        groups[name.removesuffix(".weight")] = [part.removesuffix(".weight") for part in part_names]
+    return groups
+
+
+def check_exportable(changes: dict[str, Change], groups: dict[str, list[str]]) -> None:
+    """Raises InputError for linears that peft cannot change, or not under one name."""
+    if any(".experts." in module for module in changes):
         raise InputError(
             "peft cannot change the experts of a mixture one by one. Merge instead: scripts/merge_lora.py."
         )
-    ours: dict[str, Tensors] = defaultdict(dict)
-    for name, tensor in trained.items():
-        module, _, leaf = name.rpartition(".")
-        ours[module][leaf] = tensor.float()
-    tensors, ranks, alphas = {}, {}, {}
-    for module in ours:
-        theirs, together = hf_name(f"{module}.weight", config)
-        if theirs == "embed_out.weight":
-            raise InputError(
-                "The head of gpt_neox is embed_out or lm_head to peft, by the version of transformers. Merge instead:"
-                " scripts/merge_lora.py."
-            )
-        theirs, together = theirs.removesuffix(".weight"), [name.removesuffix(".weight") for name in together]
-        if theirs in ranks:
-            continue
-        change = ours[module] if len(together) == 1 else fuse(ours, together, lora, config)
-        tensors |= {f"{START}{theirs}.{LEAVES[leaf]}": tensor for leaf, tensor in change.items()}
-        ranks[theirs] = r = change["lora_A"].size(0)
-        first = next(name for name in together if name in ours)
-        alphas[theirs] = lora.scaling_of(first) * (r**0.5 if lora.rslora else r)
-    lasts = {name.rsplit(".", 1)[-1] for name in ranks}
-    everywhere = all(name in ranks for name in all_modules(config) if name.rsplit(".", 1)[-1] in lasts)
-    settings = {
+    if "embed_out" in groups:
+        raise InputError(
+            "The head of gpt_neox is embed_out or lm_head to peft, by the version of transformers. Merge instead:"
+            " scripts/merge_lora.py."
+        )
+
+
+def fuse_changes(changes: dict[str, Change], parts: list[str], lora: LoRA, config: Config) -> Change:
+    """One change of a fused linear from those of its parts, of which some may not be adapted. See the drawing above.
+
+    Raises:
+        InputError: DoRA, and not all parts are adapted.
+    """
+    adapted = [part for part in parts if part in changes]
+    if lora.dora and adapted != parts:
+        raise InputError(
+            f"peft's DoRA has one magnitude for all of {', '.join(parts)}, and not all are trained. Merge instead."
+        )
+    n_rows = fused_size(parts, config)
+    rows_of_parts = fused_rows([f"{part}.weight" for part in parts], config, n_rows)
+    rows = dict(zip(parts, rows_of_parts, strict=True))
+
+    # A: below each other. B: each part's rows, in the columns that its A has; scaled, since one alpha is for all
+    A = torch.cat([changes[part]["lora_A"] for part in adapted])
+    B = A.new_zeros(n_rows, A.size(0))
+    column = 0
+    for part in adapted:
+        part_B = changes[part]["lora_B"] * (lora.scaling_of(part) / lora.scaling_of(adapted[0]))
+        rank = part_B.size(1)
+        B[rows[part], column : column + rank] = part_B
+        column += rank
+    fused = {"lora_A": A, "lora_B": B}
+
+    if lora.dora:
+        magnitude = A.new_zeros(n_rows)
+        for part in parts:
+            magnitude[rows[part]] = changes[part]["lora_magnitude"]
+        fused["lora_magnitude"] = magnitude
+    return fused
+
+
+def fused_size(parts: list[str], config: Config) -> int:
+    """How many rows a fused linear has: three parts are q, k and v, two are the inputs of an MLP with a gate."""
+    if len(parts) == 3:
+        return (config.n_head + 2 * config.n_query_groups) * config.head_size
+    return 2 * config.intermediate_size
+
+
+def peft_settings(
+    lora: LoRA, config: Config, base: str, ranks: dict[str, int], alphas: dict[str, float]
+) -> dict[str, Any]:
+    """The content of adapter_config.json. `ranks` and `alphas` are by the checkpoint's names of the linears."""
+    # short names if they say it: target_modules ["q_proj"] is the q_proj of every layer
+    last_parts = {name.rsplit(".", 1)[-1] for name in ranks}
+    in_every_layer = all(name in ranks for name in all_modules(config) if name.rsplit(".", 1)[-1] in last_parts)
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
@@ -72,48 +162,23 @@ def save_peft(trained: Tensors, lora: LoRA, config: Config, base: str, folder: P
         "r": lora.r,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
-        "target_modules": sorted(lasts if everywhere else ranks),
-        "rank_pattern": {name: r for name, r in ranks.items() if r != lora.r},
+        "target_modules": sorted(last_parts if in_every_layer else ranks),
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != lora.r},
         "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != lora.alpha},
         "use_rslora": lora.rslora,
         "use_dora": lora.dora,
         "fan_in_fan_out": bool(families.definition(config.family, "TRANSPOSED")),
         "bias": "none",
     }
-    save_tensors(tensors, folder / WEIGHTS, {})
-    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def all_modules(config: Config) -> list[str]:
-    """The original's names of all linears of all blocks, and of the head."""
-    return [
-        name.replace("{}", str(layer), 1)
-        for name in name_map_of(config)
-        for layer in range(config.n_layer if "{}" in name else 1)
-    ]
-
-
-def fuse(ours: dict[str, Tensors], names: list[str], lora: LoRA, config: Config) -> Tensors:
-    """One change of a fused linear from those of its parts `names`, of which some may not be adapted."""
-    given = [name for name in names if name in ours]
-    q, kv = config.n_head * config.head_size, config.n_query_groups * config.head_size
-    total = q + 2 * kv if len(names) == 3 else 2 * config.intermediate_size
-    rows = dict(zip(names, fused_rows([f"{name}.weight" for name in names], config, total), strict=True))
-    A = torch.cat([ours[name]["lora_A"] for name in given])
-    fused, start = {"lora_A": A, "lora_B": A.new_zeros(total, A.size(0))}, 0
-    for name in given:
-        B = ours[name]["lora_B"] * (lora.scaling_of(name) / lora.scaling_of(given[0]))
-        fused["lora_B"][rows[name], start : start + B.size(1)] = B
-        start += B.size(1)
-    if lora.dora:
-        if given != names:
-            raise InputError(
-                f"peft's DoRA has one magnitude for all of {', '.join(names)}, and not all are trained. Merge instead."
-            )
-        fused["lora_magnitude"] = A.new_zeros(total)
-        for name in names:
-            fused["lora_magnitude"][rows[name]] = ours[name]["lora_magnitude"]
-    return fused
+    """The checkpoint's names of all modules with weights, of all blocks and outside of them."""
+    modules = []
+    for template in name_map_of(config):
+        n_layer = config.n_layer if "{}" in template else 1
+        modules += [template.replace("{}", str(layer), 1) for layer in range(n_layer)]
+    return modules
 
 
 def load_peft(folder: Path, config: Config) -> tuple[LoRA, Tensors]:
@@ -122,67 +187,112 @@ def load_peft(folder: Path, config: Config) -> tuple[LoRA, Tensors]:
     Raises:
         InputError: it is no LoRA, trains something else besides, or does not fit the model.
     """
-    config = config.replace(tie_embeddings=False)  # a change to the head is one, whether it is the embedding or not
-    settings, file = read_json(folder / CONFIG), folder / WEIGHTS
-    refuse(settings, folder)
-    if not file.is_file():
-        raise InputError(f"{folder} has no {WEIGHTS}. Let peft save it again, with safe_serialization.")
-    found: dict[str, Tensors] = defaultdict(dict)
-    leaves = {theirs: ours for ours, theirs in LEAVES.items()} | {"lora_magnitude_vector.weight": "lora_magnitude"}
-    for name, tensor in read_tensors([file]):
-        if name.endswith((".base_layer.weight", ".base_layer.bias")):
-            continue  # peft saves a head that it adapts, as it was before
-        if not (match := re.fullmatch(rf"{START}(.+)\.({'|'.join(map(re.escape, leaves))})", name)):
-            raise InputError(f"{file} holds {name}, which is no part of a LoRA.")
-        found[match[1]][leaves[match[2]]] = tensor.float()
-    lacking = [
-        f"{module}.{leaf}" for module, change in found.items() for leaf in ("lora_A", "lora_B") if leaf not in change
-    ]
-    if lacking:
-        raise InputError(f"{file} lacks {lacking[0]}. Copy or download it again.")
-    tensors, ranks, alphas = {}, {}, {}
-    for module, change in found.items():
+    # a change to the head is one, whether the head is the embedding or not
+    config = config.replace(tie_embeddings=False)
+    settings = read_json(folder / CONFIG)
+    check_settings(settings, folder)
+
+    tensors: Tensors = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for hf_module, change in read_changes(folder / WEIGHTS).items():
+        with reading(folder / CONFIG):
+            alpha = value_by_end(hf_module, settings.get("alpha_pattern") or {}, default=settings["lora_alpha"])
         try:
-            # the rows of a fused B, and of a magnitude, are split as those of a weight
-            split = dict(to_lit(f"{module}.bias", change["lora_B"], config))
-            magnitudes = dict(to_lit(f"{module}.bias", change.get("lora_magnitude", change["lora_B"]), config))
+            parts = split_change(hf_module, change, config)
         except KeyError:
-            raise InputError(f"{file} changes {module}, which is in no {config.family} model.") from None
-        for name, B in split.items():
-            ours = name.removesuffix(".bias")
-            tensors |= {f"{ours}.lora_A": change["lora_A"], f"{ours}.lora_B": B}
-            if "lora_magnitude" in change:
-                tensors[f"{ours}.lora_magnitude"] = magnitudes[name]
-            ranks[ours] = change["lora_A"].size(0)
-            with reading(folder / CONFIG):
-                alphas[ours] = pattern(settings.get("alpha_pattern") or {}, module, settings["lora_alpha"])
+            raise InputError(f"{folder / WEIGHTS} changes {hf_module}, which is in no {config.family} model.") from None
+        for module, part in parts.items():
+            tensors |= {f"{module}.{leaf}": tensor for leaf, tensor in part.items()}
+            ranks[module] = part["lora_A"].size(0)
+            alphas[module] = alpha
     with reading(folder / CONFIG):
-        r, alpha = settings["r"], settings["lora_alpha"]
-        lora = LoRA(
-            r=r,
-            alpha=alpha,
-            dropout=settings.get("lora_dropout") or 0.0,
-            modules=[re.escape(name) for name in ranks],
-            rank_pattern={re.escape(name): rank for name, rank in ranks.items() if rank != r},
-            alpha_pattern={re.escape(name): value for name, value in alphas.items() if value != alpha},
-            rslora=settings.get("use_rslora", False),
-            dora=settings.get("use_dora", False),
-        )
-    return lora, tensors
+        return our_settings(settings, ranks, alphas), tensors
 
 
-def pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
-    """As peft looks a module up: by the end of its name."""
-    return next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
+def check_settings(settings: dict[str, Any], folder: Path) -> None:
+    """Raises InputError if an adapter is no LoRA, or more than that."""
+    peft_type = settings.get("peft_type")
+    if peft_type != "LORA":
+        raise InputError(f"{folder} holds a {peft_type} of peft, and only LORA can be used here.")
 
-
-def refuse(settings: dict[str, Any], folder: Path) -> None:
-    kind, bias = settings.get("peft_type"), settings.get("bias", "none")
-    if kind != "LORA":
-        raise InputError(f"{folder} holds a {kind} of peft, and only LORA can be used here.")
-    unknown = [key for key in OTHERS if settings.get(key)] + [f"bias {bias!r}"] * (bias != "none")
-    # other ways to begin change the base too (pissa, olora), so that it would not be the one that is loaded
-    if (start := settings.get("init_lora_weights")) not in (None, True, False, "gaussian", "orthogonal", "eva"):
+    unknown = [key for key in UNKNOWN_SETTINGS if settings.get(key)]
+    bias = settings.get("bias", "none")
+    if bias != "none":
+        unknown.append(f"bias {bias!r}")
+    # other ways to begin (pissa, olora) change the base, too: it would not be the one that is loaded
+    start = settings.get("init_lora_weights")
+    if start not in KNOWN_STARTS:
         unknown.append(f"init_lora_weights {start!r}")
     if unknown:
         raise InputError(f"{folder} was trained with {unknown[0]}, which is not known here. Merge it with peft.")
+
+
+def read_changes(file: Path) -> dict[str, Change]:
+    """The changes in an adapter_model.safetensors, by the checkpoint's names of the linears.
+
+    Raises:
+        InputError: the file is missing, or holds something else, or an A without its B.
+    """
+    if not file.is_file():
+        raise InputError(f"{file.parent} has no {WEIGHTS}. Let peft save it again, with safe_serialization.")
+    leaves = "|".join(re.escape(leaf) for leaf in OUR_LEAVES)
+    changes: dict[str, Change] = defaultdict(dict)
+    for name, tensor in read_tensors([file]):
+        if name.endswith((".base_layer.weight", ".base_layer.bias")):
+            continue  # peft saves a head that it adapts, as it was before
+        match = re.fullmatch(rf"{PREFIX}(.+)\.({leaves})", name)
+        if match is None:
+            raise InputError(f"{file} holds {name}, which is no part of a LoRA.")
+        hf_module, leaf = match.groups()
+        changes[hf_module][OUR_LEAVES[leaf]] = tensor.float()
+
+    for hf_module, change in changes.items():
+        for leaf in ("lora_A", "lora_B"):
+            if leaf not in change:
+                raise InputError(f"{file} lacks {hf_module}.{leaf}. Copy or download it again.")
+    return dict(changes)
+
+
+def split_change(hf_module: str, change: Change, config: Config) -> dict[str, Change]:
+    """The change of one of the checkpoint's linears as changes of ours, by our names.
+
+    A is for all parts of a fused linear; B (out, r) and the magnitude (out,) are split by rows.
+
+    Raises:
+        KeyError: the family does not know the linear.
+    """
+    B = split_rows(hf_module, change["lora_B"], config)
+    parts = {module: {"lora_A": change["lora_A"], "lora_B": part_B} for module, part_B in B.items()}
+    if "lora_magnitude" in change:
+        for module, magnitude in split_rows(hf_module, change["lora_magnitude"], config).items():
+            parts[module]["lora_magnitude"] = magnitude
+    return parts
+
+
+def split_rows(hf_module: str, tensor: torch.Tensor, config: Config) -> Tensors:
+    """Splits a tensor that has the rows of a linear's weight, and returns each part by our name of its linear.
+
+    `to_lit` does it, which knows how the rows of every family are fused. The tensor goes there as the linear's bias: a
+    weight may be kept as (in, out) and would be transposed, a bias never is.
+
+        c_attn.bias, B (3 C, r)      ->     attn.q.bias, (C, r)    attn.k.bias, (C, r)    attn.v.bias, (C, r)
+    """
+    named = to_lit(f"{hf_module}.bias", tensor, config)
+    return {name.removesuffix(".bias"): part for name, part in named}
+
+
+def our_settings(settings: dict[str, Any], ranks: dict[str, int], alphas: dict[str, float]) -> LoRA:
+    """The LoRA that changes exactly the linears in `ranks`, from what adapter_config.json says."""
+    r = settings["r"]
+    alpha = settings["lora_alpha"]
+    return LoRA(
+        r=r,
+        alpha=alpha,
+        dropout=settings.get("lora_dropout") or 0.0,
+        modules=[re.escape(name) for name in ranks],
+        rank_pattern={re.escape(name): rank for name, rank in ranks.items() if rank != r},
+        alpha_pattern={re.escape(name): value for name, value in alphas.items() if value != alpha},
+        rslora=settings.get("use_rslora", False),
+        dora=settings.get("use_dora", False),
+    )

@@ -1,20 +1,15 @@
 """Killed and resumed is never killed, bit for bit; and whose folder is whose: `pytest tests/test_resume.py`
 
-Every run is the real finetune/lora.py in a process of its own, which dies by SIGKILL at a chosen call. The processes
-are forked by shell.py: this file, run as a script.
+Every run is the real finetune/lora.py in a process of its own, which dies by SIGKILL at a chosen call: read
+helpers/killable.py. The processes are forked by helpers/shell.py.
 """
 
 import json
 import os
 import random
-import resource
-import runpy
 import shutil
 import signal
-import sys
 import tempfile
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +24,7 @@ from lit_gpt import InputError
 from lit_gpt.data.prepare import DataArgs, prepare
 from lit_gpt.runs.load_finetuned import load_finetuned
 
-ROOT = Path(__file__).parents[1]
+KILLABLE = Path(__file__).parent / "helpers/killable.py"
 FLAGS = {  # 9 steps; dropout has to be the same, too
     "lora.r": 8,
     "lora.dropout": 0.1,
@@ -71,79 +66,6 @@ class Outcome(NamedTuple):
     """How often each kill point was passed."""
 
 
-# ---- the process of a run
-
-
-def main() -> None:
-    """finetune/lora.py, armed by what the environment says. Counts are written at its end, if it comes to that."""
-    if "LIMIT" in os.environ:  # no file may grow beyond: what a full disk does
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["LIMIT"]), resource.RLIM_INFINITY))
-    calls = arm(json.loads(os.environ["KILL"]))
-    script = str(ROOT / "finetune/lora.py")
-    sys.argv = [script, *sys.argv[1:]]
-    try:
-        runpy.run_path(script, run_name="__main__")
-    finally:
-        if "LIMIT" not in os.environ:
-            Path(os.environ["CALLS"]).write_text(json.dumps(calls))
-
-
-def arm(kill: list | None) -> Counter[str]:
-    """Makes the process count the calls it could be killed at, and kill itself at the one that is asked for."""
-    import safetensors.torch
-    from lightning_fabric import Fabric
-
-    from lit_gpt.runs.log import Log
-
-    calls: Counter[str] = Counter()
-    name = lambda path: Path(path).name  # noqa: E731
-    truncate = lambda path, size: os.truncate(path, max(0, size))  # noqa: E731
-
-    def watch(
-        owner: Any, attribute: str, label: Callable[..., str | None], half: Callable[..., Any] | None = None
-    ) -> None:
-        original = getattr(owner, attribute)
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            called = label(*args)
-            calls.update([called] if called else [])
-            moment = kill[2] if kill and called == kill[0] and calls[called] == kill[1] else None
-            if moment == "before":
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = None if moment == "half" and attribute == "rmtree" else original(*args, **kwargs)
-            if moment == "half":
-                half(*args)
-            if moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        setattr(owner, attribute, watched)
-
-    watch(Fabric, "backward", lambda *_: "backward")
-    watch(torch.optim.AdamW, "step", lambda *_: "optimizer.step")
-    watch(
-        Log,
-        "write_figures",
-        lambda *_: "row",
-        lambda log, *_: truncate(log.file.name, os.path.getsize(log.file.name) - 9),
-    )
-    watch(
-        safetensors.torch,
-        "save_file",
-        lambda _, path, *rest: f"save {path.parent.name}/{path.name}",
-        lambda _, path, *rest: truncate(path, os.path.getsize(path) // 2),
-    )
-    watch(os, "rename", lambda a, b: f"rename {name(a)} {name(b)}")
-    watch(os, "replace", lambda a, b: f"write {name(b)}")
-    watch(
-        shutil,
-        "rmtree",
-        lambda path, *_: f"delete {name(path)}" if os.path.exists(path) else None,
-        lambda path, *_: next(Path(path).iterdir()).unlink(),
-    )
-    return calls
-
-
 class Lora:
     """Starts runs that share their flags."""
 
@@ -155,7 +77,7 @@ class Lora:
         words = [word for name, value in flags.items() for word in (f"--{name}", value)]
         with tempfile.NamedTemporaryFile("r") as calls:
             env = {"KILL": json.dumps(kill), "CALLS": calls.name} | ({"LIMIT": str(limit)} if limit else {})
-            result = python(__file__, *words, env=os.environ | env)
+            result = python(KILLABLE, *words, env=os.environ | env)
             outcome = Outcome(result.returncode, result.stderr, json.loads(calls.read() or "{}"))
         assert outcome.status in (0, 2, -signal.SIGKILL), outcome.stderr
         return outcome
@@ -382,7 +304,3 @@ def test_damaged_weights_are_refused(damage: str, never_killed, tmp_path) -> Non
         save_file(changed[damage], file, None if damage == "header" else header)
     with pytest.raises(InputError, match=str(folder)):
         load_finetuned(None, folder)
-
-
-if __name__ == "__main__":
-    main()

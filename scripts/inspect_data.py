@@ -13,8 +13,9 @@ from pathlib import Path
 from lit_gpt import Config, InputError, Tokenizer
 from lit_gpt.cli import run
 from lit_gpt.data.dataset import Dataset
-from lit_gpt.data.show import length_figure, print_lengths, print_summary
+from lit_gpt.data.print_report import length_figure, print_lengths, print_summary
 from lit_gpt.device import Precision
+from lit_gpt.display.figures import save_figure
 from lit_gpt.studies.cost import add_cost
 
 
@@ -53,7 +54,7 @@ def main(
             add_cost(found, config, precision)
         print_lengths(found)
         if png_path:
-            length_figure(found).savefig(png_path)
+            save_figure(length_figure(found), png_path)
     if json_path:
         json_path.write_text(json.dumps(asdict(found) | {"serious": found.serious()}, indent=2) + "\n")
     if found.serious():

@@ -7,9 +7,8 @@ python scripts/prepare_csv.py --csv_path qa.csv --data_dir data/qa --instruction
 from pathlib import Path
 
 from lit_gpt.cli import Flags, run
-from lit_gpt.data.prepare import DataArgs, prepare
+from lit_gpt.data.prepare import DataArgs, prepare_files
 from lit_gpt.data.read_files import csv_records
-from lit_gpt.data.records import with_validation
 
 
 def main(csv_path: Path, val_path: Path | None = None, args: Flags[DataArgs] = DataArgs()) -> None:
@@ -20,7 +19,7 @@ def main(csv_path: Path, val_path: Path | None = None, args: Flags[DataArgs] = D
         val_path: Another such file, for validation.
         args: How records become tokens, and where they go; see lit_gpt/data/prepare.py.
     """
-    prepare(lambda: with_validation(csv_records(csv_path), val_path and csv_records(val_path), args), args)
+    prepare_files(csv_records, csv_path, val_path, args)
 
 
 if __name__ == "__main__":

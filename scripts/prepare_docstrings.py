@@ -11,7 +11,7 @@ from lit_gpt.data.prepare import DataArgs, prepare
 
 
 def main(args: Flags[DataArgs] = DataArgs(data_dir=Path("data/docstrings"))) -> None:
-    """Prepares about 4,000 questions and answers on Python's standard library for a checkpoint's tokenizer.
+    """Prepare about 4,000 questions and answers on Python's standard library for a checkpoint's tokenizer.
 
     Args:
         args: How records become tokens, and where they go; see lit_gpt/data/prepare.py.

@@ -7,9 +7,8 @@ python scripts/prepare_json.py --json_path qa.jsonl --data_dir data/qa --instruc
 from pathlib import Path
 
 from lit_gpt.cli import Flags, run
-from lit_gpt.data.prepare import DataArgs, prepare
+from lit_gpt.data.prepare import DataArgs, prepare_files
 from lit_gpt.data.read_files import json_records
-from lit_gpt.data.records import with_validation
 
 
 def main(json_path: Path, val_path: Path | None = None, args: Flags[DataArgs] = DataArgs()) -> None:
@@ -21,7 +20,7 @@ def main(json_path: Path, val_path: Path | None = None, args: Flags[DataArgs] = 
         val_path: Another such file, for validation.
         args: How records become tokens, and where they go; see lit_gpt/data/prepare.py.
     """
-    prepare(lambda: with_validation(json_records(json_path), val_path and json_records(val_path), args), args)
+    prepare_files(json_records, json_path, val_path, args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
-"""Prepare the 1,000 chosen conversations of "LIMA: Less Is More for Alignment" (https://arxiv.org/abs/2305.11206).
-
-python scripts/prepare_lima.py --access_token hf_...
-"""
+"""Prepare the 1,000 chosen conversations of LIMA (https://arxiv.org/abs/2305.11206), with a token of the hub:
+python scripts/prepare_lima.py --access_token hf_..."""
 
 import os
 from collections.abc import Iterator
@@ -18,9 +16,10 @@ URL = "https://huggingface.co/datasets/GAIR/lima/resolve/main/train.jsonl"
 
 def records(file: Path) -> Iterator[dict]:
     for record in json_records(file):
-        if not isinstance(talk := record.get("conversations"), list):
+        texts = record.get("conversations")
+        if not isinstance(texts, list):
             raise InputError(f"{file} holds a record without conversations, expected a list of texts, as LIMA has it.")
-        yield {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(talk)]}
+        yield {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]}
 
 
 def main(
@@ -30,7 +29,7 @@ def main(
 
     Args:
         url: Where the file is.
-        access_token: Of the hub, where you accept the conditions of GAIR/lima first. None is HF_TOKEN.
+        access_token: A token of the hub, where you accept the conditions of GAIR/lima first. None is HF_TOKEN.
         args: How records become tokens, and where they go; see lit_gpt/data/prepare.py.
     """
     file = fetch(url, token=access_token or os.environ.get("HF_TOKEN"))

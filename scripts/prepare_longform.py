@@ -16,6 +16,7 @@ URL = "https://raw.githubusercontent.com/akoksal/LongForm/main/dataset"
 
 
 def records(files: dict[str, Path]) -> Iterator[dict]:
+    """LongForm's records, whose instruction is called input."""
     for split, file in files.items():
         for record in json_records(file):
             if not {"input", "output"} <= record.keys():

@@ -5,10 +5,11 @@ python scripts/prepare_sources.py --sources '{mine.jsonl: 2, databricks/databric
 python scripts/prepare_sources.py --sources '{book.txt: 1}' --data_dir data/book
 """
 
+from functools import partial
+
 from lit_gpt.cli import Flags, run
-from lit_gpt.data.prepare import DataArgs, prepare
-from lit_gpt.data.read_files import mix, read_records
-from lit_gpt.data.records import with_validation
+from lit_gpt.data.prepare import DataArgs, prepare_files
+from lit_gpt.data.read_files import mix
 
 
 def main(sources: dict[str, float], val_source: str | None = None, args: Flags[DataArgs] = DataArgs()) -> None:
@@ -20,7 +21,8 @@ def main(sources: dict[str, float], val_source: str | None = None, args: Flags[D
         val_source: Another such source, for validation.
         args: How records become tokens, and where they go; see lit_gpt/data/prepare.py.
     """
-    prepare(lambda: with_validation(mix(sources, args.split_key), val_source and read_records(val_source), args), args)
+    validation = {val_source: 1.0} if val_source else None
+    prepare_files(partial(mix, split_key=args.split_key), sources, validation, args)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 from helpers.tiny_tokenizers import byte_level, write
 
 from lit_gpt import InputError, Tokenizer
-from lit_gpt.data.prepare import mark_trained
+from lit_gpt.data.loss_mask import mark_trained
 from lit_gpt.data.prompts import render, resolve_style, style_label, style_names
 from lit_gpt.data.tokenizer import SPECIAL_TOKENS
 
@@ -101,7 +101,7 @@ def test_chat_is_what_transformers_makes_of_it(load, name: str, conversation: st
     assert encoded.ids == tokenizer.encode(rendered.text, bos=rendered.bos).tolist() == ids
 
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    assert len(rendered.turns) == len(answers)
+    assert len(rendered.answer_spans) == len(answers)
     if asked:  # the last question is no part of training data
         return
     ids, trained = mark_trained(rendered, encoded, tokenizer)
@@ -109,7 +109,7 @@ def test_chat_is_what_transformers_makes_of_it(load, name: str, conversation: st
     assert tokenizer.decode_with_special(ids) == rendered.text.removesuffix(case.after)
     runs = itertools.groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1])
     spoken = [tokenizer.decode_with_special([token for token, _ in run]) for on, run in runs if on]
-    for said, answer, (start, _) in zip(spoken, answers, rendered.turns, strict=True):
+    for said, answer, (start, _) in zip(spoken, answers, rendered.answer_spans, strict=True):
         wanted = case.answer.replace("...", answer.strip() if case.trims else answer)
         # to the sample, a line break and the spaces after it are one token: it begins before the answer does
         across = max((end - start for begin, end in encoded.offsets if begin < start < end), default=0)
@@ -135,8 +135,8 @@ def test_generation_continues_where_training_began(load, name: str, style: str) 
     tokenizer, _ = load(name)
     record = {"instruction": "Say it", "input": " twice"}
     asked, told = render(style, record, tokenizer), render(style, record | {"output": "It it."}, tokenizer)
-    ((start, end),) = told.turns
-    assert asked.text == told.text[:start] and "It it." in told.text[start:end] and asked.turns == []
+    ((start, end),) = told.answer_spans
+    assert asked.text == told.text[:start] and "It it." in told.text[start:end] and asked.answer_spans == []
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_a_template_that_forgets_earlier_thoughts(load) -> None:
     ):
         rendered = render("chat", {"messages": messages}, tokenizer)
         assert rendered.text == reference.apply_chat_template(messages, tokenize=False)
-        spoken = [rendered.text[start:end].removesuffix("\n") for start, end in rendered.turns]
+        spoken = [rendered.text[start:end].removesuffix("\n") for start, end in rendered.answer_spans]
         assert spoken[:2] == wanted[:2] and len(spoken) == len(wanted)
         encoded = tokenizer.encode_batch([rendered.text], rendered.bos)[0]
         ids, trained = mark_trained(rendered, encoded, tokenizer)
@@ -265,7 +265,7 @@ def test_tools_reach_the_template(load) -> None:
     messages = [USER, call, {"role": "tool", "content": "4"}, ANSWER]
     rendered = render("chat", {"messages": messages, "tools": tools}, tokenizer)
     assert rendered.text == reference.apply_chat_template(messages, tools=tools, tokenize=False)
-    spoken = [rendered.text[start:end] for start, end in rendered.turns]
+    spoken = [rendered.text[start:end] for start, end in rendered.answer_spans]
     assert spoken == ['[{"name": "add", "arguments": {"a": 2}}]</s>', "4.</s>"]
     with pytest.raises(InputError, match="alpaca has no place for a message of the role tool"):
         render("alpaca", {"messages": messages}, tokenizer)
@@ -277,11 +277,11 @@ def test_named_styles_in_several_turns(load, style: str) -> None:
     tokenizer, _ = load("zephyr")
     messages = [SYSTEM, OTHER, LONG, USER, ANSWER, CODED, CODE_ONLY]
     rendered = render(style, {"messages": messages}, tokenizer)
-    spoken = [rendered.text[start:end] for start, end in rendered.turns]
+    spoken = [rendered.text[start:end] for start, end in rendered.answer_spans]
     for i, (answer, said) in enumerate(zip((LONG, ANSWER, CODE_ONLY), spoken, strict=True)):
         assert answer["content"] in said and len(said) < len(answer["content"]) + 30
         asked = render(style, {"messages": messages[: 2 * i + 2]}, tokenizer)
-        assert asked.text == rendered.text[: rendered.turns[i][0]] and rendered.bos is None
+        assert asked.text == rendered.text[: rendered.answer_spans[i][0]] and rendered.bos is None
     assert all(part["content"] in rendered.text for part in messages)
     assert not rendered.text.startswith(tokenizer.id_to_token(tokenizer.bos_id)), "the tokenizer adds it, if any"
 

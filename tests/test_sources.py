@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 
 from lit_gpt import InputError, Tokenizer
 from lit_gpt.data.dataset import OTHER, Dataset
-from lit_gpt.data.prepare import DataArgs, cut_text, prepare
+from lit_gpt.data.prepare import DataArgs, prepare
 from lit_gpt.data.prompts import render
 from lit_gpt.data.read_files import mix, read_records
 from lit_gpt.data.records import Keys, blank_part, in_our_form
+from lit_gpt.data.too_long import cut_text
 
 USER, ANSWER = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}
 SYSTEM, TOOL = {"role": "system", "content": "Be brief."}, {"role": "tool", "content": "42", "tool_call_id": "1"}

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from lit_gpt import Config, InputError, Tokenizer
 from lit_gpt.data.dataset import ANSWER, NEITHER, TRAIN, VAL, Dataset, step_records
-from lit_gpt.data.inspect import EXAMPLES, HARMLESS, PROBLEMS, XRay
-from lit_gpt.data.prepare import CUT, DROPPED, DataArgs, prepare
-from lit_gpt.data.show import length_figure, print_lengths, show_record
+from lit_gpt.data.find_problems import EXAMPLES, HARMLESS, PROBLEMS, DataReport
+from lit_gpt.data.prepare import DataArgs, prepare
+from lit_gpt.data.print_report import length_figure, print_lengths, show_record
+from lit_gpt.data.too_long import CUT, DROPPED
 from lit_gpt.model.gpt import GPT
 from lit_gpt.studies.cost import add_cost
 from lit_gpt.train import TrainArgs
@@ -133,7 +134,7 @@ def test_a_part_at_a_time_finds_the_same(checkpoint, tmp_path: Path, monkeypatch
     prepare(records, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data"))
     whole = looked_at(checkpoint, tmp_path / "data")
     assert whole.problems["duplicate"] == 15
-    monkeypatch.setattr("lit_gpt.data.inspect.PART", 20)
+    monkeypatch.setattr("lit_gpt.data.find_problems.PART", 20)
     assert looked_at(checkpoint, tmp_path / "data") == whole
 
 
@@ -232,7 +233,7 @@ def test_cost_grows_with_the_model_and_the_batch() -> None:
     costs = {}
     for n_layer in (1, 101):
         config = Config(n_layer=n_layer, n_embd=128, n_head=4, intermediate_size=512, vocab_size=100, block_size=256)
-        found = XRay(tokens={"train": 1000}, trained_tokens={"train": 500})
+        found = DataReport(tokens={"train": 1000}, trained_tokens={"train": 500})
         for tokens in (10**4, 2 * 10**4, 3 * 10**4):
             found.cutoffs.append({"tokens_per_epoch": 10**4 * tokens, "largest_batch": tokens})
         add_cost(found, config, "32-true")

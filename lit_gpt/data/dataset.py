@@ -1,18 +1,19 @@
 """Prepared records: `Dataset` maps them into memory, and `micro_batches` lays those of an optimizer step end to end.
 
-What `data.prepare` writes to a folder are flat arrays, one entry per token or per record, and meta.json, which says
-what they are:
+`prepare` writes flat arrays to a folder, with one entry per token or per record, and meta.json, which says what they
+are:
 
     tokens.bin    uint16 or uint32 (n_tokens)    every record's tokens, end to end
     trained.bin   uint8 (n_tokens)               what the loss counts: 1 answers, 2 prompts and texts, else 0
     ends.bin      int64 (n_records)              where each record ends in the two above
-    split.bin     uint8 (n_records)              0 training, 1 validation, 2 neither"""
+    split.bin     uint8 (n_records)              0 training, 1 validation, 2 neither
+"""
 
 import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,69 +23,70 @@ from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.errors import InputError
 from lit_gpt.model.packing import Layout, common_prefix
 
-FILES = {"tokens": None, "trained": np.uint8, "ends": np.int64, "split": np.uint8}  # tokens: meta.json says
+# the dtype of each array; meta.json says that of the tokens
+FILES = {"tokens": None, "trained": np.uint8, "ends": np.int64, "split": np.uint8}
+NEEDED = {"tokens_dtype", "n_tokens", "n_records", "tokenizer", "longest", "prompt_style"}  # keys of meta.json
 TRAIN, VAL, NEITHER = 0, 1, 2  # in split.bin
 ANSWER, OTHER = 1, 2  # in trained.bin
 
 
 class Dataset:
-    """The training or the validation records of a prepared folder, mapped into memory."""
+    """The training or the validation records of a prepared folder, mapped into memory.
+
+    Records are numbered within their split: dataset[i] is record number `dataset.records[i]` on disk.
+    """
 
     def __init__(self, data_dir: Path, split: Literal["train", "val"]) -> None:
-        """Raises InputError where the folder was not written by `prepare`, or files of it are damaged."""
+        """Raises InputError if the folder was not written by `prepare`, or files of it are damaged."""
         data_dir = Path(data_dir)
-        if not (data_dir / "meta.json").is_file():
-            raise InputError(
-                f"{data_dir} holds no prepared data. Run one of scripts/prepare_*.py with --data_dir {data_dir}."
-            )
-        self.meta = read_json(data_dir / "meta.json")
-        if (
-            missing := {"tokens_dtype", "n_tokens", "n_records", "tokenizer", "longest", "prompt_style"}
-            - self.meta.keys()
-        ):
-            raise InputError(f"{data_dir}/meta.json lacks {' and '.join(sorted(missing))}. Prepare the data again.")
-        arrays = {}
-        for name, dtype in FILES.items():
-            path, dtype = data_dir / f"{name}.bin", np.dtype(dtype or self.meta["tokens_dtype"])
-            size = self.meta["n_tokens" if name in ("tokens", "trained") else "n_records"] * dtype.itemsize
-            if not path.is_file() or path.stat().st_size != size:
-                found = f"{path.stat().st_size:,} bytes" if path.is_file() else "nothing"
-                raise InputError(f"{path} should have {size:,} bytes and has {found}. Prepare the data again.")
-            arrays[name] = np.memmap(path, dtype, "r")
-        self.tokens, self.trained, self.ends = arrays["tokens"], arrays["trained"], arrays["ends"]
-        self.split = arrays["split"]
-        fits = np.diff(self.ends, prepend=0).min() > 0 and self.ends[-1] == len(self.tokens)
-        if not fits or self.split.max() > NEITHER:
+        self.meta = read_meta(data_dir)
+        self.tokens = map_array(data_dir, "tokens", self.meta)
+        self.trained = map_array(data_dir, "trained", self.meta)
+        self.ends = map_array(data_dir, "ends", self.meta)
+        self.split = map_array(data_dir, "split", self.meta)
+
+        ends_ascend = np.diff(self.ends, prepend=0).min() > 0
+        if not ends_ascend or self.ends[-1] != len(self.tokens) or self.split.max() > NEITHER:
             raise InputError(f"{data_dir}: ends.bin or split.bin does not fit the tokens. Prepare the data again.")
-        self.records = np.flatnonzero(self.split == (TRAIN if split == "train" else VAL))
+        code = TRAIN if split == "train" else VAL
+        self.records = np.flatnonzero(self.split == code)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens of record i, (T,) int64, and whether each is trained, (T,) bool."""
-        part = slice(*self.span(i))
-        return torch.from_numpy(self.tokens[part].astype(np.int64)), torch.from_numpy(self.trained[part].astype(bool))
+        start, end = self.span(i)
+        tokens = torch.from_numpy(self.tokens[start:end].astype(np.int64))
+        trained = torch.from_numpy(self.trained[start:end].astype(bool))
+        return tokens, trained
 
     def question(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Record i as its prompt, up to the first answer, and the rest. A text is continued from its beginning."""
+        """The prompt of record i, up to the first answer, and the rest. A text is continued from its beginning."""
         ids, _ = self[i]
         start, end = self.span(i)
         answers = np.flatnonzero(self.trained[start:end] == ANSWER)
-        prompt = int(answers[0]) if len(answers) else max(1, min(len(ids) // 2, 32))
+        if len(answers):
+            prompt = int(answers[0])
+        else:
+            prompt = max(1, min(len(ids) // 2, 32))
         return ids[:prompt], ids[prompt:]
 
     def span(self, i: int) -> tuple[int, int]:
+        """(start, end) of record i in `tokens` and `trained`."""
         record = self.records[i]
-        return (int(self.ends[record - 1]) if record else 0), int(self.ends[record])
+        start = int(self.ends[record - 1]) if record > 0 else 0
+        return start, int(self.ends[record])
 
     def length(self, i: int) -> int:
+        """How many tokens record i has."""
         start, end = self.span(i)
         return end - start
 
     def lengths(self) -> np.ndarray:
-        """The tokens of each record, (n,) int64."""
-        return (self.ends[self.records] - np.where(self.records > 0, self.ends[self.records - 1], 0)).astype(np.int64)
+        """How many tokens each record has, (n,) int64."""
+        starts = np.where(self.records > 0, self.ends[self.records - 1], 0)
+        return (self.ends[self.records] - starts).astype(np.int64)
 
     def n_targets(self, i: int) -> int:
         """How many tokens of record i are trained. Nothing predicts a record's first one."""
@@ -92,7 +94,7 @@ class Dataset:
         return int(np.count_nonzero(self.trained[start + 1 : end]))
 
     def check_fits(self, tokenizer: Tokenizer, config: Config) -> None:
-        """Raises InputError where another tokenizer wrote these tokens, or the model cannot read the longest record."""
+        """Raises InputError if another tokenizer wrote these tokens, or the model cannot read the longest record."""
         if self.meta["longest"] > config.block_size:
             raise InputError(
                 f"The longest record has {self.meta['longest']} tokens, but the model reads {config.block_size}."
@@ -109,32 +111,74 @@ class Dataset:
             )
 
 
+def read_meta(data_dir: Path) -> dict[str, Any]:
+    """The content of meta.json. Raises InputError if there is none, or it lacks what is needed."""
+    if not (data_dir / "meta.json").is_file():
+        raise InputError(
+            f"{data_dir} holds no prepared data. Run one of scripts/prepare_*.py with --data_dir {data_dir}."
+        )
+    meta = read_json(data_dir / "meta.json")
+    missing = NEEDED - meta.keys()
+    if missing:
+        raise InputError(f"{data_dir}/meta.json lacks {' and '.join(sorted(missing))}. Prepare the data again.")
+    return meta
+
+
+def map_array(data_dir: Path, name: str, meta: dict[str, Any]) -> np.ndarray:
+    """The array in NAME.bin, mapped into memory. Raises InputError if the file has another size than meta.json says."""
+    path = data_dir / f"{name}.bin"
+    dtype = np.dtype(FILES[name] or meta["tokens_dtype"])
+    n_entries = meta["n_tokens"] if name in ("tokens", "trained") else meta["n_records"]
+    size = n_entries * dtype.itemsize
+    if not path.is_file() or path.stat().st_size != size:
+        actual = f"{path.stat().st_size:,} bytes" if path.is_file() else "nothing"
+        raise InputError(f"{path} should have {size:,} bytes and has {actual}. Prepare the data again.")
+    return np.memmap(path, dtype, "r")
+
+
+# ---- the order of records
+
+
 @functools.lru_cache(maxsize=2)
 def epoch_order(n_records: int, epoch: int, seed: int) -> np.ndarray:
+    """The numbers of all records, (n_records,), shuffled. Another epoch has another order."""
     return np.random.default_rng((seed, epoch)).permutation(n_records)
 
 
 def step_records(n_records: int, step: int, global_batch_size: int, seed: int) -> list[int]:
     """The records of optimizer step `step`, counted from 0. Every epoch sees each record once, in a new order.
 
-    A function of the step alone: a resumed run needs to remember nothing. Which records meet in a step is left to
-    chance, whatever their lengths: the gradient stays unbiased, and without padding nothing is wasted.
+    The step alone decides, so a resumed run needs to remember nothing. Records meet in a step by chance, whatever their
+    lengths: so the gradient stays unbiased, and since there is no padding, nothing is wasted.
     """
     steps_per_epoch = -(-n_records // global_batch_size)
-    epoch, within = divmod(step, steps_per_epoch)
+    epoch, step_of_epoch = divmod(step, steps_per_epoch)
     order = epoch_order(n_records, epoch, seed)
-    return order[within * global_batch_size : (within + 1) * global_batch_size].tolist()
+    first = step_of_epoch * global_batch_size
+    return order[first : first + global_batch_size].tolist()
 
 
 def heaviest_first(dataset: Dataset, global_batch_size: int, seed: int) -> list[int]:
-    """The steps of the first epoch, that with the most tokens first, then that with the longest record: whether memory
-    is enough shows at once. The others stay in order. Micro-batches and devices do not change it."""
+    """The steps of the first epoch, reordered so that too little memory shows at once.
+
+    The step with the most tokens is first, then the one with the longest record, and the others stay in order. The
+    order does not depend on the micro-batches and devices.
+    """
+    # the lengths of the records, a row for each step: (n_steps, global_batch_size), with zeros at the end
     order = epoch_order(len(dataset), 0, seed)
-    lengths = np.zeros(-(-len(order) // global_batch_size) * global_batch_size, np.int64)
+    n_steps = -(-len(order) // global_batch_size)
+    lengths = np.zeros(n_steps * global_batch_size, np.int64)
     lengths[: len(order)] = dataset.lengths()[order]
-    steps = lengths.reshape(-1, global_batch_size)
-    first = dict.fromkeys([int(steps.sum(1).argmax()), int(steps.max(1).argmax())])
-    return [*first, *(step for step in range(len(steps)) if step not in first)]
+    steps = lengths.reshape(n_steps, global_batch_size)
+
+    most_tokens = int(steps.sum(1).argmax())
+    longest_record = int(steps.max(1).argmax())
+    heaviest = list(dict.fromkeys([most_tokens, longest_record]))  # they may be the same
+    others = [step for step in range(n_steps) if step not in heaviest]
+    return heaviest + others
+
+
+# ---- micro-batches
 
 
 def micro_batches(
@@ -146,40 +190,66 @@ def micro_batches(
     share_prefixes: bool = False,
     budget: int | None = None,
 ) -> list[tuple[torch.Tensor, Layout]]:
-    """This rank's share of `records` as (tokens (1, T), layout) pairs.
+    """This rank's share of `records`, as a list of (tokens (1, T), layout).
 
-    Every rank gets the same number of pairs, since unequal numbers would deadlock; one without records gets an empty
-    one: a single token and no target. A pair has `micro_batch_size` records, long and short ones dealt out such that
-    all pairs are of similar length; or, where there is a `budget`, like lengths together, as many as have that many
-    tokens.
+    Records are dealt out by their lengths, first to the ranks and then to the micro-batches. Six records on two ranks,
+    with a `micro_batch_size` of 2:
+
+        longest first     90 80 50 40 20 10
+        rank 0            90    50    20          micro-batches: 90 20 | 50
+        rank 1               80    40    10                      80 10 | 40
+
+    So all micro-batches are of similar length. With a `budget`, each has instead as many records of similar length as
+    have that many tokens together.
+
+    Every rank gets the same number of micro-batches, since unequal numbers would deadlock. Missing ones are empty: a
+    single token and no target.
     """
     longest_first = sorted(records, key=lambda i: (-dataset.length(i), i))
     shares = [longest_first[r::world_size] for r in range(world_size)]
-    empty = (torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool))
     if budget is None:
-        passes = math.ceil(len(shares[0]) / micro_batch_size)
-        turns = [shares[rank][turn::passes] for turn in range(passes)]
+        n_micro_batches = math.ceil(len(shares[0]) / micro_batch_size)
+        groups = [shares[rank][k::n_micro_batches] for k in range(n_micro_batches)]
     else:
-        prefix = shared_by_all(dataset, records) if share_prefixes else 0
-        filled = [fill(share, dataset, budget, prefix) for share in shares]
-        turns = filled[rank] + [[]] * (max(map(len, filled)) - len(filled[rank]))
-    return [Layout.end_to_end([dataset[i] for i in turn] or [empty], share_prefixes) for turn in turns]
+        prefix = length_of_common_prefix(dataset, records) if share_prefixes else 0
+        groups_of_ranks = [group_by_budget(share, dataset, budget, prefix) for share in shares]
+        n_micro_batches = max(len(groups) for groups in groups_of_ranks)
+        groups = groups_of_ranks[rank]
+        groups += [[]] * (n_micro_batches - len(groups))
+
+    batches = []
+    for group in groups:
+        members = [dataset[i] for i in group] or [empty_record()]
+        batches.append(Layout.end_to_end(members, share_prefixes))
+    return batches
 
 
-def fill(share: Sequence[int], dataset: Dataset, budget: int, prefix: int) -> list[list[int]]:
-    """Records in groups of at most `budget` tokens, of which they share `prefix`. One that has more is alone."""
-    groups, room = [], 0
+def empty_record() -> tuple[torch.Tensor, torch.Tensor]:
+    """A token that is not trained, for a rank that has no record left."""
+    return torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool)
+
+
+def group_by_budget(share: Sequence[int], dataset: Dataset, budget: int, prefix: int) -> list[list[int]]:
+    """Records in groups of at most `budget` tokens, in order. A record that has more is alone.
+
+    All records begin with the same `prefix` tokens, which count once in a group.
+    """
+    groups: list[list[int]] = []
+    room = 0
     for i in share:
-        own = dataset.length(i) - prefix
-        if own > room:
+        n_tokens = dataset.length(i) - prefix
+        if n_tokens > room:
             groups.append([])
             room = budget - prefix
         groups[-1].append(i)
-        room -= own
+        room -= n_tokens
     return groups
 
 
-def shared_by_all(dataset: Dataset, records: Sequence[int]) -> int:
-    """How many tokens all of these records begin with; each keeps one of its own."""
+def length_of_common_prefix(dataset: Dataset, records: Sequence[int]) -> int:
+    """How many tokens all of these records begin with; each keeps at least one token behind it."""
     tokens = [dataset[i][0].tolist() for i in records]
-    return min(common_prefix(min(tokens), max(tokens)), min(map(len, tokens)) - 1)
+    # what the first and the last in alphabetical order have in common, all have
+    common = common_prefix(min(tokens), max(tokens))
+    shortest = min(len(ids) for ids in tokens)
+    return min(common, shortest - 1)

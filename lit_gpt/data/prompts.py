@@ -6,13 +6,14 @@ A record is one of
     {"messages": [{"role": "user", "content": ...}, ...]}   the model speaks as assistant; tools, if any, beside them
     {"text": ...}                                           no prompt: all of it is trained
 
-A style renders it to the whole text and says which characters are the model's. Where the model has not answered yet,
-the text ends where its answer would begin: this is what is given to a model to continue, so that training and
-generation cannot differ.
+A style renders it to the whole text and says which characters are the model's. If the model has not answered yet, the
+text ends at the place where its answer would begin. A model is given this text to continue, so training and generation
+cannot differ.
 
 Styles are alpaca, none (the bare texts), chat (the checkpoint's own template), the files in lit_gpt/data/styles/, and
-template files of your own. What is stored of a style, with the data and with what is trained on them, is all it takes
-to render again: its name, or the template's source."""
+template files of your own. A style is stored, with the data and with the weights trained on them, as its name or as the
+template's source: this is all it takes to render again.
+"""
 
 import difflib
 import functools
@@ -23,21 +24,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_gpt.data.records import to_learn
+from lit_gpt.data.records import are_trained, question_message
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.errors import InputError
 
 STYLES = Path(__file__).parent / "styles"
 Messages = Sequence[Mapping[str, Any]]
+PLACEHOLDER = "\ue000"  # a character for private use, which is in no text
 
 
 class Rendered(NamedTuple):
+    """A conversation as one text."""
+
     text: str
-    turns: list[tuple[int, int]]
-    """From which to which character the model speaks, where it is to be learned. In the tokens each turn ends with its
-    stop token."""
+    answer_spans: list[tuple[int, int]]
+    """(begin, end) in characters of each answer that is to be learned. In the tokens each ends with its stop token."""
     bos: bool | None = None
-    """Whether a BOS token is put before the text. None is what the tokenizer does by itself."""
+    """Whether a BOS token is put before the text. None lets the tokenizer decide."""
 
 
 def render(style: str, record: Mapping[str, Any], tokenizer: Tokenizer) -> Rendered:
@@ -49,25 +52,34 @@ def render(style: str, record: Mapping[str, Any], tokenizer: Tokenizer) -> Rende
     if "text" in record:
         return Rendered(record["text"], [(0, len(record["text"]))])
     messages = messages_of(record)
-    if style in ("alpaca", "none"):
-        rendered = end_to_end({"alpaca": alpaca, "none": none}[style](messages), tokenizer)
+    tools = record.get("tools")
+    if style == "alpaca":
+        rendered = join_pieces(alpaca_pieces(messages), tokenizer)
+    elif style == "none":
+        rendered = join_pieces(bare_pieces(messages), tokenizer)
     elif style != "chat":
-        rendered = by_template(template_source(style), messages, record.get("tools"), tokenizer)
+        rendered = render_template(template_source(style), messages, tools, tokenizer)
     elif tokenizer.chat_template is None:
         raise InputError("This checkpoint has no chat template. Use --prompt_style alpaca.")
     else:
-        rendered = by_template(tokenizer.chat_template, messages, record.get("tools"), tokenizer)
+        rendered = render_template(tokenizer.chat_template, messages, tools, tokenizer)
         rendered = rendered._replace(bos=False)  # the template spells BOS, or wants none
-    learn = [wanted for message, wanted in zip(messages, to_learn(messages)) if message["role"] == "assistant"]
-    return rendered._replace(turns=[turn for turn, wanted in zip(rendered.turns, learn, strict=True) if wanted])
+    return rendered._replace(answer_spans=trained_spans(rendered.answer_spans, messages))
+
+
+def trained_spans(answer_spans: list[tuple[int, int]], messages: Messages) -> list[tuple[int, int]]:
+    """The spans of those answers that are to be learned."""
+    trained = [
+        is_to_learn for message, is_to_learn in zip(messages, are_trained(messages)) if message["role"] == "assistant"
+    ]
+    return [span for span, is_to_learn in zip(answer_spans, trained, strict=True) if is_to_learn]
 
 
 def messages_of(record: Mapping[str, Any]) -> Messages:
-    """A record as a conversation. The question still knows its parts, for the styles that set them apart."""
+    """A record as a conversation."""
     if "messages" in record:
         return record["messages"]
-    parts = {"instruction": record["instruction"], "input": record.get("input") or ""}
-    messages = [{"role": "user", "content": "\n\n".join(filter(None, parts.values())), **parts}]
+    messages = [question_message(record["instruction"], record.get("input") or "")]
     if "output" in record:
         messages.append({"role": "assistant", "content": record["output"]})
     return messages
@@ -78,9 +90,9 @@ def style_names() -> list[str]:
 
 
 def resolve_style(name: str, tokenizer: Tokenizer, trained: str | None = None) -> str:
-    """What is stored of the style that a user names: a name, or the source of a template file.
+    """The style that a user names in the form in which it is stored: its name, or the source of a template file.
 
-    `auto` is the style that was trained, else the chat template where there is one, else alpaca.
+    `auto` is the style that was trained, else the chat template if there is one, else alpaca.
 
     Raises:
         InputError: no style, and no file, of this name.
@@ -103,6 +115,7 @@ def resolve_style(name: str, tokenizer: Tokenizer, trained: str | None = None) -
 
 
 def is_source(style: str) -> bool:
+    """Whether a stored style is the source of a template, not a name."""
     return "{%" in style or "{{" in style
 
 
@@ -111,111 +124,156 @@ def style_label(style: str) -> str:
     return "a template of your own" if is_source(style) else style
 
 
-# ---- the styles: (text, whether the model says it), end to end
+# ---- styles that are functions: (text, whether the model says it), one after the other
 
 
 Pieces = list[tuple[str, bool]]
 
 
-def alpaca(messages: Messages) -> Pieces:
+def alpaca_pieces(messages: Messages) -> Pieces:
     """The prompt of https://github.com/tatsu-lab/stanford_alpaca, with and without input, and a line break at its end.
 
     The break keeps the answer's first word from being one token with what comes before it. A system message takes the
     place of the opening sentence; a later question has none.
     """
-    pieces, opening = [], None
+    pieces: Pieces = []
+    opening = None
     for message in messages:
-        role, content = message["role"], message["content"]
+        role = message["role"]
         if role == "system":
-            opening = content
+            opening = message["content"]
         elif role == "assistant":
-            pieces.append((content, True))
+            pieces.append((message["content"], True))
         elif role == "user":
-            question, more = message.get("instruction", content), message.get("input")
-            if pieces:
-                opening = ""
-            elif opening is None:
-                paired = ", paired with an input that provides further context" if more else ""
-                opening = (
-                    f"Below is an instruction that describes a task{paired}. "
-                    "Write a response that appropriately completes the request."
-                )
-            parts = [opening, f"### Instruction:\n{question}", f"### Input:\n{more}" if more else "", "### Response:\n"]
-            pieces.append(("\n\n" * bool(pieces) + "\n\n".join(filter(None, parts)), False))
+            is_later = len(pieces) > 0
+            question = alpaca_question(message, "" if is_later else opening)
+            pieces.append((f"\n\n{question}" if is_later else question, False))
         else:
             raise InputError(f"The style alpaca has no place for a message of the role {role}. Use a chat template.")
     return pieces
 
 
-def none(messages: Messages) -> Pieces:
+def alpaca_question(message: Mapping[str, Any], opening: str | None) -> str:
+    """A user's message up to the place where the answer begins. Without an `opening` it begins with Alpaca's own."""
+    question = message.get("instruction", message["content"])
+    context = message.get("input")
+    if opening is None:
+        paired = ", paired with an input that provides further context" if context else ""
+        opening = (
+            f"Below is an instruction that describes a task{paired}. "
+            "Write a response that appropriately completes the request."
+        )
+    parts = [opening, f"### Instruction:\n{question}"]
+    if context:
+        parts.append(f"### Input:\n{context}")
+    parts.append("### Response:\n")
+    return "\n\n".join(part for part in parts if part)
+
+
+def bare_pieces(messages: Messages) -> Pieces:
     """The bare texts, to be continued."""
-    texts = [message.get("instruction", message["content"]) + (message.get("input") or "") for message in messages]
-    return [(text, message["role"] == "assistant") for text, message in zip(texts, messages)]
+    pieces = []
+    for message in messages:
+        text = message.get("instruction", message["content"]) + (message.get("input") or "")
+        pieces.append((text, message["role"] == "assistant"))
+    return pieces
 
 
-def end_to_end(pieces: Pieces, tokenizer: Tokenizer) -> Rendered:
-    """An answer that is not the last piece says its stop token; the last one's is added when it is encoded."""
-    text, turns = "", []
-    for i, (piece, spoken) in enumerate(pieces):
-        start, text = len(text), text + piece
-        if spoken:
-            text += tokenizer.id_to_token(tokenizer.eos_id) if i + 1 < len(pieces) else ""
-            turns.append((start, len(text)))
-    return Rendered(text, turns)
+def join_pieces(pieces: Pieces, tokenizer: Tokenizer) -> Rendered:
+    """One text. Every answer ends with a stop token but the last piece, which gets it when it is encoded."""
+    stop_token = tokenizer.id_to_token(tokenizer.eos_id)
+    text = ""
+    spans = []
+    for i, (piece, is_answer) in enumerate(pieces, 1):
+        start = len(text)
+        text += piece
+        if is_answer:
+            text += stop_token if i < len(pieces) else ""
+            spans.append((start, len(text)))
+    return Rendered(text, spans)
 
 
 # ---- templates
 
 
-def by_template(source: str, messages: Messages, tools: Any, tokenizer: Tokenizer) -> Rendered:
-    """A conversation by a jinja template, as transformers renders it.
+def render_template(source: str, messages: Messages, tools: Any, tokenizer: Tokenizer) -> Rendered:
+    """A conversation rendered by a jinja template, as transformers renders it.
 
-    An answer begins where a prompt without it would end, so that training and generation agree. Some templates show an
-    earlier answer otherwise than the last one, as without its thoughts: it is trained as it is shown, from its first
-    character to its stop token.
+    An answer begins where a prompt without it would end, so that training and generation agree:
+
+        the prompt          <|user|>Who?<|assistant|>
+        with the answer     <|user|>Who?<|assistant|>Ada.</s>
+                                                     |      |       the span of the answer
+
+    Some templates show an earlier answer otherwise than the last one, as without its thoughts. Such an answer is
+    trained as it is shown, from its first character to its stop token.
     """
     fill = partial(fill_template, source, tools=tools, tokenizer=tokenizer)
     last = len(messages) - 1
-    asked = messages[last]["role"] != "assistant"
-    text = fill(messages, asked)
-    turns = []
+    is_question = messages[last]["role"] != "assistant"
+    text = fill(messages, is_question)
+
+    spans = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         prompt = fill(messages[:i], True)
         answered = text if i == last else fill(messages[: i + 1], False)
         if text.startswith(answered) and answered.startswith(prompt):
-            turns.append((len(prompt), len(answered)))
+            spans.append((len(prompt), len(answered)))
         elif i == last:
             raise InputError(
                 "This chat template changes the question when its answer is added, so that a model would be asked"
                 " otherwise than it was trained. Use --prompt_style alpaca."
             )
         else:
-            mark = "\ue000"  # a character of no text
-            marked = fill([*messages[:i], {**message, "content": mark}, *messages[i + 1 :]], asked)
-            before, _, after = marked.partition(mark)
-            if not (text.startswith(before) and text.endswith(after)):
-                raise InputError(f"Message {i + 1} cannot be found in what the chat template makes of it.")
-            end = len(text) - len(after)
-            stops = [text.find(stop, end) + len(stop) for stop in map(tokenizer.id_to_token, tokenizer.stop_ids)]
-            turns.append((len(before), min((stop for stop in stops if stop > end), default=end)))
-    return Rendered(text, turns)
+            replaced = [*messages[:i], {**message, "content": PLACEHOLDER}, *messages[i + 1 :]]
+            spans.append(span_of_placeholder(fill(replaced, is_question), text, i, tokenizer))
+    return Rendered(text, spans)
+
+
+def span_of_placeholder(marked: str, text: str, i: int, tokenizer: Tokenizer) -> tuple[int, int]:
+    """The span of answer `i` in `text`. `marked` is the same conversation with a placeholder for this answer."""
+    before, _, after = marked.partition(PLACEHOLDER)
+    if not (text.startswith(before) and text.endswith(after)):
+        raise InputError(f"Message {i + 1} cannot be found in what the chat template makes of it.")
+
+    # the stop token comes after the answer
+    answer_end = len(text) - len(after)
+    span_ends = []
+    for stop_id in tokenizer.stop_ids:
+        stop_token = tokenizer.id_to_token(stop_id)
+        place = text.find(stop_token, answer_end)
+        span_end = place + len(stop_token)
+        if span_end > answer_end:
+            span_ends.append(span_end)
+    return len(before), min(span_ends, default=answer_end)
 
 
 def template_source(style: str) -> str:
+    """The source of a stored style, which is one, or the name of a file in lit_gpt/data/styles/."""
     return style if is_source(style) else (STYLES / f"{style}.jinja").read_text(encoding="utf-8")
 
 
 def fill_template(
     source: str, messages: Messages, add_generation_prompt: bool, tools: Any, tokenizer: Tokenizer
 ) -> str:
+    """The text that a template makes of messages, given the variables that transformers gives.
+
+    Raises:
+        InputError: whatever goes wrong in the template, which is a program of somebody else.
+    """
     from jinja2 import TemplateError
 
-    mistakes = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError)  # of a program that is not ours
-    given = dict(messages=messages, add_generation_prompt=add_generation_prompt, tools=tools, documents=None)
+    mistakes = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
+    variables = {
+        "messages": messages,
+        "add_generation_prompt": add_generation_prompt,
+        "tools": tools,
+        "documents": None,
+    }
     try:
-        return compile_template(source).render(given | tokenizer.special_tokens)
+        return compile_template(source).render(variables | tokenizer.special_tokens)
     except mistakes as error:
         raise InputError(f"The chat template says: {error}") from None
 
@@ -228,7 +286,7 @@ def compile_template(source: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} ... {% endgeneration %}: transformers notes where the answer is, which `turns` says here."""
+        """Accepts {% generation %} ... {% endgeneration %}, by which transformers notes where the answer is."""
 
         tags = {"generation"}
 
@@ -243,7 +301,7 @@ def compile_template(source: str) -> Any:
         separators: tuple[str, str] | None = None,
         sort_keys: bool = False,
     ) -> str:
-        # jinja's own escapes <, > and &
+        # transformers replaces jinja's own filter, which escapes <, > and &
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     def raise_exception(message: str) -> None:

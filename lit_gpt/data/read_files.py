@@ -1,4 +1,4 @@
-"""Records from files and data sets, and their many forms made one. A record is a mapping."""
+"""Reads records from files and data sets. A record is a mapping; records.py reads its keys."""
 
 import csv
 import io
@@ -18,13 +18,18 @@ from lit_gpt.packages import import_optional
 def mix(sources: Mapping[str, float], split_key: str = "split") -> Iterator[dict[str, Any]]:
     """Records of several sources, one source after the other; each record as often as its source's weight says.
 
-    0.5 takes every second record, 2 each one twice, 1.5 one in two twice.
+    A weight of 0.5 takes every second record, 2 takes each one twice, 1.5 every second one twice and the others once.
+
+    Raises:
+        InputError: a weight is not positive, or a source cannot be read.
     """
     for source, weight in sources.items():
         if not 0 < weight < math.inf:
             raise InputError(f"{source} has the weight {weight}, expected a number above 0.")
         for i, record in enumerate(read_records(source, split_key)):
-            yield from [record] * (int((i + 1) * weight) - int(i * weight))
+            # so the first i + 1 records have been taken (i + 1) * weight times in all, rounded down
+            times = int((i + 1) * weight) - int(i * weight)
+            yield from [record] * times
 
 
 def read_records(source: str | Path, split_key: str = "split") -> Iterator[dict[str, Any]]:
@@ -39,9 +44,11 @@ def read_records(source: str | Path, split_key: str = "split") -> Iterator[dict[
     path = Path(source)
     if path.suffix in READERS:
         return READERS[path.suffix](path)
-    if path.is_dir() and (texts := sorted(path.rglob("*.txt"))):
-        return itertools.chain.from_iterable(map(text_records, texts))
-    if path.is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(source)):
+    texts = sorted(path.rglob("*.txt")) if path.is_dir() else []
+    if texts:
+        return itertools.chain.from_iterable(text_records(text) for text in texts)
+    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(source))
+    if path.is_dir() or is_on_hub:
         return dataset_records(str(source), split_key)
     raise InputError(
         f"{source} is no file ending in {', '.join(READERS)}, no folder of .txt files or a saved data set, no"
@@ -50,6 +57,7 @@ def read_records(source: str | Path, split_key: str = "split") -> Iterator[dict[
 
 
 def parquet_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Records of a parquet file. Raises InputError if it cannot be read."""
     parquet = import_optional("pyarrow.parquet", "data", "A parquet file")
     from pyarrow import ArrowException
 
@@ -62,26 +70,28 @@ def parquet_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def dataset_records(source: str, split_key: str) -> Iterator[dict[str, Any]]:
+    """Records of a data set of the hub, or of a saved one. If it has several splits, each record says its own.
+
+    Raises:
+        InputError: it cannot be loaded, or breaks off.
+    """
     datasets = import_optional("datasets", "data", "A data set of the hub, or a folder of one,")
     try:
         if Path(source).is_dir() and any(Path(source).rglob("state.json")):
-            found = datasets.load_from_disk(source)
+            dataset = datasets.load_from_disk(source)
         else:
             name, _, config = source.partition(":")
-            found = datasets.load_dataset(name, config or None, streaming=True)
-        if not isinstance(found, dict):  # a single split
-            yield from found
-        elif len(found) == 1:
-            yield from next(iter(found.values()))
-        else:
-            for split, records in found.items():
-                yield from ({split_key: split, **record} for record in records)
+            dataset = datasets.load_dataset(name, config or None, streaming=True)
+        splits = dataset if isinstance(dataset, dict) else {"all": dataset}
+        for split, records in splits.items():
+            for record in records:
+                yield record if len(splits) == 1 else {split_key: split, **record}
     except Exception as error:  # the library raises whatever its parts raise, also in the midst of reading
         raise InputError(f"The data set {source} cannot be read: {' '.join(str(error).split())[:300]}") from None
 
 
 def text_records(path: Path) -> Iterator[dict[str, Any]]:
-    """A whole file as one text; of a large one, parts of a million characters, which end with a line if they can."""
+    """A whole file as one text; a large one in parts of a million characters, which end with a line if they can."""
     with open_text(path) as file:
         while text := file.read(2**20) + file.readline(2**20):
             yield {"text": text, "part_of_file": True}
@@ -95,20 +105,27 @@ def json_records(path: Path) -> Iterator[dict[str, Any]]:
     """
     with open_text(path) as file:
         if path.suffix == ".jsonl":
-            lines = ((number, line.rstrip()) for number, line in enumerate(file, 1))
-            numbered = ((number, parse(line, path, number)) for number, line in lines if line)
+            for number, line in enumerate(file, 1):
+                line = line.rstrip()
+                if line:
+                    yield check_is_object(parse_json(line, path, number), path, number)
         else:
-            content = parse(file.read(), path)
-            if not isinstance(content, list):
-                raise InputError(f"{path} holds a {type(content).__name__}, expected a list of records.")
-            numbered = enumerate(content, 1)
-        for number, record in numbered:
-            if not isinstance(record, dict):
-                raise InputError(f"{path}: record {number} is a {type(record).__name__}, expected an object with keys.")
-            yield record
+            records = parse_json(file.read(), path)
+            if not isinstance(records, list):
+                raise InputError(f"{path} holds a {type(records).__name__}, expected a list of records.")
+            for number, record in enumerate(records, 1):
+                yield check_is_object(record, path, number)
 
 
-def parse(text: str, path: Path, first_line: int = 1) -> Any:
+def check_is_object(record: Any, path: Path, number: int) -> dict[str, Any]:
+    """The record. Raises InputError if it is no object."""
+    if not isinstance(record, dict):
+        raise InputError(f"{path}: record {number} is a {type(record).__name__}, expected an object with keys.")
+    return record
+
+
+def parse_json(text: str, path: Path, first_line: int = 1) -> Any:
+    """The value of a JSON text that begins in this line of a file. Raises InputError with the line if it is none."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -136,7 +153,9 @@ def csv_records(path: Path) -> Iterator[dict[str, str]]:
                 raise InputError(f"{path} is empty, expected a header line such as instruction,input,output.")
             if len(set(header)) < len(header):
                 raise InputError(f"{path}: the header names a column twice: {', '.join(header)}.")
-            for row in filter(None, reader):
+            for row in reader:
+                if not row:  # an empty line
+                    continue
                 if len(row) != len(header):
                     raise InputError(
                         f"{path}, line {reader.line_num}: {len(row)} fields, but the header names {len(header)}."
@@ -150,17 +169,26 @@ def csv_records(path: Path) -> Iterator[dict[str, str]]:
 
 @contextmanager
 def open_text(path: Path, newline: str | None = None) -> Iterator[io.TextIOBase]:
-    """A UTF-8 file. Raises InputError where there is none, or reading comes upon bytes that are not."""
+    """Opens a UTF-8 file. Raises InputError if there is none, or if bytes that are read are not UTF-8."""
+    if not path.exists():
+        raise InputError(f"{path} is missing.")
     if not path.is_file():
-        raise InputError(f"{path} is missing." if not path.exists() else f"{path} is no file.")
-    csv.field_size_limit(2**31 - 1)  # the default refuses documents of over 128 KiB
+        raise InputError(f"{path} is no file.")
+    # csv's default refuses fields of over 128 KiB, and documents are longer
+    csv.field_size_limit(2**31 - 1)
     with open(path, encoding="utf-8-sig", newline=newline) as file:
         try:
             yield file
-        except UnicodeDecodeError as error:  # it knows the place in a buffer, not in the file
-            with open(path, encoding="utf-8", errors="surrogateescape") as lines:
-                line = next(number for number, line in enumerate(lines, 1) if re.search("[\udc80-\udcff]", line))
+        except UnicodeDecodeError as error:
+            # the error knows the place in a buffer, not in the file
+            line = first_line_not_utf8(path)
             raise InputError(f"{path}, line {line}, is not UTF-8: {error.reason}. Save it as UTF-8.") from None
+
+
+def first_line_not_utf8(path: Path) -> int:
+    """The number of the first line with bytes that are not UTF-8."""
+    with open(path, encoding="utf-8", errors="surrogateescape") as lines:
+        return next(number for number, line in enumerate(lines, 1) if re.search("[\udc80-\udcff]", line))
 
 
 READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {

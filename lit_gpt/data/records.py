@@ -1,127 +1,196 @@
-"""TODO doc of data.records"""
+"""Records in the many forms in which data sets write them, and the one form that the rest of the package reads.
+
+    {"instruction": ..., "input": ..., "output": ...}     the keys can be others, see `Keys`
+    {"prompt": ..., "completion": ...}                    texts, or lists of messages
+    {"messages": [{"role": ..., "content": ...}, ...]}    OpenAI
+    {"conversations": [{"from": ..., "value": ...}]}      ShareGPT
+    {"text": ...}
+
+all become {"split": ..., "messages": [...]} or {"split": ..., "text": ...}.
+"""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lit_gpt.errors import InputError
 
-# what others call the parts of a conversation: ShareGPT and its kin
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
-ROLES |= {"observation": "tool", "function_response": "tool", "function_call": "assistant", "developer": "system"}
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
-SPLITS |= {"eval": "val", "evaluation": "val", "test": "other", "testing": "other"}
+ROLES = {  # names that ShareGPT and its kin have for the roles
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "developer": "system",
+}
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "eval": "val",
+    "evaluation": "val",
+    "test": "other",
+    "testing": "other",
+}
 
 
 @dataclass(frozen=True)
 class Keys:
-    """What the parts of a record are called: keys of JSON, columns of a table."""
+    """The names of the parts of a record: keys of JSON, columns of a table."""
 
     instruction_key: str = "instruction"
-    """Where a record holds its instruction: a key of JSON, a column of a table."""
+    """The key of JSON, or the column of a table, that holds the instruction."""
     input_key: str = "input"
-    """What the instruction is to work on. Records may lack it."""
+    """The key of the text that the instruction is to work on. Records may lack it."""
     output_key: str = "output"
-    """The answer."""
+    """The key of the answer."""
     system_key: str = "system"
-    """A system prompt of the record's own. Records may lack it; a conversation that has one keeps it."""
+    """The key of a system prompt. Records may lack it; a conversation that has its own keeps it."""
     messages_key: str = "messages"
-    """A conversation, as OpenAI (role, content) or ShareGPT (from, value) write it, in place of the three above."""
+    """The key of a conversation, as OpenAI (role, content) or ShareGPT (from, value) write it. It takes the place of
+    instruction, input and output."""
     text_key: str = "text"
-    """A plain text, all of which is trained, in place of all of the above."""
+    """The key of a plain text, all of which is trained. It takes the place of all of the above."""
     split_key: str = "split"
-    """What says train or val, or begins so (train_sft). Records may lack it; those that say test are left out."""
+    """The key of a value that is train or val, or begins so (train_sft). Records may lack it; those that say test are
+    left out."""
 
 
 def in_our_form(record: Mapping[str, Any], number: int, keys: Keys) -> dict[str, Any]:
-    """A record as `prompts.render` reads it: messages (and tools) or text; and its split: train, val, other or None.
+    """A record as `prompts.render` reads it: "split" (train, val, other or None), and "messages", "tools" or "text".
 
-    A text may be a part of a file: its pieces then go to training or validation each by itself.
-
-    Conversations, prompt and completion, and plain text are recognized by their keys.
+    Conversations, prompt and completion, and plain text are recognized by their keys. A text with "part_of_file" is one
+    of several of a file: its pieces go to training or validation one by one.
 
     Raises:
-        InputError: it lacks what it needs, or something in it is no text.
+        InputError: the record lacks what it needs, or something in it is no text.
     """
     where = f"Record {number}"
-    ours: dict[str, Any] = {"split": read_split(record.get(keys.split_key), where)}
-    has = {key for key, value in record.items() if value is not None}  # tables have every column in every row
-    paired = keys.instruction_key not in has and {"prompt", "completion"} <= record.keys()
-    found = [key for key in (keys.messages_key, "conversations") if key in record]
-    conversation = next((key for key in found if record[key]), None)
-    if found and not paired and has.isdisjoint((keys.instruction_key, keys.output_key, keys.text_key)):
-        conversation = conversation or found[0]  # an empty one, and nothing in its place
-    if conversation:
-        ours["messages"] = read_messages(record[conversation], where)
+    split = read_split(record.get(keys.split_key), where)
+    filled = {key for key, value in record.items() if value is not None}  # tables have every column in every row
+    is_pair = keys.instruction_key not in filled and {"prompt", "completion"} <= record.keys()
+    conversation_key = find_conversation(record, filled, is_pair, keys)
+    result: dict[str, Any] = {"split": split}
+
+    # which form is it?
+    if conversation_key:
+        result["messages"] = read_messages(record[conversation_key], where)
         if record.get("tools"):
-            ours["tools"] = record["tools"]
-    elif paired and isinstance(record["prompt"], list):
-        answer = record["completion"] or []
-        ours["messages"] = read_messages(record["prompt"] + answer if isinstance(answer, list) else answer, where)
-    elif keys.text_key in record and has.isdisjoint((keys.instruction_key, keys.output_key)):
-        ours |= {"part_of_file": True} if record.get("part_of_file") else {}
-        return ours | {"text": as_text(record[keys.text_key], f"{where}: {keys.text_key}")}
+            result["tools"] = record["tools"]
+    elif is_pair and isinstance(record["prompt"], list):
+        result["messages"] = read_message_pair(record["prompt"], record["completion"], where)
+    elif keys.text_key in record and filled.isdisjoint((keys.instruction_key, keys.output_key)):
+        result["text"] = as_text(record[keys.text_key], f"{where}: {keys.text_key}")
+        if record.get("part_of_file"):
+            result["part_of_file"] = True
+        return result
+    elif is_pair:
+        result["messages"] = read_instruction(record, "prompt", keys.input_key, "completion", where)
     else:
-        names = (
-            ("prompt", keys.input_key, "completion")
-            if paired
-            else (keys.instruction_key, keys.input_key, keys.output_key)
-        )
-        missing = [key for key in (names[0], names[2]) if key not in record]
-        if missing:
-            raise InputError(
-                f"{where} has no {' and no '.join(missing)}; it has {', '.join(map(str, record)) or 'nothing'}."
-                " Name its keys: --instruction_key and --output_key, or --messages_key, or --text_key."
-            )
-        question, more, answer = (as_text(record.get(name), f"{where}: {name}") for name in names)
-        content = "\n\n".join(filter(None, (question, more)))
-        ours["messages"] = [
-            {"role": "user", "content": content, "instruction": question, "input": more},
-            {"role": "assistant", "content": answer},
-        ]
+        result["messages"] = read_instruction(record, keys.instruction_key, keys.input_key, keys.output_key, where)
+
+    # a system prompt beside the conversation
     system = as_text(record.get(keys.system_key), f"{where}: {keys.system_key}")
-    if system and all(message["role"] != "system" for message in ours["messages"]):
-        ours["messages"].insert(0, {"role": "system", "content": system})
-    return ours
+    if system and all(message["role"] != "system" for message in result["messages"]):
+        result["messages"].insert(0, {"role": "system", "content": system})
+    return result
+
+
+def find_conversation(record: Mapping[str, Any], filled: Collection[str], is_pair: bool, keys: Keys) -> str | None:
+    """The key of the record's conversation, if it has one. An empty one counts if nothing stands in its place."""
+    candidates = [key for key in (keys.messages_key, "conversations") if key in record]
+    for key in candidates:
+        if record[key]:
+            return key
+    others = {keys.instruction_key, keys.output_key, keys.text_key}
+    if candidates and not is_pair and others.isdisjoint(filled):
+        return candidates[0]
+    return None
+
+
+def read_message_pair(prompt: list[Any], completion: Any, where: str) -> list[dict[str, Any]]:
+    """The messages of a prompt that is a list of messages, and of its completion."""
+    answer = completion or []
+    # what is no list is refused there
+    return read_messages(prompt + answer if isinstance(answer, list) else answer, where)
+
+
+def read_instruction(
+    record: Mapping[str, Any], instruction_key: str, input_key: str, output_key: str, where: str
+) -> list[dict[str, Any]]:
+    """The question and the answer of a record that has both as texts."""
+    missing = [key for key in (instruction_key, output_key) if key not in record]
+    if missing:
+        raise InputError(
+            f"{where} has no {' and no '.join(missing)}; it has {', '.join(map(str, record)) or 'nothing'}."
+            " Name its keys: --instruction_key and --output_key, or --messages_key, or --text_key."
+        )
+    instruction = as_text(record.get(instruction_key), f"{where}: {instruction_key}")
+    context = as_text(record.get(input_key), f"{where}: {input_key}")
+    output = as_text(record.get(output_key), f"{where}: {output_key}")
+    return [question_message(instruction, context), {"role": "assistant", "content": output}]
+
+
+def question_message(instruction: str, context: str) -> dict[str, str]:
+    """An instruction, and the input that it works on, as one message of the user.
+
+    The message keeps its parts, for the styles that set them apart.
+    """
+    content = "\n\n".join(part for part in (instruction, context) if part)
+    return {"role": "user", "content": content, "instruction": instruction, "input": context}
 
 
 def read_split(value: Any, where: str) -> str | None:
+    """ "train", "val", "other" (a split that is not used) or None for what a record says of its split."""
     if value in (None, ""):
         return None
-    word = re.split(r"[_\W]", value.strip().lower())[0] if isinstance(value, str) else value
+    word = value
+    if isinstance(value, str):
+        word = re.split(r"[_\W]", value.strip().lower())[0]  # train_sft is train
     if not isinstance(word, str) or word not in SPLITS:
         raise InputError(f"{where} says split {value!r}, expected train, val or test.")
     return SPLITS[word]
 
 
-def read_messages(found: Any, where: str) -> list[dict[str, Any]]:
-    """Up to the last answer: what follows it cannot be learned from. Whatever else a message holds is kept."""
-    found = [] if found is None else found
-    if not isinstance(found, list | tuple) or not all(isinstance(message, Mapping) for message in found):
+def read_messages(messages: Any, where: str) -> list[dict[str, Any]]:
+    """A conversation as messages with role and content. Whatever else they hold is kept.
+
+    What follows the last answer is left out, since nothing can be learned from it.
+    """
+    if messages is None:
+        return []
+    if not isinstance(messages, list | tuple) or not all(isinstance(message, Mapping) for message in messages):
         raise InputError(f"{where}: its conversation is no list of messages with role and content.")
-    messages = []
-    for message in found:
-        message = {key: value for key, value in message.items() if value is not None}  # of tables, as above
-        role, content = (
-            message.get(ours, message.get(theirs)) for ours, theirs in (("role", "from"), ("content", "value"))
-        )
-        if not isinstance(role, str):
-            raise InputError(
-                f"{where} has a message without a role; it has {', '.join(map(str, message)) or 'nothing'}."
-            )
-        if isinstance(content, list):  # OpenAI's parts
-            content = "".join(text_of_part(part, where) for part in content)
-        kept = {key: value for key, value in message.items() if key not in ("from", "value")}
-        messages.append(
-            kept | {"role": ROLES.get(role, role), "content": as_text(content, f"{where}: content of {role}")}
-        )
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-    return messages
+    result = [read_message(message, where) for message in messages]
+    while result and result[-1]["role"] != "assistant":
+        result.pop()
+    return result
+
+
+def read_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    message = {key: value for key, value in message.items() if value is not None}  # tables have every key in each
+    role = message.get("role", message.get("from"))
+    content = message.get("content", message.get("value"))
+    if not isinstance(role, str):
+        raise InputError(f"{where} has a message without a role; it has {', '.join(map(str, message)) or 'nothing'}.")
+    if isinstance(content, list):  # the parts of OpenAI's messages
+        content = "".join(text_of_part(part, where) for part in content)
+
+    result = {key: value for key, value in message.items() if key not in ("from", "value")}
+    result["role"] = ROLES.get(role, role)
+    result["content"] = as_text(content, f"{where}: content of {role}")
+    return result
 
 
 def text_of_part(part: Any, where: str) -> str:
+    """The text of one part of a message's content."""
     text = part.get("text") if isinstance(part, Mapping) else part
     if isinstance(text, str):
         return text
@@ -129,43 +198,62 @@ def text_of_part(part: Any, where: str) -> str:
     raise InputError(f"{where} has a message with a part of type {kind!r}: only text can be read.")
 
 
-def as_text(value: Any, what: str) -> str:
+def as_text(value: Any, name: str) -> str:
+    """A value that should be a text, "" for None.
+
+    Raises:
+        InputError: it is none, or cannot be written as UTF-8.
+    """
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise InputError(f"{what} is a {type(value).__name__}, expected text.")
+        raise InputError(f"{name} is a {type(value).__name__}, expected text.")
     if not value.isascii() and re.search("[\ud800-\udfff]", value):
-        raise InputError(f"{what} holds half a surrogate pair (\\ud83d), expected text.")
+        raise InputError(f"{name} holds half a surrogate pair (\\ud83d), expected text.")
     return value
 
 
 def blank_part(record: Mapping[str, Any]) -> str | None:
-    """What of a record in our form says nothing, so that nothing can be learned: its text, prompt or (an) answer."""
+    """The part of a record in our form that is blank, so that nothing can be learned: "text", "prompt" or "answer"."""
     if "text" in record:
         return None if record["text"].strip() else "text"
     messages = record["messages"]
-    says = [bool(message["content"].strip()) or bool(message.get("tool_calls")) for message in messages]
-    if not any(said for message, said in zip(messages, says) if message["role"] == "user"):
+    if all(is_blank(message) for message in messages if message["role"] == "user"):
         return "prompt"
-    answers = [said for said, wanted in zip(says, to_learn(messages)) if wanted]
-    return None if answers and all(answers) else "answer"
+    answers = [message for message, trained in zip(messages, are_trained(messages)) if trained]
+    if not answers or any(is_blank(answer) for answer in answers):
+        return "answer"
+    return None
 
 
-def to_learn(messages: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """Which messages are trained: the assistant's, but not a greeting that answers nothing, nor one of weight 0."""
-    asked, wanted = False, []
+def is_blank(message: Mapping[str, Any]) -> bool:
+    """Whether a message says nothing and calls no tool."""
+    return not message["content"].strip() and not message.get("tool_calls")
+
+
+def are_trained(messages: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """For each message whether it is trained: the assistant's are, but for two kinds.
+
+    These are a greeting, which answers nothing, and a message of weight 0, which is how OpenAI's format leaves one out.
+    """
+    is_asked = False
+    trained = []
     for message in messages:
-        asked = asked or message["role"] not in ("assistant", "system")
-        wanted.append(asked and message["role"] == "assistant" and message.get("weight") != 0)
-    return wanted
+        if message["role"] not in ("assistant", "system"):
+            is_asked = True
+        is_answer = is_asked and message["role"] == "assistant"
+        trained.append(is_answer and message.get("weight") != 0)
+    return trained
 
 
 def with_validation(
     records: Iterable[dict[str, Any]], validation: Iterable[dict[str, Any]] | None, keys: Keys
 ) -> Iterator[dict[str, Any]]:
-    """Where there are others for validation, each record says to which it belongs."""
+    """All records. If some are for validation, each record says to which split it belongs."""
     if validation is None:
         yield from records
-    else:
-        for name, mine in (("train", records), ("val", validation)):
-            yield from (record | {keys.split_key: name} for record in mine)
+        return
+    for record in records:
+        yield record | {keys.split_key: "train"}
+    for record in validation:
+        yield record | {keys.split_key: "val"}

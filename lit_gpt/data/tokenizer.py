@@ -1,26 +1,19 @@
-"""Text to tokens and back, by the checkpoint's tokenizer.json (`tokenizers`) or tokenizer.model (`sentencepiece`)."""
+"""Text to tokens and back, by the files of a checkpoint."""
 
 import hashlib
-import itertools
-import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from lit_gpt.config import read_json
+from lit_gpt.data.tokenizer_backends import Backend, Encoded, SentencePieceBackend, TokenizersBackend
 from lit_gpt.errors import InputError, reading
 
-SPECIAL_TOKENS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]  # templates know them
-
-
-class Encoded(NamedTuple):
-    ids: list[int]
-    offsets: list[tuple[int, int]]
-    """Where in the text each token comes from, in characters. (0, 0) for the BOS token."""
+# chat templates may use them by these names
+SPECIAL_TOKENS = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]
 
 
 class Tokenizer:
@@ -30,112 +23,93 @@ class Tokenizer:
     """
 
     def __init__(self, checkpoint_dir: Path | str) -> None:
-        """Raises InputError where the folder has no tokenizer, or a damaged one."""
+        """Raises InputError if the folder has no tokenizer, or a damaged one."""
         folder = Path(checkpoint_dir)
         settings = read_if_there(folder / "tokenizer_config.json")
         generation = read_if_there(folder / "config.json") | read_if_there(folder / "generation_config.json")
-        try:
-            if (folder / "tokenizer.json").is_file():
-                self.backend, adds_bos = "tokenizers", self.load_tokenizers(folder / "tokenizer.json")
-            elif (folder / "tokenizer.model").is_file():
-                self.backend, adds_bos = "sentencepiece", self.load_sentencepiece(folder / "tokenizer.model")
-            else:
-                raise InputError(
-                    f"{folder} has no tokenizer.json and no tokenizer.model. Download the checkpoint again."
-                )
-        except (OSError, RuntimeError, ValueError) as error:
-            raise InputError(f"The tokenizer in {folder} cannot be read ({error}). Download it again.") from None
+        self.library = open_backend(folder)
+        self.vocab_size = self.library.vocab_size
         with reading(f"{folder}, its tokenizer_config.json or generation_config.json"):
             self.bos_id = self.special_id(settings.get("bos_token"), generation.get("bos_token_id"))
             self.eos_id = self.special_id(settings.get("eos_token"), generation.get("eos_token_id"))
             if self.eos_id is None:
                 raise InputError("neither names an eos_token.")
-            stops = generation.get("eos_token_id")
-            self.stop_ids = frozenset(
-                [self.eos_id, *(stops if isinstance(stops, list) else [stops] if stops is not None else [])]
-            )
-            if not all(isinstance(i, int) for i in self.stop_ids):
-                raise InputError(f"the eos_token_id is {stops!r}, expected one number or several.")
+            self.stop_ids = read_stop_ids(self.eos_id, generation.get("eos_token_id"))
             self.chat_template = read_chat_template(folder, settings)
-            named = {name: spelled(settings[name]) for name in SPECIAL_TOKENS if settings.get(name)}
-        asked = settings.get("add_bos_token")  # some files say null
-        self.use_bos = self.bos_id is not None and (adds_bos(self.bos_id) if asked is None else asked)
-        found = {"bos_token": self.bos_id, "eos_token": self.eos_id}
-        self.special_tokens = {name: self.id_to_token(i) for name, i in found.items() if i is not None} | named
+            named = {name: spelling(settings[name]) for name in SPECIAL_TOKENS if settings.get(name)}
 
-    def load_tokenizers(self, path: Path) -> Any:
-        from tokenizers import Tokenizer as HFTokenizer
+        # some files have an add_bos_token that is null
+        add_bos = settings.get("add_bos_token")
+        if self.bos_id is None:
+            self.use_bos = False
+        else:
+            self.use_bos = self.library.adds_bos(self.bos_id) if add_bos is None else add_bos
 
-        try:
-            self.processor = HFTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing more precise
-            raise ValueError(error) from None
-        self.processor.no_truncation()
-        self.processor.no_padding()
-        self.vocab_size = self.processor.get_vocab_size()
-        return lambda bos_id: self.processor.encode("").ids[:1] == [bos_id]
-
-    def load_sentencepiece(self, path: Path) -> Any:
-        from sentencepiece import SentencePieceProcessor
-
-        self.processor = SentencePieceProcessor(model_file=str(path))
-        self.vocab_size = self.processor.vocab_size()
-        control = [self.processor.id_to_piece(i) for i in range(self.vocab_size) if self.processor.is_control(i)]
-        self.control = re.compile(f"({'|'.join(map(re.escape, control)) or '(?!)'})")
-        return lambda bos_id: True  # the models that come with a tokenizer.model alone were all trained with one
+        special_tokens = {"eos_token": self.id_to_token(self.eos_id)}
+        if self.bos_id is not None:
+            special_tokens = {"bos_token": self.id_to_token(self.bos_id), **special_tokens}
+        self.special_tokens = special_tokens | named
 
     def special_id(self, token: str | dict | None, fallback: int | list[int] | None) -> int | None:
-        """The id of a token that tokenizer_config.json spells, else config.json's id."""
+        """The id of a token that tokenizer_config.json spells, else the id in generation_config.json or config.json."""
         if token is not None:
-            return self.token_to_id(spelled(token))
-        if fallback is not None:
-            return fallback[0] if isinstance(fallback, list) else fallback
-        return None
+            return self.token_to_id(spelling(token))
+        if isinstance(fallback, list):
+            return fallback[0]
+        return fallback
+
+    @property
+    def backend(self) -> str:
+        """The library that tokenizes: "tokenizers" or "sentencepiece"."""
+        return self.library.name
+
+    @property
+    def processor(self) -> Any:
+        """The library's own tokenizer."""
+        return self.library.processor
+
+    @property
+    def unk_id(self) -> int | None:
+        """The token for a character that is not in the vocabulary. None if all are."""
+        return self.library.unk_id
 
     def token_to_id(self, token: str) -> int:
-        if self.backend == "tokenizers":
-            found = self.processor.token_to_id(token)
-        else:
-            found = self.processor.piece_to_id(token)
-            found = None if found == self.processor.unk_id() and token != self.processor.id_to_piece(found) else found
-        if found is None:
+        """Raises InputError if the vocabulary does not have this token."""
+        token_id = self.library.token_to_id(token)
+        if token_id is None:
             raise InputError(f"The tokenizer does not know the token {token!r} that its settings name.")
-        return found
+        return token_id
 
     def id_to_token(self, token_id: int) -> str:
-        """How a token is spelled, special tokens included."""
-        if self.backend == "tokenizers":
-            return self.processor.id_to_token(token_id)
-        return self.processor.id_to_piece(token_id)
+        """The spelling of a token, special tokens included."""
+        return self.library.id_to_token(token_id)
+
+    # ---- text to tokens
+
+    def encode(
+        self,
+        string: str,
+        device: torch.device | None = None,
+        bos: bool | None = None,
+        eos: bool = False,
+        max_length: int = -1,
+    ) -> torch.Tensor:
+        """Tokens (T,), int64. `bos` None does what the checkpoint's tokenizer does; `max_length` -1 cuts nothing."""
+        ids = self.encode_batch([string], bos)[0].ids
+        if eos:
+            ids = [*ids, self.eos_id]
+        if max_length >= 0:
+            ids = ids[:max_length]
+        return torch.tensor(ids, dtype=torch.int64, device=device)
 
     def encode_batch(self, texts: Sequence[str], bos: bool | None | Sequence[bool | None] = None) -> list[Encoded]:
         """Many texts at once, on all cores. `bos` is one for all, or one for each."""
-        each = bos if isinstance(bos, Sequence) else [bos] * len(texts)
-        if self.backend == "tokenizers":
-            encodings = self.processor.encode_batch(list(texts), add_special_tokens=False)
-            encoded = [Encoded(e.ids, e.offsets) for e in encodings]
-        else:
-            encoded = self.encode_pieces(texts)
+        bos_of_each = bos if isinstance(bos, Sequence) else [bos] * len(texts)
+        encoded = self.library.encode_batch(texts)
         return [
-            self.with_bos(e) if self.needs_bos(text, bos) else e
-            for text, e, bos in zip(texts, encoded, each, strict=True)
+            self.with_bos(tokens) if self.needs_bos(text, bos) else tokens
+            for text, tokens, bos in zip(texts, encoded, bos_of_each, strict=True)
         ]
-
-    def encode_pieces(self, texts: Sequence[str]) -> list[Encoded]:
-        """By sentencepiece. It reads a control token such as </s> as letters, so texts are split there first."""
-        split = [self.control.split(text) for text in texts]  # plain, control, plain, ...
-        mappings = iter(self.processor.encode(list(itertools.chain(*split)), return_type="offset_mapping"))
-        encoded = []
-        for parts in split:
-            ids, offsets, at = [], [], 0
-            for i, part in enumerate(parts):
-                mapping = next(mappings)
-                ids += [self.processor.piece_to_id(part)] if i % 2 else mapping["ids"]
-                spans = [(0, len(part))] if i % 2 else mapping["offsets"]
-                offsets += [(at + start, at + end) for start, end in spans]
-                at += len(part)
-            encoded.append(Encoded(ids, offsets))
-        return encoded
 
     def needs_bos(self, text: str, bos: bool | None) -> bool:
         if bos is None:
@@ -147,84 +121,97 @@ class Tokenizer:
     def with_bos(self, encoded: Encoded) -> Encoded:
         return Encoded([self.bos_id, *encoded.ids], [(0, 0), *encoded.offsets])
 
-    def encode(
-        self,
-        string: str,
-        device: torch.device | None = None,
-        bos: bool | None = None,
-        eos: bool = False,
-        max_length: int = -1,
-    ) -> torch.Tensor:
-        """Tokens (T,), int64. `bos` None does what the checkpoint's tokenizer does; `max_length` -1 cuts nothing."""
-        ids = self.encode_batch([string], bos)[0].ids + [self.eos_id] * eos
-        return torch.tensor(ids if max_length < 0 else ids[:max_length], dtype=torch.int64, device=device)
+    # ---- tokens to text
 
     def decode(self, tokens: torch.Tensor | Sequence[int]) -> str:
         """Text without special tokens."""
         ids = tokens.flatten().tolist() if isinstance(tokens, torch.Tensor) else list(tokens)
-        if self.backend == "tokenizers":
-            return self.processor.decode(ids, skip_special_tokens=True)
-        return self.processor.decode([i for i in ids if not self.processor.is_control(i)])
+        return self.library.decode(ids)
 
     def decode_with_special(self, ids: Sequence[int]) -> str:
         """Text with the special tokens spelled out, to show what a model really sees."""
-        if self.backend == "tokenizers":
-            return self.processor.decode(list(ids), skip_special_tokens=False)
-        runs = itertools.groupby(ids, key=self.processor.is_control)
-        return "".join("".join(map(self.id_to_token, run)) if on else self.decode(list(run)) for on, run in runs)
+        return self.library.decode_with_special(list(ids))
 
     def stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Text as it becomes certain: a character of several tokens comes out whole."""
+        """Text as it becomes certain: a character of several tokens is yielded when it is complete.
+
+        Tokens cannot be decoded one by one, since the text of some depends on those before them. Each time the last
+        tokens are decoded again, from one piece before the text that is new:
+
+            ids        ........|-------|------|
+                             start   shown   now      ids[start:shown] has been yielded and is context
+        """
         ids: list[int] = []
-        start = shown = 0  # what ids[start:shown] decode to has been yielded; later text may depend on no more of it
+        start = 0
+        shown = 0
         for token in tokens:
             ids.append(int(token))
-            before, now = self.decode(ids[start:shown]), self.decode(ids[start:])
-            if len(now) > len(before) and not now.endswith("\N{REPLACEMENT CHARACTER}"):
-                yield now[len(before) :]
-                start, shown = shown, len(ids)
-        rest = self.decode(ids[start:])[len(self.decode(ids[start:shown])) :]
+            context = self.decode(ids[start:shown])
+            text = self.decode(ids[start:])
+            is_complete = not text.endswith("\N{REPLACEMENT CHARACTER}")
+            if len(text) > len(context) and is_complete:
+                yield text[len(context) :]
+                start = shown
+                shown = len(ids)
+        context = self.decode(ids[start:shown])
+        rest = self.decode(ids[start:])[len(context) :]
         if rest:
             yield rest
 
-    @property
-    def unk_id(self) -> int | None:
-        """What stands for a character that the vocabulary does not have; None where it has all."""
-        if self.backend == "sentencepiece":
-            return self.processor.unk_id()
-        unknown = getattr(self.processor.model, "unk_token", None)
-        return None if unknown is None else self.processor.token_to_id(unknown)
+    # ---- to compare
 
     @property
     def behaviour(self) -> str:
-        """All that decides which tokens a conversation becomes, as a text to compare."""
-        rules = self.processor.to_str() if self.backend == "tokenizers" else self.fingerprint
+        """sha256 over all that decides which tokens a conversation becomes."""
+        rules = self.library.rules() or self.fingerprint
         special = (self.use_bos, self.special_tokens, sorted(self.stop_ids), self.chat_template)
         return hashlib.sha256(f"{rules} {special}".encode()).hexdigest()
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over what decides the tokens: the vocabulary and the merges."""
-        if self.backend == "tokenizers":
-            model = json.loads(self.processor.to_str())["model"]
-            merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", [])]
-            content = json.dumps([sorted(self.processor.get_vocab().items()), merges]).encode()
-        else:
-            content = self.processor.serialized_model_proto()
-        return hashlib.sha256(content).hexdigest()
+        """sha256 over the vocabulary and the merges."""
+        return hashlib.sha256(self.library.vocabulary()).hexdigest()
 
 
-def spelled(token: str | dict[str, Any]) -> str:
-    """A special token as tokenizer_config.json has it: a text, or a mapping that holds one."""
+def open_backend(folder: Path) -> Backend:
+    """The tokenizer of a checkpoint folder.
+
+    Raises:
+        InputError: there is none, or its file is damaged.
+    """
+    try:
+        if (folder / "tokenizer.json").is_file():
+            return TokenizersBackend(folder / "tokenizer.json")
+        if (folder / "tokenizer.model").is_file():
+            return SentencePieceBackend(folder / "tokenizer.model")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"The tokenizer in {folder} cannot be read ({error}). Download it again.") from None
+    raise InputError(f"{folder} has no tokenizer.json and no tokenizer.model. Download the checkpoint again.")
+
+
+def read_stop_ids(eos_id: int, eos_token_id: Any) -> frozenset[int]:
+    """The tokens that end an answer: EOS, and what generation_config.json has as eos_token_id, one or several."""
+    if eos_token_id is None:
+        return frozenset([eos_id])
+    more = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+    stop_ids = frozenset([eos_id, *more])
+    if not all(isinstance(stop_id, int) for stop_id in stop_ids):
+        raise InputError(f"the eos_token_id is {eos_token_id!r}, expected one number or several.")
+    return stop_ids
+
+
+def spelling(token: str | dict[str, Any]) -> str:
+    """The text of a special token in tokenizer_config.json, which has it as a text or in a mapping."""
     return token["content"] if isinstance(token, dict) else token
 
 
 def read_if_there(path: Path) -> dict[str, Any]:
+    """The content of a JSON file, or nothing if there is no file."""
     return read_json(path) if path.is_file() else {}
 
 
 def read_chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """The jinja source, from where transformers 4 or 5 writes it."""
+    """The jinja source, from one of the places to which versions 4 and 5 of transformers write it."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         try:

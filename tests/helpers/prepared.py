@@ -6,7 +6,7 @@ from types import ModuleType
 from helpers.scripts import script as any_script
 from lit_gpt import Config, Tokenizer
 from lit_gpt.data.dataset import Dataset
-from lit_gpt.data.inspect import xray
+from lit_gpt.data.find_problems import DataReport, find_problems
 from lit_gpt.data.prepare import DataArgs, prepare
 
 BLOCK_SIZE = 200
@@ -40,5 +40,5 @@ def script(name: str) -> ModuleType:
     return any_script(f"scripts/{name}.py")
 
 
-def looked_at(checkpoint: Path, data_dir: Path):
-    return xray(data_dir, Tokenizer(checkpoint), Config.from_checkpoint(checkpoint))
+def looked_at(checkpoint: Path, data_dir: Path) -> DataReport:
+    return find_problems(data_dir, Tokenizer(checkpoint), Config.from_checkpoint(checkpoint))

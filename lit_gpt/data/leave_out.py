@@ -1,0 +1,81 @@
+"""Records that are left out: those from which there is nothing to learn, or something wrong. All are counted.
+
+The keys of the counts are what users read: "12 empty answer".
+"""
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+from lit_gpt.data.records import Keys, blank_part
+from lit_gpt.data.tokenizer import Encoded, Tokenizer
+from lit_gpt.errors import InputError
+
+OTHER_SPLIT = "of another split"
+STOPPED = "stop token inside an answer"
+UNWRITTEN = "stored without characters the tokenizer cannot write"
+VISIBLE = re.compile(r"[\S\x1c-\x1f]")  # to Python, these four are spaces; to tokenizers they are not
+DAMAGED = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to that are no character
+
+
+def reason_to_leave_out(record: Mapping[str, Any], stop_tokens: Collection[str]) -> str | None:
+    """Why nothing is to be learned from a record in the form of `in_our_form`; None if it is fine."""
+    if record["split"] == "other":
+        return OTHER_SPLIT
+    blank = blank_part(record)
+    if blank:
+        return f"empty {blank}"
+    for message in record.get("messages", ()):
+        # what follows a stop token in an answer would not be trained; tool calls are searched, too
+        if message["role"] == "assistant" and any(stop in str(message) for stop in stop_tokens):
+            return STOPPED
+    return None
+
+
+def remove_final_stop_tokens(record: Mapping[str, Any], stop_tokens: Iterable[str]) -> None:
+    """Takes stop tokens from the ends of the answers, in place.
+
+    Some data sets end their answers so; the template adds a stop token anyway.
+    """
+    for message in record.get("messages", ()):
+        if message["role"] != "assistant":
+            continue
+        for stop in stop_tokens:
+            if message["content"].rstrip().endswith(stop):
+                message["content"] = message["content"].rstrip().removesuffix(stop)
+
+
+def loses_characters(text: str, encoded: Encoded, tokenizer: Tokenizer) -> bool:
+    """Whether no token holds some character of the text, or its tokens lack some of its bytes."""
+    # characters between the offsets
+    reached = 0
+    for start, end in encoded.offsets:
+        if start > reached and VISIBLE.search(text, reached, start):
+            return True
+        reached = max(reached, end)
+    if VISIBLE.search(text, reached):
+        return True
+
+    # bytes within them
+    if text.isascii() or DAMAGED in text:
+        return False
+    return DAMAGED in tokenizer.decode_with_special(encoded.ids)
+
+
+def check_named_keys(records: Iterable[dict[str, Any]], keys: Keys) -> Iterator[dict[str, Any]]:
+    """Passes the records on. Raises InputError after the last one if none of them has a key that a flag names."""
+    unseen = {}
+    for field in fields(Keys):
+        name = getattr(keys, field.name)
+        if name != field.default:
+            unseen[field.name] = name
+
+    record: dict[str, Any] = {}
+    for record in records:
+        if unseen:
+            unseen = {flag: name for flag, name in unseen.items() if name not in record}
+        yield record
+    if unseen and record:
+        flags = ", ".join(f"--{flag} {name}" for flag, name in unseen.items())
+        raise InputError(f"No record has what {flags} names. The last one has {', '.join(map(str, record))}.")

@@ -1,4 +1,4 @@
-"""LLaMA-Adapter: learn a few vectors that the upper blocks look at besides the text. https://arxiv.org/abs/2303.16199
+"""LLaMA-Adapter: learn a few vectors that the upper blocks attend to besides the text. https://arxiv.org/abs/2303.16199
 
     y = attention(q, k, v) + g attention(q, K p, V p)      p (L, C) the prompt, g (heads) zero at the start
 
@@ -20,14 +20,14 @@ import torch
 from torch import nn
 
 from lit_gpt.errors import InputError
-from lit_gpt.model.attention import CausalSelfAttention, View
+from lit_gpt.model.attention import CausalSelfAttention, Mask
 from lit_gpt.model.gpt import GPT
 from lit_gpt.replace_modules import replace_modules
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What the prompts are."""
+    """The prompts that an adapter trains."""
 
     prompt_length: int = 10
     """Vectors in the prompt of each block."""
@@ -47,19 +47,27 @@ class AdaptedAttention(CausalSelfAttention):
 
     def __init__(self, attention: CausalSelfAttention, prompt_length: int) -> None:
         nn.Module.__init__(self)
+        # takes over linears, norms and settings as they are: to build them again and copy would double their memory
         vars(self).update(vars(attention))
-        like = dict(device=next(attention.parameters()).device, dtype=torch.float32)
+        device = next(attention.parameters()).device
+        n_head = self.q.out_features // self.head_size
         # as large as what a norm gives to the same projections
-        self.adapter_prompt = nn.Parameter(torch.randn(prompt_length, self.q.in_features, **like))
-        self.adapter_gate = nn.Parameter(torch.zeros(self.q.out_features // self.head_size, 1, 1, **like))
+        prompt = torch.randn(prompt_length, self.q.in_features, device=device, dtype=torch.float32)
+        gate = torch.zeros(n_head, 1, 1, device=device, dtype=torch.float32)
+        self.adapter_prompt = nn.Parameter(prompt)
+        self.adapter_gate = nn.Parameter(gate)
 
-    def look(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, view: View) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """Attention to the text, and as much of that to the prompt as the gates let through: (B, nh, T, hs)."""
+        # keys and values of the prompt, for every row
         prompt = self.adapter_prompt.to(q.dtype)[None]  # (1, L, C)
-        keys = self.split(self.norm_k(self.k(prompt))).expand(q.size(0), -1, -1, -1)  # (B, ng, L, hs)
-        values = self.split(self.norm_v(self.v(prompt))).expand(q.size(0), -1, -1, -1)
-        everything = torch.ones(q.size(2), keys.size(2), dtype=torch.bool, device=q.device)
-        y = self.attention(q, keys, values, everything)  # (B, nh, T, hs)
-        return super().look(q, k, v, view) + self.adapter_gate.to(y.dtype) * y
+        keys = self.split_heads(self.norm_k(self.k(prompt))).expand(q.size(0), -1, -1, -1)  # (B, ng, L, hs)
+        values = self.split_heads(self.norm_v(self.v(prompt))).expand(q.size(0), -1, -1, -1)
+
+        # each token sees all of the prompt
+        all_of_it = torch.ones(q.size(2), keys.size(2), dtype=torch.bool, device=q.device)  # (T, L)
+        y = self.attention_function(q, keys, values, all_of_it, scale=self.scale, softcap=self.softcap)
+        return super().attend(q, k, v, mask) + self.adapter_gate.to(y.dtype) * y
 
 
 class AdapterV2Linear(nn.Module):
@@ -68,10 +76,12 @@ class AdapterV2Linear(nn.Module):
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
         self.linear = linear
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        like = dict(device=next(linear.parameters()).device, dtype=torch.float32)
-        self.adapter_bias = nn.Parameter(torch.zeros(linear.out_features, **like))
-        self.adapter_scale = nn.Parameter(torch.ones(linear.out_features, **like))
+        # other code, such as a merge or a second walk, asks linears for these
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        device = next(linear.parameters()).device
+        self.adapter_bias = nn.Parameter(torch.zeros(linear.out_features, device=device, dtype=torch.float32))
+        self.adapter_scale = nn.Parameter(torch.ones(linear.out_features, device=device, dtype=torch.float32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.linear(x)
@@ -92,12 +102,13 @@ def apply_adapter(model: GPT, adapter: Adapter) -> list[str]:
     if any(adapter_filter(name) for name, _ in model.named_parameters()):
         raise InputError("This model already carries an adapter. Load the base model again.")
 
-    def swap(name: str, module: nn.Module) -> nn.Module | None:
-        if isinstance(module, CausalSelfAttention) and int(name.split(".")[2]) >= adapter.start_layer:
-            return AdaptedAttention(module, adapter.prompt_length)
-        return None
+    def with_prompt(name: str, module: nn.Module) -> nn.Module | None:
+        if not isinstance(module, CausalSelfAttention):
+            return None
+        layer = int(name.split(".")[2])  # transformer.h.3.attn
+        return AdaptedAttention(module, adapter.prompt_length) if layer >= adapter.start_layer else None
 
-    return replace_modules(model, swap)
+    return replace_modules(model, with_prompt)
 
 
 def apply_adapter_v2(model: GPT, adapter: Adapter) -> list[str]:
@@ -107,14 +118,21 @@ def apply_adapter_v2(model: GPT, adapter: Adapter) -> list[str]:
         InputError: see `apply_adapter`.
     """
     names = apply_adapter(model, adapter)
+
+    # trained weights are float32: bfloat16 would round small updates away
     for name, param in model.named_parameters():
         if is_norm(name):
             param.data = param.data.to(torch.promote_types(param.dtype, torch.float32))
-    linears = replace_modules(model, lambda name, m: AdapterV2Linear(m) if hasattr(m, "in_features") else None)
-    return names + linears
+
+    def with_bias_and_scale(name: str, module: nn.Module) -> nn.Module | None:
+        # a quantized linear is no nn.Linear, but has this
+        return AdapterV2Linear(module) if hasattr(module, "in_features") else None
+
+    return names + replace_modules(model, with_bias_and_scale)
 
 
 def is_norm(key: str) -> bool:
+    """Whether a state dict key belongs to a norm."""
     return any(part.startswith(("norm", "post_norm", "ln_f")) for part in key.split("."))
 
 
@@ -124,14 +142,17 @@ def adapter_filter(key: str, value: Any = None) -> bool:
 
 
 def adapter_v2_filter(key: str, value: Any = None) -> bool:
+    """Whether a state dict key belongs to an adapter of version 2, norms included."""
     return adapter_filter(key) or is_norm(key)
 
 
 def mark_only_adapter_as_trainable(model: nn.Module) -> None:
+    """Freezes all parameters but those of an adapter."""
     for name, param in model.named_parameters():
         param.requires_grad = adapter_filter(name)
 
 
 def mark_only_adapter_v2_as_trainable(model: nn.Module) -> None:
+    """Freezes all parameters but those of an adapter of version 2."""
     for name, param in model.named_parameters():
         param.requires_grad = adapter_v2_filter(name)

@@ -1,8 +1,10 @@
 """From a prompt to an answer, and the scripts that print it: `pytest tests/test_generate.py`"""
 
+import gc
 import io
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +22,7 @@ from lit_gpt.data.prompts import render
 from lit_gpt.generate.answers import answers
 from lit_gpt.generate.decode import generate, stream
 from lit_gpt.generate.sampling import sample
+from lit_gpt.model import KVCache
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.4, -torch.inf, 0.0, 1.3])
 DRAWS, TOLERATED = 50_000, 36.0  # chi-square of up to 6 degrees of freedom stays below it but once in 400,000 times
@@ -122,9 +125,47 @@ def test_a_stream_is_what_generate_returns(model: GPT, prompt: torch.Tensor) -> 
     before = model(prompt[None])
     tokens = stream(model, prompt, n, **options(0))
     assert [next(tokens), next(tokens)] == streamed[:2]
-    assert model.max_seq_length == n
+    assert model.max_seq_length == model.config.block_size and model.kv_cache is None  # the cache is the stream's own
     tokens.close()
     assert model.max_seq_length == model.config.block_size and model(prompt[None]).equal(before)
+
+
+def test_streams_in_turns_give_what_each_gives_alone(model: GPT, prompt: torch.Tensor) -> None:
+    """Two conversations on one model do not see each other, and leave nothing behind."""
+    prompts = [prompt, prompt.flip(0)[:4], prompt[1:]]
+
+    def streams() -> list[Iterator[int]]:
+        return [
+            stream(model, ids, len(ids) + 20, temperature=0.9, generator=torch.Generator().manual_seed(i))
+            for i, ids in enumerate(prompts)
+        ]
+
+    alone = [list(tokens) for tokens in streams()]
+    in_turns = list(zip(*streams(), strict=True))
+    assert [list(tokens) for tokens in zip(*in_turns, strict=True)] == alone
+    assert len(alone[0]) == 20 and len({tuple(tokens) for tokens in alone}) == 3
+    # nor do they disturb the cache that the model keeps, if somebody set one
+    model.set_kv_cache(batch_size=1)
+    with torch.no_grad():
+        model(prompt[None, :-1], torch.arange(len(prompt) - 1))
+        assert list(streams()[1]) == alone[1]
+        last = model(prompt[None, -1:], torch.tensor([len(prompt) - 1]))[0, 0]
+        torch.testing.assert_close(last, model(prompt[None])[0, -1], rtol=1e-4, atol=1e-5)
+    model.clear_kv_cache()
+
+
+def test_a_stream_leaves_no_cache_behind(model: GPT, prompt: torch.Tensor) -> None:
+    def caches() -> int:
+        gc.collect()
+        return sum(type(thing) is KVCache for thing in gc.get_objects())
+
+    buffers = [name for name, _ in model.named_buffers()]
+    finished, left = (stream(model, prompt, len(prompt) + 3, temperature=0.0) for _ in range(2))
+    next(finished), next(left)
+    assert caches() == 2
+    list(finished)
+    left.close()
+    assert caches() == 0 and model.kv_cache is None and [name for name, _ in model.named_buffers()] == buffers
 
 
 def test_as_much_as_the_model_can_read(model: GPT) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lit_gpt import GPT, Config, InputError, families
 from lit_gpt.checkpoint.load import load_model
 from lit_gpt.generate.decode import generate
+from lit_gpt.model import KVCache
 from lit_gpt.model.loss import SummedLoss
 from lit_gpt.model.norms import RMSNorm
 from lit_gpt.model.packing import Layout, Segment
@@ -187,10 +188,31 @@ def test_lengths_and_a_missing_cache_are_refused() -> None:
         model(torch.zeros(1, 3, dtype=torch.long), torch.arange(3))
     model.max_seq_length = 8
     model.set_kv_cache(batch_size=1)
-    assert model.transformer.h[0].attn.kv_cache.k.shape == (1, 2, 8, 8)  # as long as asked for, and no longer
+    assert model.kv_cache.layers[0].keys.shape == (1, 2, 8, 8)  # as long as asked for, and no longer
     model.max_seq_length = 16
     with pytest.raises(ValueError, match="9 tokens.*8"):
         model(torch.zeros(1, 9, dtype=torch.long), torch.arange(9))
+    with pytest.raises(ValueError, match="2 rows.*cache of 1"):
+        model(torch.zeros(2, 3, dtype=torch.long), torch.arange(3))
+    with pytest.raises(ValueError, match="17 tokens.*16"):
+        model.new_kv_cache(batch_size=1, max_seq_length=17)
+
+
+@torch.no_grad()
+def test_a_cache_belongs_to_its_texts_and_not_to_the_model() -> None:
+    """Two batches of texts, read in turns into a cache each, and a third one into the cache that the model keeps."""
+    model = small_gpt(sliding_window=5)
+    texts = torch.randint(0, 50, (3, 2, 12))
+    model.max_seq_length = 20
+    model.set_kv_cache(batch_size=2)
+    caches = [model.new_kv_cache(2, 12), KVCache(model.config, 2, 15, dtype=torch.float64), None]
+    logits = [[], [], []]
+    for pos in torch.arange(12).split([7, 1, 3, 1]):
+        for text, cache, parts in zip(texts, caches, logits, strict=True):
+            parts.append(model(text[:, pos], pos, cache=cache))
+    for text, parts in zip(texts, logits, strict=True):
+        assert error(torch.cat(parts, dim=1), model(text)) < 1e-10
+    assert {name.rsplit(".", 1)[-1] for name, _ in model.named_buffers()} == {"theta"}
 
 
 @torch.no_grad()

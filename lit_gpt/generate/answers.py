@@ -1,4 +1,4 @@
-"""TODO doc of generate.answers"""
+"""Answers: what a model says to the prompts of a dataset, next to what the dataset expects."""
 
 from typing import NamedTuple
 
@@ -12,30 +12,45 @@ from lit_gpt.model.gpt import GPT
 
 
 class Answered(NamedTuple):
+    """A prompt of a dataset with two answers, as text without space around it."""
+
     question: str
     """The prompt without what the style puts around it."""
     expected: str
+    """The answer in the dataset."""
     answer: str
+    """The answer of the model."""
 
 
 def answers(model: GPT, tokenizer: Tokenizer, dataset: Dataset, n: int, max_new_tokens: int = 60) -> list[Answered]:
-    """The greedy answers to the first n prompts of a dataset."""
-    was_training, device = model.training, model.transformer.wte.weight.device
+    """The greedy answers to the first n prompts of a dataset, or to all if it has fewer."""
+    was_training = model.training
+    device = model.transformer.wte.weight.device
     model.eval()
+
     answered = []
     for i in range(min(n, len(dataset))):
         prompt, expected = dataset.question(i)
-        room = min(len(prompt) + max_new_tokens, model.config.block_size)
-        new = list(stream(model, prompt.to(device), room, temperature=0.0, eos_id=tokenizer.stop_ids))
-        texts = tokenizer.decode(expected), tokenizer.decode(new)
-        answered.append(Answered(bare_question(prompt, tokenizer, dataset), *(text.strip() for text in texts)))
+        # an answer that would not fit into what the model can read ends there
+        max_length = min(len(prompt) + max_new_tokens, model.config.block_size)
+        new = list(stream(model, prompt.to(device), max_length, temperature=0.0, eos_id=tokenizer.stop_ids))
+        answered.append(
+            Answered(
+                question=bare_question(prompt, tokenizer, dataset),
+                expected=tokenizer.decode(expected).strip(),
+                answer=tokenizer.decode(new).strip(),
+            )
+        )
+
     model.train(was_training)
     return answered
 
 
 def bare_question(prompt: torch.Tensor, tokenizer: Tokenizer, dataset: Dataset) -> str:
-    """A prompt for people to read: without the template around it."""
+    """The text of a prompt (T,) for people to read, without the template around it."""
+    # the template around a mark that no question contains tells what is before the question and what after
     mark = "\x00"
     around = render(dataset.meta["prompt_style"], {"instruction": mark}, tokenizer).text
     before, _, after = around.partition(mark)
-    return tokenizer.decode_with_special(prompt.tolist()).removeprefix(before).removesuffix(after).strip()
+    text = tokenizer.decode_with_special(prompt.tolist())
+    return text.removeprefix(before).removesuffix(after).strip()

@@ -1,4 +1,4 @@
-"""From a prompt to an answer: sampling, and the decoding loop."""
+"""Decoding: from a prompt to new tokens, one at a time."""
 
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -8,6 +8,7 @@ import torch
 from lit_gpt.errors import InputError
 from lit_gpt.generate.sampling import sample
 from lit_gpt.model.gpt import GPT
+from lit_gpt.model.kv_cache import KVCache
 
 
 @torch.inference_mode()
@@ -24,48 +25,72 @@ def stream(
 ) -> Iterator[int]:
     """New tokens, one by one, until `idx` (T,) and they are `max_returned_tokens`. A token of `eos_id` ends it.
 
-    The stop token itself comes last.
+    The stop token itself comes last. The stream has a key-value cache of its own: several streams of one model can go
+    on in turns, and one that is left before its end leaves nothing behind.
 
     Raises:
         InputError: no room for a new token, more than the model can read, or a sampling option out of its range.
     """
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and top_p <= 0):
-        raise InputError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected >= 0, >= 1 and > 0.")
-    T = idx.size(0)
-    if not 0 < T < max_returned_tokens:
-        raise InputError(
-            f"The prompt has {T} tokens and {max_returned_tokens} are asked for in all: no room for an answer."
-        )
-    if max_returned_tokens > model.config.block_size:
-        raise InputError(
-            f"The prompt's {T} tokens and {max_returned_tokens - T} new ones exceed what the model can read,"
-            f" {model.config.block_size}. Shorten the prompt or lower --max_new_tokens."
-        )
-    stop = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
-    # a cache as long as the text; where the rotations change at a length, first one up to there
-    turns = [rope.unstretched for rope in model.ropes.values() if rope.by_length]
-    sizes = sorted({max_returned_tokens, *(size for size in turns if T <= size < max_returned_tokens)})
-    text, known, size = idx[None].long(), 0, 0  # (1, T), how much of it is in the cache, how much that holds
-    try:
-        while text.size(1) < max_returned_tokens:
-            if text.size(1) > size:
-                model.max_seq_length = size = sizes.pop(0)
-                model.set_kv_cache(batch_size=1)
-                known = 0
-            input_pos = torch.arange(known, text.size(1), device=idx.device)
-            logits = model(text[:, known:], input_pos)[:, -1]  # (1, V)
-            known = text.size(1)
-            text = torch.cat((text, sample(logits, temperature, top_k, top_p, generator)), dim=1)
-            token = int(text[0, -1])
-            yield token
-            if token in stop:
-                break
-    finally:
-        model.clear_kv_cache()
-        model.max_seq_length = model.config.block_size
+    check_sampling(temperature, top_k, top_p)
+    check_room(idx.size(0), max_returned_tokens, model.config.block_size)
+    stop_ids = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
+    lengths = cache_lengths(model, idx.size(0), max_returned_tokens)
+
+    text = idx[None].long()  # (1, T)
+    n_cached = 0  # how many tokens of the text are in the cache
+    cache: KVCache | None = None
+    while text.size(1) < max_returned_tokens:
+        # a cache, at first, and a longer one when the text has outgrown it: all of the text is then read again
+        if cache is None or text.size(1) > cache.max_seq_length:
+            cache = None  # before there is another: the memory of both is never needed
+            cache = model.new_kv_cache(batch_size=1, max_seq_length=lengths.pop(0))
+            n_cached = 0
+
+        # what the model has not read yet: all of the prompt, then the last token
+        input_pos = torch.arange(n_cached, text.size(1), device=idx.device)
+        logits = model(text[:, n_cached:], input_pos, cache=cache)[:, -1]  # (1, V)
+        n_cached = text.size(1)
+
+        # the next token
+        next_token = sample(logits, temperature, top_k, top_p, generator)  # (1, 1)
+        text = torch.cat((text, next_token), dim=1)
+        token = int(next_token)
+        yield token
+        if token in stop_ids:
+            break
 
 
 def generate(model: GPT, idx: torch.Tensor, max_returned_tokens: int, **options: Any) -> torch.Tensor:
     """The prompt (T,) and what follows it, at most `max_returned_tokens` in all. The options are those of `stream`."""
     new = list(stream(model, idx, max_returned_tokens, **options))
     return torch.cat((idx, torch.tensor(new, dtype=idx.dtype, device=idx.device)))
+
+
+def cache_lengths(model: GPT, n_prompt: int, max_returned_tokens: int) -> list[int]:
+    """The lengths of the caches that a text needs, one after the other; the last one is as long as the text.
+
+    There is more than one if positions are rotated otherwise from some length on (see `Rope`): up to there, a cache
+    is no longer than that.
+    """
+    changes = [rope.unstretched_length for rope in model.ropes.values() if rope.by_length]
+    lengths = {length for length in changes if n_prompt <= length < max_returned_tokens}
+    return sorted(lengths | {max_returned_tokens})
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raises InputError if an option is out of its range."""
+    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and top_p <= 0):
+        raise InputError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected >= 0, >= 1 and > 0.")
+
+
+def check_room(n_prompt: int, max_returned_tokens: int, block_size: int) -> None:
+    """Raises InputError if a prompt and its answer are not 1 token and another, or more than the model can read."""
+    if not 0 < n_prompt < max_returned_tokens:
+        raise InputError(
+            f"The prompt has {n_prompt} tokens and {max_returned_tokens} are asked for in all: no room for an answer."
+        )
+    if max_returned_tokens > block_size:
+        raise InputError(
+            f"The prompt's {n_prompt} tokens and {max_returned_tokens - n_prompt} new ones exceed what the model can"
+            f" read, {block_size}. Shorten the prompt or lower --max_new_tokens."
+        )

@@ -1,4 +1,4 @@
-"""TODO doc of generate.sampling"""
+"""Sampling: from the logits of a position to the next token."""
 
 import torch
 
@@ -10,19 +10,38 @@ def sample(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """The next token (B, 1) from logits (B, V). Temperature 0 takes the likeliest.
+    """The next token (B, 1) from logits (B, V).
 
-    top_k keeps the k likeliest; top_p the fewest likeliest that together have that probability
-    (https://arxiv.org/abs/1904.09751), after the temperature.
+    Args:
+        logits: The scores of all tokens, (B, V).
+        temperature: The logits are divided by it. 0 takes the likeliest token.
+        top_k: Draw from the k likeliest tokens only.
+        top_p: Draw from the fewest likeliest tokens that together have this probability, after temperature and
+            top_k: https://arxiv.org/abs/1904.09751
+        generator: The random state. None is PyTorch's own.
     """
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits.float() / temperature
     if top_k is not None:
-        smallest = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
+        logits = keep_top_k(logits, top_k)
     if top_p is not None and top_p < 1:
-        values, order = logits.softmax(-1).sort(-1, descending=True)
-        beyond = values.cumsum(-1) - values >= top_p  # what comes before it already has enough; the first stays
-        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
+        logits = keep_top_p(logits, top_p)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Logits (B, V) with minus infinity for all tokens that are less likely than the k-th."""
+    n = min(k, logits.size(-1))
+    smallest = logits.topk(n, dim=-1).values[:, -1:]  # (B, 1)
+    return logits.masked_fill(logits < smallest, -torch.inf)
+
+
+def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """Logits (B, V) with minus infinity for all but the fewest likeliest tokens that together have probability p."""
+    probabilities, order = logits.softmax(-1).sort(-1, descending=True)
+    # a token is left out if those before it have enough already; the first has none before it, and stays
+    probability_before = probabilities.cumsum(-1) - probabilities
+    left_out = probability_before >= p
+    # from the sorted order back to the vocabulary's
+    return logits.masked_fill(left_out.scatter(-1, order, left_out), -torch.inf)

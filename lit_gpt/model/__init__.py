@@ -1,4 +1,4 @@
-"""The GPT: its blocks, attention, positions, loss, and how records lie in a row of tokens."""
+"""The GPT: its blocks, attention, positions, loss, and how records lie in a row of tokens. Begin with `gpt.py`."""
 
 from lit_gpt.model.attention import CausalSelfAttention
 from lit_gpt.model.gpt import GPT, Block

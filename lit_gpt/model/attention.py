@@ -1,25 +1,33 @@
-"""TODO doc of model.attention"""
+"""Attention: which tokens each token may see, and the kernel that computes it.
 
-from collections.abc import Callable
+    CausalSelfAttention.forward     x -> queries, keys, values, normed and rotated; with a cache, those of all tokens
+    CausalSelfAttention.attend      what a method may extend: the adapter's prompt is added here
+    attend                          asks for a kernel, and calls it; `compile.py` keeps it out of compiled code
+    choose_kernel                   the one place that knows which kernels there are
+    attend_by_segment               the kernel of all devices: one dense attention for each segment of a packed row
+
+The legend of the shapes is in `gpt.py`."""
+
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from lit_gpt.config import Config
-from lit_gpt.model.kv_cache import KVCache
+from lit_gpt.model.kv_cache import LayerCache
 from lit_gpt.model.norms import QK_NORMS, Clip
 from lit_gpt.model.packing import Layout, Segment
 from lit_gpt.model.rope import apply_rope
 
-# What each token may look at: None is every earlier token of its row, a Layout is the earlier tokens of its own
-# record, a boolean mask (T, S) says it for every position of the key-value cache.
-View = Layout | torch.Tensor | None
+# Which tokens each token may see. None: those before it in its row, and itself. A Layout: those before it in its own
+# record. A boolean tensor (T, S): those that are True, of all S positions of a key-value cache.
+Mask = Layout | torch.Tensor | None
 
 
 class CausalSelfAttention(nn.Module):
-    """Attention with a linear each for queries, keys, values and output, whatever the checkpoint fuses."""
+    """Attention with a linear each for queries, keys, values and output, even if the checkpoint fuses them."""
 
     def __init__(self, config: Config, layer: int = 0) -> None:
         super().__init__()
@@ -28,101 +36,211 @@ class CausalSelfAttention(nn.Module):
         self.k = nn.Linear(config.n_embd, config.n_query_groups * config.head_size, bias=config.attn_bias)
         self.v = nn.Linear(config.n_embd, config.n_query_groups * config.head_size, bias=config.attn_bias)
         self.proj = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=config.proj_bias)
-        self.norm_q, self.norm_k = (
-            QK_NORMS[config.qk_norm](config, heads) for heads in (config.n_head, config.n_query_groups)
-        )
+        self.norm_q = QK_NORMS[config.qk_norm](config, config.n_head)
+        self.norm_k = QK_NORMS[config.qk_norm](config, config.n_query_groups)
         self.norm_v = Clip(config) if config.qk_norm == "clip" else nn.Identity()
         self.window = config.window_of(layer)
-        self.attention = partial(sdpa, scale=config.attn_scale)
-        if config.attn_softcap:
-            scale = config.attn_scale or config.head_size**-0.5
-            self.attention = partial(softcapped_attention, scale=scale, cap=config.attn_softcap)
-        self.kv_cache: KVCache | None = None
+        self.scale = config.attn_scale
+        self.softcap = config.attn_softcap or None  # a cap of 0 in somebody's config.json means none
+        # the function that computes attention: a part like the linears, which `compile.py` replaces
+        self.attention_function: Kernel = attend
 
     def forward(
         self,
         x: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        view: View = None,
+        mask: Mask = None,
         input_pos: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> torch.Tensor:
-        q = apply_rope(self.split(self.norm_q(self.q(x))), cos, sin)  # (B, nh, T, hs)
-        k = apply_rope(self.split(self.norm_k(self.k(x))), cos, sin)  # (B, ng, T, hs)
-        v = self.split(self.norm_v(self.v(x)))
-        if input_pos is not None:
-            k, v = self.kv_cache(input_pos, k, v)  # (B, ng, S, hs)
-        return self.proj(self.look(q, k, v, view).transpose(1, 2).flatten(2))  # (B, T, C)
+        """(B, T, C) -> (B, T, C). With a cache, `input_pos` (T,) says where in it the tokens go."""
+        q = apply_rope(self.split_heads(self.norm_q(self.q(x))), cos, sin)  # (B, nh, T, hs)
+        k = apply_rope(self.split_heads(self.norm_k(self.k(x))), cos, sin)  # (B, ng, T, hs)
+        v = self.split_heads(self.norm_v(self.v(x)))  # (B, ng, T, hs)
+        if cache is not None:
+            k, v = cache.update(input_pos, k, v)  # (B, ng, S, hs)
+        y = self.attend(q, k, v, mask)  # (B, nh, T, hs)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, nh * hs)
+        return self.proj(y)
 
-    def look(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, view: View) -> torch.Tensor:
-        return attend(q, k, v, view, self.window, self.attention)  # (B, nh, T, hs)
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """Attention of queries (B, nh, T, hs) to keys and values (B, ng, S, hs): (B, nh, T, hs).
 
-    def split(self, x: torch.Tensor) -> torch.Tensor:
+        A method that adds something to attention overrides this.
+        """
+        return self.attention_function(q, k, v, mask, window=self.window, scale=self.scale, softcap=self.softcap)
+
+    def split_heads(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, heads * hs) -> (B, heads, T, hs)"""
         return x.unflatten(2, (-1, self.head_size)).transpose(1, 2)
+
+
+class Kernel(Protocol):
+    """A function that computes attention, differentiable unless gradients are off.
+
+    It asks for no value of a tensor: what it needs to know is in shapes, in Python integers and in these arguments.
+    """
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: Mask,
+        window: int | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """Returns (B, nh, T, hs) in the dtype of q.
+
+        Args:
+            q: Queries, (B, nh, T, hs).
+            k: Keys, (B, ng, S, hs). Each nh / ng heads of queries, in order, share a head of keys and values.
+            v: Values, (B, ng, S, hs).
+            mask: None or a Layout, both with S = T; or a tensor, which has the window in it. Of a Layout, a loop
+                uses `segments`, and one fused call uses `varlen`.
+            window: A token sees the last so many, itself included. None: all.
+            scale: The factor of the scores. None: 1 / sqrt(hs).
+            softcap: Scores become softcap * tanh(score / softcap). None: they stay.
+        """
 
 
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    view: View,
+    mask: Mask,
     window: int | None = None,
-    attention: Callable[..., torch.Tensor] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
-    """Attention, (B, nh, T, hs), of each token to those it may see. The only place that knows where records begin.
+    """Attention, (B, nh, T, hs), of each token to those it may see, by the kernel for these tensors; see `Kernel`."""
+    kernel = choose_kernel(q.device.type, q.dtype, packed=isinstance(mask, Layout), softcap=softcap)
+    return kernel(q, k, v, mask, window=window, scale=scale, softcap=softcap)
 
-    `window` limits it to the last so many tokens, itself included; a mask has that already. `attention` is `sdpa` or
-    what a family has instead. Query heads of a group share their keys and values.
+
+def choose_kernel(device_type: str, dtype: torch.dtype, packed: bool, softcap: float | None = None) -> Kernel:
+    """The kernel that computes attention on a device, in a dtype.
+
+    This is the one place to add a kernel: write a function with the signature of `Kernel`, and return it if it can do
+    what is asked for. One fused call for all packed records, such as torch.nn.attention.varlen, would begin with
+
+        if packed and softcap is None and device_type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+            return varlen_attention  # which reads mask.varlen
+
+    Args:
+        device_type: "cpu", "cuda", ...
+        dtype: The dtype of queries, keys and values.
+        packed: Whether the mask is a Layout.
+        softcap: As in `Kernel`; most fused kernels have none.
     """
-    attention = attention or sdpa
-    if isinstance(view, torch.Tensor):
-        return attention(q, k, v, view)
-    if view is None:
-        return attention(q, k, v, band(Segment(0, q.size(2)), window, q.device))
+    return attend_by_segment
+
+
+def attend_by_segment(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: Mask,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """The kernel of all devices; see `Kernel`. A packed row is one dense attention for each of its segments."""
+    dense = partial(sdpa, scale=scale)
+    if softcap is not None:
+        dense = partial(softcapped_attention, scale=scale, softcap=softcap)
+
+    # one text per row, with a cache or without
+    if isinstance(mask, torch.Tensor):
+        return dense(q, k, v, mask)
+    if mask is None:
+        row = Segment(start=0, length=q.size(2))
+        return dense(q, k, v, sliding_window_mask(row, window, q.device))
+
     # split, not slices: the backward of many slices writes as many full-length gradients, that of split only one
-    lengths = [segment.length for segment in view.segments]
-    qs, ks, vs = (x.split(lengths, dim=2) for x in (q, k, v))
-    at = {segment.start: i for i, segment in enumerate(view.segments)}  # a prefix is a segment, too
-    out = []
-    for i, segment in enumerate(view.segments):
-        mask = band(segment, window, q.device)
+    lengths = [segment.length for segment in mask.segments]
+    queries = q.split(lengths, dim=2)
+    keys = k.split(lengths, dim=2)
+    values = v.split(lengths, dim=2)
+
+    # a segment sees itself and the prefix that it continues, which is a segment of the row, too
+    number_of = {segment.start: i for i, segment in enumerate(mask.segments)}
+    outputs = []
+    for i, segment in enumerate(mask.segments):
+        segment_mask = sliding_window_mask(segment, window, q.device)
         if segment.prefix_length == 0:
-            out.append(attention(qs[i], ks[i], vs[i], mask))
-        else:
-            p = at[segment.prefix_start]
-            keys, values = torch.cat((ks[p], ks[i]), dim=2), torch.cat((vs[p], vs[i]), dim=2)
-            out.append(attention(qs[i], keys, values, view.mask_of(segment) if mask is None else mask))
-    return torch.cat(out, dim=2)
+            outputs.append(dense(queries[i], keys[i], values[i], segment_mask))
+            continue
+        prefix = number_of[segment.prefix_start]
+        all_keys = torch.cat((keys[prefix], keys[i]), dim=2)
+        all_values = torch.cat((values[prefix], values[i]), dim=2)
+        if segment_mask is None:
+            segment_mask = mask.mask_of(segment)
+        outputs.append(dense(queries[i], all_keys, all_values, segment_mask))
+    return torch.cat(outputs, dim=2)
 
 
-def band(segment: Segment, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """What a segment sees of its prefix and itself through a sliding window, (L, P + L); None where that is all."""
+def sliding_window_mask(segment: Segment, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """The tokens of its prefix and itself that a segment sees through a window, (L, P + L).
+
+    None if the window leaves nothing out.
+    """
     L, P = segment.length, segment.prefix_length
     if window is None or P + L <= window:
         return None
-    before = torch.arange(P, P + L, device=device)[:, None] - torch.arange(P + L, device=device)
-    return (before >= 0) & (before < window)
+    distance = torch.arange(P, P + L, device=device)[:, None] - torch.arange(P + L, device=device)
+    return (distance >= 0) & (distance < window)
+
+
+def cache_masks(input_pos: torch.Tensor, length: int, windows: set[int | None]) -> dict[int | None, Mask]:
+    """The positions of a cache that tokens at `input_pos` (T,) may see, (T, S), for every size of sliding window.
+
+    `length` is S. Positions that no token has filled come after all tokens, and are not seen.
+    """
+    distance = input_pos[:, None] - torch.arange(length, device=input_pos.device)  # (T, S)
+    masks: dict[int | None, Mask] = {}
+    for window in windows:
+        masks[window] = distance >= 0
+        if window is not None:
+            masks[window] = (distance >= 0) & (distance < window)
+    return masks
 
 
 def sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, scale: float | None = None
 ) -> torch.Tensor:
-    """PyTorch's attention; causal without a mask."""
+    """Dense attention by PyTorch's kernels, causal if there is no mask: (B, nh, T, hs)."""
     if q.is_cuda and (mask is not None or q.dtype == torch.float32):
-        # of CUDA's fused kernels only flash knows groups, and it takes neither a mask nor float32
-        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+        # of CUDA's fused kernels only flash attention knows groups, and it takes neither a mask nor float32
+        k, v = repeat_groups(k, q.size(1)), repeat_groups(v, q.size(1))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True)
 
 
 def softcapped_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, cap: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    softcap: float,
 ) -> torch.Tensor:
-    """Attention whose scores are cap * tanh(score / cap): Gemma 2, https://arxiv.org/abs/2408.00118. No fused kernel
-    knows it, so that all (T, S) scores are held."""
+    """Dense attention whose scores are softcap * tanh(score / softcap): Gemma 2, https://arxiv.org/abs/2408.00118
+
+    PyTorch's kernels have no cap, so that all scores, (B, nh, T, S), are in memory.
+    """
+    if scale is None:
+        scale = q.size(-1) ** -0.5
     if mask is None:
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
-    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-    scores = cap * torch.tanh(q @ k.transpose(2, 3) * (scale / cap))
+    k, v = repeat_groups(k, q.size(1)), repeat_groups(v, q.size(1))
+    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * (scale / softcap))
     scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
+    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    return weights @ v
+
+
+def repeat_groups(x: torch.Tensor, n_head: int) -> torch.Tensor:
+    """Keys or values (B, ng, S, hs) once for each head of queries: (B, nh, S, hs)"""
+    return x.repeat_interleave(n_head // x.size(1), dim=1)

@@ -1,4 +1,6 @@
-"""TODO doc of model.embeddings"""
+"""Embeddings: from token ids to vectors. A family names one of EMBEDDINGS.
+
+The legend of the shapes is in `gpt.py`."""
 
 import torch
 from torch import nn
@@ -7,15 +9,18 @@ from lit_gpt.config import Config
 
 
 class Embedding(nn.Embedding):
+    """A vector for each token: Llama and most others."""
+
     def __init__(self, config: Config) -> None:
         super().__init__(config.padded_vocab_size, config.n_embd)
 
     def forward(self, idx: torch.Tensor, pos: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens (B, T) at positions (T,), which most embeddings do not look at -> (B, T, C)"""
         return super().forward(idx)
 
 
 class ScaledEmbedding(Embedding):
-    """Gemma, Granite. The factor is rounded to the weights' dtype, as it was in training."""
+    """The vectors are multiplied by a constant: Gemma, Granite."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -23,11 +28,13 @@ class ScaledEmbedding(Embedding):
 
     def forward(self, idx: torch.Tensor, pos: torch.Tensor | None = None) -> torch.Tensor:
         x = super().forward(idx)
-        return x * torch.tensor(self.scale, dtype=x.dtype, device="cpu").to(x.device)
+        # the factor is rounded to the dtype of the weights, as it was in training
+        scale = torch.tensor(self.scale, dtype=x.dtype, device="cpu")
+        return x * scale.to(x.device)
 
 
 class PositionEmbedding(Embedding):
-    """A learned vector per position is added: GPT-2."""
+    """A learned vector for each position is added: GPT-2."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -37,4 +44,9 @@ class PositionEmbedding(Embedding):
         return super().forward(idx) + self.positions(pos)
 
 
-EMBEDDINGS = {"plain": Embedding, "scaled": ScaledEmbedding, "positions": PositionEmbedding}
+# `embedding` in a config -> the class
+EMBEDDINGS: dict[str, type[Embedding]] = {
+    "plain": Embedding,
+    "scaled": ScaledEmbedding,
+    "positions": PositionEmbedding,
+}

@@ -1,18 +1,38 @@
-"""A decoder-only transformer. One class, many families: the config says which parts to use.
+"""A decoder-only transformer. One class, many families: the config names the parts, and a Llama's are these.
 
-Shapes in the comments:
+    idx (B, T)                                                  where a name in the config picks another part
+     |
+    transformer.wte         Embedding                           embeddings.py  EMBEDDINGS
+     |
+    transformer.h[i]        Block, n_layer times                here           BLOCKS
+     |   x = x + attn(norm_1(x))    RMSNorm                     norms.py       NORMS
+     |                              CausalSelfAttention         norms.py       QK_NORMS
+     |                                cos, sin from Rope        rope.py        SCALING_FUNCTIONS
+     |                                a kernel                  attention.py   choose_kernel
+     |   x = x + mlp(norm_2(x))     RMSNorm, LLaMAMLP           mlp.py         MLPS, ACTIVATION_FUNCTIONS
+     |
+    transformer.ln_f        RMSNorm
+     |
+    lm_head                 Linear, without logits_scale        here           Scale, SoftCap
+     |
+    logits (B, T, V)
+
+To add a part, write its class beside the others, give it a name in their table, and let a file in `lit_gpt/families/`
+say that name. Parts are chosen once, when the model is built: no `forward` asks the config anything.
+
+Shapes in the comments, here and in all of this folder:
     B batch, T tokens of this call, S tokens to attend to, N positions with a target, V vocabulary, C n_embd,
     nh n_head, ng n_query_groups, hs head_size"""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from lit_gpt.config import Config
-from lit_gpt.model.attention import CausalSelfAttention, View
+from lit_gpt.model.attention import CausalSelfAttention, Mask, cache_masks
 from lit_gpt.model.embeddings import EMBEDDINGS
-from lit_gpt.model.kv_cache import KVCache
+from lit_gpt.model.kv_cache import KVCache, LayerCache
 from lit_gpt.model.loss import summed_loss
 from lit_gpt.model.mlp import MLPS
 from lit_gpt.model.norms import NORMS
@@ -20,7 +40,20 @@ from lit_gpt.model.packing import Layout
 from lit_gpt.model.rope import Rope
 
 
+class Positions(NamedTuple):
+    """Where the tokens of a call are in their texts, and which tokens each of them may see."""
+
+    pos: torch.Tensor
+    """The position of each token, (T,)."""
+    cos_sin: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    """Cosine and sine of the rotations, (T, rope_n_elem / 2) each, for each kind of `Rope` in the model."""
+    masks: dict[int | None, Mask]
+    """The mask for each size of sliding window in the model; None is no window."""
+
+
 class GPT(nn.Module):
+    """The model: embedding, blocks, final norm and head."""
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
@@ -32,20 +65,30 @@ class GPT(nn.Module):
             )
         )
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=config.lm_head_bias)
-        self.cap = SoftCap(config.final_softcap) if config.final_softcap else Scale(config.logit_scale)
         if config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
-        self.ropes = nn.ModuleDict({kind: Rope(config, kind) for kind in {block.rope for block in self.transformer.h}})
-        self.windows = {block.attn.window for block in self.transformer.h}
+        self.scale_logits = SoftCap(config.final_softcap) if config.final_softcap else Scale(config.logit_scale)
+
+        # rotations and masks are made once per call for all blocks; there is one of each kind that a block needs
+        kinds = {block.rope for block in self.transformer.h}
+        self.ropes = nn.ModuleDict({kind: Rope(config, kind) for kind in sorted(kinds)})
+        self.windows = {block.window for block in self.transformer.h}
+
         self.max_seq_length = config.block_size
+        self.kv_cache: KVCache | None = None
 
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> "GPT":
+        """A model of a published shape, with weights as PyTorch starts them; see `Config.from_name`."""
         return cls(Config.from_name(name, **overrides))
 
     @property
     def max_seq_length(self) -> int:
-        """Tokens that the key-value cache will hold. Set it before `set_kv_cache`: a short cache is a fast one."""
+        """Tokens that `set_kv_cache` makes room for. A short cache is a fast one: set this before.
+
+        Raises:
+            ValueError: it is set to more than block_size.
+        """
         return self._max_seq_length
 
     @max_seq_length.setter
@@ -55,87 +98,140 @@ class GPT(nn.Module):
         self._max_seq_length = length
 
     def forward(
-        self, idx: torch.Tensor, input_pos: torch.Tensor | None = None, layout: Layout | None = None
+        self,
+        idx: torch.Tensor,
+        input_pos: torch.Tensor | None = None,
+        layout: Layout | None = None,
+        cache: KVCache | None = None,
     ) -> torch.Tensor:
         """Logits; or, with a layout, the summed loss of its targets.
 
         Args:
             idx: Tokens (B, T); with a layout (1, T).
-            input_pos: Where in the key-value cache these tokens go, (T,). Needs `set_kv_cache` first.
+            input_pos: Where in the key-value cache these tokens go, (T,).
             layout: Where records begin in idx, and what is trained.
+            cache: The keys and values of the tokens before, which those of idx join. None, with input_pos, is the
+                cache that `set_kv_cache` made.
 
         Returns:
             (B, T, V) in the model's dtype; with a layout a float32 scalar (float64 for a float64 model).
 
         Raises:
-            ValueError: a row or a record is longer than block_size, or the cache is missing or too short.
+            ValueError: a row or a record is longer than block_size; the cache is missing, too short or for another
+                number of rows.
         """
-        x = self.hidden(idx, input_pos, layout)
+        x = self.hidden(idx, input_pos, layout, cache)
         if layout is None:
             return self.logits(self.transformer.ln_f(x))
-        x = x[0].index_select(0, layout.target_index)  # (N, C); its backward is three times faster than x[0, index]'s
-        return summed_loss(self.logits, self.lm_head.parameters(), self.transformer.ln_f(x), layout.target)
+        # only the positions with a target need logits; this backward is three times faster than that of x[0, index]
+        x = x[0].index_select(0, layout.target_index)  # (N, C)
+        x = self.transformer.ln_f(x)
+        return summed_loss(self.logits, self.lm_head.parameters(), x, layout.target)
 
     def hidden(
-        self, idx: torch.Tensor, input_pos: torch.Tensor | None = None, layout: Layout | None = None
+        self,
+        idx: torch.Tensor,
+        input_pos: torch.Tensor | None = None,
+        layout: Layout | None = None,
+        cache: KVCache | None = None,
     ) -> torch.Tensor:
-        """What the blocks make of the tokens, (B, T, C), before the final norm."""
-        pos, lengths, views = self.positions(idx, input_pos, layout)
-        turns = {kind: rope(pos, lengths) for kind, rope in self.ropes.items()}  # cos and sin, (T, rope_n_elem / 2)
-        x = self.transformer.wte(idx, pos)  # (B, T, C)
-        for block in self.transformer.h:
-            x = block(x, *turns[block.rope], views[block.window], input_pos)
+        """The output of the last block, (B, T, C), before the final norm. The arguments are those of `forward`."""
+        if input_pos is not None and cache is None:
+            cache = self.kv_cache
+        positions = self.positions(idx, input_pos, layout, cache)
+        # not kept in a variable here: without gradients it is freed when the first block is done
+        return self.run_blocks(self.transformer.wte(idx, positions.pos), positions, input_pos, cache)
+
+    def run_blocks(
+        self,
+        x: torch.Tensor,
+        positions: Positions,
+        input_pos: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        first_block: int = 0,
+    ) -> torch.Tensor:
+        """The output of the last block, (B, T, C), from the input of block `first_block`, (B, T, C)."""
+        for i in range(first_block, len(self.transformer.h)):
+            block = self.transformer.h[i]
+            cos, sin = positions.cos_sin[block.rope]
+            mask = positions.masks[block.window]
+            x = block(x, cos, sin, mask, input_pos, None if cache is None else cache.layers[i])
         return x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        return self.cap(self.lm_head(x))
+        """(..., C), after the final norm -> (..., V)"""
+        return self.scale_logits(self.lm_head(x))
 
     def positions(
-        self, idx: torch.Tensor, input_pos: torch.Tensor | None, layout: Layout | None
-    ) -> tuple[torch.Tensor, list[tuple[int, int]], dict[int | None, View]]:
-        """The position of each token, (T,); how many tokens belong to records of which length; what each may look at,
-        for every size of sliding window."""
+        self,
+        idx: torch.Tensor,
+        input_pos: torch.Tensor | None = None,
+        layout: Layout | None = None,
+        cache: KVCache | None = None,
+    ) -> Positions:
+        """Positions, rotations and masks of the tokens idx (B, T), or of hidden states (B, T, C) in their place."""
+        n_tokens = idx.size(1)
         if layout is not None:
-            lengths = [(segment.length, segment.prefix_length + segment.length) for segment in layout.segments]
-            longest = max(length for _, length in lengths)
-            if longest > self.config.block_size:
-                raise ValueError(f"A record of {longest} tokens exceeds block_size, {self.config.block_size}.")
-            return layout.pos, lengths, dict.fromkeys(self.windows, layout)
-        T = idx.size(1)
-        if input_pos is None:
-            if T > self.max_seq_length:
-                raise ValueError(f"{T} tokens exceed max_seq_length, {self.max_seq_length}.")
-            return torch.arange(T, device=idx.device), [(T, T)], dict.fromkeys(self.windows)
-        cache = self.transformer.h[0].attn.kv_cache
-        if cache is None:
-            raise ValueError("input_pos needs a key-value cache: call model.set_kv_cache(batch_size=...) first.")
-        S = cache.k.size(2)
-        if T > S:
-            raise ValueError(f"{T} tokens exceed the key-value cache, which holds {S}.")
-        before = input_pos[:, None] - torch.arange(S, device=idx.device)  # (T, S)
-        masks = {w: before >= 0 if w is None else (before >= 0) & (before < w) for w in self.windows}
-        return input_pos, [(T, S)], masks
+            # records end to end; each begins at position 0 anew
+            pos = layout.pos
+            lengths = layout.record_lengths()
+            masks = dict.fromkeys(self.windows, layout)
+            check_longest_record(lengths, self.config.block_size)
+        elif input_pos is None:
+            # whole texts, one per row
+            if n_tokens > self.max_seq_length:
+                raise ValueError(f"{n_tokens} tokens exceed max_seq_length, {self.max_seq_length}.")
+            pos = torch.arange(n_tokens, device=idx.device)
+            lengths = [(n_tokens, n_tokens)]
+            masks = dict.fromkeys(self.windows)
+        else:
+            # more tokens of texts whose beginnings are in the cache
+            check_cache(cache, idx.size(0), n_tokens)
+            pos = input_pos
+            lengths = [(n_tokens, cache.max_seq_length)]
+            masks = cache_masks(input_pos, cache.max_seq_length, self.windows)
+        cos_sin = {kind: rope(pos, lengths) for kind, rope in self.ropes.items()}
+        return Positions(pos, cos_sin, masks)
+
+    def new_kv_cache(self, batch_size: int, max_seq_length: int) -> KVCache:
+        """An empty cache on the device and in the dtype of the embedding, to hand over as `cache`.
+
+        Raises:
+            ValueError: the model cannot read as many tokens.
+        """
+        if max_seq_length > self.config.block_size:
+            raise ValueError(f"{max_seq_length} tokens exceed the model's block_size, {self.config.block_size}.")
+        weight = self.transformer.wte.weight
+        return KVCache(self.config, batch_size, max_seq_length, weight.device, weight.dtype)
 
     def set_kv_cache(self, batch_size: int) -> None:
-        """Makes room for the keys and values of `max_seq_length` tokens."""
-        weight = self.transformer.wte.weight
-        shape = (batch_size, self.config.n_query_groups, self.max_seq_length, self.config.head_size)
-        for block in self.transformer.h:
-            block.attn.kv_cache = KVCache(shape, weight.device, weight.dtype)
+        """Makes a cache of `max_seq_length` tokens that the model keeps, for calls with input_pos and no cache."""
+        self.kv_cache = None  # the old one's memory can be used again
+        self.kv_cache = self.new_kv_cache(batch_size, self.max_seq_length)
 
     def clear_kv_cache(self) -> None:
-        for block in self.transformer.h:
-            block.attn.kv_cache = None
+        """Lets go of the cache that the model keeps."""
+        self.kv_cache = None
 
 
-def count_parameters(config: Config) -> int:
-    """How many a model has: of its layers one of each kind is built, on the meta device."""
-    with torch.device("meta"):
-        parts = [(1, GPT(config.replace(n_layer=0)))]
-        for dense in (False, True):
-            layers = [layer for layer in range(config.n_layer) if (layer in config.dense_layers) == dense]
-            parts += [(len(layers), BLOCKS[config.block](config, layer)) for layer in layers[:1]]
-    return sum(n * param.numel() for n, part in parts for param in part.parameters())
+def check_longest_record(lengths: list[tuple[int, int]], block_size: int) -> None:
+    """Raises ValueError if a record is longer than the model can read. `lengths` are `Layout.record_lengths`."""
+    longest = max(length for _, length in lengths)
+    if longest > block_size:
+        raise ValueError(f"A record of {longest} tokens exceeds block_size, {block_size}.")
+
+
+def check_cache(cache: KVCache | None, batch_size: int, n_tokens: int) -> None:
+    """Raises ValueError if there is no cache, or it has no place for as many new tokens or rows."""
+    if cache is None:
+        raise ValueError(
+            "input_pos needs a key-value cache: call model.set_kv_cache(batch_size=...) first, or hand one over as"
+            " cache=model.new_kv_cache(batch_size, max_seq_length)."
+        )
+    if n_tokens > cache.max_seq_length:
+        raise ValueError(f"{n_tokens} tokens exceed the key-value cache, which holds {cache.max_seq_length}.")
+    if batch_size != cache.batch_size:
+        raise ValueError(f"{batch_size} rows of tokens do not fit a key-value cache of {cache.batch_size}.")
 
 
 class Block(nn.Module):
@@ -146,32 +242,69 @@ class Block(nn.Module):
         self.norm_1 = NORMS[config.norm](config.n_embd, eps=config.norm_eps)
         self.attn = CausalSelfAttention(config, layer)
         self.norm_2 = NORMS[config.norm](config.n_embd, eps=config.norm_eps)
-        self.mlp = MLPS["LLaMAMLP" if layer in config.dense_layers else config.mlp](config)
-        self.rope, self.window = config.rope_of(layer), self.attn.window
+        # a family with experts may have layers without
+        mlp = "LLaMAMLP" if layer in config.dense_layers else config.mlp
+        self.mlp = MLPS[mlp](config)
+        # the kind of rotations and the window that this block needs
+        self.rope = config.rope_of(layer)
+        self.window = config.window_of(layer)
 
-    def forward(self, x: torch.Tensor, *where: Any) -> torch.Tensor:
-        """(B, T, C) -> (B, T, C). `where` the tokens are, and what they may look at, is for attention to know."""
-        x = x + self.attn(self.norm_1(x), *where)
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: Mask = None,
+        input_pos: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C)
+
+        Args:
+            x: The sum of the embedding and what all blocks before have added.
+            cos: The cosine of each token's rotations, (T, rope_n_elem / 2).
+            sin: Their sine, of the same shape.
+            mask: Which tokens each token may see; see `attention.py`.
+            input_pos: Where in the cache the tokens go, (T,).
+            cache: This block's part of the key-value cache.
+        """
+        x = x + self.attn(self.norm_1(x), cos, sin, mask, input_pos, cache)
         return x + self.mlp(self.norm_2(x))
 
 
 class ScaledBlock(Block):
-    """What a block adds is scaled: Granite."""
+    """What attention and MLP add is multiplied by a constant: Granite."""
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__(config, layer)
         self.scale = config.residual_scale
 
-    def forward(self, x: torch.Tensor, *where: Any) -> torch.Tensor:
-        x = x + self.scale * self.attn(self.norm_1(x), *where)
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: Mask = None,
+        input_pos: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> torch.Tensor:
+        x = x + self.scale * self.attn(self.norm_1(x), cos, sin, mask, input_pos, cache)
         return x + self.scale * self.mlp(self.norm_2(x))
 
 
 class ParallelBlock(Block):
     """Attention and MLP side by side, each with its norm: GPT-NeoX, Falcon 40B."""
 
-    def forward(self, x: torch.Tensor, *where: Any) -> torch.Tensor:
-        return x + self.attn(self.norm_1(x), *where) + self.mlp(self.norm_2(x))
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: Mask = None,
+        input_pos: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> torch.Tensor:
+        return x + self.attn(self.norm_1(x), cos, sin, mask, input_pos, cache) + self.mlp(self.norm_2(x))
 
 
 class SharedNormBlock(Block):
@@ -181,16 +314,32 @@ class SharedNormBlock(Block):
         super().__init__(config, layer)
         del self.norm_2
 
-    def forward(self, x: torch.Tensor, *where: Any) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: Mask = None,
+        input_pos: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> torch.Tensor:
         normed = self.norm_1(x)
-        return x + self.attn(normed, *where) + self.mlp(normed)
+        return x + self.attn(normed, cos, sin, mask, input_pos, cache) + self.mlp(normed)
 
 
 class PostNormBlock(Block):
-    """The norms come after: OLMo 2."""
+    """The norms come after attention and MLP: OLMo 2."""
 
-    def forward(self, x: torch.Tensor, *where: Any) -> torch.Tensor:
-        x = x + self.norm_1(self.attn(x, *where))
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: Mask = None,
+        input_pos: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> torch.Tensor:
+        x = x + self.norm_1(self.attn(x, cos, sin, mask, input_pos, cache))
         return x + self.norm_2(self.mlp(x))
 
 
@@ -202,12 +351,22 @@ class SandwichBlock(Block):
         self.post_norm_1 = NORMS[config.norm](config.n_embd, eps=config.norm_eps)
         self.post_norm_2 = NORMS[config.norm](config.n_embd, eps=config.norm_eps)
 
-    def forward(self, x: torch.Tensor, *where: Any) -> torch.Tensor:
-        x = x + self.post_norm_1(self.attn(self.norm_1(x), *where))
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: Mask = None,
+        input_pos: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> torch.Tensor:
+        x = x + self.post_norm_1(self.attn(self.norm_1(x), cos, sin, mask, input_pos, cache))
         return x + self.post_norm_2(self.mlp(self.norm_2(x)))
 
 
 class Scale(nn.Module):
+    """Multiplication of the logits by a constant, which is 1 for most families."""
+
     def __init__(self, scale: float) -> None:
         super().__init__()
         self.scale = scale
@@ -217,6 +376,8 @@ class Scale(nn.Module):
 
 
 class SoftCap(nn.Module):
+    """Logits kept between -cap and cap: Gemma 2, https://arxiv.org/abs/2408.00118"""
+
     def __init__(self, cap: float) -> None:
         super().__init__()
         self.cap = cap
@@ -225,7 +386,8 @@ class SoftCap(nn.Module):
         return self.cap * torch.tanh(x / self.cap)
 
 
-BLOCKS = {
+# `block` in a config -> the class
+BLOCKS: dict[str, type[Block]] = {
     "sequential": Block,
     "scaled": ScaledBlock,
     "parallel": ParallelBlock,
@@ -233,3 +395,20 @@ BLOCKS = {
     "post_norm": PostNormBlock,
     "sandwich": SandwichBlock,
 }
+
+
+def count_parameters(config: Config) -> int:
+    """The number of a model's parameters. Only one layer of each kind is built, and that on the meta device."""
+    n_dense = sum(layer in config.dense_layers for layer in range(config.n_layer))
+    n_other = config.n_layer - n_dense
+    with torch.device("meta"):
+        total = n_params(GPT(config.replace(n_layer=0)))
+        for n_layers, is_dense in ((n_dense, True), (n_other, False)):
+            if n_layers:
+                layer = next(i for i in range(config.n_layer) if (i in config.dense_layers) == is_dense)
+                total += n_layers * n_params(BLOCKS[config.block](config, layer))
+    return total
+
+
+def n_params(module: nn.Module) -> int:
+    return sum(param.numel() for param in module.parameters())

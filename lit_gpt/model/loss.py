@@ -1,4 +1,6 @@
-"""TODO doc of model.loss"""
+"""The loss: the summed cross entropy of the trained tokens, without ever holding the logits of all of them.
+
+The legend of the shapes is in `gpt.py`."""
 
 from collections.abc import Callable, Iterable
 
@@ -6,14 +8,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+# from hidden states (N, C) to logits (N, V)
 Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 class SummedLoss(torch.autograd.Function):
-    """The summed cross entropy of `head(x)`, `CHUNK` rows of logits at a time.
+    """The summed cross entropy of `head(x)`, computed with `CHUNK` rows of logits at a time.
 
     The logits of a long batch are its largest tensor by far. Since nothing comes after the loss, the gradient of each
-    chunk is taken at once, and only the gradients of x and of the head are kept: no logits are stored and none are
+    chunk is taken at once, and only the gradients of x and of the head are kept: no logits are stored, and none are
     computed twice.
     """
 
@@ -21,40 +24,60 @@ class SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, head: Head, x: torch.Tensor, target: torch.Tensor, *trained: torch.Tensor) -> torch.Tensor:
-        loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
-        x_grad, head_grads = torch.zeros_like(x), [torch.zeros_like(param) for param in trained]
+        """The loss, a scalar, of x (N, C) and target (N,). `trained` are the parameters of the head that train."""
+        loss = x.new_zeros((), dtype=at_least_float32(x.dtype))
+        x_grad = torch.zeros_like(x)
+        head_grads = [torch.zeros_like(param) for param in trained]
+
         for start in range(0, x.size(0), SummedLoss.CHUNK):
-            part = slice(start, start + SummedLoss.CHUNK)
+            rows = slice(start, start + SummedLoss.CHUNK)
+            # autograd is off in here; it is switched on for the one chunk, whose graph ends with its gradients
             with torch.enable_grad():
-                xs = x[part].detach().requires_grad_()
-                chunk_loss = cross_entropy(head, xs, target[part])
-            x_grad[part], *grads = torch.autograd.grad(chunk_loss, (xs, *trained))
-            for total, part_grad in zip(head_grads, grads, strict=True):
-                total += part_grad
+                x_rows = x[rows].detach().requires_grad_()
+                chunk_loss = cross_entropy(head, x_rows, target[rows])
+            x_grad[rows], *chunk_grads = torch.autograd.grad(chunk_loss, (x_rows, *trained))
+            for head_grad, chunk_grad in zip(head_grads, chunk_grads, strict=True):
+                head_grad += chunk_grad
             loss += chunk_loss.detach()
+
         ctx.save_for_backward(x_grad, *head_grads)
         return loss
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple:
-        # the factor keeps its precision: bfloat16 would round 1 / targets by up to 0.4 %
-        x_grad, *head_grads = (
-            (x * grad.to(torch.promote_types(x.dtype, grad.dtype))).to(x.dtype) for x in ctx.saved_tensors
-        )
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of x and of the trained parameters, kept by forward, times the gradient of the loss."""
+
+        def times_grad(kept: torch.Tensor) -> torch.Tensor:
+            # the factor keeps its precision: bfloat16 would round 1 / targets by up to 0.4 %
+            dtype = torch.promote_types(kept.dtype, grad.dtype)
+            return (kept * grad.to(dtype)).to(kept.dtype)
+
+        x_grad, *head_grads = map(times_grad, ctx.saved_tensors)
         return None, x_grad, None, *head_grads
 
 
-def cross_entropy(head: Head, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    logits = head(x)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target, reduction="sum")
-
-
 def summed_loss(head: Head, params: Iterable[nn.Parameter], x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Sum over N targets of -log p(target), a scalar. x (N, C), target (N,); N may be 0.
+    """The sum over N targets of -log p(target), a scalar, in float32 or wider.
 
-    `head` makes logits (N, V) with `params`.
+    Args:
+        head: Makes logits (N, V) from x.
+        params: The parameters that `head` uses.
+        x: Hidden states, (N, C). N may be 0.
+        target: The token that follows each of them, (N,).
     """
     if torch.is_grad_enabled():
-        return SummedLoss.apply(head, x, target, *(param for param in params if param.requires_grad))
-    parts = zip(x.split(SummedLoss.CHUNK), target.split(SummedLoss.CHUNK), strict=True)
-    return sum(cross_entropy(head, xs, ys) for xs, ys in parts)
+        trained = [param for param in params if param.requires_grad]
+        return SummedLoss.apply(head, x, target, *trained)
+    chunks = zip(x.split(SummedLoss.CHUNK), target.split(SummedLoss.CHUNK), strict=True)
+    return sum(cross_entropy(head, x_rows, targets) for x_rows, targets in chunks)
+
+
+def cross_entropy(head: Head, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The summed cross entropy of all logits at once, a scalar, in float32 or wider."""
+    logits = head(x)
+    return F.cross_entropy(logits.to(at_least_float32(logits.dtype)), target, reduction="sum")
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Half precision becomes float32; float32 and float64 stay."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,4 +1,6 @@
-"""TODO doc of model.mlp"""
+"""MLPs: what a block does to each token by itself. A family names one of MLPS.
+
+The legend of the shapes is in `gpt.py`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +13,7 @@ from lit_gpt.config import Config
 
 
 class LLaMAMLP(nn.Module):
-    """Gated: https://arxiv.org/abs/2002.05202"""
+    """A gated MLP, down(activation(gate(x)) * up(x)): https://arxiv.org/abs/2002.05202"""
 
     def __init__(self, config: Config, intermediate_size: int | None = None) -> None:
         super().__init__()
@@ -19,52 +21,68 @@ class LLaMAMLP(nn.Module):
         self.fc_1 = nn.Linear(config.n_embd, size, bias=config.mlp_bias)
         self.fc_2 = nn.Linear(config.n_embd, size, bias=config.mlp_bias)
         self.proj = nn.Linear(size, config.n_embd, bias=config.mlp_bias)
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = ACTIVATION_FUNCTIONS[config.activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.proj(self.activation(self.fc_1(x)) * self.fc_2(x))
 
 
 class GptNeoxMLP(nn.Module):
+    """Two linears and an activation between them: GPT-2, GPT-NeoX, Falcon, Phi."""
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.fc = nn.Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
         self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.mlp_bias)
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = ACTIVATION_FUNCTIONS[config.activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.proj(self.activation(self.fc(x)))
 
 
 class LLaMAMoE(nn.Module):
-    """Each token goes through the few experts that a router gives it: Mixtral, https://arxiv.org/abs/2401.04088
+    """A mixture of experts; a router sends each token through a few of them: https://arxiv.org/abs/2401.04088
 
-    The experts are linears like any other, so that LoRA and quantization see them. Their shares of the tokens are
-    known to the device alone: fetching them is the one place where `forward` waits for it, once per layer.
+    The experts are linears like any other, so that LoRA and quantization see them. Only the device knows how many
+    tokens each of them gets: fetching these counts is the one place where `forward` waits for it, once per layer.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.gate = nn.Linear(config.n_embd, config.n_expert, bias=False)
         self.experts = nn.ModuleList(LLaMAMLP(config, config.moe_intermediate_size) for _ in range(config.n_expert))
-        self.n_chosen, self.renormalize = config.n_expert_per_token, config.renormalize_experts
+        self.n_chosen = config.n_expert_per_token
+        self.renormalize = config.renormalize_experts
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.flatten(0, -2)  # (T, C)
+        # the experts of each token, and how much each of them counts
+        flat = x.flatten(0, -2)  # (B * T, C)
         scores = self.gate(flat).softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
-        weights, chosen = scores.topk(self.n_chosen)  # (T, n_chosen)
+        weights, chosen = scores.topk(self.n_chosen)  # (B * T, n_chosen)
         if self.renormalize:
             weights = weights / weights.sum(-1, keepdim=True)
-        order = chosen.flatten().argsort(stable=True)  # the tokens of expert 0, then those of 1 ...
+
+        # the tokens of expert 0, then those of expert 1, and so on
+        order = chosen.flatten().argsort(stable=True)
+        tokens = order // self.n_chosen
         counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
-        parts = flat.index_select(0, order // self.n_chosen).split(counts)
-        done = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True) if len(part)])
-        done = done * weights.flatten().index_select(0, order)[:, None].to(x.dtype)
-        return torch.zeros_like(flat).index_add(0, order // self.n_chosen, done).view_as(x)
+        inputs = flat.index_select(0, tokens).split(counts)
+        y = torch.cat([expert(rows) for expert, rows in zip(self.experts, inputs, strict=True) if len(rows)])
+
+        # weighted, and back to where the tokens came from
+        y = y * weights.flatten().index_select(0, order)[:, None].to(x.dtype)
+        return torch.zeros_like(flat).index_add(0, tokens, y).view_as(x)
 
 
-MLPS = {"LLaMAMLP": LLaMAMLP, "GptNeoxMLP": GptNeoxMLP, "LLaMAMoE": LLaMAMoE}
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+# `mlp` in a config -> the class
+MLPS: dict[str, Callable[[Config], nn.Module]] = {
+    "LLaMAMLP": LLaMAMLP,
+    "GptNeoxMLP": GptNeoxMLP,
+    "LLaMAMoE": LLaMAMoE,
+}
+
+# `activation` in a config -> the function
+ACTIVATION_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),

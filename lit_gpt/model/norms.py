@@ -1,4 +1,6 @@
-"""TODO doc of model.norms"""
+"""Norms: of whole vectors (NORMS), and of the heads of queries and keys (QK_NORMS). A family names one of each.
+
+The legend of the shapes is in `gpt.py`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +13,7 @@ from lit_gpt.config import Config
 
 
 class RMSNorm(nn.Module):
-    """https://arxiv.org/abs/1910.07467, computed in float32 at least."""
+    """Division by the root of the mean square, in float32 or wider: https://arxiv.org/abs/1910.07467"""
 
     def __init__(self, size: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -19,53 +21,60 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.weight * self.normed(x)).to(x.dtype)
+
+    def normed(self, x: torch.Tensor) -> torch.Tensor:
+        """x without the weight, in float32 or wider."""
         y = x.to(torch.promote_types(x.dtype, torch.float32))
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight * y).to(x.dtype)
+        return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
 
 
 class GemmaRMSNorm(RMSNorm):
-    """The weight is what is added to one."""
+    """The weight is the difference to one: Gemma."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x.to(torch.promote_types(x.dtype, torch.float32))
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        y = self.normed(x)
         return ((1 + self.weight.to(y.dtype)) * y).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
-    """Weights that are trained in float32 over a model in bfloat16 are rounded as they are used."""
+    """PyTorch's, with weights of any dtype: those trained in float32 over a bfloat16 model are rounded when used."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = (None if param is None else param.to(x.dtype) for param in (self.weight, self.bias))
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class PerHead(nn.Module):
-    """One norm for the elements of every head, (B, T, heads * hs): Qwen 3, Gemma 3."""
+    """One norm that all heads share, over the elements of each, (B, T, heads * hs): Qwen 3, Gemma 3."""
 
     def __init__(self, config: Config, heads: int) -> None:
         super().__init__()
-        self.head_size, self.norm = config.head_size, NORMS[config.norm](config.head_size, eps=config.norm_eps)
+        self.head_size = config.head_size
+        self.norm = NORMS[config.norm](config.head_size, eps=config.norm_eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(x.unflatten(-1, (-1, self.head_size))).flatten(-2)
+        by_head = x.unflatten(-1, (-1, self.head_size))  # (B, T, heads, hs)
+        return self.norm(by_head).flatten(-2)
 
 
 class EachHead(nn.Module):
-    """A norm of its own for each head: StableLM 2 12B."""
+    """A norm of its own for each head, (B, T, heads * hs): StableLM 2 12B."""
 
     def __init__(self, config: Config, heads: int) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(LayerNorm(config.head_size, eps=config.norm_eps, bias=False) for _ in range(heads))
+        norms = [LayerNorm(config.head_size, eps=config.norm_eps, bias=False) for _ in range(heads)]
+        self.norms = nn.ModuleList(norms)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parts = x.chunk(len(self.norms), dim=-1)
-        return torch.cat([norm(part) for norm, part in zip(self.norms, parts, strict=True)], dim=-1)
+        heads = x.chunk(len(self.norms), dim=-1)
+        normed = [norm(head) for norm, head in zip(self.norms, heads, strict=True)]
+        return torch.cat(normed, dim=-1)
 
 
 class Clip(nn.Module):
-    """OLMo 1 keeps queries, keys and values within bounds."""
+    """Queries, keys and values are kept within bounds: OLMo 1."""
 
     def __init__(self, config: Config, heads: int = 0) -> None:
         super().__init__()
@@ -75,17 +84,30 @@ class Clip(nn.Module):
         return x.clamp(-self.limit, self.limit)
 
 
-NORMS = {
+def no_norm(config: Config, heads: int) -> nn.Module:
+    """Queries and keys as they are: Llama and most others."""
+    return nn.Identity()
+
+
+def all_heads(config: Config, heads: int) -> nn.Module:
+    """One norm over the elements of all heads together, (B, T, heads * hs): OLMo 2."""
+    return NORMS[config.norm](heads * config.head_size, eps=config.norm_eps)
+
+
+# `norm` in a config -> a class, called with a size and eps
+NORMS: dict[str, Callable[..., nn.Module]] = {
     "RMSNorm": RMSNorm,
     "GemmaRMSNorm": GemmaRMSNorm,
     "LayerNorm": LayerNorm,
     "LayerNorm_without_bias": partial(LayerNorm, bias=False),
     "LayerNorm_without_weight": partial(LayerNorm, elementwise_affine=False),
 }
+
+# `qk_norm` in a config -> a class, called with the config and the number of heads
 QK_NORMS: dict[str | None, Callable[[Config, int], nn.Module]] = {
-    None: lambda config, heads: nn.Identity(),
+    None: no_norm,
     "per_head": PerHead,
     "each_head": EachHead,
-    "all_heads": lambda config, heads: NORMS[config.norm](heads * config.head_size, eps=config.norm_eps),
+    "all_heads": all_heads,
     "clip": Clip,
 }

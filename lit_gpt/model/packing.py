@@ -1,7 +1,10 @@
-"""Where records lie in a row of tokens: `data.py` builds it, `model.py` reads it."""
+"""Packing: records laid end to end in one row of tokens. `lit_gpt/data/dataset.py` builds the Layout that says where
+each of them lies, the model reads it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -43,9 +46,9 @@ class Layout:
     pos: torch.Tensor  # (T,)
     target_index: torch.Tensor  # (N,)
     target: torch.Tensor  # (N,)
-    segments: tuple[Segment, ...]
+    segments: tuple[Segment, ...]  # in the order of the row, without gaps
     mask: torch.Tensor | None = None
-    """What a segment sees of its prefix and itself, (L, P + L) for the longest; see `mask_of`."""
+    """The tokens of its prefix and itself that a segment sees, (L, P + L) for the longest; see `mask_of`."""
 
     @classmethod
     def end_to_end(
@@ -55,34 +58,48 @@ class Layout:
 
         A record's first token is never a target: nothing comes before it to predict it from.
         """
-        tokens, pos, targets, target_index, segments = [], [], [], [], []
+        groups = [([i], 0) for i in range(len(records))]
+        if share_prefixes:
+            groups = prefix_groups([ids.tolist() for ids, _ in records])
+
+        tokens, pos, segments = [], [], []
+        targets, target_index = [], []
         T = 0
-        alone = [([i], 0) for i in range(len(records))]
-        for group, P in prefix_groups([ids.tolist() for ids, _ in records]) if share_prefixes else alone:
-            prefix_start = T
-            if P:
-                tokens.append(records[group[0]][0][:P])
-                pos.append(torch.arange(P))
-                segments.append(Segment(T, P))
-                T += P
+        for group, prefix_length in groups:
+            # what the records of a group begin with, once
+            prefix_start = T if prefix_length else 0
+            if prefix_length:
+                prefix, _ = records[group[0]]
+                tokens.append(prefix[:prefix_length])
+                pos.append(torch.arange(prefix_length))
+                segments.append(Segment(T, prefix_length))
+                T += prefix_length
+
+            # the rest of each record
             for i in group:
                 ids, trained = records[i]
-                tokens.append(ids[P:])
-                pos.append(torch.arange(P, len(ids)))
-                segments.append(Segment(T, len(ids) - P, prefix_start if P else 0, P))
+                length = len(ids) - prefix_length
+                tokens.append(ids[prefix_length:])
+                pos.append(torch.arange(prefix_length, len(ids)))
+                segments.append(Segment(T, length, prefix_start, prefix_length))
+
+                # the token before a target predicts it: it is in the shared prefix, or in the record's own part
                 target = trained.bool().nonzero().squeeze(1)
                 target = target[target > 0]
-                before = target - 1  # the token that predicts it: in the shared prefix, or in what follows
-                target_index.append(torch.where(before < P, prefix_start + before, T - P + before))
+                before = target - 1
+                in_prefix = before < prefix_length
+                target_index.append(torch.where(in_prefix, prefix_start + before, T - prefix_length + before))
                 targets.append(ids[target])
-                T += len(ids) - P
-        return torch.cat(tokens)[None].long(), cls(
+                T += length
+
+        layout = cls(
             pos=torch.cat(pos),
             target_index=torch.cat(target_index),
             target=torch.cat(targets).long(),
             segments=tuple(segments),
             mask=widest_mask(segments),
         )
+        return torch.cat(tokens)[None].long(), layout
 
     @property
     def n_tokens(self) -> int:
@@ -92,51 +109,146 @@ class Layout:
     def n_targets(self) -> int:
         return self.target.numel()
 
+    def record_lengths(self) -> list[tuple[int, int]]:
+        """For each segment the number of its tokens, and the length of its record: that, and the prefix."""
+        return [(segment.length, segment.prefix_length + segment.length) for segment in self.segments]
+
     def mask_of(self, segment: Segment) -> torch.Tensor:
         """All of the prefix and, of the segment itself, what comes before: a corner of the widest mask, no copy."""
         skip = self.mask.size(1) - self.mask.size(0) - segment.prefix_length
         return self.mask[: segment.length, skip : skip + segment.prefix_length + segment.length]
 
+    @cached_property
+    def varlen(self) -> "VarlenIndex":
+        """The segments as one fused call takes them, on the device of `pos`.
+
+        Built from Python integers when a kernel first asks: a loop over segments never pays for it.
+        """
+        return VarlenIndex.from_segments(self.segments).to(self.pos.device)
+
     def to(self, device: torch.device) -> "Layout":
-        tensors = (self.pos, self.target_index, self.target, self.mask)
-        pos, index, target, mask = (x if x is None else x.to(device, non_blocking=True) for x in tensors)
-        return Layout(pos, index, target, self.segments, mask)
+        """The same layout with its tensors on a device; the host does not wait for the copies."""
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return Layout(
+            pos=moved(self.pos),
+            target_index=moved(self.target_index),
+            target=moved(self.target),
+            segments=self.segments,
+            mask=None if self.mask is None else moved(self.mask),
+        )
+
+
+@dataclass(frozen=True)
+class VarlenIndex:
+    """The segments of a Layout in the form of variable-length attention, which computes all of them in one call.
+
+        tokens           p0 p1 | a2 a3 | b2 b3 b4              the row of the second drawing above
+        cu_seqlens_q     0       2       4          7          queries of segment i: rows [i] to [i + 1] of the row
+        key_index         0  1 |  0  1  2  3 |  0  1  4  5  6  the row of each key: a segment sees its prefix, too
+        cu_seqlens_k     0       2             6             11
+        max_seqlen_q     3
+        max_seqlen_k     5
+
+    Query i of a segment with Lq queries and Lk keys sees keys 0 to Lk - Lq + i: its last query sees all of them. That
+    is the causal mask "aligned to the lower right" of flash attention. A window of W tokens leaves of these the last W.
+    """
+
+    cu_seqlens_q: torch.Tensor  # (segments + 1,) int32
+    cu_seqlens_k: torch.Tensor  # (segments + 1,) int32
+    max_seqlen_q: int
+    max_seqlen_k: int
+    key_index: torch.Tensor | None  # (cu_seqlens_k[-1],); None if no prefix is shared: keys are the row itself
+
+    @classmethod
+    def from_segments(cls, segments: Sequence[Segment]) -> "VarlenIndex":
+        """On the host, from segments in the order of the row."""
+        q_lengths = [segment.length for segment in segments]
+        k_lengths = [segment.prefix_length + segment.length for segment in segments]
+        key_index = None
+        if any(segment.prefix_length for segment in segments):
+            spans = []
+            for segment in segments:
+                spans.append(torch.arange(segment.prefix_start, segment.prefix_start + segment.prefix_length))
+                spans.append(torch.arange(segment.start, segment.start + segment.length))
+            key_index = torch.cat(spans)
+        return cls(
+            cu_seqlens_q=torch.tensor(list(accumulate(q_lengths, initial=0)), dtype=torch.int32),
+            cu_seqlens_k=torch.tensor(list(accumulate(k_lengths, initial=0)), dtype=torch.int32),
+            max_seqlen_q=max(q_lengths),
+            max_seqlen_k=max(k_lengths),
+            key_index=key_index,
+        )
+
+    def to(self, device: torch.device) -> "VarlenIndex":
+        """The same index with its tensors on a device; the host does not wait for the copies."""
+        return VarlenIndex(
+            cu_seqlens_q=self.cu_seqlens_q.to(device, non_blocking=True),
+            cu_seqlens_k=self.cu_seqlens_k.to(device, non_blocking=True),
+            max_seqlen_q=self.max_seqlen_q,
+            max_seqlen_k=self.max_seqlen_k,
+            key_index=None if self.key_index is None else self.key_index.to(device, non_blocking=True),
+        )
 
 
 def widest_mask(segments: Sequence[Segment]) -> torch.Tensor | None:
-    """True where row i may see column j: j <= i + P, for the longest segment and the longest prefix P."""
+    """True where row i may see column j: j <= i + P, for the longest segment and the longest prefix P.
+
+    None if no prefix is shared: attention is causal then, and needs no mask.
+    """
     P = max(segment.prefix_length for segment in segments)
-    L = max((segment.length for segment in segments if segment.prefix_length), default=0)
-    return torch.ones(L, P + L, dtype=torch.bool).tril(P) if P else None
+    if P == 0:
+        return None
+    L = max(segment.length for segment in segments if segment.prefix_length)
+    return torch.ones(L, P + L, dtype=torch.bool).tril(P)
 
 
 def prefix_groups(records: Sequence[list[int]]) -> list[tuple[list[int], int]]:
     """Which records share how long a prefix, (indices, length), such that the fewest tokens remain to be computed.
 
-    Sorted, records with a common prefix are neighbours. best[j] is the most that the first j of them can save; a last
-    group i..j-1 saves its common prefix for all but one of its records.
+    Sorted, records with a common prefix are neighbours, so that a group is a stretch of the sorted records:
+
+        a b c d | a b c e | a b x | q r        the first three share a b, and save 2 * 2 tokens
+                                               the first two share a b c, and save only 3
     """
     order = sorted(range(len(records)), key=records.__getitem__)
     shared = [common_prefix(records[a], records[b]) for a, b in zip(order, order[1:])]
-    best, cut = [0], [(0, 0)]  # cut[j]: where the last group of the first j begins, and its prefix
+
+    # saved[j]: the most tokens that the first j records can save
+    # last_group[j]: where the last group of the best division of these begins, and its prefix
+    saved = [0]
+    last_group = [(0, 0)]
     for j in range(1, len(order) + 1):
-        best.append(best[j - 1])  # the last one alone
-        cut.append((j - 1, 0))
+        # record j - 1 alone, or in one group with those from record i on, for every i
+        most = saved[j - 1]
+        group = (j - 1, 0)
         prefix = len(records[order[j - 1]]) - 1  # every record keeps a token of its own
         for i in range(j - 2, -1, -1):
             prefix = min(prefix, shared[i], len(records[order[i]]) - 1)
             if prefix == 0:  # nothing more can be saved; without this, unlike records take quadratic time
                 break
-            if (saved := best[i] + (j - i - 1) * prefix) > best[j]:
-                best[j], cut[j] = saved, (i, prefix)
-    groups, j = [], len(order)
-    while j:
-        i, prefix = cut[j]
-        groups.append((order[i:j], prefix))
-        j = i
+            saved_in_group = (j - i - 1) * prefix  # for all but one of its records
+            if saved[i] + saved_in_group > most:
+                most = saved[i] + saved_in_group
+                group = (i, prefix)
+        saved.append(most)
+        last_group.append(group)
+
+    # from the last group back to the first
+    groups = []
+    end = len(order)
+    while end:
+        begin, prefix = last_group[end]
+        groups.append((order[begin:end], prefix))
+        end = begin
     return groups[::-1]
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
     """How many tokens two records share at their beginning."""
-    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    for n, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return n
+    return min(len(a), len(b))

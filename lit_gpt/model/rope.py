@@ -1,7 +1,8 @@
 """Rotary positions, and the ways in which they are stretched over longer contexts.
 
-A kind of scaling is one function: the base and the exponents of the frequencies, what config.json says of it, and the
-length of the record, to the frequencies (rope_n_elem / 2,) and what cosine and sine are multiplied by."""
+A kind of scaling is one function. It gets the base and the exponents of the frequencies, (rope_n_elem / 2,), the
+settings of config.json and the length of the record, and gives the frequencies, (rope_n_elem / 2,), and the factor of
+cosine and sine. The legend of the shapes is in `gpt.py`."""
 
 import math
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from torch import nn
 
 from lit_gpt.config import Config
 
+# one per pair of rotated elements, and the factor of cosine and sine
 Frequencies = tuple[torch.Tensor, float]
 
 
@@ -24,43 +26,75 @@ class Rope(nn.Module):
 
     With some kinds of scaling a record's frequencies depend on its length. In a key-value cache its size counts as the
     length: all keys are turned alike, also those of a text that has yet to grow. `lit_gpt/generate/decode.py` takes
-    a cache no longer than `unstretched` until the text is, and then reads all of it again. From there on longrope
-    knows one set of frequencies, so that each token is what the whole text without a cache gives; dynamic has one for
-    every length, of which the cache uses the last. (transformers turns each new key by its own, and leaves the older
-    ones.)
+    a cache no longer than `unstretched_length` until the text is, and then reads all of it again. From there on
+    longrope knows one set of frequencies, so that each token is what the whole text without a cache gives; dynamic has
+    one for every length, of which the cache uses the last. (transformers turns each new key by its own, and leaves the
+    older ones.)
     """
 
     def __init__(self, config: Config, kind: str = "global") -> None:
+        """A model has up to three kinds: "global", "local" for layers with a window and a base of their own, "none"."""
         super().__init__()
-        n = 0 if kind == "none" else config.rope_n_elem
-        base = config.rope_local_base if kind == "local" else config.rope_base
-        self.scaling = (config.rope_scaling if kind == "global" and n else None) or {"rope_type": "default"}
-        self.scale = ROPE_SCALINGS[self.scaling["rope_type"]]
-        self.block_size, self.base, self.n = config.block_size, base, n
-        self.by_length = self.scaling["rope_type"] in ("dynamic", "longrope")
-        self.unstretched = self.scaling.get("original_max_position_embeddings", config.block_size)
-        theta, self.factor = self.theta_of(1)
+        self.n_elem = 0 if kind == "none" else config.rope_n_elem
+        self.base = config.rope_local_base if kind == "local" else config.rope_base
+        self.block_size = config.block_size
+
+        # only the global kind is ever stretched
+        self.scaling = {"rope_type": "default"}
+        if kind == "global" and self.n_elem and config.rope_scaling:
+            self.scaling = config.rope_scaling
+        rope_type = self.scaling["rope_type"]
+        self.scaling_function = SCALING_FUNCTIONS[rope_type]
+        self.by_length = rope_type in ("dynamic", "longrope")
+        self.unstretched_length = self.scaling.get("original_max_position_embeddings", config.block_size)
+
+        theta, self.factor = self.frequencies(length=1)
         self.register_buffer("theta", theta, persistent=False)
 
-    def theta_of(self, length: int) -> Frequencies:
-        """The frequencies of a record, and what cosine and sine are multiplied by."""
-        exponents = torch.arange(0, self.n, 2, device="cpu").float() / max(1, self.n)
-        return self.scale(self.base, exponents, self.scaling | {"block_size": self.block_size}, length)
+    def frequencies(self, length: int) -> Frequencies:
+        """The frequencies for a record of this length, and the factor of cosine and sine."""
+        exponents = torch.arange(0, self.n_elem, 2, device="cpu").float() / max(1, self.n_elem)
+        settings = self.scaling | {"block_size": self.block_size}
+        return self.scaling_function(self.base, exponents, settings, length)
 
     def forward(self, pos: torch.Tensor, lengths: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine, (T, rope_n_elem / 2), for positions (T,).
 
         `lengths` says how many of the tokens belong to records of which length, in order.
         """
-        angles = torch.outer(pos.to(self.theta.dtype), self.theta)
+        pos = pos.to(self.theta.dtype)
         if self.by_length:
-            parts = pos.to(self.theta.dtype).split([n for n, _ in lengths])
-            thetas = [self.theta_of(length)[0].to(self.theta) for _, length in lengths]
-            angles = torch.cat([torch.outer(*pair) for pair in zip(parts, thetas, strict=True)])
+            counts = [count for count, _ in lengths]
+            angles_of_records = []
+            for record_pos, (_, length) in zip(pos.split(counts), lengths, strict=True):
+                theta = self.frequencies(length)[0].to(self.theta)
+                angles_of_records.append(torch.outer(record_pos, theta))
+            angles = torch.cat(angles_of_records)
+        else:
+            angles = torch.outer(pos, self.theta)
         return angles.cos() * self.factor, angles.sin() * self.factor
 
 
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the first rope_n_elem elements of every head and leaves the rest, (B, heads, T, hs).
+
+    Element i is paired with element i + rope_n_elem / 2, as in GPT-NeoX and all of Hugging Face's checkpoints.
+    """
+    n = cos.size(-1)
+    x1 = x[..., :n]
+    x2 = x[..., n : 2 * n]
+    rest = x[..., 2 * n :]
+    # cosine and sine are float32: half precision is rounded once, after the sum
+    rotated_1 = (x1 * cos - x2 * sin).to(x.dtype)
+    rotated_2 = (x2 * cos + x1 * sin).to(x.dtype)
+    return torch.cat((rotated_1, rotated_2, rest), dim=-1)
+
+
+# ---- kinds of scaling
+
+
 def scale_default(base: float, exponents: torch.Tensor, scaling: dict[str, Any], length: int) -> Frequencies:
+    """Positions as they are."""
     return 1.0 / base**exponents, 1.0
 
 
@@ -74,9 +108,12 @@ def scale_dynamic(base: float, exponents: torch.Tensor, scaling: dict[str, Any],
 
     https://arxiv.org/abs/2309.00071, section 3.3
     """
-    n, trained, factor = 2 * exponents.numel(), scaling["original_max_position_embeddings"], scaling["factor"]
-    stretch = factor * max(length, trained) / trained - (factor - 1)
-    return 1.0 / (base * stretch ** (n / (n - 2))) ** exponents, 1.0
+    n = 2 * exponents.numel()
+    trained_length = scaling["original_max_position_embeddings"]
+    factor = scaling["factor"]
+    stretch = factor * max(length, trained_length) / trained_length - (factor - 1)
+    stretched_base = base * stretch ** (n / (n - 2))
+    return 1.0 / stretched_base**exponents, 1.0
 
 
 def scale_llama3(base: float, exponents: torch.Tensor, scaling: dict[str, Any], length: int) -> Frequencies:
@@ -84,57 +121,76 @@ def scale_llama3(base: float, exponents: torch.Tensor, scaling: dict[str, Any], 
 
     Llama 3.1, https://arxiv.org/abs/2407.21783
     """
-    theta, low, high = 1.0 / base**exponents, scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] / (2 * torch.pi / theta)  # within the original context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - keep) * theta / scaling["factor"] + keep * theta, 1.0
+    theta = 1.0 / base**exponents
+    low = scaling["low_freq_factor"]
+    high = scaling["high_freq_factor"]
+    wavelengths = 2 * torch.pi / theta
+    waves = scaling["original_max_position_embeddings"] / wavelengths  # within the original context
+    keep = ((waves - low) / (high - low)).clamp(0, 1)
+    stretched = (1 - keep) * theta / scaling["factor"]
+    return stretched + keep * theta, 1.0
 
 
 def scale_yarn(base: float, exponents: torch.Tensor, scaling: dict[str, Any], length: int) -> Frequencies:
     """Stretches by how often an element turns within the original context. https://arxiv.org/abs/2309.00071"""
-    n, trained = 2 * exponents.numel(), scaling["original_max_position_embeddings"]
-    factor = scaling.get("factor") or scaling["block_size"] / trained
+    n = 2 * exponents.numel()
+    trained_length = scaling["original_max_position_embeddings"]
+    factor = scaling.get("factor") or scaling["block_size"] / trained_length
 
-    def element_of(turns: float) -> float:
-        return n * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(base))
-
-    low, high = element_of(scaling.get("beta_fast") or 32), element_of(scaling.get("beta_slow") or 1)
+    # elements up to `low` turn often and stay as they are; those from `high` on are stretched by the whole factor
+    low = yarn_element(scaling.get("beta_fast") or 32, n, base, trained_length)
+    high = yarn_element(scaling.get("beta_slow") or 1, n, base, trained_length)
     if scaling.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, n - 1)
-    ramp = ((torch.arange(n // 2, dtype=torch.float32, device="cpu") - low) / ((high - low) or 0.001)).clamp(0, 1)
-    keep, powers = 1 - ramp, base**exponents
-    theta = 1.0 / (factor * powers) * (1 - keep) + 1.0 / powers * keep
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, n - 1)
+    width = (high - low) or 0.001
+    ramp = ((torch.arange(n // 2, dtype=torch.float32, device="cpu") - low) / width).clamp(0, 1)
 
-    def attention_factor(mscale: float) -> float:
-        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+    # a blend of both
+    keep = 1 - ramp
+    powers = base**exponents
+    stretched = 1.0 / (factor * powers) * (1 - keep)
+    theta = stretched + 1.0 / powers * keep
 
-    by, by_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
-    usual = attention_factor(by) / attention_factor(by_all) if by and by_all else attention_factor(1)
-    return theta, usual if scaling.get("attention_factor") is None else scaling["attention_factor"]
+    # longer contexts have flatter scores; cosine and sine are made larger, and so the scores
+    if scaling.get("attention_factor") is not None:
+        return theta, scaling["attention_factor"]
+    mscale = scaling.get("mscale")
+    mscale_all_dim = scaling.get("mscale_all_dim")
+    if mscale and mscale_all_dim:
+        return theta, yarn_attention_factor(factor, mscale) / yarn_attention_factor(factor, mscale_all_dim)
+    return theta, yarn_attention_factor(factor, 1)
+
+
+def yarn_element(n_turns: float, n: int, base: float, trained_length: int) -> float:
+    """The element, of n, that turns `n_turns` times within the original context; rarely a whole number."""
+    return n * math.log(trained_length / (n_turns * 2 * math.pi)) / (2 * math.log(base))
+
+
+def yarn_attention_factor(factor: float, mscale: float) -> float:
+    """The factor of cosine and sine for a context `factor` times as long."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def scale_longrope(base: float, exponents: torch.Tensor, scaling: dict[str, Any], length: int) -> Frequencies:
     """A factor per element, others for records beyond the original context. https://arxiv.org/abs/2402.13753"""
-    trained = scaling["original_max_position_embeddings"]
-    factor = scaling.get("factor") or scaling["block_size"] / trained
-    usual = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
-    factors = torch.tensor(scaling["long_factor" if length > trained else "short_factor"], device="cpu")
-    theta = 1.0 / (factors.float() * base**exponents)
-    return theta, usual if scaling.get("attention_factor") is None else scaling["attention_factor"]
+    trained_length = scaling["original_max_position_embeddings"]
+    factors = scaling["long_factor"] if length > trained_length else scaling["short_factor"]
+    theta = 1.0 / (torch.tensor(factors, device="cpu").float() * base**exponents)
+
+    # the factor of cosine and sine follows from the longest context, whatever the record's length
+    if scaling.get("attention_factor") is not None:
+        return theta, scaling["attention_factor"]
+    factor = scaling.get("factor") or scaling["block_size"] / trained_length
+    if factor > 1:
+        return theta, math.sqrt(1 + math.log(factor) / math.log(trained_length))
+    return theta, 1.0
 
 
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the first rope_n_elem elements of every head and leaves the rest, (B, heads, T, hs).
-
-    Element i is paired with element i + rope_n_elem / 2, as in GPT-NeoX and all of Hugging Face's checkpoints.
-    """
-    n = cos.size(-1)
-    x1, x2, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
-    return torch.cat(((x1 * cos - x2 * sin).to(x.dtype), (x2 * cos + x1 * sin).to(x.dtype), rest), dim=-1)
-
-
-ROPE_SCALINGS = {
+# rope_type in config.json -> the function
+SCALING_FUNCTIONS = {
     "default": scale_default,
     "linear": scale_linear,
     "dynamic": scale_dynamic,

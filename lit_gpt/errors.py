@@ -5,7 +5,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SURPRISES = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, re.error)
+# what code raises that finds another kind of value than it takes for granted
+SURPRISES = (
+    KeyError,
+    IndexError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    re.error,
+)
 
 
 class InputError(Exception):

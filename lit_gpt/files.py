@@ -40,25 +40,31 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     must_be_elsewhere(folder)
     folder = folder.resolve()  # a link stays one
-    recover(folder)
+    recover(folder)  # what an earlier process, which was killed, has left
     partial, old = partial_and_old(folder)
     partial.mkdir(parents=True)
     try:
         yield partial
+
+        # a rename must not reach the disk before the data
         for path in partial.rglob("*"):
-            sync(path)  # a rename must not reach the disk before the data
+            sync(path)
+
+        # no system call swaps two folders on every file system: for an instant there is none of that name
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
         sync(folder.parent)
     finally:
+        # of a block that failed only the new folder goes away; of one that did not, the old one
         recover(folder)
 
 
 def recover(folder: Path) -> None:
     """Clears away what a killed process left of `new_folder(folder)`."""
     partial, old = partial_and_old(folder)
-    if old.exists() and not folder.exists():  # killed between the two renames
+    # killed between the two renames
+    if old.exists() and not folder.exists():
         old.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(partial, ignore_errors=True)

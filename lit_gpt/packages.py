@@ -12,7 +12,8 @@ PIP_NAMES = {"sklearn": "scikit-learn", "bitsandbytes": "bitsandbytes>=0.50"}
 
 def is_installed(package: str) -> bool:
     """Whether a package can be imported. "pyarrow.parquet" asks for pyarrow."""
-    return find_spec(package.split(".")[0]) is not None
+    name = top_level(package)
+    return find_spec(name) is not None
 
 
 def require(package: str, extra: str | None, purpose: str) -> None:
@@ -28,7 +29,8 @@ def require(package: str, extra: str | None, purpose: str) -> None:
         InputError: it is not installed.
     """
     if not is_installed(package):
-        raise InputError(f"{purpose} needs {how_to_install(package, extra)}")
+        command = how_to_install(package, extra)
+        raise InputError(f"{purpose} needs {command}")
 
 
 def import_optional(package: str, extra: str | None, purpose: str) -> ModuleType:
@@ -40,13 +42,21 @@ def import_optional(package: str, extra: str | None, purpose: str) -> ModuleType
     require(package, extra, purpose)
     try:
         return importlib.import_module(package)
-    except ImportError as error:  # it is there, and lacks a library of its own
-        raise InputError(f"{purpose} needs {how_to_install(package, extra)} ({error})") from error
+    except ImportError as error:
+        # it is there, and lacks a library of its own: perhaps a file of CUDA
+        command = how_to_install(package, extra)
+        raise InputError(f"{purpose} needs {command} ({error})") from error
 
 
 def how_to_install(package: str, extra: str | None) -> str:
     """A package by pip's name, and the command: "matplotlib: pip install -e '.[report]'"."""
-    name = package.split(".")[0]
+    name = top_level(package)
     name = PIP_NAMES.get(name, name)
-    source = f"'{name}'" if extra is None else f"-e '.[{extra}]'"
-    return f"{name}: pip install {source}"
+    if extra is None:
+        return f"{name}: pip install '{name}'"
+    return f"{name}: pip install -e '.[{extra}]'"
+
+
+def top_level(package: str) -> str:
+    # find_spec("pyarrow.parquet") would import pyarrow, and fail if there is none
+    return package.split(".")[0]

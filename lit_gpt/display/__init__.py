@@ -1,1 +1,1 @@
-"""What people look at: tables, figures, spans of time."""
+"""How results are shown to people: tables and figures."""

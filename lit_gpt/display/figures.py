@@ -35,14 +35,16 @@ def new_row(width: float, height: float, n_plots: int, frame: bool = False) -> "
     """A figure of `width` x `height` hundred pixels with plots side by side, which share the vertical axis."""
     from matplotlib.figure import Figure
 
+    # not by pyplot, which keeps every figure that it makes, and looks for a display
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
-    plots = list(figure.subplots(1, n_plots, sharey=True, squeeze=False)[0])
+    (plots,) = figure.subplots(nrows=1, ncols=n_plots, sharey=True, squeeze=False)
     for axes in plots:
         axes.spines[["top", "right"]].set_visible(frame)
-    return figure, plots
+    return figure, list(plots)
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
     """Writes a PNG file that is either whole or not there."""
+    # the format would else be taken from the name, which ends in .tmp
     with whole_file(path) as file:
         figure.savefig(file, format="png")

@@ -1,1 +1,1 @@
-"""What a run leaves behind, and using it again."""
+"""What a run leaves behind, from its first line of hyperparameters.yaml to its report, and using it again."""

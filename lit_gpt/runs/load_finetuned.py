@@ -14,13 +14,13 @@ from lit_gpt.checkpoint.load import build_model, checked_tensors, load_model, lo
 from lit_gpt.config import SAMPLE, Config
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.device import Precision, inference_dtype
-from lit_gpt.distributed import shard_like
 from lit_gpt.errors import InputError
 from lit_gpt.lora import apply_lora, lora_filter
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantize import Quantize, quantize_linears
 from lit_gpt.runs.header import Header, finetuned_file, is_peft, read_header, read_peft_header
 from lit_gpt.runs.methods import METHODS, Method
+from lit_gpt.sharding import shard_like
 
 QuantizeAs = Literal["auto", "none", Quantize]  # auto: as in training
 
@@ -51,12 +51,22 @@ def load_for_use(args: UseArgs, device: torch.device) -> tuple[GPT, Tokenizer, s
         InputError: see `load_finetuned` and `load_weights`.
     """
     dtype = inference_dtype(args.precision)
+
+    # a model as it was downloaded
     if args.finetuned is None:
         checkpoint_dir = args.checkpoint_dir or SAMPLE
-        kind = None if args.quantize in ("auto", "none") else args.quantize
-        return load_model(checkpoint_dir, dtype, device, kind), Tokenizer(checkpoint_dir), None
+        quantize = None if args.quantize == "auto" or args.quantize == "none" else args.quantize
+        model = load_model(checkpoint_dir, dtype, device, quantize)
+        return model, Tokenizer(checkpoint_dir), None
 
-    model, header = load_finetuned(args.checkpoint_dir, args.finetuned, dtype, device, args.quantize)
+    # or one that was fine-tuned; an adapter of peft does not say with which tokenizer
+    model, header = load_finetuned(
+        args.checkpoint_dir,
+        args.finetuned,
+        dtype=dtype,
+        device=device,
+        quantize=args.quantize,
+    )
     tokenizer = Tokenizer(args.checkpoint_dir or header.checkpoint_dir)
     if header.tokenizer not in ("", tokenizer.fingerprint):
         raise InputError(f"{args.finetuned} was trained with another tokenizer than the one of its base now is.")
@@ -85,8 +95,8 @@ def load_finetuned(
     if method is None:
         raise InputError(f"{finetuned_dir} holds a {header.method}, which writes no text: use generate/classify.py.")
     if method.trains_base:  # all weights were saved: the folder is its own base
-        header = replace(header, checkpoint_dir=str(finetuned_file(finetuned_dir).parent))
-        checkpoint_dir = None
+        checkpoint_dir = finetuned_file(finetuned_dir).parent
+        header = replace(header, checkpoint_dir=str(checkpoint_dir))
 
     # its base
     base_dir = Path(checkpoint_dir or header.checkpoint_dir)
@@ -108,7 +118,8 @@ def load_finetuned(
             raise InputError(
                 f"{finetuned_dir} was trained on another base than {base_dir}: on {header.checkpoint_dir}."
             )
-        model = method.apply(model, method.settings(**header.settings))
+        settings = method.settings(**header.settings)
+        model = method.apply(model, settings)
         load_trained(model, finetuned_dir, method)
     return model.eval(), header
 
@@ -119,9 +130,11 @@ def choose_quantization(header: Header, quantize: QuantizeAs, finetuned_dir: Pat
         return header.quantize
     asked = None if quantize == "none" else quantize
     if asked != header.quantize:
+        # the trained weights have made up for the errors of the base as it was rounded in training
         was = describe_weights(header.quantize)
         now = describe_weights(asked)
-        print(f"{finetuned_dir} was trained on {was}, here it is used on {now}: not quite the same.", file=sys.stderr)
+        line = f"{finetuned_dir} was trained on {was}, here it is used on {now}: not quite the same."
+        print(line, file=sys.stderr)
     return asked
 
 
@@ -154,16 +167,24 @@ def copy_parameters(
     Raises:
         InputError: a tensor has no such parameter, or another shape, or a parameter has no tensor.
     """
-    params = {name: param for name, param in model.named_parameters() if keep(name, param)}
+    params = {}
+    for name, param in model.named_parameters():
+        if keep(name, param):
+            params[name] = param
     missing = set(params)
     unfit = []
+
+    # tensors come one at a time, so that a model that was saved whole is not in memory twice
     with torch.no_grad():
         for name, tensor in tensors:
             missing.discard(name)
-            if name in params and params[name].shape == tensor.shape:
-                params[name].copy_(shard_like(tensor, params[name]))
-            else:
+            param = params.get(name)
+            if param is None or param.shape != tensor.shape:
                 unfit.append(name)
+            else:
+                param.copy_(shard_like(tensor, param))
+
     if unfit or missing:
         names = unfit + sorted(missing)
-        raise InputError(f"{source} does not fit this model: {', '.join(names[:5])}.")
+        some = ", ".join(names[:5])
+        raise InputError(f"{source} does not fit this model: {some}.")

@@ -164,10 +164,12 @@ class Log:
 
     def write_figures(self, step: int, figures: dict[str, float]) -> Row:
         """Writes figures of a step to metrics.csv and the loggers, and returns the row, which may have had some."""
+        # names are checked here, as a misspelt one would be missing in the file without a word
         unknown = figures.keys() - set(COLUMNS)
         assert not unknown, f"metrics.csv has no column for {sorted(unknown)}: add it to HEADER in {__file__}"
+        # numpy's and torch's floats have another repr than Python's
         numbers = {}
-        for name, value in figures.items():  # numpy's and torch's floats have another repr than Python's
+        for name, value in figures.items():
             numbers[name] = value if isinstance(value, int) else float(value)
 
         # a row of its own, or the last one once more

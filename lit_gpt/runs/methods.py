@@ -1,14 +1,12 @@
-"""The fine-tuning methods: one line each, and the only list of them.
+"""The fine-tuning methods, and the only list of them.
 
-A method is a surgeon (lora.py, adapter.py, full.py), its settings, and the answer to 'which tensors train and are
-saved'. Everything else asks this table and never for a method's name.
+A method is a function that changes a built model in place (lora.py, adapter.py, full.py), its settings, and the choice
+of the tensors that train and are saved. Everything else asks this table and never for a method's name.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-from torch import nn
 
 from lit_gpt.adapter import Adapter, adapter_filter, adapter_v2_filter, apply_adapter, apply_adapter_v2
 from lit_gpt.full import Full, mark_chosen_as_trainable
@@ -21,22 +19,24 @@ class Method:
     """How one way of fine-tuning changes a model, and what of the model it trains."""
 
     name: str
-    """In the header of its files, and the stem of the script in finetune/."""
+    """It stands in the header of the method's files, and is the stem of its script in finetune/."""
     title: str
+    """For people: the heading of a report."""
     settings: type
-    """A dataclass; a script's parameter `flag` is one."""
+    """The dataclass of its settings."""
     flag: str
-    apply: Callable[[GPT, Any], nn.Module]
-    """Changes a loaded model in place and returns it, or the module that is now around it."""
+    """The parameter of a script's `main` that is such a dataclass."""
+    apply: Callable[[GPT, Any], Any]
+    """Changes a loaded model in place and returns it, or a module that is now around it."""
     filter: Callable[[str, Any], bool]
     """Whether a named parameter belongs to the method: these are saved."""
     trains_base: bool = False
-    """The base's own weights train. They need a dtype that can be trained and cannot be quantized; several devices
-    split them, and what is saved is a model of its own: a Hugging Face folder."""
+    """Whether the base's own weights train. They need a dtype that can be trained, and cannot be quantized; several
+    devices split them, and what is saved is a model of its own: a Hugging Face folder."""
 
 
 def in_place(surgeon: Callable[[GPT, Any], Any]) -> Callable[[GPT, Any], GPT]:
-    """A surgeon that returns the model, not the names of what it changed."""
+    """`surgeon` with the model as its result, in place of the names of what it changed."""
 
     def apply(model: GPT, settings: Any) -> GPT:
         surgeon(model, settings)
@@ -49,12 +49,38 @@ def every_parameter(key: str, value: Any = None) -> bool:
     return True
 
 
-METHODS = {
-    method.name: method
-    for method in (
-        Method("lora", "LoRA", LoRA, "lora", in_place(apply_lora), lora_filter),
-        Method("adapter", "LLaMA-Adapter", Adapter, "adapter", in_place(apply_adapter), adapter_filter),
-        Method("adapter_v2", "LLaMA-Adapter v2", Adapter, "adapter", in_place(apply_adapter_v2), adapter_v2_filter),
-        Method("full", "Full fine-tuning", Full, "full", in_place(mark_chosen_as_trainable), every_parameter, True),
-    )
-}
+LORA = Method(
+    name="lora",
+    title="LoRA",
+    settings=LoRA,
+    flag="lora",
+    apply=in_place(apply_lora),
+    filter=lora_filter,
+)
+ADAPTER = Method(
+    name="adapter",
+    title="LLaMA-Adapter",
+    settings=Adapter,
+    flag="adapter",
+    apply=in_place(apply_adapter),
+    filter=adapter_filter,
+)
+ADAPTER_V2 = Method(
+    name="adapter_v2",
+    title="LLaMA-Adapter v2",
+    settings=Adapter,
+    flag="adapter",
+    apply=in_place(apply_adapter_v2),
+    filter=adapter_v2_filter,
+)
+FULL = Method(
+    name="full",
+    title="Full fine-tuning",
+    settings=Full,
+    flag="full",
+    apply=in_place(mark_chosen_as_trainable),
+    filter=every_parameter,  # also the ones that were left frozen: what is saved is a whole model
+    trains_base=True,
+)
+# a new method is a line here, and a script in finetune/
+METHODS = {method.name: method for method in (LORA, ADAPTER, ADAPTER_V2, FULL)}

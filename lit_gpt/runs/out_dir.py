@@ -111,8 +111,10 @@ def start_run(fabric: "Fabric", out_dir: Path, settings: dict[str, Any]) -> None
 def delete_run(out_dir: Path) -> None:
     """Deletes what runs write, finished or killed, and nothing else."""
     patterns = [*FOLDERS, *FILES, *OTHERS]
-    patterns += [leftover.format(folder) for leftover in LEFTOVERS_OF_FOLDERS for folder in FOLDERS]
-    patterns += [leftover.format(file) for leftover in LEFTOVERS_OF_FILES for file in FILES]
+    for folder in FOLDERS:
+        patterns += [leftover.format(folder) for leftover in LEFTOVERS_OF_FOLDERS]
+    for file in FILES:
+        patterns += [leftover.format(file) for leftover in LEFTOVERS_OF_FILES]
     for pattern in patterns:
         for path in out_dir.glob(pattern):
             if path.is_dir():

@@ -43,18 +43,25 @@ def loss_figure(rows: list[Row]) -> "Figure":
 
     # each step, and their mean if there are enough of them for one
     window = len(steps) // 15
-    marker, alpha = (".", 0.8) if window < 2 else (None, 0.35)
-    axes.plot(steps, losses, color="tab:blue", alpha=alpha, linewidth=0.8, marker=marker, label="training, each step")
+    axes.plot(
+        steps,
+        losses,
+        color="tab:blue",
+        linewidth=0.8,
+        alpha=0.8 if window < 2 else 0.35,
+        marker="." if window < 2 else None,
+        label="training, each step",
+    )
     if window >= 2:
-        weights = np.array([row["trained_tokens"] or 1 for row in rows if row["loss"] is not None])
-        means = moving_mean(losses, weights, window)
+        weights = [row["trained_tokens"] or 1 for row in rows if row["loss"] is not None]
+        means = moving_mean(losses, np.array(weights), window)
         axes.plot(steps, means, color="tab:blue", linewidth=2, label=f"training, mean of {window:,} steps")
 
     # validations
     if len(val_steps):
         axes.plot(val_steps, val_losses, color="tab:orange", marker="o", linewidth=1, label="validation")
 
-    # how much of it is shown
+    # how much of it is shown, and a note of what is not
     notes = []
     if not finite.all():
         notes.append(f"{(~finite).sum():,} steps without a finite loss")
@@ -83,8 +90,13 @@ def columns_of(rows: list[Row], x: str, y: str) -> "tuple[np.ndarray, np.ndarray
     """Two columns of metrics.csv, without the rows in which `y` is empty."""
     import numpy as np
 
-    filled = [row for row in rows if row[y] is not None]
-    return np.array([row[x] for row in filled]), np.array([row[y] for row in filled], dtype=float)
+    xs = []
+    ys = []
+    for row in rows:
+        if row[y] is not None:
+            xs.append(row[x])
+            ys.append(row[y])
+    return np.array(xs), np.array(ys, dtype=float)
 
 
 def moving_mean(losses: "np.ndarray", weights: "np.ndarray", window: int) -> "np.ndarray":
@@ -96,9 +108,13 @@ def moving_mean(losses: "np.ndarray", weights: "np.ndarray", window: int) -> "np
 
     finite = np.isfinite(losses)
     weights = weights * finite
-    totals = np.convolve(weights, np.ones(window), "same")
-    sums = np.convolve(np.where(finite, losses, 0) * weights, np.ones(window), "same")
-    return np.divide(sums, totals, out=np.full(len(sums), np.nan), where=totals > 0)
+    losses = np.where(finite, losses, 0)  # 0 x NaN would be NaN
+
+    ones = np.ones(window)
+    totals = np.convolve(weights, ones, "same")
+    sums = np.convolve(losses * weights, ones, "same")
+    means = np.full(len(sums), np.nan)
+    return np.divide(sums, totals, out=means, where=totals > 0)
 
 
 def loss_limits(losses: "np.ndarray", val_losses: "np.ndarray") -> tuple[float, float]:
@@ -156,7 +172,9 @@ def draw_loss(out_dir: Path) -> str:
 
 
 def facts_table(facts: dict[str, str]) -> str:
-    rows = [(escape_markdown(name), escape_markdown(value)) for name, value in facts.items()]
+    rows = []
+    for name, value in facts.items():
+        rows.append((escape_markdown(name), escape_markdown(value)))
     return markdown_table(("", ""), rows)
 
 
@@ -191,7 +209,8 @@ def show_answers(answers: Sequence[AnswerPair]) -> None:
     console = Console(force_terminal=is_terminal, width=None if is_terminal else 100)
     for prompt, expected, before, after in answers:
         for label, text in (("prompt", prompt), ("expected", expected)):
-            console.print(Text.assemble((f"{label}: ", "bold"), without_escapes(text)))
+            heading = (f"{label}: ", "bold")
+            console.print(Text.assemble(heading, without_escapes(text)))
         table = Table("before", "after", box=box.SQUARE, expand=True, show_lines=True)
         for column in table.columns:
             column.ratio = 1
@@ -216,9 +235,20 @@ def report_run(
     """Prints the answers before and after, writes the report, and says where everything is; the first process does."""
     if not fabric.is_global_zero:
         return
-    answers = [(old.question, old.expected, old.answer, new.answer) for old, new in zip(before, after, strict=True)]
+    answers = []
+    for old, new in zip(before, after, strict=True):
+        answers.append((old.question, old.expected, old.answer, new.answer))
     show_answers(answers)
+
     facts = log.facts()
-    path = write_report(out_dir, title=title, command=command(), settings=settings, facts=facts, answers=answers)
-    best = "lowest validation loss" if "Validation loss" in facts else "as last: nothing was set aside to judge by"
-    print(f"Report: {path}. Weights: {out_dir / 'best'} ({best}), {out_dir / 'last'}.")
+    path = write_report(
+        out_dir,
+        title=title,
+        command=command(),
+        settings=settings,
+        facts=facts,
+        answers=answers,
+    )
+    has_val_loss = "Validation loss" in facts
+    reason = "lowest validation loss" if has_val_loss else "as last: nothing was set aside to judge by"
+    print(f"Report: {path}. Weights: {out_dir / 'best'} ({reason}), {out_dir / 'last'}.")

@@ -11,13 +11,14 @@ from torch import nn
 
 from lit_gpt.checkpoint.load import read_metadata, read_tensors
 from lit_gpt.checkpoint.save import save_tensors, write_files
-from lit_gpt.distributed import full_parameters, full_tensor, is_first, shard_like
+from lit_gpt.distributed import is_first
 from lit_gpt.errors import InputError
 from lit_gpt.files import new_folder, recover
 from lit_gpt.model.gpt import GPT
 from lit_gpt.runs.header import KEY, Header, read_header
 from lit_gpt.runs.load_finetuned import load_trained
 from lit_gpt.runs.methods import METHODS, Method
+from lit_gpt.sharding import full_parameters, full_tensor, shard_like
 
 STATE = "state.safetensors"  # what `last` holds besides the weights: the optimizer, and how far the run is
 NUMBER = " number"  # at the end of a name: the optimizer keeps this one as a plain number
@@ -35,7 +36,7 @@ class Checkpoints:
         self.out_dir = out_dir
         self.model = model
         self.header = header
-        self.method = METHODS[header.method] if method is None else method
+        self.method = method or METHODS[header.method]
         self.writes = is_first()
 
     def save(self, name: str) -> None:
@@ -47,30 +48,38 @@ class Checkpoints:
         """Saves the weights, and with them the optimizer and `progress`, which is JSON."""
         with self.open_folder(name) as folder:
             self.write_weights(folder)
-            tensors = name_state(optimizer.state_dict()["state"])  # its settings are the run's
+            # its settings are not saved: they are in hyperparameters.yaml, and the schedule follows the step
+            state = optimizer.state_dict()["state"]
+            tensors = name_state(state)
+            metadata = {"progress": json.dumps(progress)}
             if folder is not None:
-                save_tensors(tensors, folder / STATE, {"progress": json.dumps(progress)})
+                save_tensors(tensors, folder / STATE, metadata)
 
     def open_folder(self, name: str) -> AbstractContextManager[Path | None]:
         """The folder to write to in the first process, None in the others."""
-        return new_folder(self.out_dir / name) if self.writes else nullcontext()
+        if not self.writes:
+            return nullcontext()
+        return new_folder(self.out_dir / name)
 
     def write_weights(self, folder: Path | None) -> None:
         """Writes what the method trains as one file, or all weights as a Hugging Face folder."""
         weights = full_parameters(self.model, self.method.filter)
         metadata = {KEY: json.dumps(asdict(self.header))}
         if folder is None:
-            for _ in weights:  # putting a parameter together takes all processes
+            # putting together a parameter that is split takes all processes, also those that do not write it
+            for _ in weights:
                 pass
         elif self.method.trains_base:
             source = Path(self.header.checkpoint_dir)
             write_files(weights, self.model.config, source, folder, metadata=metadata)
         else:
-            save_tensors(dict(weights), folder / f"{self.header.method}.safetensors", metadata)
+            file = folder / f"{self.header.method}.safetensors"
+            save_tensors(dict(weights), file, metadata)
 
     def load(self, name: str) -> None:
         """Loads the weights of the folder `name` into the model."""
-        load_trained(self.model, self.out_dir / name, self.method)
+        folder = self.out_dir / name
+        load_trained(self.model, folder, self.method)
 
     def recover(self) -> None:
         """Clears away what a killed process left of a save."""
@@ -89,11 +98,13 @@ class Checkpoints:
         self.check_same_header(last)
         load_trained(self.model, last, self.method)
 
-        # the optimizer: what it keeps for a parameter is split among the devices as that parameter is
+        # the optimizer numbers the parameters through all its groups
         params: list[nn.Parameter] = []
         for group in optimizer.param_groups:
             params += group["params"]
-        state = nest_state(dict(read_tensors([last / STATE])))
+        # what it keeps for a parameter is split among the devices as that parameter is
+        tensors = dict(read_tensors([last / STATE]))
+        state = nest_state(tensors)
         for index, entry in state.items():
             param = params[index]
             for key, value in entry.items():
@@ -108,7 +119,9 @@ class Checkpoints:
         """Raises InputError if the run in `last` is not this one. Its base may have moved: it has a fingerprint."""
         saved = asdict(read_header(last))
         now = asdict(self.header)
-        changed = [key for key in saved if key != "checkpoint_dir" and saved[key] != now[key]]
+        for header in (saved, now):
+            del header["checkpoint_dir"]
+        changed = [key for key in saved if saved[key] != now[key]]
         if changed:
             raise InputError(f"{last} was trained with another {' and '.join(changed)}. Use the settings of that run.")
 
@@ -126,7 +139,9 @@ def name_state(state: dict[Any, Any], prefix: str = "") -> dict[str, torch.Tenso
         elif torch.is_tensor(value):
             tensors[name] = full_tensor(value)
         elif value is not None:
-            tensors[f"{name}{NUMBER}"] = torch.tensor(value)
+            # a file of tensors holds no plain numbers; the name says that it was one
+            name += NUMBER
+            tensors[name] = torch.tensor(value)
     return tensors
 
 
@@ -139,7 +154,8 @@ def nest_state(tensors: dict[str, torch.Tensor]) -> dict[int, dict[str, Any]]:
         for part in path:
             entry = entry.setdefault(part, {})
         if key.endswith(NUMBER):
-            entry[key.removesuffix(NUMBER)] = tensor.item()
+            key = key.removesuffix(NUMBER)
+            entry[key] = tensor.item()
         else:
             entry[key] = tensor
     return state

@@ -19,14 +19,20 @@ from torch.nn import functional as F
 
 from lit_gpt import InputError, Tokenizer
 from lit_gpt.checkpoint.load import load_model
-from lit_gpt.classifier.cached_states import cached_rows, hidden_rows, start_at
-from lit_gpt.classifier.features import check_scikit_learn, compute, fit_logistic_regression, in_batches
+from lit_gpt.classifier.cached_states import cached_rows, hidden_rows
+from lit_gpt.classifier.features import (
+    compute_features,
+    compute_logits,
+    fit_logistic_regression,
+    in_batches,
+    require_scikit_learn,
+)
 from lit_gpt.classifier.head import Classifier, ClassifierArgs, class_weights, mark_trainable
-from lit_gpt.classifier.scores import report, score
+from lit_gpt.classifier.scores import score_predictions, write_classifier_report
 from lit_gpt.classifier.sweep import check_sweep, saturation, steps_of, summarize
-from lit_gpt.classifier.texts import Texts, encode, read_labelled, split
+from lit_gpt.classifier.texts import Texts, read_labelled, split_texts, tokenize_texts
 from lit_gpt.cli import save_hyperparameters
-from lit_gpt.lora import lora_filter
+from lit_gpt.distributed import launch
 from lit_gpt.model.packing import Layout
 from lit_gpt.runs.out_dir import start_run
 from lit_gpt.train import TrainArgs
@@ -59,7 +65,7 @@ def csv_path(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def texts(csv_path, tiny_dir) -> Texts:
     data = read_labelled(csv_path, "text", "label")
-    ids = encode(data.texts, Tokenizer(tiny_dir), 12)
+    ids = tokenize_texts(data.texts, Tokenizer(tiny_dir), 12)
     return Texts(ids, data.labels, np.arange(len(ids)))
 
 
@@ -67,7 +73,7 @@ def classifier(tiny_dir: Path, dtype: torch.dtype = torch.float64, **args) -> Cl
     torch.manual_seed(0)
     args = ClassifierArgs(**args)
     model = Classifier(load_model(tiny_dir, dtype), 2, args).to(dtype)
-    mark_trainable(model, args, lora_filter)
+    mark_trainable(model, args)
     return model
 
 
@@ -120,8 +126,8 @@ def test_computed_once_is_computed_each_time(depth, tiny_dir, texts, tmp_path) -
     assert file.stat().st_mtime_ns == changed and again.shape != rows.shape
     cached_rows(file, "other base", late, texts, [depth], depth, 16)
     assert file.stat().st_mtime_ns != changed
-    start_at(late, depth, rows)
-    places = train.as_places(pooled=depth == 2)
+    late.start_from(depth, rows)
+    places = train.as_row_numbers(pooled=depth == 2)
     assert places.labels.tolist() == train.labels.tolist()
     for model, dataset in ((whole, train), (late, places)):
         model(*Layout.end_to_end([dataset[i] for i in range(4)])).backward()
@@ -137,7 +143,7 @@ def test_each_record_once_in_its_place(tiny_dir, texts) -> None:
     seen = np.concatenate([chosen for chosen, _, _ in in_batches(texts, 7)])
     assert sorted(seen) == list(range(len(texts)))
     model = classifier(tiny_dir)
-    got = compute(model.features, texts, 7)
+    got = compute_features(model, texts, 7)
     with torch.no_grad():
         for i in (0, 13, 59):
             assert np.abs(got[i] - alone(model, texts, i)[-1].numpy()).max() < 1e-5
@@ -167,9 +173,9 @@ def test_logistic_regression_is_that_of_scikit_learn(tiny_dir, texts) -> None:
         data = Texts([texts[i][0][:-1].numpy() for i in range(len(texts))], labels, np.arange(len(texts)))
         model = Classifier(load_model(tiny_dir), n_classes, ClassifierArgs(method="features"))
         fit_logistic_regression(model, data, 16)
-        features = StandardScaler().fit_transform(compute(model.features, data, 16).astype(np.float64))
+        features = StandardScaler().fit_transform(compute_features(model, data, 16).astype(np.float64))
         expected = LogisticRegression(max_iter=2000).fit(features, labels).predict_proba(features)
-        got = torch.from_numpy(compute(model.logits, data, 16)).softmax(1).numpy()
+        got = torch.from_numpy(compute_logits(model, data, 16)).softmax(1).numpy()
         assert np.abs(got - expected).max() < 1e-3
 
 
@@ -178,7 +184,7 @@ def test_scores() -> None:
 
     chance = np.random.default_rng(0)
     labels, predicted = chance.integers(0, 4, 100), chance.integers(0, 4, 100)
-    found = score(labels, predicted, 4)
+    found = score_predictions(labels, predicted, 4)
     assert found.accuracy == pytest.approx(accuracy_score(labels, predicted))
     assert found.f1.mean() == pytest.approx(f1_score(labels, predicted, average="macro"))
     assert (found.confusion == confusion_matrix(labels, predicted)).all()
@@ -189,24 +195,26 @@ def test_scores_without_a_class(tmp_path) -> None:
     from sklearn.metrics import f1_score
 
     labels, predicted = np.array([0, 1, 1, 0]), np.array([0, 1, 0, 0])
-    found = score(labels, predicted, 3)
+    found = score_predictions(labels, predicted, 3)
     expected = f1_score(labels, predicted, labels=[0, 1, 2], average="macro", zero_division=0)
     assert found.confusion.shape == (3, 3) and found.f1.mean() == pytest.approx(expected)
-    report(found, ["a", "b", "c"], tmp_path, "command", {})
+    write_classifier_report(found, ["a", "b", "c"], tmp_path, "command", {})
     assert "| F1 of c | 0.0000 |" in (tmp_path / "report.md").read_text()
 
 
 def test_split_keeps_equal_texts_together(csv_path) -> None:
     data = read_labelled(csv_path, "text", "label")
     doubled = data._replace(texts=data.texts * 2, labels=data.labels * 2, splits=data.splits * 2)
-    sides = split(doubled, 0.3, seed=1)
+    sides = split_texts(doubled, 0.3, seed=1)
     train, val = ({doubled.texts[i] for i in side} for side in sides)
     assert train.isdisjoint(val) and sum(map(len, sides)) == 120 and 30 <= len(sides[1]) <= 42
-    assert split(doubled, 0.3, seed=2)[1].tolist() != sides[1].tolist()
+    assert split_texts(doubled, 0.3, seed=2)[1].tolist() != sides[1].tolist()
     named = data._replace(splits=["val", None, "train"] * 20)
-    assert split(named, 0.3, 0)[1].tolist() == list(range(0, 60, 3))
+    assert split_texts(named, 0.3, 0)[1].tolist() == list(range(0, 60, 3))
     with pytest.raises(InputError, match="labelled 'down' are set aside"):  # records are up and down in turn
-        split(data._replace(splits=["train", "val"] * 30)._replace(names=["up", "down"], labels=[0, 1] * 30), 0.3, 0)
+        split_texts(
+            data._replace(splits=["train", "val"] * 30)._replace(names=["up", "down"], labels=[0, 1] * 30), 0.3, 0
+        )
 
 
 def test_an_overwritten_run_leaves_nothing(tmp_path) -> None:
@@ -217,7 +225,7 @@ def test_an_overwritten_run_leaves_nothing(tmp_path) -> None:
         (tmp_path / name).touch()
     for name in ("sweep.csv", "sweep.md", "sweep.png", "confusion.png", "hidden.safetensors"):
         (tmp_path / name).touch()
-    start_run(tmp_path, settings)
+    start_run(launch(), tmp_path, settings)
     assert {path.name for path in tmp_path.iterdir()} == {"hyperparameters.yaml", "seeds", "seed-0-notes"}
 
 
@@ -225,18 +233,17 @@ def test_a_sweep_goes_on_with_its_settings(tmp_path) -> None:
     settings = {"overwrite": False, "resume": True, "k": 1, "sweep_seeds": 3}
     save_hyperparameters(tmp_path / "hyperparameters.yaml", settings)
     (tmp_path / "sweep.csv").touch()
-    start_run(tmp_path, settings | {"sweep_seeds": 5})
+    start_run(launch(), tmp_path, settings | {"sweep_seeds": 5})
     with pytest.raises(InputError, match="k was 1, now 2"):
-        start_run(tmp_path, settings | {"k": 2})
+        start_run(launch(), tmp_path, settings | {"k": 2})
 
 
 def test_a_sweep_that_cannot_end_does_not_begin(monkeypatch) -> None:
     with pytest.raises(InputError, match="--sweep_seeds is 0"):
         check_sweep(0)
-    monkeypatch.setattr("lit_gpt.classifier.head.find_spec", lambda name: None)
+    monkeypatch.setattr("lit_gpt.packages.find_spec", lambda name: None)
     with pytest.raises(InputError, match="scikit-learn: pip install"):
-        check_scikit_learn()
-    monkeypatch.setattr("lit_gpt.runs.report.find_spec", lambda name: None)
+        require_scikit_learn()
     with pytest.raises(InputError, match="matplotlib: pip install"):
         check_sweep(1)
 
@@ -307,15 +314,15 @@ def test_texts_of_validation_and_test_are_not_trained_on(tmp_path, capsys) -> No
     for name in ("texts.json", "texts.parquet"):
         data = read_labelled(tmp_path / name, "text", "label")
         assert "Left out: 3 training texts that are validation texts too; 1 records of" in capsys.readouterr().err
-        sides = [[data.texts[i] for i in side] for side in split(data, 0.5, 0)]
+        sides = [[data.texts[i] for i in side] for side in split_texts(data, 0.5, 0)]
         assert sides == [["b", "e"], ["a", "c"]] and data.names == ["x", "y"]
 
 
 def test_cut_texts_are_counted(tiny_dir, capsys) -> None:
-    ids = encode(["one two three four five", "one"], Tokenizer(tiny_dir), 2)
+    ids = tokenize_texts(["one two three four five", "one"], Tokenizer(tiny_dir), 2)
     assert [len(each) for each in ids] == [2, 1] and "1 of 2 texts have more than 2 tokens" in capsys.readouterr().err
     with pytest.raises(InputError, match="half a surrogate"):
-        encode(["\ud83d"], Tokenizer(tiny_dir), 2)
+        tokenize_texts(["\ud83d"], Tokenizer(tiny_dir), 2)
 
 
 @pytest.mark.parametrize("method", ["last_k", "lora"])
@@ -397,8 +404,8 @@ def test_where_it_saturates() -> None:
         return [values | {"seed": str(i), "accuracy": str(a)} for i, a in enumerate(accuracies)]
 
     entries = summarize(rows("a", 1, 0.7, 0.7) + rows("b", 2, 0.92, 0.94) + rows("c", 3, 0.93, 0.95))
-    assert [entry["accuracy"] for entry in entries] == pytest.approx([0.7, 0.93, 0.94])
-    assert saturation(entries)["setting"] == "b"
+    assert [entry.accuracy for entry in entries] == pytest.approx([0.7, 0.93, 0.94])
+    assert saturation(entries).name == "b"
     assert list(steps_of(ClassifierArgs(), 6)) == ["features", "head", "last 1", "last 2", "last 4", "last 6"]
     assert asdict(steps_of(ClassifierArgs(), 6)["last 4"])["k"] == 4
     with pytest.raises(InputError, match="2 blocks"):

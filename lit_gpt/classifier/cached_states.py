@@ -1,10 +1,18 @@
-"""TODO doc of classifier.cached_states"""
+"""Hidden states that are computed once and kept in a file.
+
+Below the first trained block nothing changes, so that its input is the same in each epoch. It is stored as rows, and
+the records of a dataset then hold numbers of rows in place of tokens (`Texts.as_row_numbers`):
+
+    tokens     a0 a1 a2 ya b0 b1 yb      the records of a dataset, each with its label at the end
+    inputs      0  1  2     4  5         what goes into a block: the row of a token has the token's own number
+    features    0           1            normed and pooled, if no block is trained: one row for each record
+"""
 
 import hashlib
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,110 +21,135 @@ from torch import nn
 from lit_gpt.checkpoint.load import read_metadata, read_tensors
 from lit_gpt.checkpoint.save import save_tensors
 from lit_gpt.classifier.features import in_batches
-from lit_gpt.classifier.head import Classifier, pool_last
+from lit_gpt.classifier.head import Classifier
 from lit_gpt.classifier.texts import Texts
-
-# ---- what lies below the first trained block is computed once
-
-
-class Places(nn.Module):
-    """Stands for the embedding: its tokens are rows of what was computed, and it only remembers which."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight[:1] * 0, persistent=False)
-
-    def forward(self, idx: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
-        self.idx = idx
-        return self.weight[idx * 0]
-
-
-class Rows(nn.Module):
-    """Stands for the last of the frozen blocks: gives what it gave, (rows, C), for the tokens that are asked for."""
-
-    def __init__(self, block: nn.Module, rows: torch.Tensor, places: Places) -> None:
-        super().__init__()
-        self.rope, self.window = block.rope, block.window
-        self.register_buffer("rows", rows, persistent=False)
-        self.places = (places,)  # a tuple, since it is no part of this module
-
-    def forward(self, x: torch.Tensor, *others: Any) -> torch.Tensor:
-        return self.rows[self.places[0].idx]
-
-
-class Passed(nn.Module):
-    """A frozen block before that one."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.rope, self.window = block.rope, block.window
-
-    def forward(self, x: torch.Tensor, *others: Any) -> torch.Tensor:
-        return x
+from lit_gpt.files import whole_file
 
 
 @torch.no_grad()
-def hidden_rows(model: Classifier, texts: Texts, depths: Collection[int], size: int) -> dict[int, torch.Tensor]:
-    """What reaches some of the blocks, in one pass over all records.
+def hidden_rows(model: Classifier, texts: Texts, depths: Collection[int], batch_size: int) -> dict[int, torch.Tensor]:
+    """The hidden states at several depths, for all records that `texts` is chosen from, in one pass.
 
-    A depth below n_layer gives the input of that block for every token of the data, (n_tokens, C); n_layer gives the
-    pooled feature of every record, (n_records, C).
+    Depth i below n_layer is the input of block i for every token, (n_tokens, C). Depth n_layer is the pooled feature
+    of every record, (n_records, C). Both have the dtype and the device of the model's weights.
     """
-    blocks, weight = model.gpt.transformer.h, model.gpt.transformer.wte.weight
-    like = dict(dtype=weight.dtype, device=weight.device)
-    rows = {
-        d: torch.empty(len(texts.tokens if d < len(blocks) else texts.ends), weight.size(1), **like) for d in depths
-    }
-    places = torch.empty(0)
+    n_layer = model.gpt.config.n_layer
+    n_embd = model.gpt.config.n_embd
+    weight = model.gpt.transformer.wte.weight
+    device = weight.device
 
-    def keep(depth: int) -> Callable[[nn.Module, tuple], None]:
-        def hook(module: nn.Module, inputs: tuple) -> None:
-            rows[depth][places] = inputs[0][0]
+    # room for the rows
+    rows = {}
+    rows_of_block = {}
+    for depth in depths:
+        is_pooled = depth == n_layer
+        n_rows = len(texts.ends) if is_pooled else len(texts.tokens)
+        rows[depth] = weight.new_empty(n_rows, n_embd)
+        if not is_pooled:
+            block = model.gpt.transformer.h[depth]
+            rows_of_block[block] = rows[depth]
 
-        return hook
-
-    hooks = [blocks[depth].register_forward_pre_hook(keep(depth)) for depth in rows if depth < len(blocks)]
-    everything = texts.choose(np.arange(len(texts.ends)))
-    for chosen, idx, layout in in_batches(everything, size):
-        places = torch.from_numpy(np.concatenate([np.arange(*everything.span(i)) for i in chosen])).to(weight.device)
-        features = model.features(idx.to(weight.device), layout.to(weight.device))
-        if len(blocks) in rows:
-            rows[len(blocks)][torch.from_numpy(chosen).to(weight.device)] = features
-    for hook in hooks:
-        hook.remove()
+    # the pass over all records: on which side of the split one is differs from seed to seed
+    all_records = texts.choose(np.arange(len(texts.ends)))
+    for numbers, idx, layout in in_batches(all_records, batch_size):
+        token_numbers = torch.cat([torch.arange(*all_records.span(i)) for i in numbers])
+        with inputs_copied_to(rows_of_block, token_numbers.to(device)):
+            features = model.features(idx.to(device), layout.to(device))
+        if n_layer in rows:
+            record_numbers = torch.from_numpy(numbers).to(device)
+            rows[n_layer][record_numbers] = features
     return rows
 
 
-def start_at(model: Classifier, depth: int, rows: torch.Tensor) -> None:
-    """Makes a model begin at block `depth`, in place, on the tokens of `Texts.as_places(depth == n_layer)`."""
-    transformer = model.gpt.transformer
-    transformer.wte = Places(transformer.wte.weight)
-    for i in range(depth):
-        block = transformer.h[i]
-        transformer.h[i] = Passed(block) if i < depth - 1 else Rows(block, rows, transformer.wte)
-    if depth == len(transformer.h):  # the rows are features
-        transformer.ln_f, model.pool = nn.Identity(), pool_last
+@contextmanager
+def inputs_copied_to(rows_of_block: dict[nn.Module, torch.Tensor], numbers: torch.Tensor) -> Iterator[None]:
+    """Within it, each block copies its input (1, T, C) to the rows `numbers` (T,) of its tensor, before it runs."""
+
+    def copy_to(rows: torch.Tensor) -> Callable[[nn.Module, tuple], None]:
+        def hook(block: nn.Module, inputs: tuple) -> None:
+            rows[numbers] = inputs[0][0]
+
+        return hook
+
+    hooks = []
+    for block, rows in rows_of_block.items():
+        hooks.append(block.register_forward_pre_hook(copy_to(rows)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def cached_rows(
-    file: Path, base: str, model: Classifier, texts: Texts, depths: Collection[int], depth: int, size: int
+    file: Path,
+    base: str,
+    model: Classifier,
+    texts: Texts,
+    depths: Collection[int],
+    depth: int,
+    batch_size: int,
 ) -> tuple[torch.Tensor, float]:
-    """`hidden_rows` at `depth`, and the seconds they took to compute; `file` keeps those of all `depths`.
+    """The hidden states at `depth`, from `file`, and the seconds that they took.
 
-    `base` is the fingerprint of the model's weights.
+    If `file` has none for this model and these texts, they are computed first, at all of `depths`, and written.
+
+    Args:
+        file: hidden.safetensors of a run.
+        base: The fingerprint of the model's weights.
+        model: The whole model, before `start_from`.
+        texts: All records of the run, on whatever side.
+        depths: All depths that the run will ask for.
+        depth: One of them.
+        batch_size: Records per forward pass.
     """
-    what = (base, model.pool.__name__, model.gpt.config.name, str(model.gpt.transformer.wte.weight.dtype))
-    key = hashlib.sha256("\n".join(what).encode() + texts.tokens.tobytes()).hexdigest()
+    # compute, unless the file has them
+    key = key_of_rows(base, model, texts)
     header = read_metadata(file) if file.is_file() else {}
-    if header.get("key") != key or str(depth) not in header["depths"].split():
-        started = time.perf_counter()
-        rows = hidden_rows(model, texts, depths, size)
-        seconds = time.perf_counter() - started
-        header = {"key": key, "depths": " ".join(map(str, depths)), "seconds": str(seconds)}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors({str(at): values for at, values in rows.items()}, file.with_suffix(".tmp"), header)
-        file.with_suffix(".tmp").replace(file)
-    (rows,) = (values for name, values in read_tensors([file]) if name == str(depth))
-    weight = model.gpt.transformer.wte.weight
-    share = depth / model.gpt.config.n_layer  # of the blocks that the one pass went through
-    return rows.to(weight.device), float(header["seconds"]) * share
+    stored_depths = header["depths"].split() if header.get("key") == key else []
+    if str(depth) not in stored_depths:
+        header = write_rows(file, key, model, texts, depths, batch_size)
+
+    # read this depth alone: the others stay on the disk
+    stored = (tensor for name, tensor in read_tensors([file]) if name == str(depth))
+    rows = next(stored).to(model.gpt.transformer.wte.weight.device)
+
+    # the pass went through all blocks for all depths; this one's share of its seconds is that of the blocks below it
+    share = depth / model.gpt.config.n_layer
+    return rows, float(header["seconds"]) * share
+
+
+def key_of_rows(base: str, model: Classifier, texts: Texts) -> str:
+    """sha256 over all that the rows depend on: the weights and their dtype, the pooling, and the tokens."""
+    parts = (
+        base,
+        model.pool.__name__,
+        model.gpt.config.name,
+        str(model.gpt.transformer.wte.weight.dtype),
+    )
+    digest = hashlib.sha256("\n".join(parts).encode())
+    digest.update(texts.tokens.tobytes())
+    return digest.hexdigest()
+
+
+def write_rows(
+    file: Path,
+    key: str,
+    model: Classifier,
+    texts: Texts,
+    depths: Collection[int],
+    batch_size: int,
+) -> dict[str, str]:
+    """Computes the hidden states at all of `depths`, writes them to `file`, and returns the file's header."""
+    began = time.perf_counter()
+    rows = hidden_rows(model, texts, depths, batch_size)
+    header = {
+        "key": key,
+        "depths": " ".join(map(str, depths)),
+        "seconds": str(time.perf_counter() - began),
+    }
+    tensors = {str(depth): tensor for depth, tensor in rows.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(file) as temporary:
+        save_tensors(tensors, temporary, header)
+    return header

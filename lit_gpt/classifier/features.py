@@ -1,7 +1,6 @@
-"""TODO doc of classifier.features"""
+"""The outputs of a classifier for all records of a dataset, and the logistic regression that is fitted to them."""
 
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -9,46 +8,76 @@ import torch
 from lit_gpt.classifier.head import Classifier
 from lit_gpt.classifier.texts import Texts
 from lit_gpt.data.dataset import Dataset
-from lit_gpt.errors import InputError
 from lit_gpt.model.packing import Layout
+from lit_gpt.packages import require
 
 
-def in_batches(dataset: Dataset, size: int) -> Iterator[tuple[np.ndarray, torch.Tensor, Layout]]:
-    """(which records, their tokens, their layout): each record once, like lengths together."""
-    order = np.argsort([dataset.length(i) for i in range(len(dataset))], kind="stable")
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        yield chosen, *Layout.end_to_end([dataset[i] for i in chosen])
+def in_batches(dataset: Dataset, batch_size: int) -> Iterator[tuple[np.ndarray, torch.Tensor, Layout]]:
+    """Each record once: (the numbers of up to `batch_size` records, their tokens (1, T), their layout).
+
+    Records of like lengths come together.
+    """
+    order = np.argsort(dataset.lengths(), kind="stable")
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        records = [dataset[i] for i in numbers]
+        idx, layout = Layout.end_to_end(records)
+        yield numbers, idx, layout
+
+
+def compute_features(model: Classifier, dataset: Texts, batch_size: int) -> np.ndarray:
+    """The hidden state of each record, (len(dataset), C) float32."""
+    return compute_each(model.features, model, dataset, batch_size)
+
+
+def compute_logits(model: Classifier, dataset: Texts, batch_size: int) -> np.ndarray:
+    """The logits of each record, (len(dataset), n_classes) float32."""
+    return compute_each(model.logits, model, dataset, batch_size)
 
 
 @torch.inference_mode()
-def compute(of: Callable[[torch.Tensor, Layout], torch.Tensor], dataset: Dataset, size: int) -> np.ndarray:
-    """What `of` (a classifier's `logits` or `features`) gives for each record, (len(dataset), ...) float32."""
-    device = of.__self__.head[-1].weight.device
-    rows: list[np.ndarray] = [None] * len(dataset)
-    for chosen, idx, layout in in_batches(dataset, size):
-        for i, row in zip(chosen, of(idx.to(device), layout.to(device)).float().cpu().numpy(), strict=True):
-            rows[i] = row
-    return np.stack(rows)
+def compute_each(
+    function: Callable[[torch.Tensor, Layout], torch.Tensor], model: Classifier, dataset: Texts, batch_size: int
+) -> np.ndarray:
+    """The rows (N, ...) that a function of `model` gives for batches, in the order of the dataset and as float32."""
+    device = model.output_layer.weight.device
+    order = []
+    parts = []
+    for numbers, idx, layout in in_batches(dataset, batch_size):
+        rows = function(idx.to(device), layout.to(device))
+        order.append(numbers)
+        parts.append(rows.float().cpu().numpy())
+
+    # batches came by length: back to the order of the dataset
+    rows_by_length = np.concatenate(parts)
+    in_order = np.empty_like(rows_by_length)
+    in_order[np.concatenate(order)] = rows_by_length
+    return in_order
 
 
-def check_scikit_learn() -> None:
-    """Raises InputError where it is not installed."""
-    if find_spec("sklearn") is None:
-        raise InputError("--method features and --sweep need scikit-learn: pip install -e '.[classify]'")
+def require_scikit_learn() -> None:
+    """Raises InputError if it is not installed."""
+    require("sklearn", "classify", "A logistic regression (--method features or --sweep)")
 
 
 @torch.no_grad()
-def fit_logistic_regression(model: Classifier, train_data: Texts, size: int) -> None:
+def fit_logistic_regression(model: Classifier, train_data: Texts, batch_size: int) -> None:
     """Sets the head to a logistic regression on the standardized features of these texts."""
     from sklearn.linear_model import LogisticRegression
 
-    features = compute(model.features, train_data, size).astype(np.float64)
-    mean, std = features.mean(0), features.std(0) + 1e-6
-    found = LogisticRegression(max_iter=2000, class_weight="balanced" if model.class_weights is not None else None)
-    found.fit((features - mean) / std, train_data.labels)
-    weight, bias = found.coef_ / std, found.intercept_ - found.coef_ @ (mean / std)
-    if len(weight) == 1:  # two classes have one row: the logit of the second
-        weight, bias = np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])
-    model.head[-1].weight.copy_(torch.from_numpy(weight))
-    model.head[-1].bias.copy_(torch.from_numpy(bias))
+    # fit to standardized features, (n, C)
+    features = compute_features(model, train_data, batch_size).astype(np.float64)
+    mean = features.mean(0)
+    std = features.std(0) + 1e-6
+    class_weight = None if model.class_weights is None else "balanced"
+    regression = LogisticRegression(max_iter=2000, class_weight=class_weight)
+    regression.fit((features - mean) / std, train_data.labels)
+
+    # the same function of the features as they are: w (x - mean) / std + b = (w / std) x + (b - w mean / std)
+    weight = regression.coef_ / std
+    bias = regression.intercept_ - regression.coef_ @ (mean / std)
+    if len(weight) == 1:  # of two classes scikit-learn keeps one row, the logit of the second; the first is 0
+        weight = np.concatenate([0 * weight, weight])
+        bias = np.concatenate([0 * bias, bias])
+    model.output_layer.weight.copy_(torch.from_numpy(weight))
+    model.output_layer.bias.copy_(torch.from_numpy(bias))

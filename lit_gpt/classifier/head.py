@@ -1,13 +1,18 @@
-"""Classification: the last hidden state of a record goes to a small head of classes instead of tokens.
+"""Classification: the hidden state of a text goes to a small head of classes instead of the language model head.
 
-    tokens        a0 a1 a2 y          a record ends with its label y, the only token that is trained
-    trained                x
-    layout        target_index 2, target y
+A record is the tokens of a text and then one number more. That number is no token: it is the index of the text's
+class, which stands where the next token would, and so is the one thing that is trained.
 
-So a record of text and label is a record like any other: it is read, dealt out and computed by the same code. What
-stands at y is never looked at by anything, since attention looks back."""
+    idx             a0 a1 a2  y        a text of three tokens, and its class y
+    trained                   x
+    target_index          2            the hidden state that predicts y
+    target                    y
 
-from collections.abc import Callable, Sequence
+So texts with labels are batched, laid end to end and counted by the code that does it for tokens. The embedding of y
+is computed, too, but no other token attends to it, since attention is causal.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,29 +21,32 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lit_gpt.classifier.pooling import POOLINGS, pool_last
 from lit_gpt.errors import InputError
+from lit_gpt.lora import lora_filter
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.packing import Layout
+from lit_gpt.quantize import Quantize
 
-Method = Literal["features", "head", "last_k", "lora", "qlora", "full"]
+ClassifierMethod = Literal["features", "head", "last_k", "lora", "qlora", "full"]
 Pooling = Literal["last", "mean", "first"]
 
 
 @dataclass(frozen=True)
 class ClassifierArgs:
-    """What is trained of a classifier."""
+    """How much of a classifier is trained, and how its head looks."""
 
-    method: Method = "last_k"
+    method: ClassifierMethod = "last_k"
     """features: a logistic regression on hidden states that are computed once. head: the output layer alone. last_k:
     also the last k blocks and the final norm. lora: the output layer, and LoRA in the blocks. qlora: the same over a
     quantized base. full: all weights."""
     k: int = 1
-    """For last_k: how many blocks."""
+    """How many blocks the method last_k trains: the last ones."""
     head_layers: int = 0
-    """Hidden layers in the output layer."""
+    """How many hidden layers the head has before its output layer."""
     pooling: Pooling = "last"
-    """Which hidden state stands for a text: of its last token, the mean of all, or of its first. In a causal model the
-    first token knows nothing of the others."""
+    """Which hidden state stands for a text: that of its last token, the mean of all, or that of its first. In a causal
+    model the first token knows nothing of the others."""
     balanced: bool = False
     """Weigh each class by the inverse of how often it occurs, so that rare classes count as much."""
 
@@ -54,28 +62,49 @@ class ClassifierArgs:
     def uses_lora(self) -> bool:
         return self.method in ("lora", "qlora")
 
+    @property
+    def trains_base(self) -> bool:
+        """Whether weights of the GPT itself are trained, which float16 does not allow."""
+        return self.method in ("last_k", "full")
+
     def first_trained_block(self, n_layer: int) -> int:
-        """Below it nothing changes, so that its input can be computed once."""
+        """The number of the first block that changes in training; its input never does, if that is not block 0.
+
+        It is n_layer if no block changes. Raises InputError if the model has fewer than k blocks.
+        """
         if self.k > n_layer:
             raise InputError(f"--k is {self.k}, but the model has {n_layer} blocks.")
-        return {"features": n_layer, "head": n_layer, "last_k": n_layer - self.k}.get(self.method, 0)
+        if self.method in ("features", "head"):
+            return n_layer
+        if self.method == "last_k":
+            return n_layer - self.k
+        return 0
 
 
 @dataclass(frozen=True)
 class TrainedClassifier:
-    """What stands in the header of a trained classifier."""
+    """What a file of trained weights says about its classifier, so that the head can be built again."""
 
     args: dict[str, Any]
-    """Of ClassifierArgs."""
+    """The fields of ClassifierArgs."""
     lora: dict[str, Any] | None
+    """The fields of LoRA; they count if the method is lora or qlora."""
     names: list[str]
-    """Of the classes, in the order of the head's outputs."""
+    """The names of the classes, in the order of the head's outputs."""
     max_seq_length: int
     """Longer texts were cut to their first tokens."""
 
 
 class Classifier(nn.Module):
-    """A GPT without its language model head, and a head of classes in float32."""
+    """A GPT without its language model head, and a head of classes in float32.
+
+    It reads tokens. After `start_from` it reads the numbers of stored rows instead, and the part of the GPT that made
+    these rows is gone:
+
+        tokens                      embedding -> blocks -> final norm -> pooling -> head
+        inputs of block i           blocks from i on    -> final norm -> pooling -> head
+        features                                                                    head
+    """
 
     def __init__(
         self, gpt: GPT, n_classes: int, args: ClassifierArgs, class_weights: torch.Tensor | None = None
@@ -83,75 +112,114 @@ class Classifier(nn.Module):
         """`class_weights` (n_classes,) float32."""
         super().__init__()
         gpt.lm_head = None
-        self.gpt, self.pool = gpt, POOLINGS[args.pooling]
-        n_embd, device = gpt.config.n_embd, gpt.transformer.wte.weight.device
-        with torch.device(device):
-            hidden = [layer for _ in range(args.head_layers) for layer in (nn.Linear(n_embd, n_embd), nn.GELU())]
-            self.head = nn.Sequential(*hidden, nn.Linear(n_embd, n_classes))
+        self.gpt = gpt
+        self.pool = POOLINGS[args.pooling]
+
+        # the head, next to the GPT but not in its dtype: what trains is float32
+        n_embd = gpt.config.n_embd
+        layers: list[nn.Module] = []
+        with torch.device(gpt.transformer.wte.weight.device):
+            for _ in range(args.head_layers):
+                layers.append(nn.Linear(n_embd, n_embd))
+                layers.append(nn.GELU())
+            layers.append(nn.Linear(n_embd, n_classes))
+        self.head = nn.Sequential(*layers)
+
+        # buffers, so that they move with the model; not persistent, so that no file holds them
         self.register_buffer("class_weights", class_weights, persistent=False)
+        self.register_buffer("stored_rows", None, persistent=False)
+        self.first_block = 0
+
+    @property
+    def output_layer(self) -> nn.Linear:
+        """The last linear of the head: one output for each class."""
+        return self.head[-1]
+
+    def start_from(self, first_block: int, stored_rows: torch.Tensor) -> None:
+        """Makes `idx` hold row numbers from now on: inputs of block `first_block`, or features if that is n_layer.
+
+        The embedding and the blocks below are deleted, which frees their memory. `stored_rows` is (rows, C).
+        """
+        self.first_block = first_block
+        self.stored_rows = stored_rows
+        transformer = self.gpt.transformer
+        del transformer["wte"]
+        for i in range(first_block):
+            # an Identity that is never called keeps the numbers of the later blocks, and so the names in their files
+            transformer.h[i] = nn.Identity()
+        if first_block == self.gpt.config.n_layer:
+            del transformer["ln_f"]
 
     def features(self, idx: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """A hidden state (N, C) per record of idx (1, T)."""
-        return self.pool(self.gpt.transformer.ln_f(self.gpt.hidden(idx, layout=layout))[0], layout)
+        """The hidden state of each record, (N, C), from the tokens or row numbers idx (1, T)."""
+        # stored features have passed the final norm and the pooling already
+        if self.first_block == self.gpt.config.n_layer:
+            return pool_last(self.stored_rows[idx[0]], layout)
+
+        if self.stored_rows is None:
+            x = self.gpt.hidden(idx, layout=layout)  # (1, T, C)
+        else:
+            x = self.hidden_from_block(self.stored_rows[idx], layout)
+        x = self.gpt.transformer.ln_f(x)
+        return self.pool(x[0], layout)
+
+    def hidden_from_block(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """The output of the last block, (1, T, C), from the input of the first one that is left, (1, T, C)."""
+        positions = self.gpt.positions(x, layout=layout)
+        return self.gpt.run_blocks(x, positions, first_block=self.first_block)
 
     def logits(self, idx: torch.Tensor, layout: Layout) -> torch.Tensor:
         """(N, n_classes), in the order of the layout's targets."""
-        return self.head(self.features(idx, layout).to(self.head[-1].weight.dtype))
+        features = self.features(idx, layout)
+        return self.head(features.to(self.output_layer.weight.dtype))
 
     def forward(self, idx: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """The summed loss of the records, a scalar; weighted where there are class weights."""
-        return F.cross_entropy(self.logits(idx, layout), layout.target, self.class_weights, reduction="sum")
+        """The summed loss of the records, a scalar, in which each counts as much as its class weighs."""
+        logits = self.logits(idx, layout)
+        return F.cross_entropy(logits, layout.target, self.class_weights, reduction="sum")
 
 
-def pool_last(x: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """(T, C) -> (N, C)"""
-    return x.index_select(0, layout.target_index)
-
-
-def pool_first(x: torch.Tensor, layout: Layout) -> torch.Tensor:
-    return x[[parts[0][0] for parts in spans(layout)]]
-
-
-def pool_mean(x: torch.Tensor, layout: Layout) -> torch.Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    rows = [torch.cat([x[start:end] for start, end in parts]).mean(0, dtype=wide) for parts in spans(layout)]
-    return torch.stack(rows) if rows else x[:0]
-
-
-def spans(layout: Layout) -> list[list[tuple[int, int]]]:
-    """Where the tokens of each record are, without its label: in a shared prefix, where it has one, and in its own."""
-    if layout.n_targets == 0:  # a device's turn without records
-        return []
-    prefixes = {segment.prefix_start for segment in layout.segments if segment.prefix_length}
-    own = [s for s in layout.segments if s.prefix_length or s.start not in prefixes]
-    parts = [[(s.prefix_start, s.prefix_start + s.prefix_length), (s.start, s.start + s.length - 1)] for s in own]
-    return [[(start, end) for start, end in part if end > start] for part in parts]
-
-
-POOLINGS: dict[str, Callable[[torch.Tensor, Layout], torch.Tensor]] = {
-    "last": pool_last,
-    "first": pool_first,
-    "mean": pool_mean,
-}
-
-
-def mark_trainable(model: Classifier, args: ClassifierArgs, is_lora: Callable[[str], bool]) -> None:
-    """Says which parameters train: of last_k the blocks from `first_trained_block` on, and the final norm."""
-    first = args.first_trained_block(model.gpt.config.n_layer)
+def mark_trainable(model: Classifier, args: ClassifierArgs) -> None:
+    """Freezes all parameters but those that the method trains."""
+    first_block = args.first_trained_block(model.gpt.config.n_layer)
     for name, param in model.named_parameters():
-        parts = name.split(".")
-        if parts[0] == "head":
-            param.requires_grad = True
-        elif args.uses_lora:
-            param.requires_grad = is_lora(name)
-        elif args.method == "full":
-            param.requires_grad = True
-        else:
-            in_block = parts[2] == "h" and int(parts[3]) >= first
-            param.requires_grad = args.method == "last_k" and (in_block or parts[2] == "ln_f")
+        param.requires_grad = trains_parameter(args, name, first_block)
 
 
-def class_weights(labels: Sequence[int], balanced: bool) -> torch.Tensor | None:
-    """The inverse of each class's share, such that the mean over these texts is 1; None where all count alike."""
+def trains_parameter(args: ClassifierArgs, name: str, first_block: int) -> bool:
+    """Whether the method trains a parameter: head.0.weight, gpt.transformer.h.3.norm_1.weight ..."""
+    if name.startswith("head."):
+        return True
+    if args.uses_lora:
+        return lora_filter(name)
+    if args.method != "last_k":
+        return args.method == "full"
+
+    # last_k: gpt.transformer.ln_f.weight, and gpt.transformer.h.N... from the first block on
+    part, number = name.split(".")[2:4]
+    if part == "h":
+        return int(number) >= first_block
+    return part == "ln_f"
+
+
+def class_weights(labels: Sequence[int] | np.ndarray, balanced: bool) -> torch.Tensor | None:
+    """The inverse of each class's share, (n_classes,) float32, with a mean of 1 over these texts; None is all alike."""
+    if not balanced:
+        return None
     counts = np.bincount(labels)
-    return torch.tensor(len(labels) / (len(counts) * counts), dtype=torch.float32) if balanced else None
+    weights = len(labels) / (len(counts) * counts)
+    return torch.tensor(weights, dtype=torch.float32)
+
+
+def resolve_quantize(args: ClassifierArgs, quantize: Quantize | None, sweep: bool) -> Quantize | None:
+    """How the base of a run is quantized: for qlora as `quantize` says, where None is bnb.nf4; for all others not.
+
+    Raises:
+        InputError: `quantize` says how, but nothing in this run has a quantized base.
+    """
+    has_quantized_base = args.method == "qlora" and not sweep  # a sweep goes from the head to all blocks, without LoRA
+    if quantize is not None and not has_quantized_base:
+        raise InputError("--quantize is for --method qlora, and nothing else here has a quantized base. Leave it out.")
+    if not has_quantized_base:
+        return None
+    return quantize or "bnb.nf4"

@@ -1,5 +1,10 @@
-"""Using a trained classifier again."""
+"""A classifier in files: `last` and `best` of its run, and the model that is built from them again.
 
+`CLASSIFIER` is to classifiers what a line of `runs/methods.py` is to a method that writes text. It is handed to
+`Checkpoints` and `load_finetuned` from here, since runs know no classifier.
+"""
+
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -7,38 +12,77 @@ import torch
 from lit_gpt.classifier.head import Classifier, ClassifierArgs, TrainedClassifier, mark_trainable
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.errors import InputError
-from lit_gpt.lora import LoRA, apply_lora, lora_filter
+from lit_gpt.lora import LoRA, apply_lora
 from lit_gpt.model.gpt import GPT
-from lit_gpt.runs.finetuned import is_peft, load_finetuned, read_description
+from lit_gpt.quantize import quantization
+from lit_gpt.runs.header import Header, is_peft, read_header
+from lit_gpt.runs.load_finetuned import load_finetuned
 from lit_gpt.runs.methods import Method
+from lit_gpt.runs.saves import Checkpoints
 
 
 def as_classifier(model: GPT, trained: TrainedClassifier) -> Classifier:
+    """A classifier around a base model, changed in place, as it was before its trained weights are loaded."""
     args = ClassifierArgs(**trained.args)
     if args.uses_lora:
-        apply_lora(model, LoRA(**trained.lora))
+        apply_lora(model, LoRA(**(trained.lora or {})))
     classifier = Classifier(model, len(trained.names), args)
-    mark_trainable(classifier, args, lora_filter)
+    mark_trainable(classifier, args)
     return classifier
 
 
 def requires_grad(key: str, value: torch.Tensor) -> bool:
+    """Whether a parameter is saved: a classifier keeps those that its own method trains."""
     return value.requires_grad
 
 
-CLASSIFIER = Method("classifier", "Classifier", TrainedClassifier, "classifier", as_classifier, requires_grad)
+CLASSIFIER = Method(
+    name="classifier",
+    title="Classifier",
+    settings=TrainedClassifier,
+    flag="classifier",
+    apply=as_classifier,
+    filter=requires_grad,
+)
+
+
+def new_classifier_checkpoints(
+    folder: Path,
+    model: Classifier,
+    trained: TrainedClassifier,
+    checkpoint_dir: Path,
+    base: str,
+    tokenizer: Tokenizer,
+) -> Checkpoints:
+    """The folders `last` and `best` of a classifier's run. `base` is the fingerprint of the model's weights."""
+    header = Header(
+        method=CLASSIFIER.name,
+        settings=asdict(trained),
+        checkpoint_dir=str(checkpoint_dir),
+        base=base,
+        tokenizer=tokenizer.fingerprint,
+        prompt_style="none",  # texts are classified as they are
+        quantize=quantization(model.gpt),
+    )
+    return Checkpoints(folder, model, header, CLASSIFIER)
 
 
 def load_classifier(
-    checkpoint_dir: Path | None, finetuned_dir: Path, dtype: torch.dtype | None, device: torch.device | None
+    checkpoint_dir: Path | None,
+    finetuned_dir: Path,
+    dtype: torch.dtype | None,
+    device: torch.device | None,
 ) -> tuple[Classifier, Tokenizer, TrainedClassifier]:
-    """A classifier, its tokenizer, and what it was trained to do.
+    """A trained classifier, its tokenizer, and what it was trained to do.
+
+    `checkpoint_dir` None is the base that it was trained on.
 
     Raises:
         InputError: see `load_finetuned`; or no classifier was trained there.
     """
-    methods = {CLASSIFIER.name: CLASSIFIER}
-    if is_peft(finetuned_dir) or read_description(finetuned_dir).method != CLASSIFIER.name:
+    if is_peft(finetuned_dir) or read_header(finetuned_dir).method != CLASSIFIER.name:
         raise InputError(f"{finetuned_dir} holds no classifier: use generate/base.py.")
-    model, description = load_finetuned(checkpoint_dir, finetuned_dir, dtype, device, methods=methods)
-    return model, Tokenizer(checkpoint_dir or description.checkpoint_dir), TrainedClassifier(**description.settings)
+    methods = {CLASSIFIER.name: CLASSIFIER}
+    model, header = load_finetuned(checkpoint_dir, finetuned_dir, dtype, device, methods=methods)
+    tokenizer = Tokenizer(checkpoint_dir or header.checkpoint_dir)
+    return model, tokenizer, TrainedClassifier(**header.settings)

@@ -1,9 +1,20 @@
-"""How much of a classifier to train: from the output layer alone to all blocks, drawn against what it costs."""
+"""How much of a classifier to train: from the output layer alone to all blocks, drawn against what it costs.
+
+A sweep trains every setting once per seed, each seed with other texts for validation, and keeps a row for each in
+sweep.csv as soon as it is done, so that an interrupted sweep goes on where it ended:
+
+    setting,seed,trained,minutes,accuracy,f1
+    TF-IDF,0,4252,0.001,0.9625,0.962         words alone, without a model
+    features,0,1154,0.67,0.9,0.899
+    head,0,1154,0.67,0.7125,0.71
+    last 1,0,3541826,0.74,...
+"""
 
 import csv
+import io
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING
@@ -11,160 +22,247 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lit_gpt.classifier.head import ClassifierArgs
-from lit_gpt.classifier.scores import Scores, score
-from lit_gpt.classifier.texts import Labelled
+from lit_gpt.classifier.scores import Scores, score_predictions
+from lit_gpt.classifier.texts import ClassifierData, LabelledTexts, split_texts
+from lit_gpt.display.figures import new_row, require_drawing, save_figure
+from lit_gpt.display.tables import markdown_table
 from lit_gpt.errors import InputError
 from lit_gpt.files import write_whole
-from lit_gpt.runs.report import check_can_draw
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BASELINE = "TF-IDF"
 COLUMNS = ("setting", "seed", "trained", "minutes", "accuracy", "f1")
 
+TrainOne = Callable[[ClassifierArgs, int, Path], Scores]
+"""Trains a classifier with a seed in a folder of its own, and returns its scores."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting of a sweep, over all of its seeds."""
+
+    name: str
+    trained: int
+    """The number of trained parameters."""
+    minutes: float
+    """The mean over the seeds, as are accuracy and F1."""
+    accuracy: float
+    spread: float
+    """The standard deviation of the accuracy over the seeds; 0 if there is one seed."""
+    f1: float
+
 
 def steps_of(classifier: ClassifierArgs, n_layer: int) -> dict[str, ClassifierArgs]:
-    """A logistic regression, the output layer, and with it the last 1, 2, 4 ... and all blocks."""
-    powers = [2**i for i in range(n_layer.bit_length()) if 2**i < n_layer]
+    """The settings of a sweep: those of `classifier`, but for how much is trained.
+
+    That is a logistic regression, the output layer, and with it the last 1, 2, 4 ... and all blocks.
+    """
     steps = {
         "features": replace(classifier, method="features", head_layers=0),
         "head": replace(classifier, method="head"),
     }
-    return steps | {f"last {k}": replace(classifier, method="last_k", k=k) for k in (*powers, n_layer)}
+    k = 1
+    while k < n_layer:
+        steps[f"last {k}"] = replace(classifier, method="last_k", k=k)
+        k *= 2
+    steps[f"last {n_layer}"] = replace(classifier, method="last_k", k=n_layer)
+    return steps
 
 
 def check_sweep(n_seeds: int) -> None:
-    """Raises InputError where a sweep could not begin or not be drawn."""
+    """Raises InputError if a sweep could not begin, or its figure not be drawn."""
     if n_seeds < 1:
         raise InputError(f"--sweep_seeds is {n_seeds}, expected 1 or more.")
-    check_can_draw()
+    require_drawing()
 
 
-def sweep_steps(
-    train_one: Callable[[ClassifierArgs, int, Path], Scores],
-    steps: dict[str, ClassifierArgs],
-    data: Labelled,
-    sides: Callable[[int], tuple[np.ndarray, np.ndarray]],
-    seeds: Sequence[int],
-    out_dir: Path,
+def run_sweep(
+    train_one: TrainOne, steps: dict[str, ClassifierArgs], data: ClassifierData, seeds: Sequence[int], out_dir: Path
 ) -> None:
-    """Trains each step once per seed, prints a table and draws sweep.png. What sweep.csv has already is not repeated.
-
-    `train_one(classifier, seed, folder)` gives the scores; `sides(seed)` which texts it trains on and which not.
-    """
+    """Trains each step once per seed, prints a table and draws sweep.png. Rows that sweep.csv has are not repeated."""
     path = out_dir / "sweep.csv"
     rows = read_rows(path)
+    done = {(row["setting"], row["seed"]) for row in rows}
     for seed in seeds:
-        train, val = sides(seed)
-        for name, classifier in ({BASELINE: None} | steps).items():
-            if any(row["setting"] == name and row["seed"] == str(seed) for row in rows):
+        for name in (BASELINE, *steps):
+            if (name, str(seed)) in done:
                 continue
-            if classifier is None:
-                scores = word_baseline(data, train, val)
+            if name == BASELINE:
+                train, val = split_texts(data.labelled, data.val_fraction, seed)
+                scores = word_baseline(data.labelled, train, val)
             else:
-                scores = train_one(classifier, seed, out_dir / f"seed-{seed}-{name.replace(' ', '-')}")
-            found = (name, str(seed), scores.trained, scores.minutes, scores.accuracy, scores.f1.mean())
-            rows.append({key: str(value) for key, value in zip(COLUMNS, found, strict=True)})
-            write_rows(path, rows)
-    entries = summarize(rows)
-    (out_dir / "sweep.md").write_text(table(entries) + "\n", encoding="utf-8")
-    sweep_figure(entries).savefig(out_dir / "sweep.png")
-    enough = saturation([entry for entry in entries if entry["setting"] != BASELINE])
-    print(f"{table(entries)}\n\nEnough: {enough['setting']}. Plot: {out_dir / 'sweep.png'}")
+                folder = out_dir / f"seed-{seed}-{name.replace(' ', '-')}"
+                scores = train_one(steps[name], seed, folder)
+            rows.append(row_of(name, seed, scores))
+            write_rows(path, rows)  # after each one, for a sweep that is interrupted
+    report_sweep(summarize(rows), out_dir)
+
+
+def report_sweep(settings: Sequence[Setting], out_dir: Path) -> None:
+    """Prints the table of a sweep, and writes it to sweep.md and its figure to sweep.png."""
+    table = sweep_table(settings)
+    plot = out_dir / "sweep.png"
+    write_whole(out_dir / "sweep.md", f"{table}\n")
+    save_figure(sweep_figure(settings), plot)
+    trained = [setting for setting in settings if setting.name != BASELINE]
+    print(f"{table}\n\nEnough: {saturation(trained).name}. Plot: {plot}")
+
+
+# ---- sweep.csv
+
+
+def row_of(name: str, seed: int, scores: Scores) -> dict[str, str]:
+    """A row of sweep.csv; its F1 is the mean over the classes."""
+    return {
+        "setting": name,
+        "seed": str(seed),
+        "trained": str(scores.trained),
+        "minutes": str(scores.minutes),
+        "accuracy": str(scores.accuracy),
+        "f1": str(scores.f1.mean()),
+    }
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of sweep.csv; none if the sweep has not begun."""
     if not path.is_file():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def write_rows(path: Path, rows: Sequence[dict]) -> None:
-    lines = [",".join(COLUMNS), *(",".join(str(row[name]) for name in COLUMNS) for row in rows)]
-    write_whole(path, "\n".join(lines) + "\n")
+def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
 
 
-def summarize(rows: Iterable[dict[str, str]]) -> list[dict]:
-    """One entry per setting: mean and standard deviation of the accuracy over the seeds, mean minutes."""
-    groups: dict[str, list[dict[str, str]]] = {}
+# ---- what the rows say
+
+
+def summarize(rows: Iterable[dict[str, str]]) -> list[Setting]:
+    """The settings of these rows, each over all of its seeds."""
+    # in the order in which the settings come first
+    rows_of_setting: dict[str, list[dict[str, str]]] = {}
     for row in rows:
-        groups.setdefault(row["setting"], []).append(row)
+        group = rows_of_setting.setdefault(row["setting"], [])
+        group.append(row)
 
-    def spread(values: list[float]) -> float:
-        return stdev(values) if len(values) > 1 else 0.0
-
-    return [
-        {
-            "setting": setting,
-            "trained": int(group[0]["trained"]),
-            "minutes": mean(float(row["minutes"]) for row in group),
-            "accuracy": mean(float(row["accuracy"]) for row in group),
-            "spread": spread([float(row["accuracy"]) for row in group]),
-            "f1": mean(float(row["f1"]) for row in group),
-            "seeds": len(group),
-        }
-        for setting, group in groups.items()
-    ]
+    settings = []
+    for name, group in rows_of_setting.items():
+        accuracies = [float(row["accuracy"]) for row in group]
+        setting = Setting(
+            name=name,
+            trained=int(group[0]["trained"]),
+            minutes=mean(float(row["minutes"]) for row in group),
+            accuracy=mean(accuracies),
+            spread=stdev(accuracies) if len(accuracies) > 1 else 0.0,
+            f1=mean(float(row["f1"]) for row in group),
+        )
+        settings.append(setting)
+    return settings
 
 
-def saturation(entries: Sequence[dict]) -> dict:
+def saturation(settings: Sequence[Setting]) -> Setting:
     """The cheapest setting whose accuracy is within the spread over seeds (at least half a point) of the best one's."""
-    best = max(entries, key=lambda entry: entry["accuracy"])
-    good = [entry for entry in entries if entry["accuracy"] >= best["accuracy"] - max(best["spread"], 0.005)]
-    return min(good, key=lambda entry: entry["minutes"])
+    best = max(settings, key=lambda setting: setting.accuracy)
+    enough = best.accuracy - max(best.spread, 0.005)
+    good = [setting for setting in settings if setting.accuracy >= enough]
+    return min(good, key=lambda setting: setting.minutes)
 
 
-def table(entries: Sequence[dict]) -> str:
-    """Markdown."""
-    lines = ["| trained | parameters | minutes | accuracy | F1 |", "|---|---|---|---|---|"]
-    for e in entries:
-        accuracy = f"{100 * e['accuracy']:.1f} % ± {100 * e['spread']:.1f}"
-        lines.append(f"| {e['setting']} | {e['trained']:,} | {e['minutes']:.2f} | {accuracy} | {e['f1']:.3f} |")
-    return "\n".join(lines)
+def sweep_table(settings: Sequence[Setting]) -> str:
+    """The settings as a table in Markdown."""
+    rows = []
+    for setting in settings:
+        row = (
+            setting.name,
+            f"{setting.trained:,}",
+            f"{setting.minutes:.2f}",
+            f"{100 * setting.accuracy:.1f} % ± {100 * setting.spread:.1f}",
+            f"{setting.f1:.3f}",
+        )
+        rows.append(row)
+    return markdown_table(("trained", "parameters", "minutes", "accuracy", "F1"), rows)
 
 
-def sweep_figure(entries: Sequence[dict]) -> "Figure":
+def sweep_figure(settings: Sequence[Setting]) -> "Figure":
     """Accuracy against minutes and against trained parameters; the ring is where it saturates."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
 
-    figure = Figure(figsize=(10, 4.5), dpi=100, layout="constrained")
-    tuned = [entry for entry in entries if entry["setting"] != BASELINE]
-    base = [entry for entry in entries if entry["setting"] == BASELINE]
-    enough = saturation(tuned)
-    for axes, key, label in zip(figure.subplots(1, 2, sharey=True), ("minutes", "trained"), ("minutes", "parameters")):
-        shown = [entry for entry in tuned if entry[key] > 0]
-        walk = [entry for entry in shown if entry["setting"] != "features"]  # which is beside the way, not on it
-        axes.plot(*zip(*((entry[key], 100 * entry["accuracy"]) for entry in walk)), color="tab:blue", linewidth=1)
-        for entry in shown:
-            at = (entry[key], 100 * entry["accuracy"])
-            axes.errorbar(*at, 100 * entry["spread"], marker="o", capsize=3, linewidth=1, color="tab:blue")
-            axes.annotate(entry["setting"], at, xytext=(4, -12), textcoords="offset points", fontsize="small")
-        axes.plot(enough[key], 100 * enough["accuracy"], "o", markersize=15, fillstyle="none", color="tab:red")
-        for entry in base:
-            axes.axhline(100 * entry["accuracy"], color="tab:gray", linestyle="--", linewidth=1, label=BASELINE)
-        axes.set(xscale="log", xlabel=f"{label}, logarithmic")
-        if key == "minutes":  # 2, not 2 x 10^0
-            axes.xaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
-    figure.axes[0].set_ylabel("accuracy on held-out texts, %")
+    # the two plots
+    figure, (minutes, parameters) = new_row(10, 4.5, n_plots=2)
+    draw_sweep(minutes, settings, cost_of=lambda setting: setting.minutes)
+    draw_sweep(parameters, settings, cost_of=lambda setting: setting.trained)
+
+    # their axes
+    minutes.set(xlabel="minutes, logarithmic")
+    minutes.xaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())  # 2, not 2 x 10^0
+    minutes.set_ylabel("accuracy on held-out texts, %")
+    parameters.set(xlabel="parameters, logarithmic")
+    parameters.legend(frameon=False, loc="lower right")
     return figure
 
 
-def word_baseline(data: Labelled, train: np.ndarray, val: np.ndarray) -> Scores:
-    """A logistic regression on the TF-IDF weights of words and pairs of words: what needs no model at all."""
+def draw_sweep(axes: "Axes", settings: Sequence[Setting], cost_of: Callable[[Setting], float]) -> None:
+    """Draws the accuracy of settings over what they cost, with the baseline as a horizontal line."""
+    trained = [setting for setting in settings if setting.name != BASELINE]
+    shown = [setting for setting in trained if cost_of(setting) > 0]  # the axis is logarithmic
+
+    # a line from the head to all blocks; `features` is another way to train the head, and no point of it
+    line = [setting for setting in shown if setting.name != "features"]
+    costs = [cost_of(setting) for setting in line]
+    percents = [100 * setting.accuracy for setting in line]
+    axes.plot(costs, percents, color="tab:blue", linewidth=1)
+
+    # every setting, with its name and its spread
+    for setting in shown:
+        x = cost_of(setting)
+        y = 100 * setting.accuracy
+        spread = 100 * setting.spread
+        axes.errorbar(x, y, spread, marker="o", capsize=3, linewidth=1, color="tab:blue")
+        axes.annotate(setting.name, (x, y), xytext=(4, -12), textcoords="offset points", fontsize="small")
+
+    # the ring, and the baseline
+    enough = saturation(trained)
+    x = cost_of(enough)
+    y = 100 * enough.accuracy
+    axes.plot(x, y, "o", markersize=15, fillstyle="none", color="tab:red")
+    for setting in settings:
+        if setting.name == BASELINE:
+            y = 100 * setting.accuracy
+            axes.axhline(y, color="tab:gray", linestyle="--", linewidth=1, label=BASELINE)
+    axes.set(xscale="log")
+    axes.grid(alpha=0.3)
+
+
+# ---- what needs no model
+
+
+def word_baseline(data: LabelledTexts, train: np.ndarray, val: np.ndarray) -> Scores:
+    """The scores of a logistic regression on the TF-IDF weights of words and pairs of words."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    since = time.perf_counter()
+    began = time.perf_counter()
     words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2)
     model = make_pipeline(words, LogisticRegression(C=10, max_iter=2000))
-    model.fit([data.texts[i] for i in train], [data.labels[i] for i in train])
-    predicted = model.predict([data.texts[i] for i in val])
-    trained = model[-1].coef_.size + model[-1].intercept_.size
-    return score(np.array(data.labels)[val], predicted, len(data.names), trained, time.perf_counter() - since)
+    train_texts = [data.texts[i] for i in train]
+    train_labels = [data.labels[i] for i in train]
+    val_texts = [data.texts[i] for i in val]
+    model.fit(train_texts, train_labels)
+    predicted = model.predict(val_texts)
+    regression = model[-1]
+    return score_predictions(
+        labels=np.array(data.labels)[val],
+        predicted=predicted,
+        n_classes=len(data.names),
+        trained=regression.coef_.size + regression.intercept_.size,
+        seconds=time.perf_counter() - began,
+    )

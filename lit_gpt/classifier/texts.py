@@ -1,5 +1,6 @@
-"""TODO doc of classifier.texts"""
+"""Texts and their labels: read from a file, tokenized, split into those to train on and those to score by."""
 
+import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class TextArgs:
     max_seq_length: int = 512
     """Longer texts are cut to their first tokens."""
     val_fraction: float = 0.2
-    """Share of the distinct texts that is set aside for validation, where no record says val. The scores are of
+    """Share of the distinct texts that is set aside for validation, if no record says val. The scores are those of
     these texts; since the first eval_records of them also choose `best`, they are a little optimistic."""
 
     def __post_init__(self) -> None:
@@ -40,46 +41,105 @@ class TextArgs:
             raise InputError(f"--val_fraction is {self.val_fraction}, expected more than 0 and less than 1.")
 
 
+class Row(NamedTuple):
+    """A text and its label, as the file has them."""
+
+    text: str
+    label: str
+    split: str | None
+
+
+class LabelledTexts(NamedTuple):
+    """Texts and labels as they were read; entry i of each list belongs to record i."""
+
+    texts: list[str]
+    labels: list[int]
+    """Numbers of classes."""
+    names: list[str]
+    """The names of the classes: a label is an index here."""
+    splits: list[str | None]
+    """train, val, or None: the file leaves it to chance."""
+
+
 class Texts(Dataset):
-    """Texts and labels as tokens in memory, with all that `train.fit` asks of a dataset."""
+    """Texts and labels as tokens in memory, in the arrays of a `Dataset`: each label stands where the next token would.
+
+    `records` are the numbers of those that belong to this dataset, of all that its arrays hold.
+    """
 
     def __init__(self, records: Sequence[np.ndarray], labels: Sequence[int], chosen: np.ndarray) -> None:
+        """`records` hold the tokens of each text, (T,); `chosen` the numbers of those that the dataset begins with."""
         self.meta = {"prompt_style": "none"}
-        self.tokens = np.concatenate([np.append(ids, label) for ids, label in zip(records, labels, strict=True)])
-        self.ends = np.cumsum([len(ids) + 1 for ids in records])
+        with_labels = []
+        for ids, label in zip(records, labels, strict=True):
+            with_labels.append(np.append(ids, label))
+        self.tokens = np.concatenate(with_labels)
+        self.ends = np.cumsum([len(ids) for ids in with_labels])
         self.trained = np.zeros(len(self.tokens), np.uint8)
         self.trained[self.ends - 1] = 1
         self.records = chosen
 
     def choose(self, chosen: np.ndarray) -> "Texts":
-        """Others of the same records."""
-        other = object.__new__(Texts)
-        vars(other).update(vars(self) | {"records": chosen})
+        """A dataset of other records in the same arrays, which are not copied."""
+        other = copy.copy(self)
+        other.records = chosen
         return other
 
-    def as_places(self, pooled: bool) -> "Texts":
-        """With the number of each token, or of each whole record, in place of the token; labels stay."""
+    def as_row_numbers(self, pooled: bool) -> "Texts":
+        """The same records for a classifier that starts from stored rows: its numbers in place of tokens; labels stay.
+
+        There is a row for each token; if the rows are `pooled`, there is one for each record, which then is that
+        number and its label.
+        """
         if pooled:
-            labels = self.tokens[self.ends - 1]
-            return Texts([np.array([i]) for i in range(len(labels))], labels, self.records)
+            all_labels = self.tokens[self.ends - 1]
+            numbers = np.arange(len(self.ends)).reshape(-1, 1)
+            return Texts(list(numbers), all_labels, self.records)
         other = self.choose(self.records)
-        other.tokens = np.where(self.trained, self.tokens, np.arange(len(self.tokens)))
+        numbers = np.arange(len(self.tokens))
+        other.tokens = np.where(self.trained, self.tokens, numbers)
         return other
 
     @property
     def labels(self) -> np.ndarray:
+        """The class of each record, (len(self),)."""
         return self.tokens[self.ends[self.records] - 1]
 
 
-class Labelled(NamedTuple):
-    texts: list[str]
-    labels: list[int]
-    names: list[str]
-    """Of the classes; a label is its index here."""
-    splits: list[str | None]
+@dataclass(frozen=True)
+class ClassifierData:
+    """All records of a run, as text and as tokens, and the way they are split for each seed."""
+
+    labelled: LabelledTexts
+    texts: Texts
+    max_seq_length: int
+    """Longer texts were cut to their first tokens."""
+    val_fraction: float
+
+    def split(self, seed: int) -> tuple[Texts, Texts]:
+        """The records to train on and those to validate with. Raises InputError: see `split_texts`."""
+        train, val = split_texts(self.labelled, self.val_fraction, seed)
+        return self.texts.choose(train), self.texts.choose(val)
 
 
-def read_labelled(path: Path, text_key: str, label_key: str) -> Labelled:
+def load_texts(args: TextArgs, tokenizer: Tokenizer, block_size: int) -> ClassifierData:
+    """Reads and tokenizes texts for a model of this `block_size`.
+
+    Raises:
+        InputError: see `read_labelled` and `tokenize_texts`.
+    """
+    labelled = read_labelled(args.data_path, args.text_key, args.label_key)
+    max_seq_length = min(args.max_seq_length, block_size)
+    ids = tokenize_texts(labelled.texts, tokenizer, max_seq_length)
+    return ClassifierData(
+        labelled=labelled,
+        texts=Texts(ids, labelled.labels, np.arange(len(ids))),
+        max_seq_length=max_seq_length,
+        val_fraction=args.val_fraction,
+    )
+
+
+def read_labelled(path: Path, text_key: str, label_key: str) -> LabelledTexts:
     """Texts and labels of a file or data set; a column `split` may say train or val.
 
     Left out are records that say test, and training texts that are validation texts too.
@@ -87,10 +147,12 @@ def read_labelled(path: Path, text_key: str, label_key: str) -> Labelled:
     Raises:
         InputError: unreadable, a record without these keys or without text, or fewer than two classes.
     """
-    rows, n_test = [], 0
+    # every record but those of the split test
+    rows: list[Row] = []
+    n_test = 0
     for number, record in enumerate(read_records(path), 1):
-        side = read_split(record.get("split"), f"{path}, record {number}")
-        if side == "other":
+        split = read_split(record.get("split"), f"{path}, record {number}")
+        if split == "other":
             n_test += 1
             continue
         missing = [key for key in (text_key, label_key) if record.get(key) in (None, "")]
@@ -99,55 +161,87 @@ def read_labelled(path: Path, text_key: str, label_key: str) -> Labelled:
                 f"{path}, record {number} has no {' and no '.join(missing)}; it has {', '.join(map(str, record))}."
                 " Name the columns with --text_key and --label_key."
             )
-        rows.append((str(record[text_key]), str(record[label_key]), side))
-    val_texts = {text for text, _, side in rows if side == "val"}
-    kept = [row for row in rows if row[2] == "val" or row[0] not in val_texts]
+        row = Row(str(record[text_key]), str(record[label_key]), split)
+        rows.append(row)
+
+    # a text that is scored is not trained on
+    val_texts = {row.text for row in rows if row.split == "val"}
+    kept = [row for row in rows if row.split == "val" or row.text not in val_texts]
     if n_test or len(kept) < len(rows):
         twice = f"{len(rows) - len(kept):,} training texts that are validation texts too"
-        say(f"Left out: {twice}; {n_test:,} records of split test.")
-    names = sorted({label for _, label, _ in kept})
+        print_on_first(f"Left out: {twice}; {n_test:,} records of split test.")
+
+    # classes are numbered in the order of their names
+    names = sorted({row.label for row in kept})
     if len(names) < 2:
         raise InputError(f"{path} has {len(names)} kinds of {label_key}, expected two or more.")
-    index = {name: i for i, name in enumerate(names)}
-    texts, labels, splits = zip(*kept)
-    return Labelled(list(texts), [index[label] for label in labels], names, list(splits))
+    number_of = {name: number for number, name in enumerate(names)}
+    return LabelledTexts(
+        texts=[row.text for row in kept],
+        labels=[number_of[row.label] for row in kept],
+        names=names,
+        splits=[row.split for row in kept],
+    )
 
 
-def encode(texts: Sequence[str], tokenizer: Tokenizer, limit: int) -> list[np.ndarray]:
-    """The first `limit` tokens of each text. Raises InputError for a text without any."""
-    encoded = [tokens.ids for tokens in tokenizer.encode_batch([as_text(text, "A text") for text in texts])]
-    empty = [number for number, ids in enumerate(encoded, 1) if not ids]
-    if empty:
-        raise InputError(f"Text {empty[0]} has no tokens: nothing to classify. Leave it out.")
-    if cut := sum(len(ids) > limit for ids in encoded):
-        say(f"{cut:,} of {len(texts):,} texts have more than {limit:,} tokens: they are cut to their first {limit:,}.")
-    return [np.asarray(ids[:limit], np.int64) for ids in encoded]
+def tokenize_texts(texts: Sequence[str], tokenizer: Tokenizer, max_seq_length: int) -> list[np.ndarray]:
+    """The first `max_seq_length` tokens of each text, (T,) int64. Raises InputError for a text without any."""
+    # all at once, which the tokenizer does in parallel
+    checked = [as_text(text, "A text") for text in texts]
+    all_ids = [tokens.ids for tokens in tokenizer.encode_batch(checked)]
+
+    # texts that have too few tokens, and too many
+    n_cut = 0
+    for number, ids in enumerate(all_ids, 1):
+        if not ids:
+            raise InputError(f"Text {number} has no tokens: nothing to classify. Leave it out.")
+        if len(ids) > max_seq_length:
+            n_cut += 1
+    if n_cut:
+        print_on_first(
+            f"{n_cut:,} of {len(texts):,} texts have more than {max_seq_length:,} tokens: they are cut to their first"
+            f" {max_seq_length:,}."
+        )
+    return [np.asarray(ids[:max_seq_length], np.int64) for ids in all_ids]
 
 
-def say(line: str) -> None:
+def print_on_first(line: str) -> None:
+    """Prints a line to stderr, once for all processes of a run."""
     if is_first():
         print(line, file=sys.stderr)
 
 
-def split(data: Labelled, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(training, validation) records: by their column, else at random; a text is never on both sides.
+def split_texts(data: LabelledTexts, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of the (training, validation) records: by their column, else at random. Equal texts stay together.
 
     Raises:
         InputError: a side is empty, or there is nothing to learn a class from.
     """
+    # which side
     if "val" in data.splits:
-        val = np.array([name == "val" for name in data.splits])
+        is_val = np.array([split == "val" for split in data.splits])
     else:
-        _, group = np.unique(np.array(data.texts, dtype=object).astype(str), return_inverse=True)
-        n_groups = group.max() + 1
-        chosen = np.random.default_rng(seed).permutation(n_groups)[: max(1, round(val_fraction * n_groups))]
-        val = np.isin(group, chosen)
-    if val.all() or not val.any():
+        is_val = draw_validation(data.texts, val_fraction, seed)
+    if is_val.all() or not is_val.any():
         raise InputError("All texts are on one side of the split. Change --val_fraction or the column split.")
-    train = np.flatnonzero(~val)
-    if unseen := set(data.labels) - {data.labels[i] for i in train}:
+
+    # a class that is in none of the training texts cannot be learned
+    train = np.flatnonzero(~is_val)
+    trained_labels = {data.labels[i] for i in train}
+    unseen = set(data.labels) - trained_labels
+    if unseen:
         raise InputError(
             f"All texts labelled {data.names[min(unseen)]!r} are set aside for validation. Change --val_fraction,"
             " --seed or the column split, or leave them out."
         )
-    return train, np.flatnonzero(val)
+    return train, np.flatnonzero(is_val)
+
+
+def draw_validation(texts: Sequence[str], val_fraction: float, seed: int) -> np.ndarray:
+    """Whether each text is set aside, (n,) bool: a share of the distinct texts, and at least one of them."""
+    # distinct texts are numbered, and numbers drawn: so equal texts are on the same side
+    _, number_of_text = np.unique(np.array(texts), return_inverse=True)
+    n_distinct = number_of_text.max() + 1
+    n_val = max(1, round(val_fraction * n_distinct))
+    in_random_order = np.random.default_rng(seed).permutation(n_distinct)
+    return np.isin(number_of_text, in_random_order[:n_val])

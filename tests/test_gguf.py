@@ -36,7 +36,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 import lit_gpt.formats.gguf_reader
 from lit_gpt.checkpoint.load import load_model
 from lit_gpt.errors import InputError
-from lit_gpt.formats.gguf_reader import FILES, convert_gguf
+from lit_gpt.formats.gguf_reader import WRITTEN_FILES, convert_gguf
 from lit_gpt.formats.gguf_tokenizer import build_tokenizer, special_ids
 
 ROOT = Path(__file__).parents[1]
@@ -230,7 +230,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def test_tiny_model_comes_back_bit_for_bit(tied: bool, tmp_path: Path) -> None:
     model = tiny_model(tie_word_embeddings=tied)
     folder = converted(tmp_path, gguf_metadata(), gguf_tensors(model))
-    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(WRITTEN_FILES)
     stored, expected = load_file(folder / "model.safetensors"), model.state_dict()
     assert stored.keys() == expected.keys() - ({"lm_head.weight"} if tied else set())
     assert [name for name in stored if not torch.equal(stored[name], expected[name])] == []
@@ -427,7 +427,7 @@ def test_nothing_is_left_of_an_interrupted_run(tmp_path: Path, monkeypatch: pyte
 
     made = lit_gpt.formats.gguf_reader.hf_tensor
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(lit_gpt.gguf, "hf_tensor", interrupt)
+        patch.setattr(lit_gpt.formats.gguf_reader, "hf_tensor", interrupt)
         convert_gguf(path, target)
     assert list(tmp_path.glob("*tiny*")) == [path]
 

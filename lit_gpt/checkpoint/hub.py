@@ -1,25 +1,24 @@
 """Checkpoints from the Hugging Face hub, or a mirror of it (HF_ENDPOINT or HF_HUB_ENDPOINT)."""
 
-import hashlib
+import http
 import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_gpt import families
 from lit_gpt.checkpoint.save import COMPANIONS
 from lit_gpt.config import Config, read_json
+from lit_gpt.download import DownloadError, DownloadRefused, Expected, size_of
+from lit_gpt.download import download as download_file
 from lit_gpt.errors import InputError
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-# in this order: the first kind of which there is a file is taken. Not what other libraries put beside it
+# (weights, their index): the first pattern of weights with a match wins. Files of other libraries match none of them
 WEIGHTS = (
     ("model-*.safetensors", "model.safetensors.index.json"),
     ("model.safetensors", "model.safetensors.index.json"),
@@ -27,183 +26,276 @@ WEIGHTS = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 LARGEST = 50e9  # bytes of a file that the hub hands out over plain HTTP
+SLOW_TO_COMPARE = 1e7  # bytes of a file whose comparison is announced
 
 
-class File(NamedTuple):
+@dataclass(frozen=True)
+class File:
+    """A file of a repository, as the hub lists it."""
+
     name: str
+    """Its path in the repository, with / on every system."""
     size: int
     sha256: str | None = None
-    """What the hub says of large files."""
+    """Known for large files, which git keeps elsewhere (LFS)."""
     blob_id: str | None = None
-    """git's name of the content, for the small ones."""
+    """git's name of the content: known for small files."""
+
+    @property
+    def expected(self) -> Expected:
+        return Expected(size=self.size, sha256=self.sha256, git_blob_id=self.blob_id)
+
+
+@dataclass(frozen=True)
+class Repository:
+    """One commit of a repository on the hub: every file comes from it, whatever is pushed meanwhile."""
+
+    repo_id: str
+    revision: str | None
+    """The branch, tag or commit that was asked for."""
+    commit: str | None
+    """Its commit; None if a mirror does not tell."""
+    files: list[File]
+    endpoint: str
+    token: str | None
 
 
 def download(repo_id: str, folder: Path, revision: str | None, token: str | None, tokenizer_only: bool) -> list[File]:
     """Puts a repository's weights, tokenizer and settings into `folder`, and nothing else of it.
 
-    Files appear under their names when they are whole; what is there already, byte for byte, is not fetched again,
-    what was cut off goes on where it ended. config.json comes first: a model that no family knows costs nothing more.
-    All files are those of one commit, whatever is pushed meanwhile.
+    Files appear under their names when they are whole. A file that is there already, byte for byte, is not fetched
+    again; one that was cut off goes on where it ended.
 
     Raises:
         InputError: no such repository or revision, no permission, an unknown architecture, too little space, no
-            network, a file that is not what the hub says, or a folder with other weights.
+            network, a file that is not as the hub says, or a folder with other weights.
     """
-    from huggingface_hub import HfApi, hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
+    # what there is, and what of it is needed
+    repository = look_up(repo_id, revision, token)
+    files = choose_files(repository.files, tokenizer_only)
+    configs = [file for file in files if file.name == "config.json"]
+    others = [file for file in files if file.name != "config.json"]
 
-    api = HfApi(endpoint=os.environ.get("HF_HUB_ENDPOINT"), token=token)
-    with explained(repo_id, revision):
-        info = api.model_info(repo_id, revision=revision, files_metadata=True)
-    lfs = {file.rfilename: file.lfs.sha256 for file in info.siblings if file.lfs}
-    files = [File(file.rfilename, file.size or 0, lfs.get(file.rfilename), file.blob_id) for file in info.siblings]
-    wanted = choose(files, tokenizer_only)
-
-    def partial(file: File) -> Path:
-        """Where its parts wait, for a second run too: hf_hub_download begins again."""
-        path = folder / file.name
-        return path.with_name(f".{path.name}.{(file.sha256 or file.blob_id or str(file.size))[:12]}.partial")
-
-    def fetch(file: File) -> None:
-        partial(file).parent.mkdir(exist_ok=True)
-        url = hf_hub_url(repo_id, file.name, revision=info.sha or revision, endpoint=api.endpoint)
-        with explained(repo_id, revision), open(partial(file), "ab") as temp:
-            http_get(
-                url,
-                temp,
-                resume_size=temp.tell(),
-                headers=build_hf_headers(token=token),
-                expected_size=file.size,
-                displayed_filename=file.name,
-            )
-        check(partial(file), file)
-        partial(file).replace(folder / file.name)
-
-    config = next((file for file in wanted if file.name == "config.json"), None)
+    # what can be refused before anything is fetched
     if not tokenizer_only:
-        if config is None:
+        if not configs:
             raise InputError(f"{repo_id} has no config.json, so that nothing says what its weights are.")
-        check_weights(repo_id, folder, wanted)
+        check_sizes(repo_id, folder, files)
+        check_other_weights(repo_id, folder, files)
+
+    # config.json comes first: a model that no family knows costs nothing more
     folder.mkdir(parents=True, exist_ok=True)
-    if config is not None:
-        fetch(config)
-        complete_config(folder / "config.json", repo_id)
+    for file in configs:
+        fetch(repository, file, folder)
+        complete_config(folder / file.name, repo_id)
     if not tokenizer_only:
         Config.from_checkpoint(folder)
-        if not any(fnmatch(file.name, kind) for file in wanted for kind, _ in WEIGHTS):
-            raise InputError(f"{repo_id} has no model.safetensors and no pytorch_model.bin, whole or in parts.")
-    if any(file.size > 1e7 and (folder / file.name).is_file() for file in wanted):
-        print(f"Comparing the files in {folder} with the hub's.", file=sys.stderr)
-    missing = [file for file in wanted if file is not config and difference(folder / file.name, file)]
-    here = sum(partial(file).stat().st_size for file in missing if partial(file).is_file())
-    left, free = sum(file.size for file in missing) - here, shutil.disk_usage(folder).free
-    if left > free:
-        raise InputError(f"{repo_id} takes {left / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free.")
-    for file in missing:  # parts of two commits must not stand side by side, should this end early
+        check_has_weights(repo_id, files)
+
+    # all that is not there yet, if it fits
+    missing = missing_files(folder, others)
+    check_space(repo_id, folder, missing)
+    for file in missing:  # should this end early, files of two commits must not stand side by side
         (folder / file.name).unlink(missing_ok=True)
     for file in missing:
-        fetch(file)
-    return wanted
+        fetch(repository, file, folder)
+    return files
 
 
-def check_weights(repo_id: str, folder: Path, wanted: Sequence[File]) -> None:
-    """Raises InputError where the weights cannot be fetched, or others in the folder would be read in their place."""
-    if huge := [file for file in wanted if file.size > LARGEST]:
-        raise InputError(
-            f"{huge[0].name} holds {huge[0].size / 1e9:.0f} GB; over plain HTTP the hub gives {LARGEST / 1e9:.0f}. Use"
-            f" its own client: pip install hf_xet, then hf download {repo_id} --local-dir {folder}"
-        )
-    names = {file.name for file in wanted}
-    kinds = ("lit_model*", *(pattern for kind in WEIGHTS for pattern in kind))
-    if others := sorted({path.name for kind in kinds for path in folder.glob(kind)} - names):
+def look_up(repo_id: str, revision: str | None, token: str | None) -> Repository:
+    """Asks the hub for the list of files.
+
+    Raises:
+        InputError: no such repository or revision, no permission, or no network.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=os.environ.get("HF_HUB_ENDPOINT"), token=token)
+    with hub_errors_explained(repo_id, revision):
+        info = api.model_info(repo_id, revision=revision, files_metadata=True)
+    files = []
+    for entry in info.siblings:
+        sha256 = entry.lfs.sha256 if entry.lfs else None
+        files.append(File(entry.rfilename, entry.size or 0, sha256, entry.blob_id))
+    return Repository(repo_id, revision, commit=info.sha, files=files, endpoint=api.endpoint, token=token)
+
+
+def choose_files(files: Sequence[File], tokenizer_only: bool) -> list[File]:
+    """The tokenizer and the settings; unless `tokenizer_only`, also the weights, in one format."""
+    names = [file.name for file in files]
+    patterns = list(COMPANIONS)
+    if not tokenizer_only:
+        for weights_pattern, index in WEIGHTS:
+            if matching_names(names, weights_pattern):
+                patterns += [weights_pattern, index]
+                break
+    chosen: set[str] = set()
+    for pattern in patterns:
+        chosen.update(matching_names(names, pattern))
+    return [file for file in files if file.name in chosen]
+
+
+def matching_names(file_names: Iterable[str], pattern: str) -> list[str]:
+    """The paths in the repository that are of this pattern, in which * does not reach into other folders."""
+    depth = pattern.count("/")
+    return [name for name in file_names if fnmatch(name, pattern) and name.count("/") == depth]
+
+
+def check_sizes(repo_id: str, folder: Path, files: Iterable[File]) -> None:
+    """Raises InputError for a file that is too large for plain HTTP."""
+    for file in files:
+        if file.size > LARGEST:
+            raise InputError(
+                f"{file.name} holds {file.size / 1e9:.0f} GB; over plain HTTP the hub gives {LARGEST / 1e9:.0f}. Use"
+                f" its own client: pip install hf_xet, then hf download {repo_id} --local-dir {folder}"
+            )
+
+
+def check_other_weights(repo_id: str, folder: Path, files: Iterable[File]) -> None:
+    """Raises InputError for weights in the folder that are not the repository's: they might be read instead."""
+    patterns = ["lit_model*"]
+    for pair in WEIGHTS:
+        patterns += pair
+    there = set()
+    for pattern in patterns:
+        there |= {path.name for path in folder.glob(pattern)}
+    others = sorted(there - {file.name for file in files})
+    if others:
         raise InputError(
             f"{folder} holds {others[0]}, which is not among the files of {repo_id}: it would be read in their place."
             " Delete it, or name another --checkpoint_dir."
         )
 
 
+def check_has_weights(repo_id: str, files: Iterable[File]) -> None:
+    """Raises InputError if none of these files are weights."""
+    patterns = [weights_pattern for weights_pattern, _ in WEIGHTS]
+    names = [file.name for file in files]
+    if not any(matching_names(names, pattern) for pattern in patterns):
+        raise InputError(f"{repo_id} has no model.safetensors and no pytorch_model.bin, whole or in parts.")
+
+
 def complete_config(path: Path, repo_id: str) -> None:
     """Writes into config.json what only the model's name says, so that the folder may have any name."""
     hf = read_json(path)
-    if found := families.exceptions(hf, repo_id.split("/")[-1]):
-        hf |= {"rope_scaling": found["rope_scaling"], "max_position_embeddings": found["block_size"]}
+    settings = families.exceptions(hf, repo_id.split("/")[-1])
+    if settings:
+        hf |= {"rope_scaling": settings["rope_scaling"], "max_position_embeddings": settings["block_size"]}
         path.write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
 
 
-def choose(files: Sequence[File], tokenizer_only: bool) -> list[File]:
-    """The weights in one format, the tokenizer and the settings."""
-    names = [file.name for file in files]
-    patterns = list(COMPANIONS)
-    if not tokenizer_only:
-        patterns += next((kind for kind in WEIGHTS if any(fits(name, kind[0]) for name in names)), ())
-    return [file for file in files if any(fits(file.name, pattern) for pattern in patterns)]
+def missing_files(folder: Path, files: Iterable[File]) -> list[File]:
+    """The files that are not in the folder as the hub says that they are."""
+    if any(file.size > SLOW_TO_COMPARE and (folder / file.name).is_file() for file in files):
+        print(f"Comparing the files in {folder} with the hub's.", file=sys.stderr)
+    return [file for file in files if file.expected.difference(folder / file.name)]
 
 
-def fits(name: str, pattern: str) -> bool:
-    """Whether a path is of this pattern, in which * stays in its folder."""
-    return fnmatch(name, pattern) and name.count("/") == pattern.count("/")
+def check_space(repo_id: str, folder: Path, files: Iterable[File]) -> None:
+    """Raises InputError if the disk cannot take what these files still lack."""
+    n_bytes = sum(file.size - size_of(partial_path(folder, file)) for file in files)
+    free = shutil.disk_usage(folder).free
+    if n_bytes > free:
+        raise InputError(f"{repo_id} takes {n_bytes / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free.")
 
 
-def difference(path: Path, file: File) -> str | None:
-    """What is at `path` where it is not what the hub says: None is the file itself."""
-    if not path.is_file():
-        return "nothing"
-    if (size := path.stat().st_size) != file.size:
-        return f"{size:,} bytes"
-    expected = file.sha256 or file.blob_id
-    if expected is None:  # a mirror that knows sizes alone
-        return None
-    digest = hashlib.sha256() if file.sha256 else hashlib.sha1(b"blob %d\0" % size)
-    with open(path, "rb") as content:
-        while part := content.read(2**24):
-            digest.update(part)
-    return None if digest.hexdigest() == expected else digest.hexdigest()
+def partial_path(folder: Path, file: File) -> Path:
+    """The place of a file that has not arrived whole. Its name tells the content: a later run goes on with it.
+
+    hf_hub_download starts every attempt anew: https://github.com/huggingface/huggingface_hub/issues/4196
+    """
+    content = file.sha256 or file.blob_id or str(file.size)
+    path = folder / file.name
+    return path.with_name(f".{path.name}.{content[:12]}.partial")
 
 
-def check(path: Path, file: File) -> None:
-    """Raises InputError, and deletes the file, where it is not what the hub says."""
-    if found := difference(path, file):
-        path.unlink(missing_ok=True)
-        expected = file.sha256 or file.blob_id if len(found) in (40, 64) else f"{file.size:,} bytes"
-        raise InputError(f"{path} arrived as {found}, expected {expected}. Run it again.")
+def fetch(repository: Repository, file: File, folder: Path) -> None:
+    """Downloads one file into the folder, where it appears when it is whole and as the hub says.
+
+    Raises:
+        InputError: see `download`.
+    """
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
+
+    repo_id = repository.repo_id
+    revision = repository.commit or repository.revision
+    path = folder / file.name
+    path.parent.mkdir(exist_ok=True)
+    with hub_errors_explained(repo_id, repository.revision):
+        download_file(
+            hf_hub_url(repo_id, file.name, revision=revision, endpoint=repository.endpoint),
+            path,
+            expected=file.expected,
+            headers=build_hf_headers(token=repository.token),  # without a token, the one that is stored
+            partial=partial_path(folder, file),
+            tries=5,
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+        )
 
 
 @contextmanager
-def explained(repo_id: str, revision: str | None) -> "Iterator[None]":
-    """The hub's refusals in one line each."""
+def hub_errors_explained(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turns what can go wrong between the hub and us into InputErrors of one line. Other errors pass."""
     from huggingface_hub import errors
 
-    here = os.environ.get("HF_HUB_ENDPOINT") or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     try:
         yield
-    except errors.GatedRepoError:
-        raise InputError(
-            f"{repo_id} is gated: accept its conditions on {here}/{repo_id}, then pass --access_token (made on"
-            f" {here}/settings/tokens) or set HF_TOKEN."
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise InputError(
-            f"{here} has no model {repo_id}, or it is private. Look at the spelling, org/name, or pass --access_token."
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise InputError(f"{repo_id} has no revision {revision}.") from None
+
+    # the hub refuses
     except errors.HFValidationError as error:
-        raise InputError(f"--repo_id {repo_id}: {error}") from None
+        raise InputError(f"--repo_id {repo_id}: {error}") from error
     except errors.HfHubHTTPError as error:
-        status = getattr(getattr(error, "response", None), "status_code", "an error")
-        advice = "Check --access_token and its permissions." if status in (401, 403) else "Try again later."
-        raise InputError(f"{here} answered {status} for {repo_id}: {first_words(error)} {advice}") from None
+        response = error.response
+        raise refusal(repo_id, revision, response.status_code, response.headers, first_words(error)) from error
+    except DownloadRefused as error:
+        words = f"{http.HTTPStatus(error.status).phrase}."
+        raise refusal(repo_id, revision, error.status, error.headers, words) from error
+
+    # the connection breaks: of a file, or of a question
+    except DownloadError as error:
+        raise InputError(f"{error} What has arrived is kept." if error.may_pass else str(error)) from error
     except OSError as error:
-        if isinstance(error, ConnectionError | TimeoutError) or error.filename is None:
-            raise InputError(f"{here} cannot be reached: {first_words(error)} What has arrived is kept.") from None
-        raise
-    except Exception as error:  # the errors of its HTTP library, whose name has changed
+        if error.filename is not None:  # the disk
+            raise
+        raise InputError(f"{endpoint()} cannot be reached: {first_words(error)} Run it again.") from error
+    except Exception as error:
+        # errors of the HTTP library, which was requests, is httpx since huggingface_hub 1.0, and httpx2 since 2.0
         if "http" not in type(error).__module__:
             raise
-        raise InputError(f"The connection to {here} broke: {first_words(error)} Run it again to go on.") from None
+        raise InputError(f"The connection to {endpoint()} broke: {first_words(error)} Run it again.") from error
 
 
-def first_words(error: Any) -> str:
+def refusal(repo_id: str, revision: str | None, status: int, headers: Mapping[str, str], words: str) -> InputError:
+    """The error for an answer of the hub that is none: what it means, and what to do.
+
+    `headers` are those of the answer, in which the hub says more than the status does. `words` are for the rest.
+    """
+    here = endpoint()
+    code = headers.get("X-Error-Code")
+    is_old_token = headers.get("X-Error-Message") == "Invalid credentials in Authorization header"
+    if code == "GatedRepo":
+        return InputError(
+            f"{repo_id} is gated: accept its conditions on {here}/{repo_id}, then pass --access_token (made on"
+            f" {here}/settings/tokens) or set HF_TOKEN."
+        )
+    # the hub does not tell a stranger whether a private repository exists
+    if code == "RepoNotFound" or (status == 401 and not is_old_token):
+        return InputError(
+            f"{here} has no model {repo_id}, or it is private. Look at the spelling, org/name, or pass --access_token."
+        )
+    if code == "RevisionNotFound":
+        return InputError(f"{repo_id} has no revision {revision}.")
+    advice = "Check --access_token and its permissions." if status in (401, 403) else "Try again later."
+    return InputError(f"{here} answered {status} for {repo_id}: {words} {advice}")
+
+
+def endpoint() -> str:
+    """The address of the hub, for messages."""
+    return os.environ.get("HF_HUB_ENDPOINT") or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+
+
+def first_words(error: Exception) -> str:
+    """The beginning of an error's message, as one sentence."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text[:160].rstrip(".") + "."

@@ -1,10 +1,15 @@
-"""GGUF files (llama.cpp's format) of llama and qwen2, rewritten as Hugging Face checkpoint folders."""
+"""GGUF files (llama.cpp's format) of llama and qwen2, rewritten as Hugging Face checkpoint folders.
+
+GGUF, version, number of tensors, number of keys | key, type, value; ... | name, shape, type, place; ... | padding |
+rows of the tensors, in blocks that share a scale
+"""
 
 import json
 import math
 import shutil
 import struct
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +23,26 @@ from lit_gpt.files import must_be_empty, new_folder
 from lit_gpt.formats.gguf_tokenizer import TOKENIZER_KEYS, adds_bos, build_tokenizer, special_ids
 from lit_gpt.packages import import_optional
 
-FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+WRITTEN_FILES = (
+    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+)  # fmt: skip
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-REQUIRED_KEYS = (  # of the architecture
+# Keys of the architecture, such as llama.block_count. Any that is in neither list and not 0 means arithmetic that the
+# class in ARCHITECTURES does not do.
+REQUIRED_KEYS = (
     "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
     "attention.layer_norm_rms_epsilon",
 )  # fmt: skip
-# Any other of its keys that is not 0 means arithmetic that the class in ARCHITECTURES does not do.
 OPTIONAL_KEYS = (
     "attention.head_count_kv", "attention.key_length", "attention.value_length", "rope.freq_base",
     "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
     "rope.scaling.finetuned", "rope.scale_linear", "vocab_size", "tensor_data_layout",
 )  # fmt: skip
-# Types of metadata values, as letters of `struct` where they are numbers.
-STRING, ARRAY = 8, 9
+# types of metadata values; those of numbers -> letters of `struct`
+STRING = 8
+ARRAY = 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-# Names there and here, and shapes: E embedding, Q and K heads times their size, F feed-forward, V vocabulary.
+# llama.cpp's name -> (Hugging Face's, shape): E embedding, Q and K heads times their size, F feed-forward, V vocabulary
 LAYER_TENSORS = {
     "attn_norm": ("input_layernorm", "E"),
     "attn_q": ("self_attn.q_proj", "QE"),
@@ -48,13 +57,23 @@ LAYER_TENSORS = {
 OTHER_TENSORS = {
     "token_embd": ("model.embed_tokens", "VE"),
     "output_norm": ("model.norm", "E"),
-    "output": ("lm_head", "VE"),  # absent where it is the embedding
+    "output": ("lm_head", "VE"),  # absent if it is the embedding
 }
-ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = "rope_freqs.weight"  # a tensor that no model has: what Llama 3 divides each rotary frequency by
+MAX_PROBLEMS = 5  # of the tensors, that one error tells
+
+Metadata = dict[str, Any]
+Sources = dict[str, tuple[str, tuple[int, ...]]]  # Hugging Face's name of a tensor -> (llama.cpp's name, shape)
 
 
 def convert_gguf(gguf_path: Path, checkpoint_dir: Path, dtype: str = "float32") -> None:
-    """Writes the GGUF file as a Hugging Face checkpoint folder, which appears when it is complete."""
+    """Writes the GGUF file as a Hugging Face checkpoint folder, which appears when it is complete.
+
+    Raises:
+        InputError: the file is damaged, or holds a model or a tokenizer that such a folder cannot express, or the disk
+            is full.
+    """
+    # what can be refused before a byte is written
     must_be_empty(checkpoint_dir)
     metadata, tensors = read_gguf(gguf_path)
     check_metadata(metadata)
@@ -63,35 +82,38 @@ def convert_gguf(gguf_path: Path, checkpoint_dir: Path, dtype: str = "float32") 
     check_tensors(sources, tensors)
     special = special_ids(metadata)
     tokenizer = build_tokenizer(metadata, special)
+
     try:
         with new_folder(checkpoint_dir) as folder:
             writer = SafetensorsWriter(folder / "model.safetensors", {}, len(sources))
-            for name, (source, _) in sources.items():
-                writer.add(name, hf_tensor(source, tensors[source], config))
+            for name, (gguf_name, _) in sources.items():
+                writer.add(name, hf_tensor(gguf_name, tensors[gguf_name], config))
             writer.close()
             (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-            for name, document in json_files(config, metadata, special).items():
-                text = json.dumps(document, indent=2, ensure_ascii=False)
+            for name, content in json_files(config, metadata, special).items():
+                text = json.dumps(content, indent=2, ensure_ascii=False)
                 (folder / name).write_text(f"{text}\n", encoding="utf-8")
     except OSError as error:
-        free = shutil.disk_usage(next(parent for parent in checkpoint_dir.absolute().parents if parent.exists())).free
-        size = sum(math.prod(shape) for _, shape in sources.values()) * getattr(torch, dtype).itemsize
+        n_values = sum(math.prod(shape) for _, shape in sources.values())
+        size = n_values * getattr(torch, dtype).itemsize
+        disk = next(parent for parent in checkpoint_dir.absolute().parents if parent.exists())
+        free = shutil.disk_usage(disk).free
         raise InputError(
             f"Could not write {checkpoint_dir}: {error.strerror}. It needs {size / 1e9:.2f} GB, "
             f"{free / 1e9:.2f} GB are free there. Free some space or change --checkpoint_dir."
-        ) from None
+        ) from error
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of the file: its shape, its type (a GGMLQuantizationType), its rows as bytes that are still on disk."""
+    """A tensor of the file. `kind` is a GGMLQuantizationType; the rows are bytes that are still on disk."""
 
     shape: tuple[int, ...]
     kind: Any
     rows: np.ndarray
 
     def dequantize(self, n_rows: int | None = None) -> np.ndarray:
-        """The first rows, or all, as a float32 matrix. NotImplementedError where gguf does not know how."""
+        """The first rows, or all, as a float32 matrix. Raises NotImplementedError for a type that gguf cannot read."""
         from gguf.quants import dequantize
 
         return dequantize(self.rows[:n_rows], self.kind)
@@ -101,89 +123,117 @@ class Cursor:
     """A place in the header that moves on as values are taken. Running past the end is a struct.error."""
 
     def __init__(self, content: np.ndarray) -> None:
-        self.content, self.at = memoryview(content), 0
+        self.content = memoryview(content)
+        self.at = 0
 
     def take(self, letters: str) -> tuple:
+        """The values at the place, by letters of `struct`: "8sQ" is 8 bytes and a number."""
         values = struct.unpack_from(f"<{letters}", self.content, self.at)
         self.at += struct.calcsize(f"<{letters}")
         return values
 
+    def number(self, letter: str) -> Any:
+        return self.take(letter)[0]
+
     def string(self) -> str:
-        return self.take(f"{self.take('Q')[0]}s")[0].decode()
+        length = self.number("Q")
+        return self.number(f"{length}s").decode()
 
     def value(self, kind: int) -> Any:
+        """The value of a key, by the number of its type."""
         if kind == STRING:
             return self.string()
         if kind != ARRAY:
-            return self.take(SCALARS[kind])[0]
-        kind, length = self.take("IQ")
-        if kind in SCALARS:
-            return list(self.take(f"{length}{SCALARS[kind]}"))
-        return [self.value(kind) for _ in range(length)]
+            return self.number(SCALARS[kind])
+        entry_kind, length = self.take("IQ")
+        if entry_kind in SCALARS:
+            return list(self.take(f"{length}{SCALARS[entry_kind]}"))  # all at once: vocabularies are long
+        return [self.value(entry_kind) for _ in range(length)]
 
 
-def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+def read_gguf(path: Path) -> tuple[Metadata, dict[str, StoredTensor]]:
     """Metadata and tensors.
 
-    Not by `gguf.GGUFReader`: it takes 5 s for the sample's 49,000 tokens where this takes 0.2 s, and a damaged length
-    makes it fill the memory.
+    Not by `gguf.GGUFReader`: its version 0.19 takes 5 s for the sample's 49,000 tokens where this takes 0.2 s, and a
+    damaged length makes it fill the memory.
+
+    Raises:
+        InputError: no such file, no GGUF, or one that is damaged.
     """
     gguf = import_gguf()
-    if not path.is_file():
-        raise InputError(f"{path} is not a file; expected a .gguf file. Pass its path with --gguf_path.")
-    with path.open("rb") as file:
-        start = file.read(8)
-    if start[:4] != b"GGUF":
-        raise InputError(f"{path} begins with {start[:4]!r}; a GGUF file begins with b'GGUF'. Change --gguf_path.")
-    if len(start) == 8 and start[4:] not in (b"\2\0\0\0", b"\3\0\0\0"):
-        raise InputError(
-            f"{path} has the GGUF version {start[4:]!r}; expected 2 or 3, little-endian. Convert it again."
-        )
-
+    check_begins_as_gguf(path)
     content = np.memmap(path, mode="r")
-    cursor, metadata, tensors = Cursor(content), {}, {}
+    cursor = Cursor(content)
     try:
+        # keys and values
         _, n_tensors, n_keys = cursor.take("8sQQ")
+        metadata: Metadata = {}
         for _ in range(n_keys):
-            name, (kind,) = cursor.string(), cursor.take("I")
-            metadata[name] = cursor.value(kind)
+            name = cursor.string()
+            metadata[name] = cursor.value(kind=cursor.number("I"))
+
+        # the table of tensors
         table = []
         for _ in range(n_tensors):
-            name, (n_dims,) = cursor.string(), cursor.take("I")
-            table.append((name, cursor.take(f"{n_dims}Q")[::-1], *cursor.take("IQ")))  # columns come first there
+            name = cursor.string()
+            n_dims = cursor.number("I")
+            shape = cursor.take(f"{n_dims}Q")[::-1]  # the file has columns first
+            kind, begin = cursor.take("IQ")
+            table.append((name, shape, kind, begin))
 
+        # their rows
         alignment = metadata.get("general.alignment", 32)
         data = content[math.ceil(cursor.at / alignment) * alignment :]
+        tensors = {}
         for name, shape, kind, begin in table:
-            kind = gguf.GGMLQuantizationType(kind)
-            block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
-            n_rows, row = math.prod(shape[:-1]), shape[-1] // block * n_bytes
-            tensors[name] = StoredTensor(shape, kind, data[begin : begin + n_rows * row].reshape(n_rows, row))
+            tensor_type = gguf.GGMLQuantizationType(kind)
+            block_size, block_bytes = gguf.GGML_QUANT_SIZES[tensor_type]
+            n_rows = math.prod(shape[:-1])
+            row_bytes = shape[-1] // block_size * block_bytes
+            rows = data[begin : begin + n_rows * row_bytes].reshape(n_rows, row_bytes)
+            tensors[name] = StoredTensor(shape, tensor_type, rows)
     except (struct.error, KeyError, ValueError, IndexError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(
             f"{path} has {len(content)} bytes and is truncated or damaged (byte {cursor.at}: {error}). Fetch it again."
-        ) from None
+        ) from error
     return metadata, tensors
+
+
+def check_begins_as_gguf(path: Path) -> None:
+    """Raises InputError for a file that is none, or no GGUF of a known version."""
+    if not path.is_file():
+        raise InputError(f"{path} is not a file; expected a .gguf file. Pass its path with --gguf_path.")
+    with path.open("rb") as file:
+        magic = file.read(4)
+        version = file.read(4)
+    if magic != b"GGUF":
+        raise InputError(f"{path} begins with {magic!r}; a GGUF file begins with b'GGUF'. Change --gguf_path.")
+    if len(version) == 4 and version not in (b"\2\0\0\0", b"\3\0\0\0"):
+        raise InputError(f"{path} has the GGUF version {version!r}; expected 2 or 3, little-endian. Convert it again.")
 
 
 def import_gguf() -> Any:
     return import_optional("gguf", "sample", "Reading GGUF files")
 
 
-def check_metadata(metadata: dict[str, Any]) -> None:
-    """Refuses by name what a Hugging Face folder with a BPE tokenizer cannot express."""
-    architecture, tokenizer = metadata.get("general.architecture"), metadata.get("tokenizer.ggml.model")
+def check_metadata(metadata: Metadata) -> None:
+    """Raises InputError for what a Hugging Face folder with a BPE tokenizer cannot express, by its name."""
+    # the architecture, and the sort of tokenizer
+    architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         known = " or ".join(ARCHITECTURES)
         raise InputError(f"The GGUF file's architecture is {architecture}; expected {known}. Pass another --gguf_path.")
+    tokenizer = metadata.get("tokenizer.ggml.model")
     if tokenizer not in TOKENIZER_KEYS:
         raise InputError(
             f"The GGUF file's tokenizer is of the kind {tokenizer}; expected gpt2 or llama (two sorts of BPE), "
             "which tokenizer.json repeats exactly. Use the model's Hugging Face folder instead."
         )
+
+    # all that they need
     required = [f"{architecture}.{key}" for key in REQUIRED_KEYS]
-    words = [f"tokenizer.ggml.{key}" for key in TOKENIZER_KEYS[tokenizer]]
-    missing = [key for key in (*required, *words) if key not in metadata]
+    required_tokenizer = [f"tokenizer.ggml.{key}" for key in TOKENIZER_KEYS[tokenizer]]
+    missing = [key for key in (*required, *required_tokenizer) if key not in metadata]
     if missing:
         raise InputError(
             f"The GGUF file has no {', '.join(missing)}. Make it again with llama.cpp's convert_hf_to_gguf.py."
@@ -193,117 +243,162 @@ def check_metadata(metadata: dict[str, Any]) -> None:
             f"The GGUF file is one of {metadata['split.count']} parts; expected a whole one. "
             "Join them: llama-gguf-split --merge FIRST_PART WHOLE_FILE"
         )
-    known = {*required, *(f"{architecture}.{key}" for key in OPTIONAL_KEYS)}
-    own = {key: value for key, value in metadata.items() if key.startswith(f"{architecture}.")}
-    foreign = [key for key, value in own.items() if key not in known and value]
+
+    # and nothing else
+    optional = [f"{architecture}.{key}" for key in OPTIONAL_KEYS]
+    known_keys = {*required, *optional}
+    foreign = []
+    for key, value in metadata.items():
+        if key.startswith(f"{architecture}.") and key not in known_keys and value:
+            foreign.append(f"{key} = {value}")
     if foreign:
-        found = ", ".join(f"{key} = {metadata[key]}" for key in foreign)
         raise InputError(
-            f"The GGUF file has {found}; a plain {architecture} has none. Use the model's Hugging Face folder."
+            f"The GGUF file has {', '.join(foreign)}; a plain {architecture} has none. Use the model's Hugging Face"
+            " folder."
         )
 
 
-def hf_config(metadata: dict[str, Any], tensors: dict[str, StoredTensor], dtype: str) -> dict[str, Any]:
-    """config.json, but for the special tokens."""
-    kind = metadata["general.architecture"]
+def architecture_number(metadata: Metadata, key: str, default: float | None = None) -> Any:
+    """A number of the architecture, such as `block_count`. A list of equal ones, one for each layer, counts as one.
 
-    def number(key: str, default: float | None = None) -> Any:
-        value = metadata.get(f"{kind}.{key}", default)
-        if isinstance(value, list) and len(set(value)) == 1:  # one number per layer
-            value = value[0]
-        if not isinstance(value, int | float):
-            raise InputError(f"The GGUF file has {kind}.{key} = {value}; expected one number for all layers.")
-        return float(str(np.float32(value))) if isinstance(value, float) else value  # 1e-5, not 9.999999747378752e-06
+    Raises:
+        InputError: it is none.
+    """
+    name = f"{metadata['general.architecture']}.{key}"
+    value = metadata.get(name, default)
+    if isinstance(value, list) and len(set(value)) == 1:
+        value = value[0]
+    if not isinstance(value, int | float):
+        raise InputError(f"The GGUF file has {name} = {value}; expected one number for all layers.")
+    return float(str(np.float32(value))) if isinstance(value, float) else value  # 1e-5, not 9.999999747378752e-06
 
-    heads, n_embd = number("attention.head_count"), number("embedding_length")
-    head_size = number("attention.key_length", n_embd // heads)
+
+def hf_config(metadata: Metadata, tensors: dict[str, StoredTensor], dtype: str) -> dict[str, Any]:
+    """The content of config.json, but for the special tokens.
+
+    Raises:
+        InputError: sizes that do not fit together.
+    """
+    architecture = metadata["general.architecture"]
+    number = partial(architecture_number, metadata)
+
+    # heads of one size, all of which is rotated
+    n_head = number("attention.head_count")
+    n_embd = number("embedding_length")
+    head_size = number("attention.key_length", n_embd // n_head)
     for key in ("attention.value_length", "rope.dimension_count"):
         if number(key, head_size) != head_size:
-            raise InputError(f"The GGUF file has {kind}.{key} = {number(key)}; expected the head size, {head_size}.")
+            raise InputError(
+                f"The GGUF file has {architecture}.{key} = {number(key)}; expected the head size, {head_size}."
+            )
     n_layer = number("block_count")
     if n_layer > len(tensors):
         raise InputError(f"The GGUF file has {len(tensors)} tensors for {n_layer} layers. Fetch it again.")
+
     rope_theta = number("rope.freq_base", 10000.0)
+    biases = {"attention_bias": False, "mlp_bias": False} if architecture == "llama" else {}
     return {
-        "architectures": [ARCHITECTURES[kind]],
-        "model_type": kind,
+        "architectures": [ARCHITECTURES[architecture]],
+        "model_type": architecture,
         "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
         "hidden_size": n_embd,
         "intermediate_size": number("feed_forward_length"),
         "num_hidden_layers": n_layer,
-        "num_attention_heads": heads,
-        "num_key_value_heads": number("attention.head_count_kv", heads),
+        "num_attention_heads": n_head,
+        "num_key_value_heads": number("attention.head_count_kv", n_head),
         "head_dim": head_size,
         "hidden_act": "silu",
         "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": number("context_length"),
         "rope_theta": rope_theta,
         "rope_scaling": rope_scaling(metadata, tensors, rope_theta, head_size),
-        **({"attention_bias": False, "mlp_bias": False} if kind == "llama" else {}),
+        **biases,
         "tie_word_embeddings": "output.weight" not in tensors,
         "torch_dtype": dtype,
     }
 
 
 def rope_scaling(
-    metadata: dict[str, Any], tensors: dict[str, StoredTensor], rope_theta: float, head_size: int
+    metadata: Metadata, tensors: dict[str, StoredTensor], rope_theta: float, head_size: int
 ) -> dict[str, Any] | None:
-    """Nothing, linear, or Llama 3's, of which the file holds only what each frequency is divided by."""
+    """The scaling of rotary positions, in Hugging Face's words: none, linear, or Llama 3's.
+
+    Raises:
+        InputError: it is another.
+    """
     prefix = f"{metadata['general.architecture']}.rope"
     factor = metadata.get(f"{prefix}.scaling.factor", metadata.get(f"{prefix}.scale_linear")) or 1.0
     kind = metadata.get(f"{prefix}.scaling.type", "linear")
     original = metadata.get(f"{prefix}.scaling.original_context_length", 8192)
-    if ROPE_FACTORS not in tensors and (kind == "none" or kind == "linear" and factor == 1.0):
-        return None
-    if ROPE_FACTORS not in tensors and kind == "linear":
-        return {"rope_type": "linear", "factor": factor}
 
-    if ROPE_FACTORS in tensors and (kind == "none" or factor == 1.0):
-        stored = tensors[ROPE_FACTORS].dequantize().ravel()
-        factor = float(stored.max())
-        low, high = 1.0, 4.0  # in every Llama 3.1, 3.2 and 3.3
-        turns = original / (2 * math.pi * rope_theta ** (np.arange(0, head_size, 2) / head_size))
-        smooth = np.clip((turns - low) / (high - low), 0, 1)
-        if len(stored) == len(smooth) and np.allclose(stored * ((1 - smooth) / factor + smooth), 1, atol=1e-4):
-            return {
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": low,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": original,
-            }
+    if ROPE_FACTORS not in tensors:
+        if kind == "none" or (kind == "linear" and factor == 1.0):
+            return None
+        if kind == "linear":
+            return {"rope_type": "linear", "factor": factor}
+    elif kind == "none" or factor == 1.0:
+        divisors = tensors[ROPE_FACTORS].dequantize().ravel()
+        scaling = llama3_scaling(divisors, original, rope_theta, head_size)
+        if scaling is not None:
+            return scaling
         kind = ROPE_FACTORS
+        factor = float(divisors.max())
     raise InputError(
         f"The GGUF file scales its rotary positions by {kind}, factor {factor}; expected none, linear, or Llama 3's "
         f"(from {original} positions, low_freq_factor 1, high_freq_factor 4). Use the model's Hugging Face folder."
     )
 
 
-def json_files(config: dict[str, Any], metadata: dict[str, Any], special: dict[str, int]) -> dict[str, dict[str, Any]]:
-    """The other files of the folder by name."""
-    ends = list(dict.fromkeys(special[name] for name in ("eos", "eot", "eom") if name in special))
-    ids = {"bos": special.get("bos"), "eos": ends if len(ends) > 1 else ends[0]}
-    ids = {f"{name}_token_id": id for name, id in ids.items() if id is not None}
-    # Where config.json has it, transformers keeps the gradient from that row, and it often is the end of a turn.
-    pad = {"pad_token_id": special["pad"]} if "pad" in special else {}
-    names = [name for name in ("bos", "eos", "unk", "pad") if name in special]
-    template = metadata.get("tokenizer.chat_template")
+def llama3_scaling(divisors: np.ndarray, original: int, rope_theta: float, head_size: int) -> dict[str, Any] | None:
+    """Llama 3's scaling, of which a GGUF file holds only what each frequency is divided by. None if these are others.
+
+    `scale_llama3` in lit_gpt/model/rope.py is the formula.
+    """
+    factor = float(divisors.max())  # of the slowest frequencies
+    low, high = 1.0, 4.0  # in every Llama 3.1, 3.2 and 3.3
+    exponents = np.arange(0, head_size, 2) / head_size
+    turns = original / (2 * math.pi * rope_theta**exponents)  # of each frequency within the original context
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    scale = (1 - smooth) / factor + smooth
+    if len(divisors) != len(scale) or not np.allclose(divisors * scale, 1, atol=1e-4):
+        return None
     return {
-        "config.json": config | ids,
-        "generation_config.json": ids | pad,
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **{f"{name}_token": metadata["tokenizer.ggml.tokens"][special[name]] for name in names},
-            "add_bos_token": adds_bos(metadata, special),
-            "model_max_length": config["max_position_embeddings"],
-            "clean_up_tokenization_spaces": False,
-            **({"chat_template": template} if template else {}),
-        },
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
     }
 
 
-def tensor_sources(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Per tensor of the Hugging Face model: its name in the GGUF file and its shape."""
+def json_files(config: dict[str, Any], metadata: Metadata, special: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """The other files of the folder, by name."""
+    # ids for the model
+    ids: dict[str, Any] = {}
+    if "bos" in special:
+        ids["bos_token_id"] = special["bos"]
+    stop_ids = list(dict.fromkeys(special[name] for name in ("eos", "eot", "eom") if name in special))
+    ids["eos_token_id"] = stop_ids if len(stop_ids) > 1 else stop_ids[0]
+    generation = dict(ids)
+    if "pad" in special:
+        # not in config.json: transformers would keep the gradient from that row, and it often is the end of a turn
+        generation["pad_token_id"] = special["pad"]
+
+    # texts for the tokenizer
+    tokenizer: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for name in ("bos", "eos", "unk", "pad"):
+        if name in special:
+            tokenizer[f"{name}_token"] = metadata["tokenizer.ggml.tokens"][special[name]]
+    tokenizer["add_bos_token"] = adds_bos(metadata, special)
+    tokenizer["model_max_length"] = config["max_position_embeddings"]
+    tokenizer["clean_up_tokenization_spaces"] = False
+    if metadata.get("tokenizer.chat_template"):
+        tokenizer["chat_template"] = metadata["tokenizer.chat_template"]
+    return {"config.json": config | ids, "generation_config.json": generation, "tokenizer_config.json": tokenizer}
+
+
+def tensor_sources(config: dict[str, Any]) -> Sources:
+    """All tensors of the Hugging Face model: where each is in the GGUF file, and its shape."""
     sizes = {
         "E": config["hidden_size"],
         "F": config["intermediate_size"],
@@ -311,21 +406,24 @@ def tensor_sources(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ..
         "K": config["num_key_value_heads"] * config["head_dim"],
         "V": config["vocab_size"],
     }
-    names = {name: hf for name, hf in OTHER_TENSORS.items() if name != "output" or not config["tie_word_embeddings"]}
+    modules = dict(OTHER_TENSORS)
+    if config["tie_word_embeddings"]:
+        del modules["output"]
     for layer in range(config["num_hidden_layers"]):
-        for name, (hf_name, letters) in LAYER_TENSORS.items():
-            names[f"blk.{layer}.{name}"] = (f"model.layers.{layer}.{hf_name}", letters)
-    found = {}
-    for name, (hf_name, letters) in names.items():
+        for gguf_module, (hf_module, letters) in LAYER_TENSORS.items():
+            modules[f"blk.{layer}.{gguf_module}"] = (f"model.layers.{layer}.{hf_module}", letters)
+
+    sources = {}
+    for gguf_module, (hf_module, letters) in modules.items():
         shape = tuple(sizes[letter] for letter in letters)
-        found[f"{hf_name}.weight"] = (f"{name}.weight", shape)
-        if config["model_type"] == "qwen2" and name.endswith(("attn_q", "attn_k", "attn_v")):
-            found[f"{hf_name}.bias"] = (f"{name}.bias", shape[:1])
-    return found
+        sources[f"{hf_module}.weight"] = (f"{gguf_module}.weight", shape)
+        if config["model_type"] == "qwen2" and gguf_module.endswith(("attn_q", "attn_k", "attn_v")):
+            sources[f"{hf_module}.bias"] = (f"{gguf_module}.bias", shape[:1])
+    return sources
 
 
-def check_tensors(sources: dict[str, tuple[str, tuple[int, ...]]], tensors: dict[str, StoredTensor]) -> None:
-    """All that keeps the tensors from being read, before a byte is written."""
+def check_tensors(sources: Sources, tensors: dict[str, StoredTensor]) -> None:
+    """Raises InputError for all that keeps the tensors from being read."""
     expected = dict(sources.values())
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     problems += [f"{name} is unknown" for name in tensors if name not in expected and name != ROPE_FACTORS]
@@ -337,18 +435,22 @@ def check_tensors(sources: dict[str, tuple[str, tuple[int, ...]]], tensors: dict
         except NotImplementedError:
             problems.append(f"{name} is of the type {tensors[name].kind.name}, which gguf cannot dequantize")
     if problems:
-        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise InputError(f"The GGUF file is not what it says: {'; '.join(sorted(problems)[:5])}{more}. Fetch it again.")
+        n_more = len(problems) - MAX_PROBLEMS
+        more = f", and {n_more} more" if n_more > 0 else ""
+        first = "; ".join(sorted(problems)[:MAX_PROBLEMS])
+        raise InputError(f"The GGUF file is not what it says: {first}{more}. Fetch it again.")
 
 
-def hf_tensor(name: str, stored: StoredTensor, config: dict[str, Any]) -> torch.Tensor:
-    """One tensor with Hugging Face's order of rows.
+def hf_tensor(gguf_name: str, stored: StoredTensor, config: dict[str, Any]) -> torch.Tensor:
+    """One tensor with Hugging Face's order of rows, in the dtype of the config.
 
-    Of llama, llama.cpp rotates the neighbours 2i and 2i + 1 of a head, Hugging Face i and i + head_size / 2.
+    For the architecture llama, llama.cpp rotates the neighbours 2i and 2i + 1 of a head, Hugging Face i and
+    i + head_size / 2.
     """
     values = torch.from_numpy(stored.dequantize().reshape(stored.shape).copy())
-    heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(name.split(".")[-2])
-    if heads and config["model_type"] == "llama":
-        pairs = values.view(config[heads], -1, 2, values.shape[-1])  # (H, size / 2, 2, E)
+    rotated = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+    n_heads_key = rotated.get(gguf_name.split(".")[-2])
+    if n_heads_key and config["model_type"] == "llama":
+        pairs = values.view(config[n_heads_key], -1, 2, values.shape[-1])  # (H, size / 2, 2, E)
         values = pairs.transpose(1, 2).reshape(values.shape)
-    return cast_without_overflow(name, values, getattr(torch, config["torch_dtype"]))
+    return cast_without_overflow(gguf_name, values, getattr(torch, config["torch_dtype"]))

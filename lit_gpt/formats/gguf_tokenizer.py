@@ -1,8 +1,12 @@
-"""Tokenizers of GGUF files: made from what a file says, and said as llama.cpp wants to hear it.
+"""The tokenizer of a GGUF file as a tokenizer.json.
 
-llama.cpp runs two sorts of BPE that tokenizer.json repeats exactly: that of bytes, whose words a regular expression
-cuts (`gpt2`), and sentencepiece's, which knows no words (`llama`)."""
+llama.cpp runs two sorts of BPE that tokenizer.json repeats exactly:
 
+    gpt2    byte-level    words, cut out of the text by regular expressions, then merges of bytes in them
+    llama   sentencepiece's    merges of the whole text, which knows no words; characters without a token become bytes
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
@@ -10,13 +14,13 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from lit_gpt.errors import InputError
 
-TOKENIZER_KEYS = {  # by `tokenizer.ggml.model`: byte-level BPE, and that of sentencepiece
+TOKENIZER_KEYS = {  # tokenizer.ggml.model -> the keys that it needs
     "gpt2": ("pre", "tokens", "token_type", "merges"),
     "llama": ("tokens", "token_type", "scores"),
 }
-# What cuts a text into words, per `tokenizer.ggml.pre`: each expression works on the pieces that the one before has
-# left. They are llama.cpp's, which normalizes nothing. Its Unicode is a little older than that of `tokenizers`: over
-# all of the first three planes, "default" cuts differently at U+1B4E, U+1B4F and U+1B7F, the others nowhere.
+# tokenizer.ggml.pre -> the expressions that cut a text into words, each in the pieces that the one before has left.
+# They are llama.cpp's, which normalizes nothing. Its Unicode is a little older than that of `tokenizers`: over all of
+# the first three planes, "default" cuts differently at U+1B4E, U+1B4F and U+1B7F, the others nowhere.
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 LLAMA3_WORDS = (
     r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -31,109 +35,162 @@ PRE_TOKENIZERS = {
 }
 IGNORES_MERGES = {"llama-bpe"}  # a word that is a token is not taken apart, whatever the merges say
 ADDS_BOS = {"llama-bpe"}  # unless the file says otherwise
-# Values of `tokenizer.ggml.token_type`, and sentencepiece's: UNKNOWN to USER_DEFINED are taken out of a text first
+# values of tokenizer.ggml.token_type, and sentencepiece's
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-ADDED = {True: CONTROL, False: USER_DEFINED}  # for an added token: is it special?
+ADDED_TYPES = (UNKNOWN, CONTROL, USER_DEFINED)  # found in a text before it is cut into words
+# a text on which all ways to cut words above differ
 PROBE = "Hello  World, it's 12345 o'clock!!\n\n\tÜber 3.14\u00a0日本語 I'LL don't_x\r\n  end  "
 
 
+def added_token_type(is_special: bool) -> int:
+    """The type of a token that tokenizer.json has under added_tokens."""
+    return CONTROL if is_special else USER_DEFINED
+
+
 def special_ids(metadata: dict[str, Any]) -> dict[str, int]:
-    """The ids of the special tokens that the file names: bos, eos, unk, pad, the end of a turn, of a message."""
+    """The ids of the special tokens that the file names: bos, eos, unk, pad, the end of a turn, of a message.
+
+    Raises:
+        InputError: no eos token, or an id beyond the tokens.
+    """
     keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot", "eom": "eom"}
-    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
-    ids = {name: id for name, id in ids.items() if id is not None}
+    ids = {}
+    for name, key in keys.items():
+        token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if token_id is not None:
+            ids[name] = token_id
+
     n_tokens = len(metadata["tokenizer.ggml.tokens"])
-    outside = ", ".join(f"{name} = {id}" for name, id in ids.items() if id >= n_tokens)
+    outside = [f"{name} = {token_id}" for name, token_id in ids.items() if token_id >= n_tokens]
     if outside or "eos" not in ids:
         raise InputError(
-            f"The GGUF file has {n_tokens} tokens and the special ones {outside or ids}; expected an eos token, and "
-            "ids below the number of tokens. Use the model's Hugging Face folder instead."
+            f"The GGUF file has {n_tokens} tokens and the special ones {', '.join(outside) or ids}; expected an eos"
+            " token, and ids below the number of tokens. Use the model's Hugging Face folder instead."
         )
     return ids
 
 
 def adds_bos(metadata: dict[str, Any], special: dict[str, int]) -> bool:
+    """Whether every text begins with a bos token.
+
+    Raises:
+        InputError: there is no such token, or every text also ends with an eos token.
+    """
     if metadata.get("tokenizer.ggml.add_eos_token"):
         raise InputError(
             "The GGUF file ends every text with an eos token. Use the model's Hugging Face folder instead."
         )
-    usual = metadata["tokenizer.ggml.model"] == "llama" or metadata["tokenizer.ggml.pre"] in ADDS_BOS
-    adds = metadata.get("tokenizer.ggml.add_bos_token", usual)
+    by_default = metadata["tokenizer.ggml.model"] == "llama" or metadata["tokenizer.ggml.pre"] in ADDS_BOS
+    adds = metadata.get("tokenizer.ggml.add_bos_token", by_default)
     if adds and "bos" not in special:
         raise InputError("The GGUF file begins every text with a bos token, but has no tokenizer.ggml.bos_token_id.")
     return adds
 
 
-def words_of(kind: str) -> pre_tokenizers.PreTokenizer:
-    """What cuts a text into words, and these into the letters that stand for bytes."""
-    cuts = [pre_tokenizers.Split(Regex(expression), behavior="isolated") for expression in PRE_TOKENIZERS[kind]]
+def pre_tokenizer_of(name: str) -> pre_tokenizers.PreTokenizer:
+    """Cuts a text into words in a way of PRE_TOKENIZERS, and these into the letters that stand for bytes."""
+    cuts = [pre_tokenizers.Split(Regex(expression), behavior="isolated") for expression in PRE_TOKENIZERS[name]]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([*cuts, to_bytes])
 
 
-def piece_merges(tokens: list[str], types: list[int], scores: list[float]) -> list[tuple[str, str]]:
-    """sentencepiece joins the two neighbours whose union has the highest score: every way to a piece is a merge."""
+def piece_merges(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """The merges of a sentencepiece BPE, the first ones first.
+
+    sentencepiece joins the two neighbours whose union has the highest score. So every pair of tokens that makes up a
+    token is a merge, and its rank is that of the union.
+    """
     known = set(tokens)
-    pieces = sorted(zip(scores, tokens, types, strict=True), key=lambda piece: -piece[0])
-    ways = ((p[:i], p[i:]) for _, p, kind in pieces if kind == NORMAL for i in range(1, len(p)))
-    return [(left, right) for left, right in ways if left in known and right in known]
+    by_score = sorted(zip(scores, tokens, types, strict=True), key=lambda piece: -piece[0])
+    merges = []
+    for _, token, token_type in by_score:
+        if token_type != NORMAL:
+            continue
+        for i in range(1, len(token)):
+            left = token[:i]
+            right = token[i:]
+            if left in known and right in known:
+                merges.append((left, right))
+    return merges
 
 
 def piece_tokenizer(
-    tokens: list[str], types: list[int], scores: list[float], unknown: str | None, prefix: bool
+    tokens: list[str], types: list[int], scores: list[float], unknown: str | None, adds_space: bool
 ) -> HFTokenizer:
-    """A sentencepiece BPE model with bytes for unknown characters, as llama.cpp runs it; `prefix` puts ▁ first."""
-    vocab, merges = {token: id for id, token in enumerate(tokens)}, piece_merges(tokens, types, scores)
+    """A sentencepiece BPE with bytes for unknown characters, as llama.cpp runs it.
+
+    `adds_space` says whether a text gets a space in front, so that its first word is like the others.
+    """
+    vocab = {token: token_id for token_id, token in enumerate(tokens)}
+    merges = piece_merges(tokens, types, scores)
     tokenizer = HFTokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    first = [normalizers.Prepend("▁")] if prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "▁")])
-    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+
+    # spaces are ▁ in its tokens
+    to_pieces = [normalizers.Replace(" ", "▁")]
+    to_text = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if adds_space:
+        to_pieces.insert(0, normalizers.Prepend("▁"))
+        to_text.append(decoders.Strip(" ", 1, 0))
+    tokenizer.normalizer = normalizers.Sequence(to_pieces)
+    tokenizer.decoder = decoders.Sequence(to_text)
     return tokenizer
 
 
 def byte_level_tokenizer(metadata: dict[str, Any], tokens: list[str]) -> HFTokenizer:
-    kind = metadata["tokenizer.ggml.pre"]
-    if kind not in PRE_TOKENIZERS:
+    """A byte-level BPE.
+
+    Raises:
+        InputError: an unknown way to cut words, or a merge of unknown tokens.
+    """
+    name = metadata["tokenizer.ggml.pre"]
+    if name not in PRE_TOKENIZERS:
         raise InputError(
-            f"The GGUF file cuts texts into words in the way {kind} (tokenizer.ggml.pre); known are "
-            f"{', '.join(PRE_TOKENIZERS)}. Add it to PRE_TOKENIZERS in lit_gpt/gguf_tokenizer.py."
+            f"The GGUF file cuts texts into words in the way {name} (tokenizer.ggml.pre); known are "
+            f"{', '.join(PRE_TOKENIZERS)}. Add it to PRE_TOKENIZERS in lit_gpt/formats/gguf_tokenizer.py."
         )
-    vocab = {token: id for id, token in enumerate(tokens)}
+    vocab = {token: token_id for token_id, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    strange = [pair for pair in merges if len(pair) != 2 or not vocab.keys() >= {*pair, "".join(pair)}]
-    if strange:
-        raise InputError(f"The GGUF file has {len(strange)} merges of unknown tokens. Fetch the file again.")
-    tokenizer = HFTokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=kind in IGNORES_MERGES))
-    tokenizer.pre_tokenizer = words_of(kind)
+    unknown = [pair for pair in merges if len(pair) != 2 or not vocab.keys() >= {*pair, "".join(pair)}]
+    if unknown:
+        raise InputError(f"The GGUF file has {len(unknown)} merges of unknown tokens. Fetch the file again.")
+    tokenizer = HFTokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=name in IGNORES_MERGES))
+    tokenizer.pre_tokenizer = pre_tokenizer_of(name)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
 def build_tokenizer(metadata: dict[str, Any], special: dict[str, int]) -> HFTokenizer:
-    """tokenizer.json. Its tokens are compared with llama.cpp's in `tests/test_gguf.py`."""
-    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    scores = metadata.get("tokenizer.ggml.scores", tokens)
+    """The tokenizer of the file. Its tokens are compared with llama.cpp's in `tests/test_gguf.py`.
+
+    Raises:
+        InputError: tokens, types and scores do not belong together; see also `byte_level_tokenizer` and `adds_bos`.
+    """
+    # the lists that belong together
+    tokens = metadata["tokenizer.ggml.tokens"]
+    types = metadata["tokenizer.ggml.token_type"]
+    scores = metadata.get("tokenizer.ggml.scores", tokens)  # only sentencepiece's have some
     if not len(set(tokens)) == len(tokens) == len(types) == len(scores):
         raise InputError(
             f"The GGUF file's tokenizer has {len(tokens)} tokens, of which {len(set(tokens))} differ, {len(types)} "
             f"types and {len(scores)} scores; expected equal numbers. Fetch the file again."
         )
+
+    # the BPE
     if metadata["tokenizer.ggml.model"] == "llama":
         unknown = tokens[special["unk"]] if "unk" in special else None
-        prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-        tokenizer = piece_tokenizer(tokens, types, scores, unknown, prefix)
+        adds_space = metadata.get("tokenizer.ggml.add_space_prefix", True)
+        tokenizer = piece_tokenizer(tokens, types, scores, unknown, adds_space)
     else:
         tokenizer = byte_level_tokenizer(metadata, tokens)
-    tokenizer.add_tokens(
-        [
-            AddedToken(token, special=type != USER_DEFINED, normalized=False)
-            for token, type in zip(tokens, types, strict=True)
-            if type in (UNKNOWN, CONTROL, USER_DEFINED)
-        ]
-    )
+
+    # tokens that are found before it
+    added = []
+    for token, token_type in zip(tokens, types, strict=True):
+        if token_type in ADDED_TYPES:
+            added.append(AddedToken(token, special=token_type != USER_DEFINED, normalized=False))
+    tokenizer.add_tokens(added)
+
+    # the beginning of a text
     if adds_bos(metadata, special):
         bos = tokens[special["bos"]]
         tokenizer.post_processor = processors.TemplateProcessing(

@@ -1,156 +1,261 @@
-"""TODO doc of formats.gguf_vocabulary"""
+"""The vocabulary of a GGUF file: a checkpoint's tokenizer in llama.cpp's words.
+
+tokenizer.json, byte-level BPE        ->     model gpt2:  tokens, types, merges, the way to cut words
+tokenizer.model, or a tokenizer.json  ->     model llama: tokens, types, scores. llama.cpp joins the two neighbours
+that was made of one                         whose union has the highest score
+"""
 
 import json
 import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lit_gpt.config import Config
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.errors import InputError
 from lit_gpt.formats.gguf_tokenizer import (
-    ADDED,
     BYTE,
     NORMAL,
     PRE_TOKENIZERS,
     PROBE,
     UNKNOWN,
     UNUSED,
+    added_token_type,
     piece_merges,
     piece_tokenizer,
-    words_of,
+    pre_tokenizer_of,
 )
 from lit_gpt.formats.verify import TEXTS
 
+# sentencepiece's tokenizer.model is a protobuf message, see `protobuf_fields`: numbers of its fields, and of theirs
+MODEL_PIECES = 1
+MODEL_TRAINER = 2
+PIECE_TEXT = 1
+PIECE_SCORE = 2
+PIECE_TYPE = 3
+TRAINER_MODEL_TYPE = 3
+UNIGRAM, BPE = 1, 2  # values of TRAINER_MODEL_TYPE
 
-def vocabulary(checkpoint_dir: Path, config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What llama.cpp needs to know of the tokenizer, by the writer's method for it."""
-    path = checkpoint_dir / "tokenizer.json"
-    stored = json.loads(path.read_text(encoding="utf-8")) if tokenizer.backend == "tokenizers" else None
-    if stored is None or (stored["model"].get("type"), stored["model"].get("byte_fallback")) == ("BPE", True):
-        found = pieces(checkpoint_dir, stored, config.padded_vocab_size, tokenizer)
+
+class Piece(NamedTuple):
+    """A token of sentencepiece."""
+
+    text: str
+    type: int
+    score: float
+
+
+def gguf_vocabulary(checkpoint_dir: Path, config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The tokenizer's part of a GGUF file: name of a method of gguf.GGUFWriter -> its argument.
+
+    Raises:
+        InputError: llama.cpp has no such tokenizer.
+    """
+    # the tokens
+    n_tokens = config.padded_vocab_size
+    stored = None
+    if tokenizer.backend == "tokenizers":
+        stored = json.loads((checkpoint_dir / "tokenizer.json").read_text(encoding="utf-8"))
+    if stored is None or is_piece_model(stored["model"]):
+        values = piece_vocabulary(checkpoint_dir, stored, n_tokens, tokenizer)
     else:
-        found = byte_level(checkpoint_dir, stored, config.padded_vocab_size, tokenizer)
-    found |= {"add_eos_token_id": tokenizer.eos_id, "add_add_bos_token": tokenizer.use_bos}
-    others = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
-    if len(others) > 2:
+        values = byte_level_vocabulary(checkpoint_dir, stored, n_tokens, tokenizer)
+
+    # the special ones
+    values |= {"add_eos_token_id": tokenizer.eos_id, "add_add_bos_token": tokenizer.use_bos}
+    other_stops = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
+    if len(other_stops) > 2:
+        stops = [tokenizer.eos_id, *other_stops]
         raise InputError(
-            f"{checkpoint_dir} has {len(others) + 1} stop tokens, {[tokenizer.eos_id, *others]}, a GGUF file at most 3."
+            f"{checkpoint_dir} has {len(stops)} stop tokens, {stops}, a GGUF file at most 3."
             " Leave out some in its generation_config.json."
         )
-    found |= {name: i for name, i in zip(("add_eot_token_id", "add_eom_token_id"), others)}
+    for method, token_id in zip(("add_eot_token_id", "add_eom_token_id"), other_stops, strict=False):
+        values[method] = token_id
     if tokenizer.bos_id is not None:
-        found["add_bos_token_id"] = tokenizer.bos_id
+        values["add_bos_token_id"] = tokenizer.bos_id
     if tokenizer.chat_template:
-        found["add_chat_template"] = tokenizer.chat_template
-    return found
+        values["add_chat_template"] = tokenizer.chat_template
+    return values
 
 
-def byte_level(checkpoint_dir: Path, stored: dict[str, Any], size: int, tokenizer: Tokenizer) -> dict[str, Any]:
+def is_piece_model(model: dict[str, Any]) -> bool:
+    """Whether the model in a tokenizer.json was made of a sentencepiece BPE: only that falls back to bytes."""
+    return model.get("type") == "BPE" and model.get("byte_fallback") is True
+
+
+def byte_level_vocabulary(
+    checkpoint_dir: Path, stored: dict[str, Any], n_tokens: int, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """The vocabulary of a byte-level BPE.
+
+    Raises:
+        InputError: it is none, or cuts texts into words in a way that llama.cpp has no name for.
+    """
     if stored["model"].get("type") != "BPE" or stored.get("normalizer"):
         raise InputError(f"The tokenizer of {checkpoint_dir} is no BPE of bytes, or changes texts before it.")
-    own = tokenizer.processor.pre_tokenizer.pre_tokenize_str(PROBE)
-    kinds = [kind for kind in PRE_TOKENIZERS if words_of(kind).pre_tokenize_str(PROBE) == own]
-    if not kinds:
+
+    # the way to cut words that gives the same ones of a text with all that they differ in
+    words = tokenizer.processor.pre_tokenizer.pre_tokenize_str(PROBE)
+    same = [name for name in PRE_TOKENIZERS if pre_tokenizer_of(name).pre_tokenize_str(PROBE) == words]
+    if not same:
         raise InputError(f"llama.cpp has no known name for how {checkpoint_dir} cuts texts into words.")
-    tokens = [f"[PAD{i}]" for i in range(size)]
-    types = [UNUSED] * len(tokens)
-    for token, i in stored["model"]["vocab"].items():
-        tokens[i], types[i] = token, NORMAL
+
+    # an entry for every row of the embedding
+    tokens = [f"[PAD{i}]" for i in range(n_tokens)]
+    types = [UNUSED] * n_tokens
+    for token, token_id in stored["model"]["vocab"].items():
+        tokens[token_id] = token
+        types[token_id] = NORMAL
     for added in stored.get("added_tokens", []):
-        tokens[added["id"]], types[added["id"]] = added["content"], ADDED[added["special"]]
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = added_token_type(added["special"])
     return {
         "add_tokenizer_model": "gpt2",
-        "add_tokenizer_pre": kinds[0],
+        "add_tokenizer_pre": same[0],
         "add_token_list": tokens,
         "add_token_types": types,
-        "add_token_merges": [m if isinstance(m, str) else " ".join(m) for m in stored["model"]["merges"]],
+        "add_token_merges": [" ".join(pair) for pair in merges_of(stored)],
     }
 
 
-def pieces(checkpoint_dir: Path, stored: dict[str, Any] | None, size: int, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Of sentencepiece's BPE: from tokenizer.model, or from the tokenizer.json that was made of one."""
+def merges_of(stored: dict[str, Any]) -> list[list[str]]:
+    """The merges of a tokenizer.json, which older ones keep as "left right" and newer ones as ["left", "right"]."""
+    return [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in stored["model"]["merges"]]
+
+
+def piece_vocabulary(
+    checkpoint_dir: Path, stored: dict[str, Any] | None, n_tokens: int, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """The vocabulary of a sentencepiece BPE: from tokenizer.model, or from the tokenizer.json that was made of one.
+
+    Raises:
+        InputError: llama.cpp would find other tokens.
+    """
+    # a piece for every row of the embedding
     if stored is None:
-        found = pieces_of_model(tokenizer.processor.serialized_model_proto())
+        pieces = pieces_of_model(tokenizer.processor.serialized_model_proto())
     else:
-        found = pieces_of_json(stored, tokenizer.unk_id)
-    rows = (found.get(i, (f"[PAD{i}]", UNUSED, 0.0)) for i in range(size))
-    tokens, types, scores = map(list, zip(*rows))
+        pieces = pieces_of_json(stored, tokenizer.unk_id)
+    rows = [pieces.get(i, Piece(f"[PAD{i}]", UNUSED, 0.0)) for i in range(n_tokens)]
+    tokens = [piece.text for piece in rows]
+    types = [piece.type for piece in rows]
+    scores = [piece.score for piece in rows]
+
+    # does a tokenizer that works as llama.cpp does find the same tokens?
     texts = [PROBE, *TEXTS]
-    own = [encoded.ids for encoded in tokenizer.encode_batch(texts, bos=False)]
-    prefix = tokenizer.id_to_token(tokenizer.encode_batch(["a"], bos=False)[0].ids[0]).startswith("▁")
+    expected = [encoding.ids for encoding in tokenizer.encode_batch(texts, bos=False)]
+    first_id = tokenizer.encode_batch(["a"], bos=False)[0].ids[0]
+    adds_space = tokenizer.id_to_token(first_id).startswith("▁")
     unknown = None if tokenizer.unk_id is None else tokens[tokenizer.unk_id]
-    again = piece_tokenizer(tokens, types, scores, unknown, prefix).encode_batch(texts, add_special_tokens=False)
-    if types.count(BYTE) != 256 or [encoding.ids for encoding in again] != own:
+    rebuilt = piece_tokenizer(tokens, types, scores, unknown, adds_space)
+    encodings = rebuilt.encode_batch(texts, add_special_tokens=False)
+    if types.count(BYTE) != 256 or [encoding.ids for encoding in encodings] != expected:
         raise InputError(
             f"llama.cpp would find other tokens than the tokenizer of {checkpoint_dir}: it knows byte-level BPE, and "
             "sentencepiece's with 256 bytes and without normalization."
         )
-    kept = {
+
+    values = {
         "add_tokenizer_model": "llama",
         "add_tokenizer_pre": "default",
         "add_token_list": tokens,
         "add_token_types": types,
         "add_token_scores": scores,
-        "add_add_space_prefix": prefix,
+        "add_add_space_prefix": adds_space,
     }
-    return kept if tokenizer.unk_id is None else kept | {"add_unk_token_id": tokenizer.unk_id}
+    if tokenizer.unk_id is not None:
+        values["add_unk_token_id"] = tokenizer.unk_id
+    return values
 
 
-Pieces = dict[int, tuple[str, int, float]]  # by id: how it is spelled, what it is, and its score
+def pieces_of_json(stored: dict[str, Any], unknown: int | None) -> dict[int, Piece]:
+    """The pieces of a tokenizer.json by id, with scores from the order of its merges: an earlier one is higher.
 
-
-def pieces_of_json(stored: dict[str, Any], unknown: int | None) -> Pieces:
-    """What is joined earlier has a higher score. Nothing where the merges leave out a way to a piece: llama.cpp would
-    go that, too."""
-    pairs = [m.split(" ", 1) if isinstance(m, str) else m for m in stored["model"]["merges"]]
-    ranks = {"".join(pair): -rank for rank, pair in reversed([*enumerate(pairs)])}
-    found = {}
-    for token, i in stored["model"]["vocab"].items():
-        kind = BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else NORMAL
-        found[i] = token, kind, float(ranks.get(token, -len(pairs)))
-    for added in stored.get("added_tokens", []):
-        found[added["id"]] = added["content"], ADDED[added["special"]], 0.0
-    if unknown is not None:
-        found[unknown] = found[unknown][0], UNKNOWN, 0.0
-    normal = {token for token, kind, _ in found.values() if kind == NORMAL}
-    ours = ["".join(pair) for pair in piece_merges(*zip(*found.values()))]
-    return found if ours == [joined for joined in map("".join, pairs) if joined in normal] else {}
-
-
-def pieces_of_model(proto: bytes) -> Pieces:
-    """Of sentencepiece's file: its field 1 is a piece each, of text, score and type; 2 is how it was trained.
-
-    The package tells neither which pieces are USER_DEFINED nor whether the model is BPE: the trainer's field 3 is 2.
-    Nothing where it is not.
+    Empty if a possible pair is missing from the merges, because llama.cpp would merge it.
     """
-    trainer = dict(fields(next(value for number, value in fields(proto) if number == 2)))
-    if trainer.get(3, 1) != 2:
+    merges = merges_of(stored)
+    scores: dict[str, float] = {}
+    for rank, pair in enumerate(merges):
+        scores.setdefault("".join(pair), float(-rank))
+    lowest = float(-len(merges))
+
+    # pieces, added tokens, the unknown one
+    pieces = {}
+    for token, token_id in stored["model"]["vocab"].items():
+        piece_type = BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else NORMAL
+        pieces[token_id] = Piece(token, piece_type, scores.get(token, lowest))
+    for added in stored.get("added_tokens", []):
+        pieces[added["id"]] = Piece(added["content"], added_token_type(added["special"]), 0.0)
+    if unknown is not None:
+        pieces[unknown] = Piece(pieces[unknown].text, UNKNOWN, 0.0)
+
+    # the unions that llama.cpp would make of these scores, and those of the merges
+    tokens, types, all_scores = zip(*pieces.values(), strict=True)
+    possible = ["".join(pair) for pair in piece_merges(tokens, types, all_scores)]
+    normal = {piece.text for piece in pieces.values() if piece.type == NORMAL}
+    unions = ["".join(pair) for pair in merges]
+    return pieces if possible == [union for union in unions if union in normal] else {}
+
+
+def pieces_of_model(model: bytes) -> dict[int, Piece]:
+    """The pieces of a tokenizer.model by id; empty if it is no BPE but a unigram model.
+
+    The file is read here because the sentencepiece package tells neither which pieces are USER_DEFINED nor whether the
+    model is BPE, and its protobuf classes need the package protobuf.
+    """
+    pieces = []
+    trainer: dict[int, Any] = {}
+    for number, value in protobuf_fields(model):
+        if number == MODEL_PIECES:
+            pieces.append(dict(protobuf_fields(value)))
+        elif number == MODEL_TRAINER:
+            trainer = dict(protobuf_fields(value))
+    if trainer.get(TRAINER_MODEL_TYPE, UNIGRAM) != BPE:
         return {}
-    found = [dict(fields(value)) for number, value in fields(proto) if number == 1]
-    score = struct.Struct("<f")
-    return {
-        i: (piece[1].decode(), piece.get(3, NORMAL), score.unpack(piece.get(2, bytes(4)))[0])
-        for i, piece in enumerate(found)
-    }
+
+    result = {}
+    for token_id, fields in enumerate(pieces):
+        (score,) = struct.unpack("<f", fields.get(PIECE_SCORE, bytes(4)))  # a field that is 0 may be left out
+        result[token_id] = Piece(fields[PIECE_TEXT].decode(), fields.get(PIECE_TYPE, NORMAL), score)
+    return result
 
 
-def fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of each field of a protobuf message; what is no integer is bytes."""
+def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Yields (number, value) of each field of a protobuf message; a value that is no integer is bytes.
+
+        field:       key, value         key: a varint, 8 times the field's number plus its wire type
+        wire type:   0 a varint     1 eight bytes     2 a varint, then so many bytes (text, a message)     5 four bytes
+        varint:      7 bits in each byte, the lowest first; the eighth says that another byte follows: 300 is AC 02
+
+    https://protobuf.dev/programming-guides/encoding/
+    """
     at = 0
     while at < len(message):
-        tag, at = varint(message, at)
-        if tag & 7 == 0:
-            value, at = varint(message, at)
+        key, at = read_varint(message, at)
+        wire_type = key & 7
+        if wire_type == 0:
+            value, at = read_varint(message, at)
         else:
-            size, at = varint(message, at) if tag & 7 == 2 else ({1: 8, 5: 4}[tag & 7], at)
-            value, at = message[at : at + size], at + size
-        yield tag >> 3, value
+            if wire_type == 2:
+                size, at = read_varint(message, at)
+            else:
+                size = {1: 8, 5: 4}[wire_type]
+            value = message[at : at + size]
+            at += size
+        yield key >> 3, value
 
 
-def varint(content: bytes, at: int) -> tuple[int, int]:
-    """The number there, of 7 bits in each byte, and where it ends."""
-    end = next(i for i in range(at, len(content)) if content[i] < 128) + 1
-    return sum((byte & 127) << 7 * i for i, byte in enumerate(content[at:end])), end
+def read_varint(content: bytes, at: int) -> tuple[int, int]:
+    """The number that begins at a position, and the position after it."""
+    number = 0
+    shift = 0
+    while True:
+        byte = content[at]
+        at += 1
+        number |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            return number, at

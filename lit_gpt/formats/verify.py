@@ -1,4 +1,4 @@
-"""Whether a model that was written is the one in memory: its logits on sample texts, read back from the files."""
+"""Checks that written files hold the model in memory: they are read back, and the logits on sample texts compared."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -17,13 +17,16 @@ TEXTS = (  # prose, a question, code, figures, another script
     "In 1998 there were 3,412 of them; by 2024 the number had fallen to 917 (-73.1 %).",
     "Füße, naïve café, Ελληνικά, 日本語 and 🙂 are all text.",
 )
-# how far logits may be apart, as a share of the largest: those of a copy, and those of weights that were rounded anew
+# How far logits may be apart, as a share of the largest: those of a copy, and those of weights that were rounded anew
+# to a dtype.
 EXACT = 1e-4
-ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.15}
-Logits = list[torch.Tensor]
+ROUNDING = {"float64": 1e-4, "float32": 1e-4, "float16": 0.03, "bfloat16": 0.15, "q8_0": 0.15}
+Logits = list[torch.Tensor]  # (T, V) float32 for each of TEXTS
 
 
 class Difference(NamedTuple):
+    """How far the logits of two models are apart."""
+
     largest: float
     mean: float
     agreement: float
@@ -37,35 +40,49 @@ class Difference(NamedTuple):
             f" the likeliest token is the same at {100 * self.agreement:.1f} % of the positions"
         )
 
+    def is_within(self, share: float) -> bool:
+        """Whether the largest difference is at most this share of the largest logit. One that is NaN is not."""
+        return self.largest <= share * self.scale
+
 
 @torch.inference_mode()
 def logits_of(model: GPT, tokenizer: Tokenizer) -> Logits:
-    """(T, V) float32 for each of TEXTS."""
+    """The logits of every position of TEXTS, on the CPU."""
     device = next(model.parameters()).device
-    rows = [tokenizer.encode(text, device)[: model.config.block_size] for text in TEXTS]
-    return [model(ids[None])[0].float().cpu() for ids in rows]
+    logits = []
+    for text in TEXTS:
+        ids = tokenizer.encode(text, device)[: model.config.block_size]
+        logits.append(model(ids[None])[0].float().cpu())
+    return logits
 
 
-def difference(ours: Logits, theirs: Logits) -> Difference:
-    gaps = [(a - b).abs() for a, b in zip(ours, theirs, strict=True)]
-    same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(ours, theirs, strict=True)])
-    mean = sum(gap.sum().item() for gap in gaps) / sum(gap.numel() for gap in gaps)
-    largest = max(gap.max().item() for gap in gaps)
-    return Difference(largest, mean, same.float().mean().item(), max(a.abs().max().item() for a in ours))
+def compare_logits(expected: Logits, actual: Logits) -> Difference:
+    """The difference between two models. The scale is that of the first."""
+    gaps = [(a - b).abs() for a, b in zip(expected, actual, strict=True)]
+    same_token = [a.argmax(-1) == b.argmax(-1) for a, b in zip(expected, actual, strict=True)]
+    n_values = sum(gap.numel() for gap in gaps)
+    return Difference(
+        largest=max(gap.max().item() for gap in gaps),
+        mean=sum(gap.sum().item() for gap in gaps) / n_values,
+        agreement=torch.cat(same_token).float().mean().item(),
+        scale=max(logits.abs().max().item() for logits in expected),
+    )
 
 
-def prove(expected: Logits, folder: Path, device: torch.device | None = None) -> None:
-    """Reads the model in `folder` back, prints how its logits differ from `expected`: those of the same weights,
-    rounded before to the dtype of the files.
+def verify_copy(expected: Logits, folder: Path) -> None:
+    """Reads the model in `folder` back, compares it and prints the difference.
+
+    `expected` are the logits of the same weights, rounded before to the dtype of the files.
 
     Raises:
         InputError: it is no copy.
     """
-    model = load_model(folder, device=device)
-    dtype = model.transformer.wte.weight.dtype
-    found = difference(expected, logits_of(model, Tokenizer(folder)))
-    print(f"Read back in {str(dtype).removeprefix('torch.')}: {found}.")
-    if not found.largest <= EXACT * found.scale:
+    model = load_model(folder)
+    dtype = str(model.transformer.wte.weight.dtype).removeprefix("torch.")
+    difference = compare_logits(expected, logits_of(model, Tokenizer(folder)))
+    print(f"Read back in {dtype}: {difference}.")
+    if not difference.is_within(EXACT):
         raise InputError(
-            f"What was written is not the model: {found}. Nothing was kept. Please report this, with the model's name."
+            f"What was written is not the model: {difference}. Nothing was kept. Please report this, with the model's"
+            " name."
         )

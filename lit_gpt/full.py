@@ -1,48 +1,66 @@
 """Full fine-tuning: train the model's own weights, all of them or some."""
 
-import re
 from dataclasses import dataclass
 
 from lit_gpt.errors import InputError
 from lit_gpt.model.gpt import GPT
-from lit_gpt.name_patterns import check_patterns
+from lit_gpt.name_patterns import check_patterns, matches_beginning
 
 
 @dataclass(frozen=True)
 class Full:
-    """Which weights train."""
+    """The choice of weights that train."""
 
     train_only: int | list[str] | None = None
-    """None is all; 4 the last four blocks, the final norm and the head; or patterns of names as in
-    transformer.h.3.mlp.fc_1.weight, of which a beginning will do: ["transformer.h.2[0-9]", lm_head]."""
+    """None trains all weights; 4 trains the last four blocks, the final norm and the head. Or patterns for the
+    beginnings of names as in transformer.h.3.mlp.fc_1.weight: ["transformer.h.2[0-9]", lm_head]."""
 
 
 def mark_chosen_as_trainable(model: GPT, full: Full) -> list[str]:
-    """Says which parameters train, and returns their names. A head that is the embedding trains as that.
+    """Sets which parameters train, in place, and returns their names. A head that is the embedding trains as that.
 
     Raises:
         InputError: a pattern fits no parameter, or there are not so many blocks.
     """
-    only, n_layer = full.train_only, model.config.n_layer
     names = [name for name, _ in model.named_parameters()]
-    if isinstance(only, int):
-        if not 1 <= only <= n_layer:
-            raise InputError(f"train_only is {only}, but the model has {n_layer} blocks.")
-        blocks = "|".join(map(str, range(n_layer - only, n_layer)))
-        head = [r"lm_head\."] if "lm_head.weight" in names else []  # not an embedding of all tokens
-        only = [rf"transformer\.h\.({blocks})\.", r"transformer\.ln_f\.", *head]
-    if only == []:
-        raise InputError("train_only is empty: nothing would train. Leave it out to train all.")
-    check_patterns(only or ())
-    for pattern in only or ():
-        if not any(fits(name, pattern) for name in names):
-            raise InputError(f"train_only has {pattern!r}, which no parameter's name begins with. One is {names[-1]}.")
-    chosen = [name for name in names if only is None or any(fits(name, pattern) for pattern in only)]
+    chosen = chosen_parameters(names, full.train_only, model.config.n_layer)
     for name, param in model.named_parameters():
-        param.requires_grad = name in set(chosen)
+        param.requires_grad = name in chosen
+    return [name for name in names if name in chosen]
+
+
+def chosen_parameters(names: list[str], train_only: int | list[str] | None, n_layer: int) -> set[str]:
+    """Those of a model's parameters that `train_only` chooses; `n_layer` is the number of its blocks."""
+    if train_only is None:
+        return set(names)
+    if isinstance(train_only, int):
+        patterns = patterns_of_last_blocks(train_only, n_layer)
+        # a head that is the embedding is not among the names: training it would change the embeddings of all tokens
+        if "lm_head.weight" in names:
+            patterns.append("lm_head")
+    else:
+        patterns = train_only
+        check_patterns(patterns)
+
+    # which names each pattern matches
+    if not patterns:
+        raise InputError("train_only is empty: nothing would train. Leave it out to train all.")
+    chosen = set()
+    for pattern in patterns:
+        matched = {name for name in names if matches_beginning(name, pattern)}
+        if not matched:
+            raise InputError(f"train_only has {pattern!r}, which no parameter's name begins with. One is {names[-1]}.")
+        chosen |= matched
     return chosen
 
 
-def fits(name: str, pattern: str) -> bool:
-    """`transformer.h.1` fits transformer.h.1.attn.q.weight and not transformer.h.10.attn.q.weight."""
-    return re.fullmatch(rf"(?:{pattern})(?:(?<=\.).*|\..*)?", name) is not None
+def patterns_of_last_blocks(n_blocks: int, n_layer: int) -> list[str]:
+    """Patterns for the parameters of the last `n_blocks` of `n_layer` blocks, and of the norm that follows them.
+
+    Raises:
+        InputError: there are not so many blocks.
+    """
+    if not 1 <= n_blocks <= n_layer:
+        raise InputError(f"train_only is {n_blocks}, but the model has {n_layer} blocks.")
+    blocks = [rf"transformer\.h\.{block}" for block in range(n_layer - n_blocks, n_layer)]
+    return [*blocks, r"transformer\.ln_f"]

@@ -136,16 +136,16 @@ class LoRALinear(nn.Module):
         low = self.down(x)  # (B, T, in) -> (B, T, r)
         y = self.linear(x)  # (B, T, out)
         # in place: nothing else holds the linear's output, and its backward does not need it
-        return y.add_(self.up(low))
+        return y.add_(self.up(low, x.dtype))
 
     def down(self, x: torch.Tensor) -> torch.Tensor:
         """(alpha / r) A x, in the dtype of x."""
         A = self.lora_A.to(x.dtype)
         return self.scaling * F.linear(self.dropout(x), A)
 
-    def up(self, low: torch.Tensor) -> torch.Tensor:
-        """B times the output of `down`."""
-        B = self.lora_B.to(low.dtype)
+    def up(self, low: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """B times the output of `down`. `dtype` is that of x: under autocast the output of `down` has another."""
+        B = self.lora_B.to(dtype)
         return F.linear(low, B)
 
     @torch.no_grad()
@@ -193,7 +193,7 @@ class DoRALinear(LoRALinear):
         low = self.down(x)  # (B, T, in) -> (B, T, r)
         # m / |V| is for V x alone: the bias is taken off the linear's output, and put back
         bias = 0 if self.linear.bias is None else self.linear.bias
-        y = self.linear(x) - bias + self.up(low)  # (B, T, out)
+        y = self.linear(x) - bias + self.up(low, x.dtype)  # (B, T, out)
         scale = (self.lora_magnitude / lengths).to(x.dtype)
         return y * scale + bias
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lit_gpt.distributed import as_weight, is_sharded
 from lit_gpt.errors import InputError
+from lit_gpt.sharding import as_weight, is_sharded
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OptimizerArgs:
-    """What the optimizer is made with."""
+    """Settings of the optimizer."""
 
     learning_rate: float = 3e-4
     """Peak of the schedule: linear warmup, then half a cosine down to min_learning_rate at the last step."""
     weight_decay: float = 0.01
-    """AdamW's, on matrices only."""
+    """Weight decay of AdamW, on matrices only."""
     beta1: float = 0.9
-    """AdamW's memory of the gradient, or the momentum of an optimizer that has one."""
+    """AdamW's decay rate of the mean gradient, or the momentum of an optimizer that has one."""
     beta2: float = 0.95
-    """AdamW's memory of its square."""
+    """AdamW's decay rate of the mean squared gradient."""
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
@@ -38,50 +38,80 @@ class OptimizerArgs:
 
 
 def make_optimizer(model: nn.Module, args: OptimizerArgs, path: str = "torch.optim.AdamW") -> torch.optim.Optimizer:
-    """An optimizer by its class path, with as many of the settings as it knows. Norms and biases, which are vectors, do
-    not decay.
+    """The optimizer whose class `path` names, for the parameters of `model` that train.
 
     Raises:
         InputError: there is no such class, or it wants something else.
     """
-    module, _, name = path.rpartition(".")
+    optimizer_class = import_optimizer(path)
+
+    # settings: as many of them as the class knows
+    settings = {
+        "lr": args.learning_rate,
+        "betas": (args.beta1, args.beta2),
+        "weight_decay": 0.0,
+        "momentum": args.beta1,
+    }
+    accepted = inspect.signature(optimizer_class).parameters
+    settings = {key: value for key, value in settings.items() if key in accepted}
+
+    # groups: norms and biases, which are vectors, do not decay
+    params = [param for param in model.parameters() if param.requires_grad]
+    matrices = [param for param in params if param.ndim >= 2]
+    vectors = [param for param in params if param.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+
     try:
-        kind = getattr(import_module(module), name)
-        if not issubclass(kind, torch.optim.Optimizer):
+        return optimizer_class(groups, **settings)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--optimizer {path} cannot be made with {settings}: {error}.") from None
+
+
+def import_optimizer(path: str) -> type[torch.optim.Optimizer]:
+    """The class at a path such as torch.optim.AdamW.
+
+    Raises:
+        InputError: there is none, or it is no optimizer.
+    """
+    module_path, _, name = path.rpartition(".")
+    try:
+        optimizer_class = getattr(import_module(module_path), name)
+        if not issubclass(optimizer_class, torch.optim.Optimizer):
             raise TypeError(f"{name} is no optimizer")
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise InputError(
             f"--optimizer {path}: {error}. Name a class by its path, such as torch.optim.AdamW or"
             " bitsandbytes.optim.PagedAdamW8bit."
         ) from None
-    known, betas = inspect.signature(kind).parameters, (args.beta1, args.beta2)
-    options = {"lr": args.learning_rate, "betas": betas, "weight_decay": 0.0, "momentum": args.beta1}
-    options = {key: value for key, value in options.items() if key in known}
-    params = [param for param in model.parameters() if param.requires_grad]
-    groups = [
-        {"params": [param for param in params if param.ndim >= 2], "weight_decay": args.weight_decay},
-        {"params": [param for param in params if param.ndim < 2], "weight_decay": 0.0},
-    ]
-    try:
-        return kind([group for group in groups if group["params"]], **options)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"--optimizer {path} cannot be made with {options}: {error}.") from None
+    return optimizer_class
 
 
 def check_optimizer(path: str, fabric: "Fabric | None" = None) -> None:
-    """Takes a step with a small weight, before there are others; as they will be on the devices of a run.
+    """Takes a step with a small weight, laid on the devices of a run as its weights will be, before there are others.
 
     Raises:
-        InputError: there is no such class, it wants other gradients, or it cannot step where weights are split.
+        InputError: there is no such class, it wants other gradients, or it cannot step if weights are split.
     """
-    weight, split = torch.ones(64, 64), fabric is not None and is_sharded(fabric)
-    weight = nn.Parameter(weight if fabric is None else as_weight(weight, fabric))
+    # a small weight and its gradient
+    tensor = torch.ones(64, 64)
+    if fabric is not None:
+        tensor = as_weight(tensor, fabric)
+    weight = nn.Parameter(tensor)
     weight.grad = torch.ones_like(weight)
+
+    # a step: each optimizer fails in its own way, if it does
     optimizer = make_optimizer(nn.ParameterList([weight]), OptimizerArgs(), path)
     try:
         optimizer.step()
-    except Exception as error:  # each fails in its own way
-        raise InputError(
-            f"--optimizer {path} cannot step{' where weights are split among devices' if split else ''}:"
-            f" {str(error).strip('.!')}. Choose torch.optim.AdamW{', or another --strategy' if split else ''}."
-        ) from None
+    except Exception as error:
+        reason = str(error).strip(".!")
+        where = ""
+        instead = "torch.optim.AdamW"
+        if fabric is not None and is_sharded(fabric):
+            where = " where weights are split among devices"
+            instead += ", or another --strategy"
+        raise InputError(f"--optimizer {path} cannot step{where}: {reason}. Choose {instead}.") from None

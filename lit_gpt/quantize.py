@@ -11,7 +11,6 @@ dict, a safetensors file, DDP and `fully_shard` take them for what they are: ten
 """
 
 import logging
-import re
 from typing import Any, Literal
 
 import torch
@@ -19,14 +18,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from lit_gpt.errors import InputError
+from lit_gpt.name_patterns import matches_end
+from lit_gpt.packages import import_optional
 from lit_gpt.replace_modules import replace_modules
 
 Quantize = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8"]
 
-KEPT = re.compile(r"lm_head|.*gate")  # linears that stay as they are: the head, and what chooses experts
-BLOCK = 64  # values that share a scale
-SCALE_BLOCK = 256  # scales that share one, with -dq: bitsandbytes' kernels know no other number
-PART = 2**18  # values to quantize at once: the kernels need four times as much room as these
+UNQUANTIZED = "lm_head|gate"  # linears that stay as they are, by the ends of their names; a gate chooses experts
+BLOCK_SIZE = 64  # values that share a scale
+SCALE_BLOCK_SIZE = 256  # scales that share one, with -dq: bitsandbytes' kernels know no other number
+VALUES_AT_ONCE = 2**18  # values to quantize in one call: the kernels need four times as much room as these
 
 
 class QuantizedLinear(nn.Module):
@@ -40,26 +41,42 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None, kind: Quantize) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.kind = in_features, out_features, kind
-        self.format, _, dq = kind.removeprefix("bnb.").partition("-")
-        self.nested = bool(dq)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.kind = kind
+        self.format = kind.removeprefix("bnb.").removesuffix("-dq")
+        self.double_quant = kind.endswith("-dq")
         self.bias = bias
         for name, (shape, dtype) in self.layout().items():
-            setattr(self, name, frozen(torch.empty(shape, dtype=dtype, device="meta")))
+            empty = torch.empty(shape, dtype=dtype, device="meta")
+            setattr(self, name, frozen_parameter(empty))
 
     def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """The shape and dtype of everything that is kept of the weight."""
-        rows, columns = self.out_features, self.in_features
+        """The shape and dtype of every tensor that is kept of the weight:
+
+        codes           (out, in) int8, or (out, in / 2) of two codes each
+        scales          (out,) with int8; with 4 bits (out, in / 64), or (blocks,) where rows are no whole blocks
+        scale_scales    (blocks / 256,), scale_mean (1,) and scale_values (256,), the scales' own, with -dq
+        """
+        rows = self.out_features
+        columns = self.in_features
         if self.format == "int8":
             return {"codes": ((rows, columns), torch.int8), "scales": ((rows,), torch.float32)}
-        blocks = -(rows * columns // -BLOCK)  # they run on from row to row, where rows are no multiple of them
-        shape = (blocks,) if columns % BLOCK else (rows, columns // BLOCK)
-        kept = {"codes": ((rows, columns // 2), torch.uint8), "scales": (shape, torch.float32)}
-        if self.nested:  # the mean and the 256 values that 8-bit codes stand for go along
-            kept["scales"] = (shape, torch.uint8)
-            sizes = {"scale_scales": -(blocks // -SCALE_BLOCK), "scale_mean": 1, "scale_values": 256}
-            kept |= {name: ((size,), torch.float32) for name, size in sizes.items()}
-        return kept
+
+        # blocks run on from row to row, if rows are no multiple of them; the last one may be short
+        n_blocks = -(rows * columns // -BLOCK_SIZE)
+        scales_shape = (n_blocks,) if columns % BLOCK_SIZE else (rows, columns // BLOCK_SIZE)
+        codes = ((rows, columns // 2), torch.uint8)
+        if not self.double_quant:
+            return {"codes": codes, "scales": (scales_shape, torch.float32)}
+        n_scale_blocks = -(n_blocks // -SCALE_BLOCK_SIZE)
+        return {
+            "codes": codes,
+            "scales": (scales_shape, torch.uint8),
+            "scale_scales": ((n_scale_blocks,), torch.float32),
+            "scale_mean": ((1,), torch.float32),
+            "scale_values": ((256,), torch.float32),  # what the 8-bit codes of scales stand for
+        }
 
     @torch.no_grad()
     def load_weight(self, weight: torch.Tensor) -> None:
@@ -68,83 +85,135 @@ class QuantizedLinear(nn.Module):
         Raises:
             InputError: int8 codes come from float16, and the weight exceeds it.
         """
-        from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit, quantize_blockwise
-
+        # codes and scales
         if self.format == "int8":
-            parts = weight.split(max(1, PART // self.in_features))
-            codes, scales, _ = zip(*(int8_vectorwise_quant(part.half().contiguous()) for part in parts))
+            codes, scales = quantize_to_8_bits(weight)
         else:
-            weight = weight.float() if weight.dtype == torch.float64 else weight
-            parts = weight.flatten().split(PART)  # whole blocks, so that the codes are those of the whole
-            codes, states = zip(*(quantize_4bit(part, blocksize=BLOCK, quant_type=self.format) for part in parts))
-            scales = [state.absmax for state in states]
-        kept = {"codes": torch.cat(codes), "scales": torch.cat(scales)}
-        if not kept["scales"].isfinite().all():
+            codes, scales = quantize_to_4_bits(weight, self.format)
+        if not scales.isfinite().all():
             raise InputError("bnb.int8 reads weights as float16, which some of these exceed. Use bnb.nf4.")
-        if self.nested:
-            mean = kept["scales"].mean()
-            kept["scales"], state = quantize_blockwise(kept["scales"] - mean, blocksize=SCALE_BLOCK)
-            kept |= {"scale_scales": state.absmax, "scale_mean": mean, "scale_values": state.code}
+        tensors = {"codes": codes, "scales": scales}
+
+        # codes of the scales
+        if self.double_quant:
+            from bitsandbytes.functional import quantize_blockwise
+
+            mean = scales.mean()
+            tensors["scales"], state = quantize_blockwise(scales - mean, blocksize=SCALE_BLOCK_SIZE)
+            tensors["scale_scales"] = state.absmax
+            tensors["scale_mean"] = mean
+            tensors["scale_values"] = state.code
+
         for name, (shape, _) in self.layout().items():
-            setattr(self, name, frozen(kept[name].view(shape)))
+            setattr(self, name, frozen_parameter(tensors[name].view(shape)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_autocast_enabled(x.device.type):  # as it does with nn.Linear
+        # autocast casts the inputs of nn.Linear; of other modules it does not know
+        if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return Multiply.apply(x, bias, self)  # (B, T, in) -> (B, T, out)
+        return QuantizedMatmul.apply(x, bias, self)  # (B, T, in) -> (B, T, out)
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight (out, in) that the codes stand for."""
         if self.format == "int8":
-            return self.codes.to(dtype, copy=True).mul_(self.scales.unsqueeze(1).mul(1 / 127))
+            scales = self.scales.unsqueeze(1).mul(1 / 127)
+            return self.codes.to(dtype, copy=True).mul_(scales)
+
         from bitsandbytes.functional import dequantize_4bit
 
-        known = torch.float32 if dtype == torch.float64 else dtype  # to the kernels
-        weight = dequantize_4bit(self.codes.view(-1, 1), self.state(known))
+        # the kernels know no float64
+        kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
+        weight = dequantize_4bit(self.codes.view(-1, 1), self.quant_state(kernel_dtype))
         return weight.to(dtype).reshape(self.out_features, self.in_features)  # a single byte comes back transposed
 
-    def state(self, dtype: torch.dtype) -> Any:
-        """What bitsandbytes' kernels want to know besides the codes."""
+    def quant_state(self, dtype: torch.dtype) -> Any:
+        """The QuantState with which bitsandbytes' kernels read the codes of 4 bits; they compute in `dtype`."""
         from bitsandbytes.functional import QuantState
 
-        scales, nested = self.scales.view(-1), {}
-        if self.nested:
-            inner = dict(code=self.scale_values.float(), blocksize=SCALE_BLOCK, dtype=torch.float32)
-            nested = dict(offset=self.scale_mean[0].float(), state2=QuantState(self.scale_scales.float(), **inner))
-        else:
-            scales = scales.float()  # as they are, unless the whole model was cast; the kernels would not notice
-        shape = torch.Size((self.out_features, self.in_features))
-        return QuantState(scales, shape, blocksize=BLOCK, quant_type=self.format, dtype=dtype, **nested)
+        shared = {
+            "shape": torch.Size((self.out_features, self.in_features)),
+            "blocksize": BLOCK_SIZE,
+            "quant_type": self.format,
+            "dtype": dtype,
+        }
+        # .float() changes nothing, unless the whole model was cast: the kernels would read other dtypes as float32
+        if not self.double_quant:
+            return QuantState(self.scales.view(-1).float(), **shared)
+        scale_state = QuantState(
+            self.scale_scales.float(),
+            code=self.scale_values.float(),
+            blocksize=SCALE_BLOCK_SIZE,
+            dtype=torch.float32,
+        )
+        return QuantState(self.scales.view(-1), offset=self.scale_mean[0].float(), state2=scale_state, **shared)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """A plain linear of the weight that the codes stand for."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight, linear.bias = frozen(self.dequantize(dtype)), self.bias
+        linear.weight = frozen_parameter(self.dequantize(dtype))
+        linear.bias = self.bias
         return linear
 
 
-class Multiply(torch.autograd.Function):
-    """x W^T + b of a QuantizedLinear. What backward needs are the codes, so that nothing is stored."""
+class QuantizedMatmul(torch.autograd.Function):
+    """x W^T + b of a QuantizedLinear. Its backward needs the frozen codes alone, so that nothing is stored for it."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, bias: torch.Tensor | None, linear: QuantizedLinear) -> torch.Tensor:
         ctx.linear = linear
+        # no kernel multiplies by these codes, or computes in float64
         if linear.format == "int8" or x.dtype == torch.float64:
             return F.linear(x, linear.dequantize(x.dtype), bias)
+
         from bitsandbytes import matmul_4bit
 
-        return matmul_4bit(x, linear.codes, linear.state(x.dtype), bias=bias)
+        return matmul_4bit(x, linear.codes, linear.quant_state(x.dtype), bias=bias)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         needs_x, needs_bias, _ = ctx.needs_input_grad
-        x_grad = grad @ ctx.linear.dequantize(grad.dtype) if needs_x else None
-        return x_grad, grad.flatten(0, -2).sum(0) if needs_bias else None, None
+        x_grad = None
+        bias_grad = None
+        if needs_x:
+            x_grad = grad @ ctx.linear.dequantize(grad.dtype)  # (B, T, out) -> (B, T, in)
+        if needs_bias:
+            bias_grad = grad.flatten(0, -2).sum(0)  # (B, T, out) -> (out,)
+        return x_grad, bias_grad, None
 
 
-def frozen(tensor: torch.Tensor) -> nn.Parameter:
+def quantize_to_8_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (out, in) and scales (out,) of a weight (out, in), a few rows at a time."""
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    codes = []
+    scales = []
+    rows_at_once = max(1, VALUES_AT_ONCE // weight.size(1))
+    for rows in weight.split(rows_at_once):
+        row_codes, row_scales, _ = int8_vectorwise_quant(rows.half().contiguous())
+        codes.append(row_codes)
+        scales.append(row_scales)
+    return torch.cat(codes), torch.cat(scales)
+
+
+def quantize_to_4_bits(weight: torch.Tensor, format: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (bytes, 1), two in a byte, and scales (blocks,) of a weight (out, in), some blocks at a time."""
+    from bitsandbytes.functional import quantize_4bit
+
+    if weight.dtype == torch.float64:  # which the kernels do not know
+        weight = weight.float()
+    codes = []
+    scales = []
+    # pieces of whole blocks: the codes are those of the whole weight
+    for piece in weight.flatten().split(VALUES_AT_ONCE):
+        piece_codes, state = quantize_4bit(piece, blocksize=BLOCK_SIZE, quant_type=format)
+        codes.append(piece_codes)
+        scales.append(state.absmax)
+    return torch.cat(codes), torch.cat(scales)
+
+
+def frozen_parameter(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
@@ -159,15 +228,10 @@ def quantize_linears(model: nn.Module, kind: Quantize | None) -> list[str]:
     """
     if kind is None:
         return []
-    # It advises to install a package that fetches a kernel from the hub, on CPUs with bfloat16 units
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"--quantize {kind} needs bitsandbytes ({error}): pip install 'bitsandbytes>=0.50'") from None
+    import_bitsandbytes(kind)
 
     def swap(name: str, module: nn.Module) -> nn.Module | None:
-        if not isinstance(module, nn.Linear) or KEPT.fullmatch(name):
+        if not isinstance(module, nn.Linear) or matches_end(name, UNQUANTIZED):
             return None
         if module.in_features % 2 and kind != "bnb.int8":
             raise InputError(f"{name} has {module.in_features} inputs, and {kind} packs them in pairs. Use bnb.int8.")
@@ -179,11 +243,31 @@ def quantize_linears(model: nn.Module, kind: Quantize | None) -> list[str]:
     return replace_modules(model, swap)
 
 
+def import_bitsandbytes(kind: Quantize) -> None:
+    """Imports bitsandbytes for the first time, and quietly.
+
+    Raises:
+        InputError: it is missing.
+    """
+    # On a CPU with bfloat16 units bitsandbytes 0.50 looks for a kernel on the hub as it is imported, and warns if the
+    # package `kernels` is missing, or beside a PyTorch for CUDA:
+    # https://github.com/bitsandbytes-foundation/bitsandbytes/issues/2064
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    import_optional("bitsandbytes", None, f"--quantize {kind}")
+
+
 def dequantize_linears(model: nn.Module, dtype: torch.dtype = torch.float32) -> list[str]:
-    """Puts plain linears of what the codes stand for in the place of quantized ones, and returns their names."""
-    return replace_modules(model, lambda name, m: m.dequantized(dtype) if isinstance(m, QuantizedLinear) else None)
+    """Puts plain linears of the weights that codes stand for in the place of quantized ones; returns their names."""
+
+    def swap(name: str, module: nn.Module) -> nn.Module | None:
+        return module.dequantized(dtype) if isinstance(module, QuantizedLinear) else None
+
+    return replace_modules(model, swap)
 
 
 def quantization(model: nn.Module) -> Quantize | None:
-    """How the linears of a model are quantized, if they are."""
-    return next((module.kind for module in model.modules() if isinstance(module, QuantizedLinear)), None)
+    """How the linears of a model are quantized; None if they are not."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            return module.kind
+    return None

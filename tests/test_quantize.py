@@ -33,7 +33,8 @@ from lit_gpt.lora import LoRA, LoRALinear, apply_lora, mark_only_lora_as_trainab
 from lit_gpt.model.gpt import GPT
 from lit_gpt.optimizer import make_optimizer
 from lit_gpt.quantize import Quantize, QuantizedLinear, quantization, quantize_linears
-from lit_gpt.runs.finetuned import load_finetuned, read_description
+from lit_gpt.runs.header import read_header
+from lit_gpt.runs.load_finetuned import load_finetuned
 from lit_gpt.train import TrainArgs
 
 KINDS = get_args(Quantize)
@@ -104,7 +105,7 @@ def test_a_part_at_a_time_gives_the_same_codes(kind: Quantize, monkeypatch) -> N
     """Of 3,000 values in parts of 128, or two rows each: the last one is short."""
     linear = make_linear(50, 60, torch.float32)
     whole = quantized(linear, kind).state_dict()
-    monkeypatch.setattr(lit_gpt.quantize, "PART", 128)
+    monkeypatch.setattr(lit_gpt.quantize, "VALUES_AT_ONCE", 128)
     assert equal(quantized(linear, kind).state_dict(), whole)
     assert quantized(make_linear(1, 2, torch.float32), kind).dequantize().shape == (1, 2), "a single byte, with 4 bits"
 
@@ -349,7 +350,7 @@ def test_files_of_before_there_was_quantization_load(run_dir, tmp_path) -> None:
     save_file(
         load_file(run_dir / "best/lora.safetensors"), tmp_path / "lora.safetensors", {"lit_gpt": json.dumps(header)}
     )
-    assert read_description(tmp_path).quantize is None
+    assert read_header(tmp_path).quantize is None
 
 
 def test_merging_takes_the_original_weights(run_dir, tiny_dir, tmp_path) -> None:

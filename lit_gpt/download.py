@@ -24,7 +24,7 @@ from lit_gpt.errors import InputError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-DOWNLOADS = Path("data/downloads")
+DOWNLOADS = Path("data/downloads")  # where `fetch` keeps files
 BLOCK = 2**20  # bytes that are read and written at once
 BUSY = (408, 429, 500, 502, 503, 504)  # answers of a server that may give the file a little later
 
@@ -116,7 +116,8 @@ def download(
         headers: Sent with the request. An Authorization is kept from other hosts, see `SameHostOnly`.
         partial: Where the content waits until it is complete. A file that is there is continued, if the server can, and
             what has arrived stays there if the connection breaks. None begins anew and leaves nothing.
-        tries: How many tries in a row may end without a single byte. A broken connection is continued where it ended.
+        tries: How many tries to make if the connection breaks or the server is busy. A try in which something arrives
+            is the first of a new count. Each goes on where the one before ended.
         timeout: Seconds to wait for the server at any moment.
 
     Raises:
@@ -141,7 +142,7 @@ def download(
 def receive_patiently(
     url: str, path: Path, expected: Expected, headers: Mapping[str, str], *, tries: int, timeout: float
 ) -> None:
-    """Calls `receive` until the file is complete, or nothing has arrived `tries` times in a row."""
+    """Calls `receive` until the file is complete, or the tries are used up."""
     if expected.size is not None and size_of(path) > expected.size:
         path.unlink()  # it cannot be the beginning of this file
     failures = 0

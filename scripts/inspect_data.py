@@ -28,37 +28,48 @@ def main(
     json_path: Path | None = None,
     png_path: Path | None = None,
 ) -> None:
-    """Look at prepared data. The exit status is 1 where something is seriously wrong with them.
+    """Look at prepared data. The exit status is 1 if something is seriously wrong with them.
 
     Args:
-        data_dir: What one of scripts/prepare_*.py wrote.
+        data_dir: A folder that one of scripts/prepare_*.py wrote.
         checkpoint_dir: The model that will train on them. None is the one they were prepared for.
         samples: How many training records to show. One with each serious problem is shown anyway.
         cost: Estimate the time and the memory that each cut-off would take with LoRA's defaults on this machine.
-        precision: For that estimate.
-        json_path: Write all figures there.
-        png_path: Draw the lengths there.
+        precision: The precision of the estimated training.
+        json_path: A file to write all figures to.
+        png_path: A file to draw the lengths to.
     """
-    for path in filter(None, (json_path, png_path)):
-        if not path.parent.is_dir():
+    check_paths(json_path, png_path)
+
+    # which model?
+    data = Dataset(data_dir, "train")
+    checkpoint_dir = checkpoint_dir or Path(data.meta["checkpoint"])
+    tokenizer = Tokenizer(checkpoint_dir)
+    config = Config.from_checkpoint(checkpoint_dir)
+    data.check_fits(tokenizer, config)
+
+    # what is in the data
+    report = print_summary(data_dir, tokenizer, config, samples)
+    if report.cutoffs:
+        if cost:
+            add_cost(report, config, precision)
+        print_lengths(report)
+        if png_path:
+            save_figure(length_figure(report), png_path)
+    if json_path:
+        figures = asdict(report) | {"serious": report.serious()}
+        json_path.write_text(json.dumps(figures, indent=2) + "\n")
+    if report.serious():
+        sys.exit(1)
+
+
+def check_paths(json_path: Path | None, png_path: Path | None) -> None:
+    """Raises InputError, before any work is done, if a file could not be written."""
+    for path in (json_path, png_path):
+        if path and not path.parent.is_dir():
             raise InputError(f"There is no folder {path.parent} for {path}. Make it first.")
     if png_path and png_path.suffix.lower() != ".png":
         raise InputError(f"--png_path is {png_path}, expected a name that ends in .png.")
-    data = Dataset(data_dir, "train")
-    checkpoint_dir = checkpoint_dir or Path(data.meta["checkpoint"])
-    tokenizer, config = Tokenizer(checkpoint_dir), Config.from_checkpoint(checkpoint_dir)
-    data.check_fits(tokenizer, config)
-    found = print_summary(data_dir, tokenizer, config, samples)
-    if found.cutoffs:
-        if cost:
-            add_cost(found, config, precision)
-        print_lengths(found)
-        if png_path:
-            save_figure(length_figure(found), png_path)
-    if json_path:
-        json_path.write_text(json.dumps(asdict(found) | {"serious": found.serious()}, indent=2) + "\n")
-    if found.serious():
-        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def test_stored_tokens_say_the_text(checkpoint, tokenizer, tmp_path: Path, instr
 
 
 def test_memory_does_not_grow_with_the_records(checkpoint, tmp_path: Path, monkeypatch) -> None:
-    """But for a few numbers each; and the X-ray looks at a part at a time."""
+    """But for a few numbers each; and problems are looked for in a part at a time."""
     monkeypatch.setattr("lit_gpt.data.find_problems.PART", 2**13)
 
     def peak(n: int) -> int:

@@ -26,6 +26,7 @@ from lit_gpt.data.prompts import render
 from lit_gpt.data.read_files import mix, read_records
 from lit_gpt.data.records import Keys, blank_part, in_our_form
 from lit_gpt.data.too_long import cut_text
+from lit_gpt.download import DownloadError, Expected, download
 
 USER, ANSWER = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}
 SYSTEM, TOOL = {"role": "system", "content": "Be brief."}, {"role": "tool", "content": "42", "tool_call_id": "1"}
@@ -515,6 +516,87 @@ def test_checksums(server, tmp_path: Path, monkeypatch) -> None:
         fetch(f"{server.url}/a.gz", "0000")
     assert list((tmp_path / "data/downloads").iterdir()) == []
     assert fetch(f"{server.url}/a.gz", hashlib.sha256(body).hexdigest()).read_bytes() == body
+
+
+class CutOff(BaseHTTPRequestHandler):
+    """Breaks off each answer after as many bytes as the server's next `cut` says, and goes on where it is asked to."""
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        server = self.server
+        if self.path == "/elsewhere":
+            self.send_response(302)
+            self.send_header("Location", f"http://localhost:{server.server_port}/file")  # another name, another host
+            return self.end_headers()
+        start = int((self.headers.get("Range") or "bytes=0-")[len("bytes=") : -1])
+        server.seen.append((start, self.headers.get("Authorization")))
+        if start >= len(server.body):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(server.body) - start))
+        self.end_headers()
+        self.wfile.write(server.body[start:][: server.cuts.pop(0) if server.cuts else None])
+
+
+@pytest.fixture
+def cutting():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), CutOff)
+    server.body, server.seen, server.cuts = bytes(range(256)) * 20_000, [], []
+    server.url = f"http://127.0.0.1:{server.server_port}/file"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def test_a_broken_download_goes_on(cutting, tmp_path: Path) -> None:
+    path, partial = tmp_path / "file", tmp_path / "part"
+    expected = Expected(size=len(cutting.body), sha256=hashlib.sha256(cutting.body).hexdigest())
+    cutting.cuts = [1_200_000, 100, 0]
+    download(cutting.url, path, expected=expected, partial=partial, tries=3)
+    assert path.read_bytes() == cutting.body and list(tmp_path.iterdir()) == [path]
+    assert [start for start, _ in cutting.seen] == [0, 1_200_000, 1_200_100, 1_200_100]
+    # so does the next run
+    path.unlink()
+    cutting.cuts = [1_200_000]
+    with pytest.raises(DownloadError, match="arrived as 1,200,000 bytes, expected 5,120,000 bytes. Run it again"):
+        download(cutting.url, path, partial=partial)
+    assert partial.stat().st_size == 1_200_000 and not path.exists()
+    download(cutting.url, path, partial=partial)
+    assert path.read_bytes() == cutting.body and cutting.seen[-1][0] == 1_200_000
+    # without the name of a partial file nothing is left of what broke
+    path.unlink()
+    cutting.cuts = [1_200_000]
+    with pytest.raises(DownloadError):
+        download(cutting.url, path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", ["complete", "another", "longer"])
+def test_a_partial_file_of_something_else(wrong: str, cutting, tmp_path: Path) -> None:
+    """What is complete is taken; what turns out to be another file is deleted, and not taken for this one."""
+    path, partial = tmp_path / "file", tmp_path / "part"
+    expected = Expected(size=len(cutting.body), sha256=hashlib.sha256(cutting.body).hexdigest())
+    there = {"complete": cutting.body, "another": cutting.body[:-1] + b"!", "longer": cutting.body + b"!"}
+    partial.write_bytes(there[wrong])
+    if wrong == "another":
+        with pytest.raises(DownloadError, match="arrived as [0-9a-f]{64}, expected [0-9a-f]{64}. Run it again"):
+            download(cutting.url, path, expected=expected, partial=partial)
+        assert not partial.exists()
+    download(cutting.url, path, expected=expected, partial=partial)
+    assert path.read_bytes() == cutting.body and [start for start, _ in cutting.seen] == [0] * (wrong != "complete")
+    # nobody knows its size: the server has nothing more to give, and it is fetched again
+    partial.write_bytes(there[wrong])
+    download(cutting.url, path, partial=partial)
+    assert path.read_bytes() == cutting.body and [start for start, _ in cutting.seen][-2:] == [len(there[wrong]), 0]
+
+
+def test_a_token_stays_with_its_host(cutting, tmp_path: Path) -> None:
+    headers = {"authorization": "Bearer hf_me"}
+    download(cutting.url, tmp_path / "file", headers=headers)
+    download(cutting.url.replace("/file", "/elsewhere"), tmp_path / "file", headers=headers)
+    assert cutting.seen == [(0, "Bearer hf_me"), (0, None)]
 
 
 def test_own_validation_files(checkpoint, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The X-ray finds what is wrong with prepared data, and counts it exactly: `pytest tests/test_xray.py`"""
+"""What is wrong with prepared data is found, and counted exactly: `pytest tests/test_xray.py`"""
 
 import json
 import re

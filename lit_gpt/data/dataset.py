@@ -26,8 +26,13 @@ from lit_gpt.model.packing import Layout, common_prefix
 # the dtype of each array; meta.json says that of the tokens
 FILES = {"tokens": None, "trained": np.uint8, "ends": np.int64, "split": np.uint8}
 NEEDED = {"tokens_dtype", "n_tokens", "n_records", "tokenizer", "longest", "prompt_style"}  # keys of meta.json
-TRAIN, VAL, NEITHER = 0, 1, 2  # in split.bin
-ANSWER, OTHER = 1, 2  # in trained.bin
+# in split.bin
+TRAIN = 0
+VAL = 1
+NEITHER = 2
+# in trained.bin, beside 0 for what is not trained
+ANSWER = 1
+OTHER = 2
 
 
 class Dataset:
@@ -57,20 +62,22 @@ class Dataset:
     def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens of record i, (T,) int64, and whether each is trained, (T,) bool."""
         start, end = self.span(i)
-        tokens = torch.from_numpy(self.tokens[start:end].astype(np.int64))
-        trained = torch.from_numpy(self.trained[start:end].astype(bool))
-        return tokens, trained
+        # copies, since a tensor of mapped memory could not be written to
+        tokens = self.tokens[start:end].astype(np.int64)
+        trained = self.trained[start:end].astype(bool)
+        return torch.from_numpy(tokens), torch.from_numpy(trained)
 
     def question(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The prompt of record i, up to the first answer, and the rest. A text is continued from its beginning."""
         ids, _ = self[i]
         start, end = self.span(i)
-        answers = np.flatnonzero(self.trained[start:end] == ANSWER)
+        marks = self.trained[start:end]
+        answers = np.flatnonzero(marks == ANSWER)
         if len(answers):
-            prompt = int(answers[0])
+            n_prompt = int(answers[0])
         else:
-            prompt = max(1, min(len(ids) // 2, 32))
-        return ids[:prompt], ids[prompt:]
+            n_prompt = max(1, min(len(ids) // 2, 32))
+        return ids[:n_prompt], ids[n_prompt:]
 
     def span(self, i: int) -> tuple[int, int]:
         """(start, end) of record i in `tokens` and `trained`."""
@@ -85,13 +92,16 @@ class Dataset:
 
     def lengths(self) -> np.ndarray:
         """How many tokens each record has, (n,) int64."""
-        starts = np.where(self.records > 0, self.ends[self.records - 1], 0)
-        return (self.ends[self.records] - starts).astype(np.int64)
+        ends = self.ends[self.records]
+        starts = self.ends[self.records - 1]  # the ends of the records before; -1 is none
+        starts = np.where(self.records > 0, starts, 0)
+        return (ends - starts).astype(np.int64)
 
     def n_targets(self, i: int) -> int:
         """How many tokens of record i are trained. Nothing predicts a record's first one."""
         start, end = self.span(i)
-        return int(np.count_nonzero(self.trained[start + 1 : end]))
+        marks = self.trained[start + 1 : end]
+        return int(np.count_nonzero(marks))
 
     def check_fits(self, tokenizer: Tokenizer, config: Config) -> None:
         """Raises InputError if another tokenizer wrote these tokens, or the model cannot read the longest record."""
@@ -128,11 +138,14 @@ def map_array(data_dir: Path, name: str, meta: dict[str, Any]) -> np.ndarray:
     """The array in NAME.bin, mapped into memory. Raises InputError if the file has another size than meta.json says."""
     path = data_dir / f"{name}.bin"
     dtype = np.dtype(FILES[name] or meta["tokens_dtype"])
-    n_entries = meta["n_tokens"] if name in ("tokens", "trained") else meta["n_records"]
+    is_per_token = name in ("tokens", "trained")
+    n_entries = meta["n_tokens"] if is_per_token else meta["n_records"]
     size = n_entries * dtype.itemsize
-    if not path.is_file() or path.stat().st_size != size:
-        actual = f"{path.stat().st_size:,} bytes" if path.is_file() else "nothing"
-        raise InputError(f"{path} should have {size:,} bytes and has {actual}. Prepare the data again.")
+    if not path.is_file():
+        raise InputError(f"{path} should have {size:,} bytes and has nothing. Prepare the data again.")
+    actual_size = path.stat().st_size
+    if actual_size != size:
+        raise InputError(f"{path} should have {size:,} bytes and has {actual_size:,} bytes. Prepare the data again.")
     return np.memmap(path, dtype, "r")
 
 
@@ -205,11 +218,15 @@ def micro_batches(
     Every rank gets the same number of micro-batches, since unequal numbers would deadlock. Missing ones are empty: a
     single token and no target.
     """
+    # a share for each rank
     longest_first = sorted(records, key=lambda i: (-dataset.length(i), i))
     shares = [longest_first[r::world_size] for r in range(world_size)]
+
+    # this rank's groups; the first rank has the largest share
     if budget is None:
+        share = shares[rank]
         n_micro_batches = math.ceil(len(shares[0]) / micro_batch_size)
-        groups = [shares[rank][k::n_micro_batches] for k in range(n_micro_batches)]
+        groups = [share[k::n_micro_batches] for k in range(n_micro_batches)]
     else:
         prefix = length_of_common_prefix(dataset, records) if share_prefixes else 0
         groups_of_ranks = [group_by_budget(share, dataset, budget, prefix) for share in shares]
@@ -217,16 +234,21 @@ def micro_batches(
         groups = groups_of_ranks[rank]
         groups += [[]] * (n_micro_batches - len(groups))
 
+    # rows of tokens
     batches = []
     for group in groups:
-        members = [dataset[i] for i in group] or [empty_record()]
+        members = [dataset[i] for i in group]
+        if not members:
+            members = [empty_record()]
         batches.append(Layout.end_to_end(members, share_prefixes))
     return batches
 
 
 def empty_record() -> tuple[torch.Tensor, torch.Tensor]:
     """A token that is not trained, for a rank that has no record left."""
-    return torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool)
+    tokens = torch.zeros(1, dtype=torch.int64)
+    trained = torch.zeros(1, dtype=torch.bool)
+    return tokens, trained
 
 
 def group_by_budget(share: Sequence[int], dataset: Dataset, budget: int, prefix: int) -> list[list[int]]:

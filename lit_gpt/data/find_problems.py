@@ -67,7 +67,8 @@ class DataReport:
 
     def serious(self) -> list[str]:
         """The problems that should stop a pipeline."""
-        return [name for name, count in self.problems.items() if count and name not in HARMLESS]
+        occurring = [name for name, count in self.problems.items() if count > 0]
+        return [name for name in occurring if name not in HARMLESS]
 
 
 def find_problems(data_dir: Path, tokenizer: Tokenizer, config: Config) -> DataReport:
@@ -86,16 +87,19 @@ def find_problems(data_dir: Path, tokenizer: Tokenizer, config: Config) -> DataR
     for part in parts(data):
         is_used = split[part.records] != NEITHER
         table.fill(part, tokenizer.bos_id)
-        report.non_ascii += int((checks.non_ascii(part) & is_used).sum())
+        is_non_ascii = checks.non_ascii(part) & is_used
+        report.non_ascii += int(is_non_ascii.sum())
         for problem, has_problem in checks.problems(part).items():
-            report.add_problem(problem, part.first_record + np.flatnonzero(has_problem & is_used))
+            records = part.first_record + np.flatnonzero(has_problem & is_used)
+            report.add_problem(problem, records)
 
     # what takes two records
     used = np.flatnonzero(split != NEITHER)
     _, first_of_its_kind = np.unique(table.content_hashes[used], return_index=True)
     report.add_problem("duplicate", np.delete(used, first_of_its_kind))
     val = np.flatnonzero(split == VAL)
-    is_leaked = np.isin(table.prompt_hashes[val], table.prompt_hashes[split == TRAIN])
+    train_prompts = table.prompt_hashes[split == TRAIN]
+    is_leaked = np.isin(table.prompt_hashes[val], train_prompts)
     report.add_problem("leaked", val[is_leaked])
 
     # how much there is
@@ -120,7 +124,8 @@ def add_lengths(report: DataReport, table: "RecordTable", split: np.ndarray, too
     lengths = table.lengths[in_train]
     report.lengths = length_percentiles(lengths)
     report.histogram = length_histogram(lengths)
-    report.cutoffs = cutoff_table(lengths, prompt_lengths[in_train], table.heads[in_train], too_long)
+    heads = table.heads[in_train]
+    report.cutoffs = cutoff_table(lengths, prompt_lengths[in_train], heads, too_long)
 
 
 # ---- the arrays, a part at a time
@@ -197,9 +202,11 @@ class Part:
         places = np.where(self.is_answer, np.arange(T), T)
         first_answer = np.minimum.reduceat(places, self.starts)
         # a text that goes on does not train its first token again, which the piece before has trained
-        is_continued = (self.marks[self.starts] == 0) & (self.n_trained > 0)
+        first_mark = self.marks[self.starts]
+        is_continued = (first_mark == 0) & (self.n_trained > 0)
         kind_of_text = np.where(is_continued, CONTINUED, TEXT)
-        return np.where(self.any_of(self.is_answer), first_answer - self.starts, kind_of_text)
+        has_answer = self.any_of(self.is_answer)
+        return np.where(has_answer, first_answer - self.starts, kind_of_text)
 
 
 def parts(data: Dataset) -> Iterator[Part]:
@@ -207,7 +214,8 @@ def parts(data: Dataset) -> Iterator[Part]:
     first = 0
     while first < len(data.ends):
         begin = int(data.ends[first - 1]) if first > 0 else 0
-        last = max(first + 1, int(np.searchsorted(data.ends, begin + PART, "right")))
+        last = int(np.searchsorted(data.ends, begin + PART, "right"))
+        last = max(last, first + 1)  # at least one, however long it is
         ends = np.asarray(data.ends[first:last]) - begin
         span = slice(begin, begin + int(ends[-1]))
         yield Part(
@@ -258,40 +266,43 @@ class Checks:
 
     def __init__(self, tokenizer: Tokenizer, config: Config) -> None:
         self.tokenizer = tokenizer
+        self.pair_has_control = functools.cache(self.decodes_to_control)
         self.vocab_size = config.vocab_size
         self.stop_ids = np.array(sorted(tokenizer.stop_ids))
+        # -1 is no token: there is nothing to find
+        self.bos_id = -1 if tokenizer.bos_id is None else tokenizer.bos_id
+        self.unk_id = -1 if tokenizer.unk_id is None else tokenizer.unk_id
         texts = [tokenizer.decode_with_special([i]) for i in range(tokenizer.vocab_size)]
         self.is_non_ascii = np.array([not text.isascii() for text in texts])
         self.is_control = np.array([has_control(text) for text in texts])
         self.ends_within_character = np.array([text.endswith(PARTIAL) for text in texts])
         self.begins_within_character = np.array([text.startswith(PARTIAL) for text in texts])
-        self.pair_has_control = functools.cache(lambda *pair: has_control(tokenizer.decode_with_special(pair)))
 
     def problems(self, part: Part) -> dict[str, np.ndarray]:
         """For each problem whether the records have it, (n,) booleans."""
         is_stop = np.isin(part.tokens, self.stop_ids)
         is_whole_answer = part.answer_begins & part.answer_ends
-        is_unknown = part.tokens == (-1 if self.tokenizer.unk_id is None else self.tokenizer.unk_id)
         return {
             "no_trained_token": part.n_trained == 0,
             "empty_answer": part.any_of(is_whole_answer & is_stop),
             "missing_stop": part.any_of(part.answer_ends & ~is_stop),
             "double_bos": self.double_bos(part),
             "out_of_vocabulary": part.any_of(part.tokens >= self.vocab_size),
-            "unknown_token": part.any_of(is_unknown),
+            "unknown_token": part.any_of(part.tokens == self.unk_id),
             "control_character": self.control_character(part),
         }
 
     def double_bos(self, part: Part) -> np.ndarray:
         """(n,) whether the first two tokens of a record are BOS."""
-        is_bos = part.tokens == (-1 if self.tokenizer.bos_id is None else self.tokenizer.bos_id)
+        is_bos = part.tokens == self.bos_id
         next_is_bos = np.append(is_bos[1:], False) & ~part.is_last
         return part.any_of(part.is_first & is_bos & next_is_bos)
 
     def control_character(self, part: Part) -> np.ndarray:
         """(n,) whether a record has a control character, in one token or spread over two."""
         tokens = self.in_vocabulary(part.tokens)
-        return part.any_of(self.is_control[tokens] | self.control_in_two_tokens(tokens))
+        in_one_token = self.is_control[tokens]
+        return part.any_of(in_one_token | self.control_in_two_tokens(tokens))
 
     def control_in_two_tokens(self, tokens: np.ndarray) -> np.ndarray:
         """(T,) whether a control character begins here whose two bytes are a token each.
@@ -299,14 +310,26 @@ class Checks:
         Those from U+0080 on are two bytes, of which many vocabularies have no token. Each pair of tokens that might be
         one is decoded once.
         """
-        might_be = np.flatnonzero(self.ends_within_character[tokens[:-1]] & self.begins_within_character[tokens[1:]])
+        breaks_off = self.ends_within_character[tokens[:-1]]
+        goes_on = self.begins_within_character[tokens[1:]]
+        places = np.flatnonzero(breaks_off & goes_on)
+
+        # a pair of tokens as one number, so that `unique` can find the distinct ones
         n_vocabulary = len(self.is_control)
-        pair_numbers = tokens[might_be].astype(np.int64) * n_vocabulary + tokens[might_be + 1]
-        distinct, which = np.unique(pair_numbers, return_inverse=True)
-        distinct_is_control = [self.pair_has_control(*divmod(pair, n_vocabulary)) for pair in distinct.tolist()]
+        first = tokens[places].astype(np.int64)
+        second = tokens[places + 1]
+        pairs, which = np.unique(first * n_vocabulary + second, return_inverse=True)
+        pair_is_control = np.zeros(len(pairs), bool)
+        for i, pair in enumerate(pairs.tolist()):
+            pair_is_control[i] = self.pair_has_control(*divmod(pair, n_vocabulary))
+
         is_control = np.zeros(len(tokens), bool)
-        is_control[might_be] = np.array(distinct_is_control, bool)[which]
+        is_control[places] = pair_is_control[which]
         return is_control
+
+    def decodes_to_control(self, first: int, second: int) -> bool:
+        """Whether these two tokens are a control character together."""
+        return has_control(self.tokenizer.decode_with_special([first, second]))
 
     def non_ascii(self, part: Part) -> np.ndarray:
         """(n,) whether a record has a character beyond ASCII."""
@@ -319,4 +342,5 @@ class Checks:
 
 def has_control(text: str) -> bool:
     """Whether a text has a control character other than line breaks and tabs."""
-    return any(unicodedata.category(character) == "Cc" and character not in "\n\r\t" for character in text)
+    unusual = (character for character in text if character not in "\n\r\t")
+    return any(unicodedata.category(character) == "Cc" for character in unusual)

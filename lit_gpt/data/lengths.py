@@ -19,6 +19,7 @@ PERCENTILES = {"shortest": 0, "quarter": 25, "median": 50, "three_quarters": 75,
 
 
 def length_percentiles(lengths: np.ndarray) -> dict[str, int]:
+    """The length of the shortest record, the quartiles, and so on."""
     return {name: int(np.percentile(lengths, percentile)) for name, percentile in PERCENTILES.items()}
 
 
@@ -26,7 +27,11 @@ def length_histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
     """(shortest length, longest length, how many records) of each of at most 16 bars of equal width."""
     width = max(1, -(-int(lengths.max()) // 16))
     counts = np.bincount((lengths - 1) // width)
-    return [(i * width + 1, (i + 1) * width, int(count)) for i, count in enumerate(counts)]
+    bars = []
+    for i, count in enumerate(counts):
+        shortest = i * width + 1
+        bars.append((shortest, shortest + width - 1, int(count)))
+    return bars
 
 
 def cutoff_table(
@@ -49,9 +54,11 @@ def cutoff_table(
     prompt_lengths = prompt_lengths[first]
     heads = heads[first]
 
+    is_text = prompt_lengths == TEXT
+
     table = []
     for limit in limits:
-        shortened = lengths_after(limit, lengths, prompt_lengths, heads, prompt_lengths == TEXT, too_long)
+        shortened = lengths_after(limit, lengths, prompt_lengths, heads, is_text, too_long)
         row = {
             "max_seq_length": limit,
             "records": len(shortened.lengths),
@@ -67,5 +74,6 @@ def cutoff_table(
 def largest_batch(lengths: np.ndarray) -> int:
     """How many tokens the largest batch of the first epoch has."""
     shuffled = lengths[epoch_order(len(lengths), 0, SEED)]
-    batches = np.add.reduceat(shuffled, np.arange(0, len(lengths), BATCH))
+    first_of_batch = np.arange(0, len(lengths), BATCH)
+    batches = np.add.reduceat(shuffled, first_of_batch)
     return int(batches.max(initial=0))

@@ -38,8 +38,8 @@ def print_summary(data_dir: Path, tokenizer: Tokenizer, config: Config, samples:
         f" {sum(report.tokens.values()):,} tokens, of which {sum(report.trained_tokens.values()):,} are trained; the"
         f" longest record has {data.meta['longest']:,}. Prompt style {style}."
     )
-    left_out = ", ".join(f"{count:,} {reason}" for reason, count in report.left_out.items())
-    console.print(f"Left out or cut: {left_out or 'nothing'}.")
+    left_out = [f"{count:,} {reason}" for reason, count in report.left_out.items()]
+    console.print(f"Left out or cut: {', '.join(left_out) or 'nothing'}.")
 
     # problems
     for name, count in report.problems.items():
@@ -121,12 +121,14 @@ def print_lengths(report: DataReport) -> None:
     from rich.table import Table
 
     console = plain_console()
-    percentiles = (f"{name.replace('_', ' ')} {value:,}" for name, value in report.lengths.items())
+    percentiles = [f"{name.replace('_', ' ')} {value:,}" for name, value in report.lengths.items()]
     console.print(f"Lengths of training records, in tokens: {', '.join(percentiles)}")
 
+    # the bars begin with the first that is not empty
     most = max((count for _, _, count in report.histogram), default=1)
     for low, high, count in itertools.dropwhile(lambda bar: bar[2] == 0, report.histogram):
-        console.print(f"{low:>7,} to {high:>7,} {count:>9,} {'█' * round(40 * count / most)}")
+        bar = "█" * round(40 * count / most)
+        console.print(f"{low:>7,} to {high:>7,} {count:>9,} {bar}")
 
     if "memory_gb" in report.cutoffs[0]:
         console.print(f"Minutes and memory are estimates: LoRA, {BATCH} records at a time, on this machine.")
@@ -144,7 +146,8 @@ def length_figure(report: DataReport) -> "Figure":
     from lit_gpt.display.figures import new_figure
 
     counts = np.array([count for _, _, count in report.histogram])
-    edges = np.array([0, *(high for _, high, _ in report.histogram)]) + 0.5  # between two lengths
+    longest = [high for _, high, _ in report.histogram]
+    edges = np.array([0, *longest]) + 0.5  # between two lengths
 
     figure, axes = new_figure(frame=True)
     axes.stairs(counts, edges, fill=True, color="tab:blue", alpha=0.6)

@@ -83,9 +83,12 @@ def fit_conversation(
         raise InputError(f"Record {number} has no token to train: its template leaves the answer out. Is it its own?")
     ids = record.ids
     marks = record.marks if mask_prompt else mark_prompt_too(record.marks)
+    # does it fit?
     excess = len(ids) - limit
     if excess <= 0:
         return [Marked(ids, marks)]
+
+    # if not
     if too_long == "error":
         raise InputError(
             f"Record {number} has {len(ids)} tokens, more than {limit}. See --too_long and --max_seq_length."
@@ -93,7 +96,9 @@ def fit_conversation(
     if too_long == "cut_prompt" and prompt_can_be_cut(len(ids), n_prompt, n_head, limit):
         counts[CUT] += 1
         rest = n_head + excess
-        return [Marked([*ids[:n_head], *ids[rest:]], marks[:n_head] + marks[rest:])]
+        cut_ids = [*ids[:n_head], *ids[rest:]]
+        cut_marks = marks[:n_head] + marks[rest:]
+        return [Marked(cut_ids, cut_marks)]
     counts[DROPPED] += 1
     return []
 
@@ -126,11 +131,14 @@ def lengths_after(
         is_cut = is_over & prompt_can_be_cut(lengths, n_prompt, n_head, limit)
     is_dropped = is_over & ~is_cut
 
-    # all pieces of a text have `limit` tokens, but the last one: it has what the others left over
+    # how many records each becomes: a text several, a dropped one none, the others one
     pieces = np.where(is_text, n_pieces(lengths, limit), ~is_dropped)
+
+    # all pieces of a text have `limit` tokens, but the last one: it has what the others left over
     new_lengths = np.repeat(np.minimum(lengths, limit), pieces)
     last_piece = np.cumsum(pieces) - 1
-    new_lengths[last_piece[is_text]] = (lengths - (pieces - 1) * (limit - 1))[is_text]
+    last_length = lengths - (pieces - 1) * (limit - 1)
+    new_lengths[last_piece[is_text]] = last_length[is_text]
     return Shortened(new_lengths, n_cut=int(is_cut.sum()), n_dropped=int(is_dropped.sum()))
 
 

@@ -31,13 +31,20 @@ def add_cost(report: DataReport, config: Config, precision: Precision) -> None:
     estimate: attention, which grows with the square of the length, is that of 256 tokens, and no prefix is shared.
     """
     trained_share = report.trained_tokens["train"] / report.tokens["train"]
-    one_block = np.array(measure_step(config.replace(n_layer=1), precision, trained_share))
-    three_blocks = np.array(measure_step(config.replace(n_layer=3), precision, trained_share))
+    costs = []
+    for n_layer in (1, 3):
+        cost = measure_step(config.replace(n_layer=n_layer), precision, trained_share)
+        costs.append(np.array(cost))
+    one_block, three_blocks = costs
+
+    # two blocks lie between them
     per_block = (three_blocks - one_block) / 2
-    step = StepCost(*(one_block + (config.n_layer - 1) * per_block).tolist())
+    all_blocks = one_block + (config.n_layer - 1) * per_block
+    step = StepCost(*all_blocks.tolist())
 
     for row in report.cutoffs:
-        row["minutes_per_epoch"] = round(row["tokens_per_epoch"] * step.seconds_per_token / 60, 2)
+        seconds = row["tokens_per_epoch"] * step.seconds_per_token
+        row["minutes_per_epoch"] = round(seconds / 60, 2)
         memory = step.fixed_bytes + step.saved_bytes_per_token * row["largest_batch"]
         row["memory_gb"] = round(memory / 1e9, 2)
 
@@ -46,8 +53,9 @@ def measure_step(config: Config, precision: Precision, trained_share: float) -> 
     """Measures a step of a model with random weights. `trained_share` is the share of tokens that the loss counts."""
     # a record whose last tokens are trained
     T = min(256, config.block_size)
+    tokens = torch.zeros(T, dtype=torch.int64)
     trained = torch.arange(T) >= (1 - trained_share) * T
-    idx, layout = Layout.end_to_end([(torch.zeros(T, dtype=torch.int64), trained)])
+    idx, layout = Layout.end_to_end([(tokens, trained)])
 
     # the model
     device = default_device()
@@ -83,4 +91,8 @@ def measure_step(config: Config, precision: Precision, trained_share: float) -> 
     for param in model.parameters():
         copies = 4 if param.requires_grad else 1  # beside the weight its gradient and AdamW's two averages
         fixed += copies * param.nbytes
-    return StepCost(min(seconds) / T, sum(saved.values()) / T, fixed)
+    return StepCost(
+        seconds_per_token=min(seconds) / T,
+        saved_bytes_per_token=sum(saved.values()) / T,
+        fixed_bytes=fixed,
+    )

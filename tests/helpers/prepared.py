@@ -1,4 +1,4 @@
-"""Shared by several test files."""
+"""Records, and folders of prepared data, for several test files."""
 
 from pathlib import Path
 from types import ModuleType
@@ -10,18 +10,22 @@ from lit_gpt.data.find_problems import DataReport, find_problems
 from lit_gpt.data.prepare import DataArgs, prepare
 
 BLOCK_SIZE = 200
-
-
-CONFIG = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=300, hidden_size=8, rms_norm_eps=1e-5)
-
-
-CONFIG |= dict(intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=BLOCK_SIZE)
-
-
+CONFIG = {  # config.json of a model that is never built
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 8,
+    "rms_norm_eps": 1e-5,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "max_position_embeddings": BLOCK_SIZE,
+}
 QA = [{"instruction": f"What is {i}?", "output": f"It is {i}."} for i in range(40)]
 
 
 def prepared(records, checkpoint: Path, data_dir: Path, **args) -> tuple[Dataset, Dataset]:
+    """The training and the validation records of a folder that is prepared with these arguments."""
     prepare(records, DataArgs(checkpoint_dir=checkpoint, data_dir=data_dir, **args))
     return Dataset(data_dir, "train"), Dataset(data_dir, "val")
 

@@ -1,17 +1,38 @@
 #!/usr/bin/env bash
-# Sets up what the tests need, and runs them.
+# Sets up what the tests need, checks style and types, and runs the tests.
 #
-#     bash scripts/test.sh                  everything that runs without a GPU
-#     bash scripts/test.sh --gpu            what needs one; prints a page of results to paste
-#     bash scripts/test.sh tests/test_lora.py -k merge        any arguments of pytest
+#     bash scripts/test.sh                  everything that runs without a GPU: 15 minutes or so on two cores
+#     bash scripts/test.sh --fast           style, types, and the properties that matter most: about 30 seconds
+#     bash scripts/test.sh --gpu            only what needs a GPU; prints a page of results to paste
+#     bash scripts/test.sh tests/test_lora.py -k merge        only these tests: any arguments of pytest
+#
+# The first run takes minutes more: it installs packages into .venv, fetches the sample model, and mypy, which checks the
+# types, looks at torch once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh test
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
 python scripts/download_sample.py >&2
-if [ "${1:-}" = --gpu ]; then
-    exec python -m pytest -m gpu -s -q tests/test_gpu.py
-elif [ $# -gt 0 ]; then
-    exec python -m pytest "$@"
-fi
-exec python -m pytest -m "not gpu" -n 2 --dist loadfile
+
+fast=( # of each property one case; tutorials/development.md says more
+    tests/test_house.py
+    "tests/test_families.py::test_logits_are_those_of_transformers[llama]"
+    tests/test_layout.py::test_loss_and_gradients_are_those_of_separate_records
+    tests/test_lora.py::test_identity_at_birth
+    tests/test_train.py::test_gradient_does_not_depend_on_micro_batches
+    tests/test_train.py::test_wrong_divisor_fails_the_check
+    tests/test_finetune.py::test_loss_falls_and_files_are_there
+)
+
+check_style_and_types() {
+    ruff check
+    ruff format --check
+    mypy
+}
+
+case ${1:-} in
+    "") check_style_and_types && exec python -m pytest -m "not gpu" -n 2 --dist loadfile ;;
+    --fast) check_style_and_types && exec python -m pytest -q -n 2 --dist loadfile "${fast[@]}" "${@:2}" ;;
+    --gpu) exec python -m pytest -m gpu -s -q tests/test_gpu.py ;;
+    *) exec python -m pytest "$@" ;;
+esac

@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import importlib.metadata
-import importlib.util
 import inspect
 import json
 import re
@@ -12,16 +11,19 @@ import subprocess
 import sys
 import tomllib
 import typing
+from collections.abc import Callable, Iterable
 from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
 from conftest import ROOT
 
 from lit_gpt import InputError
-from lit_gpt.cli import parse, shared_settings
+from lit_gpt.cli import dataclasses_of_flags, parse
 
 LIBRARY = sorted((ROOT / "lit_gpt").rglob("*.py"))
 SCRIPTS = sorted(path for folder in ("scripts", "finetune", "generate") for path in (ROOT / folder).glob("*.py"))
@@ -35,11 +37,14 @@ def name(path: Path) -> str:
 
 
 def module(path: Path) -> str:
+    """lit_gpt/data/prepare.py is lit_gpt.data.prepare, and lit_gpt/data/__init__.py is lit_gpt.data."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 each_file = pytest.mark.parametrize("path", CODE, ids=name)
+each_module = pytest.mark.parametrize("path", LIBRARY, ids=name)
 each_script = pytest.mark.parametrize("path", SCRIPTS, ids=name)
+each_recipe_script = pytest.mark.parametrize("path", sorted((ROOT / "finetune").glob("*.py")), ids=name)
 
 
 @cache
@@ -55,21 +60,19 @@ def imports(path: Path, typing_too: bool = False) -> set[str]:
         if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test) and not typing_too
         for node in ast.walk(block)
     }
-    found = set()
+    modules = set()
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import) and id(node) not in hidden:
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and id(node) not in hidden:
             assert node.level == 0, f"{name(path)} has a relative import"
             below = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= (below & MODULES) or {node.module}
-    return found
+            modules |= (below & MODULES) or {node.module}
+    return modules
 
 
 MODULES = {module(path) for path in LIBRARY}
-ARROWS = {source: {m for m in imports(path) if m in MODULES} for source, path in zip(map(module, LIBRARY), LIBRARY)}
-SURGEONS = {module(path) for path in LIBRARY for node in tree(path).body if getattr(node, "name", "")[:6] == "apply_"}
-SURGEONS.discard("lit_gpt.rope")  # apply_rope
+ARROWS = {module(path): imports(path) & MODULES for path in LIBRARY}
 
 
 def others(path: Path) -> set[str]:
@@ -77,56 +80,136 @@ def others(path: Path) -> set[str]:
     return {m.split(".")[0] for m in imports(path)} - sys.stdlib_module_names - {"lit_gpt"}
 
 
-# The whole list of what these may know of the rest of the package
+def wing(m: str) -> str:
+    """The folder of lit_gpt that a module lies in; a file at the root is a wing of its own."""
+    return m.split(".")[1] if "." in m else ""
+
+
+def closure(start: Iterable[str]) -> set[str]:
+    """These modules, and all that Python imports with them: a package's __init__ comes with each of its modules."""
+    reached: set[str] = set()
+    waiting = list(start)
+    while waiting:
+        m = waiting.pop()
+        if m not in reached:
+            reached.add(m)
+            waiting += ARROWS[m]
+            waiting += [package for package in MODULES if m.startswith(f"{package}.")]
+    return reached
+
+
+# Who may know whom, below the scripts: the whole list. A name is a wing or a file at the root, with all that is in it;
+# several in one row know the same, and not each other unless it says so. tutorials/architecture.md draws it
 MAY_KNOW = {
-    "errors": "",
-    "layout": "",
-    "files": "errors",
-    "replace": "errors",
-    "config": "errors families",
-    "families": "errors",
-    "rope": "config",
-    "model": "config layout rope",
-    "tokenizer": "config errors",
-    "prompts": "errors records tokenizer",
-    "records": "errors",
-    "cli": "errors",
-    "device": "errors",
-    "quantize": "errors replace",
-    "train": "dataset device errors log",  # no method, no tokenizer, no file format
-    **{surgeon.removeprefix("lit_gpt."): "errors model replace" for surgeon in sorted(SURGEONS)},
+    "errors files packages download name_patterns replace_modules": "errors files",
+    "cli failures": "errors files failures",
+    "config families": "errors families",
+    "model": "config",
+    "lora adapter full quantize": "model errors packages name_patterns replace_modules",  # no surgeon knows another one
+    "display": "errors files packages",
+    "data": "model.packing config display errors files packages download",
+    "checkpoint": "model lora quantize config families errors files download name_patterns",
+    "device sharding distributed optimizer": "device sharding distributed failures errors",
+    "generate": "model data errors",
+    "runs": "checkpoint data model lora adapter full quantize config device sharding distributed display cli errors"
+    " files packages",
+    "train": "data.dataset optimizer device sharding distributed runs.log runs.resume errors",  # no method, no format
+    "recipe": "train optimizer generate runs checkpoint data model quantize config device sharding distributed errors",
+    "memory": "train optimizer runs checkpoint data model quantize config device sharding distributed display errors",
+    "classifier": "recipe train runs checkpoint data model lora quantize config device sharding distributed display"
+    " errors files packages",
+    "formats": "runs checkpoint data model lora quantize config device display errors files packages",
+    "studies": "memory train runs checkpoint data model lora full config device display cli errors files packages",
 }
+
+
+def allowed(m: str, wings: str) -> bool:
+    """Whether a module is one of these, or lies in one of these wings."""
+    return any(f"{m}.".startswith(f"lit_gpt.{w}.") for w in wings.split())
 
 
 @pytest.mark.parametrize("who", MAY_KNOW)
 def test_who_may_know_whom(who: str) -> None:
-    allowed = {f"lit_gpt.{other}" for other in MAY_KNOW[who].split()}
-    inside = {m for m in MODULES if m == f"lit_gpt.{who}" or m.startswith(f"lit_gpt.{who}.")}
-    assert inside, f"lit_gpt has no {who}"
-    for m in inside:
-        assert ARROWS[m] - inside <= allowed, m
+    for row in who.split():
+        inside = {m for m in MODULES if allowed(m, row)}
+        assert inside, f"lit_gpt has no {row}: take it out of the table."
+        for m in sorted(inside):
+            strangers = {other for other in ARROWS[m] - inside if not allowed(other, MAY_KNOW[who])}
+            assert not strangers, f"{m} imports {', '.join(sorted(strangers))}, which is not in the row of {row}."
+
+
+def test_every_module_has_a_row() -> None:
+    rows = set(" ".join(MAY_KNOW).split())
+    assert {wing(m) for m in MODULES} - {""} == rows
+    assert len(rows) == len(" ".join(MAY_KNOW).split()), "A wing has two rows."
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """Names that lead back to the first of them, or an empty list."""
+    done: set[str] = set()
+
+    def visit(m: str, way: list[str]) -> list[str]:
+        if m in way:
+            return [*way[way.index(m) :], m]
+        if m in done:
+            return []
+        for other in sorted(arrows[m] - {m}):
+            if back := visit(other, [*way, m]):
+                return back
+        done.add(m)
+        return []
+
+    for m in sorted(arrows):
+        if way := visit(m, []):
+            return way
+    return []
 
 
 def test_no_circles() -> None:
-    done: set[str] = set()
+    """Neither between modules nor between wings. The package's own face, lit_gpt/__init__.py, is above all of them."""
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle(ARROWS) == []
+    wings: dict[str, set[str]] = {}
+    for m, known in ARROWS.items():
+        if m != "lit_gpt":
+            assert "lit_gpt" not in known, f"{m} imports the package's face: import the module that is meant."
+            wings.setdefault(wing(m), set()).update(map(wing, known))
+    assert circle(wings) == []
 
-    def visit(m: str, way: tuple[str, ...]) -> None:
-        assert m not in way, " -> ".join([*way, m])
-        if m not in done:
-            for other in ARROWS[m] - {m}:
-                visit(other, (*way, m))
-            done.add(m)
 
-    for m in ARROWS:
-        visit(m, ())
+def reaches(paths: Iterable[Path], wings: str) -> set[str]:
+    """The modules of these wings that Python imports with these files."""
+    modules = closure(m for path in paths for m in imports(path) & MODULES)
+    return {m for m in modules if allowed(m, wings)}
+
+
+def test_preparing_data_knows_no_training() -> None:
+    prepare = [path for path in SCRIPTS if path.stem.startswith("prepare_")]
+    assert len(prepare) > 5 and allowed("lit_gpt.data.prepare", "data")
+    assert reaches(prepare, "data.prepare")  # the walk arrives somewhere
+    assert reaches(prepare, "train recipe optimizer lora adapter full quantize device distributed") == set()
+    assert reaches(prepare, "runs memory checkpoint generate classifier formats studies") == set()
+
+
+def test_fine_tuning_knows_no_classifier_study_or_format() -> None:
+    scripts = [ROOT / f"finetune/{method}.py" for method in ("lora", "full", "adapter", "adapter_v2")]
+    assert reaches(scripts, "train") == {"lit_gpt.train"}
+    assert reaches(scripts, "classifier studies formats") == set()
+    runs = [path for path in LIBRARY if wing(module(path)) == "runs"]
+    assert runs and reaches(runs, "classifier studies formats memory") == set()
+
+
+def test_the_loop_knows_no_plan_of_memory() -> None:
+    core = [ROOT / "lit_gpt/train.py", ROOT / "lit_gpt/recipe.py"]
+    assert reaches(core, "memory classifier studies formats") == set()
 
 
 def test_torch_stays_out_of_configs() -> None:
     for path in LIBRARY:
-        if module(path) == "lit_gpt.config" or module(path).startswith("lit_gpt.families"):
+        if wing(module(path)) in ("config", "families"):
             assert not others(path), name(path)
-    (model,) = (path for path in LIBRARY if module(path) == "lit_gpt.model")
-    assert others(model) == {"torch"}
+    model = [others(path) for path in LIBRARY if wing(module(path)) == "model"]
+    assert set().union(*model) == {"torch"}
 
 
 @each_script
@@ -139,7 +222,6 @@ def test_every_package_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     requirements = project["dependencies"] + [r for extra in project["optional-dependencies"].values() for r in extra]
     declared = {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in requirements}
-    declared.add("pyyaml")  # jsonargparse brings it
     distributions = importlib.metadata.packages_distributions()
     for path in CODE:
         for package in others(path):
@@ -147,19 +229,22 @@ def test_every_package_is_declared() -> None:
 
 
 def test_one_home_each() -> None:
-    """jsonargparse is cli's, the list of methods finetuned's, and only device knows which devices there are."""
+    """jsonargparse is cli's, the list of methods that of runs, and one file each knows devices and their processes."""
     assert [name(path) for path in CODE if "jsonargparse" in others(path)] == ["lit_gpt/cli.py"]
-    # peft.py is LoRA in another file format, export.py merges, and xray.py estimates the cost of a step with LoRA
-    assert {m for m in MODULES if ARROWS[m] & SURGEONS} == {
-        "lit_gpt.finetuned",
-        "lit_gpt.peft",
-        "lit_gpt.export",
-        "lit_gpt.xray",
-    }
-    assert SURGEONS and "lit_gpt.lora" in SURGEONS
+    surgeons = {module(path) for path in LIBRARY if wing(module(path)) != "model" and defines(path, "apply_")}
+    assert surgeons == {"lit_gpt.lora", "lit_gpt.adapter"}
+    assert [m for m in sorted(MODULES) if "lit_gpt.adapter" in ARROWS[m]] == ["lit_gpt.runs.methods"]
+    # LoRA alone is known to those who store it as peft does, merge it, or put a head of classes on it, too
+    wings = {wing(m) for m in MODULES if "lit_gpt.lora" in ARROWS[m]}
+    assert wings == {"checkpoint", "classifier", "formats", "runs", "studies"}
     word = re.compile(r"\b(cuda|mps|ddp|fsdp|nccl|gloo)\b")
     says = {name(path) for path in CODE for text in literals(path) if word.search(text)}
-    assert says == {"lit_gpt/device.py"}
+    assert says <= {f"lit_gpt/{file}.py" for file in ("device", "sharding", "distributed")}, says
+
+
+def defines(path: Path, prefix: str) -> bool:
+    """Whether a file has a function at its top level whose name begins so."""
+    return any(isinstance(node, ast.FunctionDef) and node.name.startswith(prefix) for node in tree(path).body)
 
 
 def literals(path: Path) -> list[str]:
@@ -177,9 +262,39 @@ def test_sources_are_tidy(path: Path) -> None:
     assert "\t" not in text and "\r" not in text
 
 
+@each_module
+def test_no_module_only_re_exports(path: Path) -> None:
+    """An old path that leads to a new one is a wall between the reader and the code. A package's face is none."""
+    work = [node for node in tree(path).body if not isinstance(node, ast.Import | ast.ImportFrom) and not is_text(node)]
+    assert work or path.name == "__init__.py", f"{name(path)} defines nothing."
+
+
+@each_module
+def test_a_docstring_stands_without_the_line_above_it(path: Path) -> None:
+    """It names its subject: "The dtype of the copy", and not "Of the copy"."""
+    texts = [(node.lineno, node.value.value) for node in ast.walk(tree(path)) if is_text(node)]
+    assert [f"{name(path)}:{line}: {text[:40]}" for line, text in texts if text.strip().startswith("Of ")] == []
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "tutorials").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_pages_name_files_that_exist(page: Path) -> None:
+    """A path in backquotes, or one that a link leads to, is that of a file, from some folder of the repository on."""
+    files = [f"/{name(path)}" for path in (*EVERYTHING, *PAGES, *RECIPES)]
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:[\w.]+/)*(?!modeling_)\w+\.py)`", text)  # modeling_*.py are transformers'
+    assert [file for file in named if not any(path.endswith(f"/{file}") for path in files)] == []
+    links = [link for link in re.findall(r"\]\(([^)#:]+)\)", text) if not (page.parent / link).exists()]
+    assert links == []
+
+
 @each_file
 def test_where_imports_come_from_is_not_ours_to_edit(path: Path) -> None:
-    named = {ast.unparse(node) for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
+    attributes = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)]
+    asked = {id(node.value) for node in attributes if node.attr == "get"}  # sys.modules.get("torch") edits nothing
+    named = {ast.unparse(node) for node in attributes if id(node) not in asked}
     assert named.isdisjoint({"sys.path", "sys.modules", "sys.meta_path", "site.addsitedir"})
 
 
@@ -197,24 +312,16 @@ def test_nothing_is_unpickled(path: Path) -> None:
         )
 
 
+DEFINITIONS = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.FunctionDef, ast.ClassDef)
+
+
 @each_file
 def test_importing_a_file_only_defines(path: Path) -> None:
     for node in tree(path).body:
         if isinstance(node, ast.If):
             assert ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'"), f"{name(path)}:{node.lineno}"
-        elif isinstance(node, ast.Expr):
-            assert isinstance(node.value, ast.Constant), f"{name(path)}:{node.lineno}"
         else:
-            plain = (
-                ast.Import,
-                ast.ImportFrom,
-                ast.Assign,
-                ast.AnnAssign,
-                ast.AugAssign,
-                ast.FunctionDef,
-                ast.ClassDef,
-            )
-            assert isinstance(node, plain), f"{name(path)}:{node.lineno}"
+            assert is_text(node) or isinstance(node, DEFINITIONS), f"{name(path)}:{node.lineno}"
 
 
 IMPORTING = """
@@ -246,7 +353,7 @@ def test_importing_the_package_changes_nothing(tmp_path: Path) -> None:
 
 HELP = """
 import contextlib, io, json, runpy, sys
-heavy, scripts, found = {"lightning_fabric", "bitsandbytes", "transformers"}, sys.argv[1:], {}
+heavy, scripts, helps = {"lightning_fabric", "bitsandbytes", "transformers", "matplotlib", "sklearn"}, sys.argv[1:], {}
 for script in scripts:
     sys.argv = [script, "--help"]
     text, status = io.StringIO(), None
@@ -255,8 +362,8 @@ for script in scripts:
             runpy.run_path(script, run_name="__main__")
         except SystemExit as end:
             status = end.code
-    found[script] = [status, text.getvalue(), sorted(heavy & set(sys.modules))]
-print(json.dumps(found))
+    helps[script] = [status, text.getvalue(), sorted(heavy & set(sys.modules))]
+print(json.dumps(helps))
 """
 
 
@@ -264,7 +371,15 @@ print(json.dumps(found))
 def helps(tmp_path_factory) -> dict[str, tuple]:
     """What --help of every script does, one after the other in one process, in a folder that is not ours."""
     command = [sys.executable, "-c", HELP, *map(str, SCRIPTS)]
-    return json.loads(subprocess.check_output(command, cwd=tmp_path_factory.mktemp("elsewhere")))
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path_factory.mktemp("elsewhere"))
+    if result.returncode:
+        pytest.fail(result.stderr[-2000:], pytrace=False)
+    return json.loads(result.stdout)
+
+
+def dataclasses_of(main: Callable[..., None]) -> list[type]:
+    """The dataclasses that a script's parameters are, be their fields flags of the script or --name.field."""
+    return [kind for kind in typing.get_type_hints(main).values() if dataclasses.is_dataclass(kind)]
 
 
 @each_script
@@ -273,10 +388,33 @@ def test_help_from_anywhere_without_heavy_imports(path: Path, helps) -> None:
     assert status == 0 and text.startswith("usage: ") and heavy == []
     main = load(path).main
     assert main.__doc__.split("\n")[0] in " ".join(text.split())
-    flags = {flag for flag in inspect.signature(main).parameters if flag != "shared"}
-    flags |= {field.name for kind in shared_settings(main) for field in dataclasses.fields(kind)}
+    flat = dataclasses_of_flags(main)
+    flags = set(inspect.signature(main).parameters) - set(flat)
+    flags |= {field.name for kind in flat.values() for field in dataclasses.fields(kind)}
     for flag in flags:
         assert re.search(rf"^  --{flag}\b", text, re.MULTILINE), flag
+
+
+@each_script
+def test_help_has_groups_and_examples(path: Path, helps) -> None:
+    """A group for each dataclass of settings, and at the end the commands of the script's docstring."""
+    text = helps[str(path)][1]
+    lines = text.splitlines()
+    main = load(path).main
+    headings = [first_words(line) for line in lines if re.match(r"\S", line)]
+    for parameter, kind in typing.get_type_hints(main).items():
+        if dataclasses.is_dataclass(kind):
+            is_flat = parameter in dataclasses_of_flags(main)
+            title = kind.__doc__ if is_flat else explained_parameters(main)[parameter]
+            assert first_words(title) in headings, f"--help has no group {title!r}"
+    commands = [line.strip() for line in ast.get_docstring(tree(path)).splitlines() if f"python {name(path)}" in line]
+    assert commands, f"The docstring of {name(path)} has no example."
+    examples = text.partition("\nexamples:\n")[2].splitlines()
+    assert [command for command in commands if f"  {command}" not in examples] == []
+
+
+def first_words(text: str) -> list[str]:
+    return re.findall(r"\w+", text)[:4]
 
 
 @each_script
@@ -289,29 +427,86 @@ def test_documented_commands_are_understood(path: Path, monkeypatch) -> None:
 
 @cache
 def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    script = importlib.util.module_from_spec(spec)
+    spec = spec_from_file_location(path.stem, path)
+    script = module_from_spec(spec)
     spec.loader.exec_module(script)
     return script
 
 
+def explained_parameters(main: Callable[..., None]) -> dict[str, str]:
+    """The parameters that the docstring of `main` explains, and how each explanation begins."""
+    return dict(re.findall(r"^        (\w+): (\S.*)", main.__doc__, re.MULTILINE))
+
+
+def explained_fields(kind: type) -> dict[str, str | None]:
+    """The fields of a dataclass, those of its bases included, and the docstring below each."""
+    texts = {}
+    for base in reversed(kind.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        (body,) = ast.parse(inspect.getsource(base)).body
+        for node, below in zip(body.body, [*body.body[1:], None]):
+            if isinstance(node, ast.AnnAssign):
+                texts[node.target.id] = below.value.value if is_text(below) else None
+    return texts
+
+
 @each_script
 def test_every_setting_is_explained(path: Path) -> None:
-    """Parameters in the docstring of `main`, fields by a docstring of their own."""
+    """Parameters in the docstring of `main`, fields by a docstring of their own; by a sentence, not the rest of one."""
     main = load(path).main
-    explained = re.findall(r"^        (\w+): \S", main.__doc__, re.MULTILINE)
-    assert explained == list(inspect.signature(main).parameters)
-    for kind in (*shared_settings(main), *typing.get_type_hints(main).values()):
-        if dataclasses.is_dataclass(kind):
-            assert kind.__dataclass_params__.frozen
-            (body,) = ast.parse(inspect.getsource(kind)).body
-            following = zip(body.body, [*body.body[1:], None])
-            bare = [a.target.id for a, b in following if isinstance(a, ast.AnnAssign) and not is_docstring(b)]
-            assert bare == [], f"{kind.__name__} has settings without a docstring"
+    parameters = explained_parameters(main)
+    assert list(parameters) == list(inspect.signature(main).parameters)
+    texts = {f"{name(path)} {parameter}": text for parameter, text in parameters.items()}
+    for kind in dataclasses_of(main):
+        assert kind.__dataclass_params__.frozen
+        fields = explained_fields(kind)
+        assert list(fields) == [field.name for field in dataclasses.fields(kind)]
+        assert [field for field, text in fields.items() if not text] == [], f"{kind.__name__} has bare settings"
+        texts |= {f"{kind.__name__}.{field}": text for field, text in fields.items()}
+    assert {where: text[:60] for where, text in texts.items() if re.match(r"(Of|What)\b(?!.*\?$)", text)} == {}
 
 
-def is_docstring(node: ast.AST | None) -> bool:
+def is_text(node: ast.AST | None) -> bool:
+    """Whether a statement is a docstring."""
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+@each_recipe_script
+def test_every_parameter_is_saved(path: Path) -> None:
+    """`main` puts all its parameters into `settings`, which hyperparameters.yaml keeps; or hands all to a recipe that
+    does. A key has the name of its flag: `vars(args)` for flags of their own, `"train": train` for --train.*.
+    """
+    main = function(path, "main")
+    parameters = [argument.arg for argument in main.args.args]
+    flat = dataclasses_of_flags(load(path).main)
+    settings = settings_of(main)
+    if not settings:
+        (call,) = [node for node in ast.walk(main) if getattr(getattr(node, "func", None), "id", "") == "finetune_with"]
+        given = {ast.unparse(node) for node in [*call.args, *(keyword.value for keyword in call.keywords)]}
+        assert set(parameters) <= given
+        recipe = function(ROOT / "lit_gpt/recipe.py", "finetune_with")
+        settings = settings_of(recipe).replace("method.flag: method_settings", "'method_settings': method_settings")
+        acts = {"method", "show_plan"}  # no flags of a user
+        parameters = [argument.arg for argument in recipe.args.args if argument.arg not in acts]
+        flat = {"args": Any}
+    expected = {p: f"vars({p})" if p in flat else f"'{p}': {p}" for p in parameters}
+    assert {p: text for p, text in expected.items() if text not in settings} == {}
+
+
+def function(path: Path, called: str) -> ast.FunctionDef:
+    (node,) = [node for node in tree(path).body if isinstance(node, ast.FunctionDef) and node.name == called]
+    return node
+
+
+def settings_of(node: ast.FunctionDef) -> str:
+    """What a function assigns to `settings`, as text."""
+    values = []
+    for statement in node.body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        if [target for target in targets if getattr(target, "id", "") == "settings"]:
+            values.append(ast.unparse(statement.value))
+    return " | ".join(values)
 
 
 def test_no_script_hides_a_package() -> None:
@@ -325,23 +520,33 @@ def test_there_are_recipes() -> None:
     assert len(RECIPES) >= 2
 
 
+def flags(main: Callable[..., None], args: list[str]) -> dict[str, Any]:
+    """The settings as the command line has them: fields of `Flags` parameters among the others."""
+    settings = parse(main, args)
+    for parameter in dataclasses_of_flags(main):
+        settings |= vars(settings.pop(parameter))
+    return settings
+
+
+def not_different(settings: dict[str, Any], found: dict[str, Any], default: dict[str, Any]) -> list[str]:
+    """The keys of a recipe whose value is the default anyway."""
+    same = []
+    for key, value in settings.items():
+        if isinstance(value, dict) and dataclasses.is_dataclass(found[key]):
+            same += not_different(value, vars(found[key]), vars(default[key]) if default[key] else {})
+        elif found[key] == default.get(key):
+            same.append(f"{key} is {value} anyway")
+    return same
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=name)
 def test_a_recipe_says_only_what_differs(recipe: Path, tmp_path: Path) -> None:
     """Its first lines say how to run it; every key is a setting of that script, with another value than the default."""
     text = recipe.read_text()
     (script,) = re.findall(rf"^#     python (\S+) --config {name(recipe)}", text, re.MULTILINE)
-    main, settings = load(ROOT / script).main, yaml.safe_load(text)
-    found, default = parse(main, ["--config", str(recipe)]), parse(main, [])
-
-    def compare(settings: dict, found, default) -> None:
-        for key, value in settings.items():
-            ours, theirs = (vars(of).get(key) if dataclasses.is_dataclass(of) else of[key] for of in (found, default))
-            if isinstance(value, dict):
-                compare(value, ours, theirs)
-            else:
-                assert ours != theirs, f"{key} is {value} anyway"
-
-    compare(settings, found, default)
+    main = load(ROOT / script).main
+    recipe_settings = yaml.safe_load(text)
+    assert not_different(recipe_settings, flags(main, ["--config", str(recipe)]), flags(main, [])) == []
     for more in ("learning_rat: 1", "train:\n  learning_rat: 1"):
         (tmp_path / "wrong.yaml").write_text(more)
         with pytest.raises(InputError, match="learning_rat"):

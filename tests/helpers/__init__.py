@@ -1,1 +1,1 @@
-"""What several test files share."""
+"""Tools that several test files share; tutorials/development.md has a line on each file."""

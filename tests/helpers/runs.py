@@ -1,4 +1,4 @@
-"""Shared by several test files."""
+"""Runs of the training loop: their data, what they leave behind, and the loop with lines changed."""
 
 import copy
 import sys
@@ -12,7 +12,8 @@ from lit_gpt.data.prepare import DataArgs, prepare
 from lit_gpt.runs.header import Header
 from lit_gpt.runs.log import read_metrics
 
-FROZEN = {  # precision -> the declared dtype of frozen weights; what trains and theta are float32 under all
+# --precision -> the declared dtype of frozen weights. Trained weights of a method and rotary frequencies are float32
+FROZEN = {
     "32-true": torch.float32,
     "bf16-true": torch.bfloat16,
     "bf16-mixed": torch.float32,
@@ -21,23 +22,29 @@ FROZEN = {  # precision -> the declared dtype of frozen weights; what trains and
 }
 
 
+# the header of a run whose base, data and tokenizer do not matter
 DESCRIPTION = Header("lora", {}, "", "", "", "")
 
 
 def edited(module: types.ModuleType, *changes: tuple[str, str]) -> types.ModuleType:
-    """A module with its source changed, as a user would."""
+    """A copy of a module in which each old text is replaced by a new one, as a user would edit the file.
+
+    An old text must occur once.
+    """
     source = Path(module.__file__).read_text()
     for old, new in changes:
         assert source.count(old) == 1, f"{module.__file__} has {source.count(old)} times {old!r}"
         source = source.replace(old, new)
     changed = types.ModuleType(f"{module.__name__}_edited")
-    sys.modules[changed.__name__] = changed  # dataclasses look their module up
+    sys.modules[changed.__name__] = changed  # the decorator `dataclass` looks its module up there
     exec(compile(source, module.__file__, "exec"), changed.__dict__)
     return changed
 
 
 def write_data(data_dir: Path, checkpoint_dir: Path, n_train: int = 40) -> Path:
-    """Real text of different lengths: the methods of str, and what Python says about them."""
+    """Prepares records of different lengths, the methods of str and their docstrings: `n_train` for training, and those
+    from the 41st on for validation.
+    """
     methods = [(name, getattr(str, name).__doc__.split("\n")) for name in dir(str) if not name.startswith("_")]
     records = [
         {"instruction": f"What does str.{name} do?", "output": " ".join(doc[: 1 + i % 3]), "split": "train"}
@@ -49,25 +56,31 @@ def write_data(data_dir: Path, checkpoint_dir: Path, n_train: int = 40) -> Path:
 
 
 def rows_of(out_dir: Path) -> list[dict]:
+    """The rows of metrics.csv, without the columns that the clock and the memory decide."""
     rows = read_metrics(out_dir / "metrics.csv")
     return [{key: value for key, value in row.items() if key not in ("seconds", "memory_gb")} for row in rows]
 
 
 def column(out_dir: Path, name: str) -> list[float]:
+    """The figures in one column of metrics.csv, where a row has one."""
     return [row[name] for row in rows_of(out_dir) if row[name] is not None]
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether both have the same tensors under the same names, bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def first(data: Dataset, n: int) -> Dataset:
+    """The first n records of a data set."""
     data = copy.copy(data)
     data.records = data.records[:n]
     return data
 
 
-def error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """The largest difference, as a share of its tensor's largest entry."""
-    assert found.keys() == expected.keys() and len(found) == 2 * 15  # 2 blocks x 7 linears, and the head
-    return max(((found[key] - expected[key]).abs().max() / expected[key].abs().max()).item() for key in found)
+def error(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The largest difference between the gradients of a LoRA everywhere, as a share of its tensor's largest entry."""
+    assert gradients.keys() == expected.keys()
+    assert len(gradients) == 2 * 15  # A and B of 2 blocks x 7 linears, and of the head
+    differences = {key: (gradients[key] - expected[key]).abs().max() for key in gradients}
+    return max((difference / expected[key].abs().max()).item() for key, difference in differences.items())

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def script(path: str) -> ModuleType:
-    """The script at this path below the repository; its `main` takes flags as a command line does, one by one."""
+    """A new module of the script at this path below the repository. Its `main` takes flags one by one: `by_flags`."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -23,19 +24,27 @@ def script(path: str) -> ModuleType:
 
 
 def by_flags(main: Callable[..., None]) -> Callable[..., None]:
-    """`main`, with the fields of its `Flags` parameters given one by one, as in main(seed=3) for --seed 3."""
+    """A `main` that takes the fields of its `Flags` parameters one by one: main(seed=3) is --seed 3.
+
+    A field that is not given keeps the value that the script's default has. Positional arguments are the parameters
+    that are no `Flags`, in their order.
+    """
     flat = dataclasses_of_flags(main)
-    parameters = main.__code__.co_varnames[: main.__code__.co_argcount]
-    defaults = dict(zip(reversed(parameters), reversed(main.__defaults__ or ()), strict=False))
+    parameters = inspect.signature(main).parameters
+    positional = [name for name in parameters if name not in flat]
+    defaults = {name: parameters[name].default for name in flat}
+    defaults = {name: default for name, default in defaults.items() if default is not inspect.Parameter.empty}
 
     @functools.wraps(main)
     def called(*args: Any, **settings: Any) -> None:
-        settings |= dict(zip([name for name in parameters if name not in flat], args, strict=False))
+        settings |= dict(zip(positional, args, strict=False))
         for name, kind in flat.items():
-            given = {field.name for field in dataclasses.fields(kind)} & settings.keys()
-            values = {key: settings.pop(key) for key in given}
-            if values or name not in defaults:
-                settings[name] = dataclasses.replace(defaults[name], **values) if name in defaults else kind(**values)
+            fields = {field.name for field in dataclasses.fields(kind)} & settings.keys()
+            values = {field: settings.pop(field) for field in fields}
+            if name not in defaults:
+                settings[name] = kind(**values)
+            elif values:
+                settings[name] = dataclasses.replace(defaults[name], **values)
         main(**settings)
 
     return called

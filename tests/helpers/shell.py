@@ -1,5 +1,11 @@
-"""`python script.py --flags` for the price of a fork: a process that has imported what scripts import, which takes
-seconds, and has started no thread, forks one for each command. It is this file, run as a script.
+"""`python script.py --flags` in a process of its own, for the price of a fork.
+
+the tests          python(...)  --- a job, as a line of JSON --->  the server, which is this file, run as a script:
+                                                                   it has imported what scripts import, which takes
+                                                                   seconds, and has started no thread
+                                                                        |  fork
+stdout, stderr  <---------- pipes, by name ----------------------  the command: its arguments, folder, environment,
+status          <---------- a line of the server ----------------  and streams are those of the job
 """
 
 import atexit
@@ -24,7 +30,16 @@ def python(
     input: str = "",
     check: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """As `subprocess.run` with its output captured as text."""
+    """Runs a script with these flags, as `subprocess.run` would with its output captured as text.
+
+    Args:
+        script: Its path, seen from `cwd`.
+        flags: Its arguments.
+        cwd: The folder to run it in. None is the current one.
+        env: All of its environment. None is ours.
+        input: The text that it reads from stdin.
+        check: Fail if its status is not 0.
+    """
     argv = [str(script), *map(str, flags)]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as readers:
         stdin, *pipes = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
@@ -43,6 +58,7 @@ def python(
 
 @functools.cache
 def server() -> subprocess.Popen[str]:
+    """The process that forks the commands. It starts with the first of them, and ends with this process."""
     pipe = subprocess.PIPE
     process = subprocess.Popen([sys.executable, __file__], text=True, stdin=pipe, stdout=pipe)
     atexit.register(process.terminate)
@@ -68,9 +84,11 @@ def serve() -> None:
 
 
 def become(argv: list[str], cwd: str, env: dict[str, str], files: list[str]) -> None:
+    """Gives the process that was forked the streams, arguments, folder and environment of its job."""
     for stream, name in enumerate(files):
         os.dup2(os.open(name, os.O_RDONLY if stream == 0 else os.O_WRONLY), stream)
     sys.stdin, sys.argv = open(0, closefd=False), argv
+    sys.orig_argv = [sys.executable, *argv]
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)

@@ -1,4 +1,4 @@
-"""Turns a GGUF file of the llama or qwen2 architecture into a Hugging Face checkpoint folder.
+"""Turn a GGUF file of the llama or qwen2 architecture into a Hugging Face checkpoint folder.
 
 python scripts/convert_gguf_checkpoint.py --gguf_path model.gguf --checkpoint_dir checkpoints/org/name
 """
@@ -11,12 +11,12 @@ from lit_gpt.formats.gguf_reader import convert_gguf
 
 
 def main(gguf_path: Path, checkpoint_dir: Path, dtype: DType = "float32") -> None:
-    """Writes a GGUF file (llama.cpp's format; llama or qwen2) as a Hugging Face checkpoint folder.
+    """Write a GGUF file (llama.cpp's format; llama or qwen2) as a Hugging Face checkpoint folder.
 
     Args:
         gguf_path: The file to read.
         checkpoint_dir: The folder to write: model.safetensors, config.json and the tokenizer.
-        dtype: What the weights are stored as. Only float32 holds quantized values exactly.
+        dtype: Dtype of the weights. Only float32 holds quantized values exactly.
     """
     convert_gguf(gguf_path, checkpoint_dir, dtype)
     print(f"Wrote {checkpoint_dir}")

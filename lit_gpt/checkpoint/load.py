@@ -91,35 +91,38 @@ def checked_tensors(model: GPT, checkpoint_dir: Path) -> Iterator[tuple[str, tor
         # those that fit
         for name, tensor in named:
             seen.add(name)
-            if name not in shapes:
+            shape = list(tensor.shape)
+            expected = shapes.get(name)
+            if expected is None:
                 problems.append(f"{stored_name} has no place in a model of {config.n_layer} layers")
-            elif tuple(tensor.shape) != shapes[name]:
-                expected = list(shapes[name])
-                problems.append(f"{stored_name} has shape {list(tensor.shape)}, the config says {expected}")
+            elif shape != expected:
+                problems.append(f"{stored_name} has shape {shape}, the config says {expected}")
             elif not is_finite(tensor):
                 problems.append(f"{stored_name} holds NaN or infinite values")
             else:
                 yield name, tensor
 
     # missing ones, by the names that the checkpoint would give them; parts of a fused tensor share one
-    unseen = [name for name in shapes if name not in seen]
-    missing = dict.fromkeys(name if converted else hf_name(name, config)[0] for name in unseen)
-    problems += [f"{name} is missing" for name in missing]
+    missing = [name for name in shapes if name not in seen]
+    if not converted:
+        missing = [hf_name(name, config)[0] for name in missing]
+    problems += [f"{name} is missing" for name in dict.fromkeys(missing)]
 
     if problems:
+        said = "; ".join(problems[:MAX_PROBLEMS])
         n_more = len(problems) - MAX_PROBLEMS
-        more = f" (and {n_more} more)" if n_more > 0 else ""
-        raise InputError(
-            f"{checkpoint_dir}: {'; '.join(problems[:MAX_PROBLEMS])}{more}. Download or convert the checkpoint again."
-        )
+        if n_more > 0:
+            said += f" (and {n_more} more)"
+        raise InputError(f"{checkpoint_dir}: {said}. Download or convert the checkpoint again.")
 
 
-def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config: Config) -> dict[str, list[int]]:
     """The shapes of a plain model of this config.
 
     A model that is being loaded cannot be asked instead: its quantized linears no longer have a weight.
     """
-    return {name: tuple(param.shape) for name, param in build_model(config).named_parameters()}
+    plain = build_model(config)
+    return {name: list(param.shape) for name, param in plain.named_parameters()}
 
 
 def stored_fingerprint(checkpoint_dir: Path) -> str | None:
@@ -200,7 +203,8 @@ def read_bin(file: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{file} is no plain file of tensors: it holds a {type(tensors).__name__}.")
     others = [str(name) for name, value in tensors.items() if not torch.is_tensor(value)]
     if others:
-        raise InputError(f"{file} is no plain file of tensors: it also holds {', '.join(others[:5])}.")
+        listed = ", ".join(others[:5])
+        raise InputError(f"{file} is no plain file of tensors: it also holds {listed}.")
     return tensors
 
 
@@ -218,7 +222,9 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")
+    """The first line of an error's message, which may have a page of them."""
+    lines = str(error).strip().split("\n")
+    return lines[0].rstrip(".")
 
 
 def replace_parameter(model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
@@ -230,8 +236,9 @@ def replace_parameter(model: nn.Module, name: str, tensor: torch.Tensor, dtype: 
     module = model.get_submodule(path)
     if leaf == "weight" and isinstance(module, QuantizedLinear):
         module.load_weight(tensor)
-    else:
-        setattr(module, leaf, nn.Parameter(cast_without_overflow(name, tensor, dtype), requires_grad=False))
+        return
+    value = cast_without_overflow(name, tensor, dtype)
+    setattr(module, leaf, nn.Parameter(value, requires_grad=False))  # trained ones are chosen after loading
 
 
 def cast_without_overflow(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -241,11 +248,14 @@ def cast_without_overflow(name: str, tensor: torch.Tensor, dtype: torch.dtype) -
         InputError: a value is too large for `dtype`, and would become infinite.
     """
     result = tensor.to(dtype)
+    # float16 ends at 65504, bfloat16 a little before float32: a cast to as many bits can overflow, too
     may_overflow = result is not tensor and dtype.itemsize <= tensor.dtype.itemsize
     if may_overflow and not is_finite(result):
+        largest = tensor.abs().max()
+        limit = torch.finfo(dtype).max
+        dtype_name = str(dtype).removeprefix("torch.")
         raise InputError(
-            f"{name} holds {tensor.abs().max():.3g}, and {str(dtype).removeprefix('torch.')} ends at"
-            f" {torch.finfo(dtype).max:.3g}. Choose bfloat16 or float32."
+            f"{name} holds {largest:.3g}, and {dtype_name} ends at {limit:.3g}. Choose bfloat16 or float32."
         )
     return result
 

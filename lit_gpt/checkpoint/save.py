@@ -247,7 +247,7 @@ def write_weights(
 
     # the index of several: in which file each tensor is
     if len(shards) > 1:
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for shard, file_name in zip(shards, file_names, strict=True):
             weight_map |= {name: file_name for name in shard.header if name != "__metadata__"}
         total_size = sum(shard.size for shard in shards)

@@ -19,7 +19,7 @@ from lit_gpt.config import Config
 
 Named = tuple[str, torch.Tensor]
 NameMap = dict[str, str | tuple[str, ...]]  # see WEIGHTS in lit_gpt/families/__init__.py
-NUMBER = r"(?<=\.)\d+(?=\.|$)"
+NUMBER = r"(?<=\.)\d+(?=\.|$)"  # a part of a name: 3 in layers.3.mlp, nothing in mlp.fc1
 
 
 def to_lit(name: str, tensor: torch.Tensor, config: Config) -> list[Named]:
@@ -42,10 +42,12 @@ def to_lit(name: str, tensor: torch.Tensor, config: Config) -> list[Named]:
     if config.tie_embeddings and names[0].startswith("lm_head."):
         return []
 
-    # (in, out) -> (out, in), then its rows to the parts
+    # (in, out) -> (out, in), so that the rows of each part can be taken out
     if is_transposed(name, config):
         tensor = tensor.T
-    parts = split_fused(tensor, names, config) if len(names) > 1 else [tensor]
+    if len(names) == 1:
+        return [(names[0], tensor)]
+    parts = split_fused(tensor, names, config)
     return list(zip(names, parts, strict=True))
 
 
@@ -57,12 +59,17 @@ def to_hf(tensors: Iterable[Named], config: Config) -> Iterator[Named]:
     """
     waiting: dict[str, torch.Tensor] = {}
     for name, tensor in tensors:
+        # most tensors are a part of their own, which has nothing to wait for
         waiting[name] = tensor
         fused_name, part_names = hf_name(name, config)
         if any(part_name not in waiting for part_name in part_names):
             continue
+
+        # join, and transpose if the checkpoint has (in, out)
         parts = [waiting.pop(part_name) for part_name in part_names]
-        fused = join_fused(parts, part_names, config) if len(parts) > 1 else parts[0]
+        fused = parts[0]
+        if len(parts) > 1:
+            fused = join_fused(parts, part_names, config)
         if is_transposed(fused_name, config):
             fused = fused.T.contiguous()
         yield fused_name, fused
@@ -72,22 +79,39 @@ def to_hf(tensors: Iterable[Named], config: Config) -> Iterator[Named]:
 def name_map_of(config: Config) -> NameMap:
     """The family's map of module names; a family with several has a function that chooses by the config."""
     family = families.load(config.family)
-    return family.weights(config) if hasattr(family, "weights") else family.WEIGHTS
+    if hasattr(family, "weights"):
+        return family.weights(config)
+    return family.WEIGHTS
 
 
 def part_templates(entry: str | tuple[str, ...]) -> list[str]:
     """Our modules in an entry of the map, such as "transformer.ln_f" or ("stacked", q, k, v)."""
-    return [entry] if isinstance(entry, str) else list(entry[1:])
+    if isinstance(entry, str):
+        return [entry]
+    return list(entry[1:])
+
+
+def split_name(name: str) -> tuple[str, list[str], str]:
+    """`transformer.h.3.attn.q.weight` -> (`transformer.h.{}.attn.q`, [`3`], `weight`)."""
+    module, _, leaf = name.rpartition(".")
+    template = re.sub(NUMBER, "{}", module)
+    numbers = re.findall(NUMBER, module)
+    return template, numbers, leaf
+
+
+def fill_in(templates: Iterable[str], numbers: list[str], leaf: str) -> list[str]:
+    """The inverse of `split_name`, for several modules with the same numbers."""
+    modules = [template.format(*numbers) for template in templates]
+    return [f"{module}.{leaf}" for module in modules]
 
 
 def our_names(name: str, name_map: NameMap) -> list[str]:
     """`model.layers.3.mlp.up_proj.weight` -> [`transformer.h.3.mlp.fc_2.weight`]; empty if the map has no such name."""
-    module, _, leaf = name.rpartition(".")
-    entry = name_map.get(re.sub(NUMBER, "{}", module))
+    template, numbers, leaf = split_name(name)
+    entry = name_map.get(template)
     if entry is None:
         return []
-    numbers = re.findall(NUMBER, module)
-    return [f"{template.format(*numbers)}.{leaf}" for template in part_templates(entry)]
+    return fill_in(part_templates(entry), numbers, leaf)
 
 
 def hf_name(name: str, config: Config) -> tuple[str, list[str]]:
@@ -96,14 +120,13 @@ def hf_name(name: str, config: Config) -> tuple[str, list[str]]:
     Raises:
         KeyError: the family does not know the name.
     """
-    module, _, leaf = name.rpartition(".")
-    template = re.sub(NUMBER, "{}", module)
-    numbers = re.findall(NUMBER, module)
-    for hf_module, entry in name_map_of(config).items():
+    template, numbers, leaf = split_name(name)
+    # the map is read backwards, entry by entry: it has a few dozen
+    for hf_template, entry in name_map_of(config).items():
         templates = part_templates(entry)
         if template in templates:
-            part_names = [f"{part.format(*numbers)}.{leaf}" for part in templates]
-            return f"{hf_module.format(*numbers)}.{leaf}", part_names
+            (fused_name,) = fill_in([hf_template], numbers, leaf)
+            return fused_name, fill_in(templates, numbers, leaf)
     raise KeyError(name)
 
 
@@ -115,15 +138,16 @@ def is_transposed(name: str, config: Config) -> bool:
 
 def split_fused(tensor: torch.Tensor, part_names: list[str], config: Config) -> list[torch.Tensor]:
     """The parts of a fused weight (rows, in) or bias (rows,), in the order of their names."""
-    n_rows = tensor.size(0)
-    return [tensor.index_select(0, rows) for rows in fused_rows(part_names, config, n_rows)]
+    rows_of_parts = fused_rows(part_names, config, n_rows=tensor.size(0))
+    return [tensor.index_select(0, rows) for rows in rows_of_parts]
 
 
 def join_fused(parts: list[torch.Tensor], part_names: list[str], config: Config) -> torch.Tensor:
     """The inverse of `split_fused`."""
     n_rows = sum(part.size(0) for part in parts)
+    rows_of_parts = fused_rows(part_names, config, n_rows)
     fused = parts[0].new_empty(n_rows, *parts[0].shape[1:])
-    for rows, part in zip(fused_rows(part_names, config, n_rows), parts, strict=True):
+    for part, rows in zip(parts, rows_of_parts, strict=True):
         fused[rows] = part
     return fused
 
@@ -132,17 +156,19 @@ def fused_rows(part_names: list[str], config: Config, n_rows: int) -> list[torch
     """The row numbers of each part in a fused tensor of `n_rows` rows, in the order of the part's own rows."""
     rows = torch.arange(n_rows)
     if fused_layout(part_names, config) == "stacked":
-        return list(rows.split(part_sizes(part_names, config, n_rows)))
-    # (groups, queries + key + value, head size): the last two of a group are its key and its value
-    groups = rows.view(config.n_query_groups, -1, config.head_size)
+        sizes = part_sizes(part_names, config, n_rows)
+        return list(rows.split(sizes))
+
+    # grouped: the last two heads of each group are its key and its value
+    groups = rows.view(config.n_query_groups, -1, config.head_size)  # (groups, queries + key + value, head size)
     n_queries = groups.size(1) - 2
-    return [part.flatten() for part in groups.split([n_queries, 1, 1], dim=1)]
+    parts = groups.split([n_queries, 1, 1], dim=1)
+    return [part.flatten() for part in parts]
 
 
 def fused_layout(part_names: list[str], config: Config) -> str:
     """How the family's map says that these parts are fused: stacked or grouped."""
-    first_module = part_names[0].rpartition(".")[0]
-    first_template = re.sub(NUMBER, "{}", first_module)
+    first_template, _, _ = split_name(part_names[0])
     for entry in name_map_of(config).values():
         if not isinstance(entry, str) and entry[1] == first_template:
             return entry[0]

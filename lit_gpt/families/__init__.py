@@ -51,7 +51,7 @@ def definition(family: str, name: str) -> Any:
 
 def published() -> dict[str, tuple[str, Settings]]:
     """(family, arguments of Config) of every model in the tables, by its repository."""
-    models = {}
+    models: dict[str, tuple[str, Settings]] = {}
     for family in FAMILIES:
         models |= {repo: (family, settings) for repo, settings in load(family).MODELS.items()}
     return models
@@ -78,7 +78,7 @@ def series(template: str, sizes: Mapping[str, Settings], kinds: Sequence[str] = 
 
     `series("org/m-{size}{kind}", {"1b": ...}, ("", "-chat"))` has the keys org/m-1b and org/m-1b-chat.
     """
-    models = {}
+    models: dict[str, Settings] = {}
     for size, settings in sizes.items():
         models |= {template.format(size=size, kind=kind): settings for kind in kinds}
     return models

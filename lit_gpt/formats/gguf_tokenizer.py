@@ -126,8 +126,8 @@ def piece_tokenizer(
     tokenizer = HFTokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
 
     # spaces are ▁ in its tokens
-    to_pieces = [normalizers.Replace(" ", "▁")]
-    to_text = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    to_pieces: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]
+    to_text: list[decoders.Decoder] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if adds_space:
         to_pieces.insert(0, normalizers.Prepend("▁"))
         to_text.append(decoders.Strip(" ", 1, 0))

@@ -18,7 +18,7 @@ from lit_gpt.lora import LoRA, lora_filter, merge_lora_weights
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantize import dequantize_linears
 from lit_gpt.runs.header import Header, finetuned_file, is_peft, read_header, read_peft_header
-from lit_gpt.runs.load_finetuned import load_finetuned
+from lit_gpt.runs.load_finetuned import QuantizeAs, load_finetuned
 from lit_gpt.runs.methods import METHODS
 
 Base = Literal["original", "dequantized"]
@@ -163,7 +163,7 @@ def merge_into(
     in_order = sorted(get_args(Base), key=lambda name: name == base)  # the wanted one last: it is returned
     for name in in_order:
         model = None  # frees the one before
-        quantize = "none" if name == "original" else "auto"
+        quantize: QuantizeAs = "none" if name == "original" else "auto"
         model, _ = load_finetuned(checkpoint_dir, finetuned, quantize=quantize)
         stored_dtype = model.transformer.wte.weight.dtype
         merge_in_place(model, stored_dtype)

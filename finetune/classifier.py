@@ -61,7 +61,9 @@ def main(
     # one classifier; or all those of a sweep, for each seed
     tokenizer = Tokenizer(args.checkpoint_dir)
     config = Config.from_checkpoint(args.checkpoint_dir)
-    steps = steps_of(classifier, config.n_layer) if sweep else {classifier.method: classifier}
+    steps: dict[str, ClassifierArgs] = {classifier.method: classifier}
+    if sweep:
+        steps = steps_of(classifier, config.n_layer)
     seeds = range(sweep_seeds) if sweep else [args.seed]
     depths = {step.first_trained_block(config.n_layer) for step in steps.values()} - {0}
 

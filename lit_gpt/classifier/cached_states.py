@@ -71,6 +71,7 @@ def inputs_copied_to(rows_of_block: dict[nn.Module, torch.Tensor], numbers: torc
 
         return hook
 
+    # each hook by a call of `copy_to`: made in this loop, all of them would have the last block's rows
     hooks = []
     for block, rows in rows_of_block.items():
         hooks.append(block.register_forward_pre_hook(copy_to(rows)))
@@ -108,7 +109,7 @@ def cached_rows(
     header = read_metadata(file) if file.is_file() else {}
     stored_depths = header["depths"].split() if header.get("key") == key else []
     if str(depth) not in stored_depths:
-        header = write_rows(file, key, model, texts, depths, batch_size)
+        header = write_hidden_rows(file, key, model, texts, depths, batch_size)
 
     # read this depth alone: the others stay on the disk
     stored = (tensor for name, tensor in read_tensors([file]) if name == str(depth))
@@ -132,7 +133,7 @@ def key_of_rows(base: str, model: Classifier, texts: Texts) -> str:
     return digest.hexdigest()
 
 
-def write_rows(
+def write_hidden_rows(
     file: Path,
     key: str,
     model: Classifier,
@@ -148,6 +149,8 @@ def write_rows(
         "depths": " ".join(map(str, depths)),
         "seconds": str(time.perf_counter() - began),
     }
+
+    # whole or not there: half a file would be taken for a damaged one by the next run
     tensors = {str(depth): tensor for depth, tensor in rows.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(file) as temporary:

@@ -14,7 +14,7 @@ is computed, too, but no other token attends to it, since attention is causal.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -133,7 +133,7 @@ class Classifier(nn.Module):
     @property
     def output_layer(self) -> nn.Linear:
         """The last linear of the head: one output for each class."""
-        return self.head[-1]
+        return cast(nn.Linear, self.head[-1])
 
     def start_from(self, first_block: int, stored_rows: torch.Tensor) -> None:
         """Makes `idx` hold row numbers from now on: inputs of block `first_block`, or features if that is n_layer.
@@ -183,6 +183,7 @@ def mark_trainable(model: Classifier, args: ClassifierArgs) -> None:
     """Freezes all parameters but those that the method trains."""
     first_block = args.first_trained_block(model.gpt.config.n_layer)
     for name, param in model.named_parameters():
+        # the flag is also what decides which parameters are saved; see classifier/load.py
         param.requires_grad = trains_parameter(args, name, first_block)
 
 

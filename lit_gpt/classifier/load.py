@@ -6,6 +6,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -33,6 +34,7 @@ def as_classifier(model: GPT, trained: TrainedClassifier) -> Classifier:
 
 def requires_grad(key: str, value: torch.Tensor) -> bool:
     """Whether a parameter is saved: a classifier keeps those that its own method trains."""
+    # not by its name, as in runs/methods.py: which names train depends on --method and --k
     return value.requires_grad
 
 
@@ -85,4 +87,6 @@ def load_classifier(
     methods = {CLASSIFIER.name: CLASSIFIER}
     model, header = load_finetuned(checkpoint_dir, finetuned_dir, dtype, device, methods=methods)
     tokenizer = Tokenizer(checkpoint_dir or header.checkpoint_dir)
-    return model, tokenizer, TrainedClassifier(**header.settings)
+    # the base model as `CLASSIFIER.apply` returned it
+    classifier = cast(Classifier, model)
+    return classifier, tokenizer, TrainedClassifier(**header.settings)

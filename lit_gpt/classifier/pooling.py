@@ -29,6 +29,7 @@ def pool_first(x: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 def pool_mean(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     """The mean of each text's hidden states, in float32 or wider: (T, C) -> (N, C)."""
+    # a sum over hundreds of tokens has more digits than a state in 16 bits
     dtype = torch.promote_types(x.dtype, torch.float32)
     means = []
     for spans in text_spans(layout):
@@ -44,6 +45,7 @@ def text_spans(layout: Layout) -> list[list[tuple[int, int]]]:
     """
     if layout.n_targets == 0:  # a device that has no records in this pass
         return []
+    # a shared prefix is a segment of its own, to which those of several texts refer
     prefixes = {segment.prefix_start for segment in layout.segments if segment.prefix_length}
     texts = []
     for segment in layout.segments:

@@ -9,7 +9,7 @@ import numpy as np
 from lit_gpt.classifier.features import compute_logits
 from lit_gpt.classifier.head import Classifier
 from lit_gpt.classifier.texts import Texts
-from lit_gpt.display.figures import can_draw, new_figure, save_figure
+from lit_gpt.display.figures import INSTALL, can_draw, new_figure, save_figure
 from lit_gpt.runs.report import write_report
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def write_classifier_report(
         figure = confusion_figure(scores.confusion, names)
         save_figure(figure, out_dir / "confusion.png")
     else:
-        print("No plot, as matplotlib is missing: pip install -e '.[report]'")
+        print(f"No plot, as matplotlib is missing: {INSTALL}")
     write_report(out_dir, title="Classifier", command=command, settings=settings, facts=facts, answers=[])
 
 

@@ -84,7 +84,7 @@ def run_sweep(
 ) -> None:
     """Trains each step once per seed, prints a table and draws sweep.png. Rows that sweep.csv has are not repeated."""
     path = out_dir / "sweep.csv"
-    rows = read_rows(path)
+    rows = read_sweep_csv(path)
     done = {(row["setting"], row["seed"]) for row in rows}
     for seed in seeds:
         for name in (BASELINE, *steps):
@@ -97,7 +97,7 @@ def run_sweep(
                 folder = out_dir / f"seed-{seed}-{name.replace(' ', '-')}"
                 scores = train_one(steps[name], seed, folder)
             rows.append(row_of(name, seed, scores))
-            write_rows(path, rows)  # after each one, for a sweep that is interrupted
+            write_sweep_csv(path, rows)  # after each one, for a sweep that is interrupted
     report_sweep(summarize(rows), out_dir)
 
 
@@ -126,7 +126,7 @@ def row_of(name: str, seed: int, scores: Scores) -> dict[str, str]:
     }
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
+def read_sweep_csv(path: Path) -> list[dict[str, str]]:
     """The rows of sweep.csv; none if the sweep has not begun."""
     if not path.is_file():
         return []
@@ -134,7 +134,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
+def write_sweep_csv(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    """Writes all rows anew, so that the file is whole at any moment."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -170,6 +171,7 @@ def summarize(rows: Iterable[dict[str, str]]) -> list[Setting]:
 
 def saturation(settings: Sequence[Setting]) -> Setting:
     """The cheapest setting whose accuracy is within the spread over seeds (at least half a point) of the best one's."""
+    # one seed has no spread, and that of three may be small by chance
     best = max(settings, key=lambda setting: setting.accuracy)
     enough = best.accuracy - max(best.spread, 0.005)
     good = [setting for setting in settings if setting.accuracy >= enough]

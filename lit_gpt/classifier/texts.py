@@ -41,8 +41,8 @@ class TextArgs:
             raise InputError(f"--val_fraction is {self.val_fraction}, expected more than 0 and less than 1.")
 
 
-class Row(NamedTuple):
-    """A text and its label, as the file has them."""
+class TextRecord(NamedTuple):
+    """A text and its label, as a file has them."""
 
     text: str
     label: str
@@ -69,6 +69,7 @@ class Texts(Dataset):
 
     def __init__(self, records: Sequence[np.ndarray], labels: Sequence[int], chosen: np.ndarray) -> None:
         """`records` hold the tokens of each text, (T,); `chosen` the numbers of those that the dataset begins with."""
+        # what `Dataset` has from the files of a folder; see lit_gpt/data/dataset.py
         self.meta = {"prompt_style": "none"}
         with_labels = []
         for ids, label in zip(records, labels, strict=True):
@@ -129,6 +130,7 @@ def load_texts(args: TextArgs, tokenizer: Tokenizer, block_size: int) -> Classif
         InputError: see `read_labelled` and `tokenize_texts`.
     """
     labelled = read_labelled(args.data_path, args.text_key, args.label_key)
+    # the flag has a default, which may be more than a small model reads
     max_seq_length = min(args.max_seq_length, block_size)
     ids = tokenize_texts(labelled.texts, tokenizer, max_seq_length)
     return ClassifierData(
@@ -148,7 +150,7 @@ def read_labelled(path: Path, text_key: str, label_key: str) -> LabelledTexts:
         InputError: unreadable, a record without these keys or without text, or fewer than two classes.
     """
     # every record but those of the split test
-    rows: list[Row] = []
+    rows: list[TextRecord] = []
     n_test = 0
     for number, record in enumerate(read_records(path), 1):
         split = read_split(record.get("split"), f"{path}, record {number}")
@@ -161,7 +163,7 @@ def read_labelled(path: Path, text_key: str, label_key: str) -> LabelledTexts:
                 f"{path}, record {number} has no {' and no '.join(missing)}; it has {', '.join(map(str, record))}."
                 " Name the columns with --text_key and --label_key."
             )
-        row = Row(str(record[text_key]), str(record[label_key]), split)
+        row = TextRecord(str(record[text_key]), str(record[label_key]), split)
         rows.append(row)
 
     # a text that is scored is not trained on

@@ -53,7 +53,7 @@ class Config:
     mlp: str = "LLaMAMLP"
     """MLPS in model/mlp.py."""
     activation: str = "silu"
-    """ACTIVATIONS in model/mlp.py."""
+    """ACTIVATION_FUNCTIONS in model/mlp.py."""
     attn_bias: bool = False
     """Whether q, k and v have a bias."""
     proj_bias: bool = False

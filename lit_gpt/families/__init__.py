@@ -120,7 +120,7 @@ def exceptions(hf: dict[str, Any], name: str) -> Settings:
     return {} if family is None else definition(family, "EXCEPTIONS").get(name, {})
 
 
-# Hugging Face's names -> ours. A new one needs its function, too: ACTIVATIONS in lit_gpt/model/mlp.py.
+# Hugging Face's names -> ours. A new one needs its function, too: ACTIVATION_FUNCTIONS in lit_gpt/model/mlp.py.
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu",
     "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
@@ -183,9 +183,9 @@ def window_settings(hf: dict[str, Any], by_default: bool = True) -> Settings:
     return dict(sliding_window=window, sliding_layers=layers) if layers else {}
 
 
-# The kinds of rotary scaling, and the numbers that each must have. A new one needs its function, too: ROPE_SCALINGS in
-# lit_gpt/model/rope.py, and an entry in `Rope.by_length` there if it depends on the length of a record. If it stretches
-# max_position_embeddings, `position_settings` above has to know.
+# The kinds of rotary scaling, and the numbers that each must have. A new one needs its function, too:
+# SCALING_FUNCTIONS in lit_gpt/model/rope.py, and an entry in `Rope.by_length` there if it depends on the length of a
+# record. If it stretches max_position_embeddings, `position_settings` above has to know.
 ROPE_TYPES = {
     "default": (),
     "linear": ("factor",),

@@ -56,7 +56,7 @@ def inference_dtype(precision: Precision) -> torch.dtype:
     return weight_dtype(precision)
 
 
-def as_dtype(dtype: DType | None) -> torch.dtype | None:
+def as_dtype(dtype: str | None) -> torch.dtype | None:
     return None if dtype is None else getattr(torch, dtype)
 
 
@@ -84,7 +84,7 @@ def precision_plugin(precision: str, kind: str) -> Any:
             return nullcontext()
 
     if precision in ("16-mixed", "bf16-mixed"):
-        return Mixed(precision, kind)
+        return Mixed(precision, kind)  # type: ignore[arg-type] # one of these two
     return Scaled("16-mixed", kind) if precision == "16-true" else AsLoaded()
 
 

@@ -87,7 +87,7 @@ def has_weights(folder: Path, dtype: torch.dtype) -> bool:
     Raises:
         InputError: they are of another.
     """
-    files = []
+    files: list[Path] = []
     for weights_pattern, _ in WEIGHTS:
         files += folder.glob(weights_pattern)
     dtypes = {tensor.dtype for _, tensor in read_tensors(files)}

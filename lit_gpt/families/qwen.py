@@ -7,7 +7,7 @@ from lit_gpt.families import common_settings, llama, series, window_settings
 MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe")
 
 QWEN_2 = dict(attn_bias=True, norm_eps=1e-6, rope_base=1000000.0, vocab_size=151936, block_size=32768)
-SIZES_2 = {
+SIZES_2: dict[str, dict[str, Any]] = {
     "0.5B": dict(n_layer=24, n_head=14, n_query_groups=2, n_embd=896, intermediate_size=4864, tie_embeddings=True),
     "1.5B": dict(n_layer=28, n_head=12, n_query_groups=2, n_embd=1536, intermediate_size=8960, tie_embeddings=True),
     "3B": dict(n_layer=36, n_head=16, n_query_groups=2, n_embd=2048, intermediate_size=11008, tie_embeddings=True),
@@ -23,7 +23,7 @@ QWEN_3 = dict(
     n_query_groups=8,
 )  # fmt: skip
 QWEN_3_MOE = dict(mlp="LLaMAMoE", n_expert=128, n_expert_per_token=8, n_query_groups=4)
-SIZES_3 = {
+SIZES_3: dict[str, dict[str, Any]] = {
     "0.6B": dict(n_layer=28, n_head=16, n_embd=1024, intermediate_size=3072, tie_embeddings=True),
     "1.7B": dict(n_layer=28, n_head=16, n_embd=2048, intermediate_size=6144, tie_embeddings=True),
     "4B": dict(n_layer=36, n_head=32, n_embd=2560, intermediate_size=9728, tie_embeddings=True),

@@ -123,7 +123,7 @@ class Cursor:
     """A place in the header that moves on as values are taken. Running past the end is a struct.error."""
 
     def __init__(self, content: np.ndarray) -> None:
-        self.content = memoryview(content)
+        self.content = memoryview(content)  # type: ignore[arg-type] # numpy declares that from Python 3.12 on
         self.at = 0
 
     def take(self, letters: str) -> tuple:

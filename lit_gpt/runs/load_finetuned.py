@@ -142,7 +142,7 @@ def describe_weights(quantize: Quantize | None) -> str:
     return "the original weights" if quantize is None else f"weights in {quantize}"
 
 
-def load_trained(model: GPT, finetuned_dir: Path, method: Method) -> None:
+def load_trained(model: nn.Module, finetuned_dir: Path, method: Method) -> None:
     """Loads trained weights into a model that the method has been applied to.
 
     Raises:
@@ -150,7 +150,7 @@ def load_trained(model: GPT, finetuned_dir: Path, method: Method) -> None:
     """
     file = finetuned_file(finetuned_dir)
     if method.trains_base:  # a Hugging Face folder, under its names and perhaps in several files
-        tensors = checked_tensors(model, file.parent)
+        tensors = checked_tensors(model, file.parent)  # type: ignore[arg-type] # the base itself: a GPT
     else:
         tensors = read_tensors([file])
     copy_parameters(model, tensors, method.filter, file)

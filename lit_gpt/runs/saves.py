@@ -14,7 +14,6 @@ from lit_gpt.checkpoint.save import save_tensors, write_files
 from lit_gpt.distributed import is_first
 from lit_gpt.errors import InputError
 from lit_gpt.files import new_folder, recover
-from lit_gpt.model.gpt import GPT
 from lit_gpt.runs.header import KEY, Header, read_header
 from lit_gpt.runs.load_finetuned import load_trained
 from lit_gpt.runs.methods import METHODS, Method
@@ -31,7 +30,7 @@ class Checkpoints:
     process of a run must call its methods, since each may hold a part of the weights; only the first one writes.
     """
 
-    def __init__(self, out_dir: Path, model: GPT, header: Header, method: Method | None = None) -> None:
+    def __init__(self, out_dir: Path, model: nn.Module, header: Header, method: Method | None = None) -> None:
         """`method` None is the one that `header` names, in `runs/methods.py`."""
         self.out_dir = out_dir
         self.model = model

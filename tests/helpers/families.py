@@ -1,4 +1,4 @@
-"""Shared by several test files."""
+"""Tiny random models of every family, as transformers saves them, and LoRA on them."""
 
 import copy
 from pathlib import Path
@@ -8,31 +8,20 @@ import torch
 
 from lit_gpt.checkpoint.load import load_model
 from lit_gpt.lora import LoRA, apply_lora, lora_filter
+from lit_gpt.model.gpt import GPT
 
 COMMON: dict[str, Any] = dict(
     vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=6,
     num_key_value_heads=2, max_position_embeddings=128, bos_token_id=None, eos_token_id=None, pad_token_id=None,
 )  # fmt: skip
-
-
 NEOX = {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}
-
-
 GPT2 = dict(vocab_size=97, n_embd=48, n_layer=3, n_head=6, n_positions=128, bos_token_id=None, eos_token_id=None)
-
-
 DYNAMIC = dict(rope_type="dynamic", rope_theta=700.0, factor=4.0)
-
-
 YARN = dict(rope_type="yarn", rope_theta=700.0, factor=4.0, original_max_position_embeddings=32)
-
-
 LONGROPE = dict(
     rope_type="longrope", rope_theta=700.0, original_max_position_embeddings=64, short_factor=[1.0, 1.1, 1.3, 2.0],
     long_factor=[1.0, 2.0, 4.0, 9.0],
 )  # fmt: skip
-
-
 WINDOWS = ["full_attention", "sliding_attention", "full_attention"]
 
 
@@ -138,9 +127,8 @@ def make(folder: Path, kind: str, settings: dict[str, Any]) -> Path:
     import transformers
 
     config = getattr(transformers, f"{kind}Config")(**copy.deepcopy(settings))  # it writes into rope_parameters
-    model = getattr(transformers, {"GPT2": "GPT2LMHeadModel"}.get(kind, f"{kind.removesuffix('Text')}ForCausalLM"))(
-        config
-    )
+    class_name = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind.removesuffix('Text')}ForCausalLM"
+    model = getattr(transformers, class_name)(config)
     generator = torch.Generator().manual_seed(0)
     for param in model.parameters():
         torch.nn.init.normal_(param, mean=float(param.dim() == 1), std=0.2, generator=generator)
@@ -149,10 +137,12 @@ def make(folder: Path, kind: str, settings: dict[str, Any]) -> Path:
 
 
 def tokens(*shape: int) -> torch.Tensor:
+    """Random ids, always the same."""
     return torch.randint(0, 97, shape, generator=torch.Generator().manual_seed(1))
 
 
-def trained(folder: Path, lora: LoRA):
+def trained(folder: Path, lora: LoRA) -> GPT:
+    """A model with LoRA that is not zero, as if it had been trained."""
     model = load_model(folder)
     torch.manual_seed(0)
     apply_lora(model, lora)
@@ -162,5 +152,6 @@ def trained(folder: Path, lora: LoRA):
     return model
 
 
-def weights_of(model) -> dict[str, torch.Tensor]:
+def weights_of(model: GPT) -> dict[str, torch.Tensor]:
+    """The LoRA weights, as a run would save them."""
     return {name: value for name, value in model.state_dict().items() if lora_filter(name)}

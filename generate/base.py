@@ -8,6 +8,7 @@ The answer goes to stdout as it is made, everything else to stderr.
 
 import sys
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -48,29 +49,48 @@ def main(
         raise InputError(
             "At --temperature 0 all answers are the same: --num_samples, --top_k and --top_p need a higher one."
         )
-    since = time.perf_counter()
-    model, tokenizer, trained_style = load_for_use(args, device)
-    print(f"Loaded in {time.perf_counter() - since:.1f} s.", file=sys.stderr)
 
+    # the model, as it was loaded or fine-tuned
+    began = time.perf_counter()
+    model, tokenizer, trained_style = load_for_use(args, device)
+    print(f"Loaded in {time.perf_counter() - began:.1f} s.", file=sys.stderr)
+
+    # the prompt, as it was written in training
     style = resolve_style(prompt_style, tokenizer, trained_style)
     rendered = render(style, {"instruction": prompt, "input": input}, tokenizer)
     idx = tokenizer.encode(rendered.text, device, rendered.bos)
     generator = torch.Generator(device).manual_seed(args.seed)
-    options = dict(
-        temperature=temperature, top_k=top_k, top_p=args.top_p, eos_id=tokenizer.stop_ids, generator=generator
-    )
+
+    # the answers; all draw from one generator, so that they differ
     for _ in range(num_samples):
-        since, new = time.perf_counter(), []
-        tokens = stream(model, idx, len(idx) + max_new_tokens, **options)
-        for text in tokenizer.stream(token for token in tokens if not new.append(token)):
+        began = time.perf_counter()
+        tokens: list[int] = []
+        new_tokens = stream(
+            model,
+            idx,
+            len(idx) + max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=args.top_p,
+            eos_id=tokenizer.stop_ids,
+            generator=generator,
+        )
+        for text in tokenizer.stream(collected(new_tokens, tokens)):
             print(text, end="", flush=True)
-        seconds = time.perf_counter() - since
         print()
+        seconds = time.perf_counter() - began
         print(
-            f"{len(new)} tokens in {seconds:.2f} s ({len(new) / seconds:.1f} tokens/s),"
+            f"{len(tokens)} tokens in {seconds:.2f} s ({len(tokens) / seconds:.1f} tokens/s),"
             f" {peak_memory_gb(device):.2f} GB at most.",
             file=sys.stderr,
         )
+
+
+def collected(tokens: Iterator[int], into: list[int]) -> Iterator[int]:
+    """The same tokens as they come; each is appended to `into` before it goes on."""
+    for token in tokens:
+        into.append(token)
+        yield token
 
 
 if __name__ == "__main__":

@@ -37,26 +37,40 @@ def main(
     model, tokenizer, trained_style = load_for_use(args, device)
     style = resolve_style("auto", tokenizer, trained_style)
     generator = torch.Generator(device).manual_seed(args.seed)
-    options = dict(
-        temperature=temperature, top_k=top_k, top_p=args.top_p, eos_id=tokenizer.stop_ids, generator=generator
-    )
 
-    opening = [{"role": "system", "content": system}] if system is not None else []
+    # a conversation begins with the system prompt, if there is one
+    opening = []
+    if system is not None:
+        opening.append({"role": "system", "content": system})
     messages = list(opening)
     while question := read_line():
         if question == "/new":
             messages = list(opening)
             continue
+
+        # the whole conversation so far is the prompt, each time
         messages.append({"role": "user", "content": question})
         rendered = render(style, {"messages": messages}, tokenizer)
         idx = tokenizer.encode(rendered.text, device, rendered.bos)
-        room = min(len(idx) + max_new_tokens, model.config.block_size)
-        if room <= len(idx):
-            print(f"The conversation fills the model's {room} tokens. /new begins another.", file=sys.stderr)
+        max_length = min(len(idx) + max_new_tokens, model.config.block_size)
+        if max_length <= len(idx):
+            print(f"The conversation fills the model's {max_length} tokens. /new begins another.", file=sys.stderr)
             messages.pop()
             continue
+
+        # the answer, shown as it is made
+        tokens = stream(
+            model,
+            idx,
+            max_length,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=args.top_p,
+            eos_id=tokenizer.stop_ids,
+            generator=generator,
+        )
         answer = ""
-        for text in tokenizer.stream(stream(model, idx, room, **options)):
+        for text in tokenizer.stream(tokens):
             print(text, end="", flush=True)
             answer += text
         print()

@@ -61,13 +61,16 @@ class AdaptedAttention(CausalSelfAttention):
         """Attention to the text, and as much of that to the prompt as the gates let through: (B, nh, T, hs)."""
         # keys and values of the prompt, for every row
         prompt = self.adapter_prompt.to(q.dtype)[None]  # (1, L, C)
-        keys = self.split_heads(self.norm_k(self.k(prompt))).expand(q.size(0), -1, -1, -1)  # (B, ng, L, hs)
-        values = self.split_heads(self.norm_v(self.v(prompt))).expand(q.size(0), -1, -1, -1)
+        keys = self.split_heads(self.norm_k(self.k(prompt)))  # (1, ng, L, hs)
+        values = self.split_heads(self.norm_v(self.v(prompt)))
+        keys = keys.expand(q.size(0), -1, -1, -1)  # (B, ng, L, hs)
+        values = values.expand(q.size(0), -1, -1, -1)
 
         # each token sees all of the prompt
-        all_of_it = torch.ones(q.size(2), keys.size(2), dtype=torch.bool, device=q.device)  # (T, L)
-        y = self.attention_function(q, keys, values, all_of_it, scale=self.scale, softcap=self.softcap)
-        return super().attend(q, k, v, mask) + self.adapter_gate.to(y.dtype) * y
+        everything = torch.ones(q.size(2), keys.size(2), dtype=torch.bool, device=q.device)  # (T, L)
+        y = self.attention_function(q, keys, values, everything, scale=self.scale, softcap=self.softcap)
+        gate = self.adapter_gate.to(y.dtype)
+        return super().attend(q, k, v, mask) + gate * y
 
 
 class AdapterV2Linear(nn.Module):
@@ -80,8 +83,10 @@ class AdapterV2Linear(nn.Module):
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         device = next(linear.parameters()).device
-        self.adapter_bias = nn.Parameter(torch.zeros(linear.out_features, device=device, dtype=torch.float32))
-        self.adapter_scale = nn.Parameter(torch.ones(linear.out_features, device=device, dtype=torch.float32))
+        bias = torch.zeros(linear.out_features, device=device, dtype=torch.float32)
+        scale = torch.ones(linear.out_features, device=device, dtype=torch.float32)
+        self.adapter_bias = nn.Parameter(bias)
+        self.adapter_scale = nn.Parameter(scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.linear(x)
@@ -122,7 +127,8 @@ def apply_adapter_v2(model: GPT, adapter: Adapter) -> list[str]:
     # trained weights are float32: bfloat16 would round small updates away
     for name, param in model.named_parameters():
         if is_norm(name):
-            param.data = param.data.to(torch.promote_types(param.dtype, torch.float32))
+            at_least_float32 = torch.promote_types(param.dtype, torch.float32)
+            param.data = param.data.to(at_least_float32)
 
     def with_bias_and_scale(name: str, module: nn.Module) -> nn.Module | None:
         # a quantized linear is no nn.Linear, but has this

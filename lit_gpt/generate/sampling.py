@@ -27,13 +27,15 @@ def sample(
         logits = keep_top_k(logits, top_k)
     if top_p is not None and top_p < 1:
         logits = keep_top_p(logits, top_p)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+    probabilities = logits.softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=generator)
 
 
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
     """Logits (B, V) with minus infinity for all tokens that are less likely than the k-th."""
     n = min(k, logits.size(-1))
-    smallest = logits.topk(n, dim=-1).values[:, -1:]  # (B, 1)
+    largest = logits.topk(n, dim=-1).values  # (B, n), in descending order
+    smallest = largest[:, -1:]
     return logits.masked_fill(logits < smallest, -torch.inf)
 
 
@@ -44,4 +46,5 @@ def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     probability_before = probabilities.cumsum(-1) - probabilities
     left_out = probability_before >= p
     # from the sorted order back to the vocabulary's
-    return logits.masked_fill(left_out.scatter(-1, order, left_out), -torch.inf)
+    left_out = left_out.scatter(-1, order, left_out)
+    return logits.masked_fill(left_out, -torch.inf)

@@ -32,13 +32,19 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: Config, layer: int = 0) -> None:
         super().__init__()
         self.head_size = config.head_size
-        self.q = nn.Linear(config.n_embd, config.n_head * config.head_size, bias=config.attn_bias)
-        self.k = nn.Linear(config.n_embd, config.n_query_groups * config.head_size, bias=config.attn_bias)
-        self.v = nn.Linear(config.n_embd, config.n_query_groups * config.head_size, bias=config.attn_bias)
-        self.proj = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=config.proj_bias)
-        self.norm_q = QK_NORMS[config.qk_norm](config, config.n_head)
-        self.norm_k = QK_NORMS[config.qk_norm](config, config.n_query_groups)
+        q_size = config.n_head * config.head_size
+        kv_size = config.n_query_groups * config.head_size
+        self.q = nn.Linear(config.n_embd, q_size, bias=config.attn_bias)
+        self.k = nn.Linear(config.n_embd, kv_size, bias=config.attn_bias)
+        self.v = nn.Linear(config.n_embd, kv_size, bias=config.attn_bias)
+        self.proj = nn.Linear(q_size, config.n_embd, bias=config.proj_bias)
+
+        # most families norm neither queries nor keys, and none but OLMo 1 touches values
+        new_norm = QK_NORMS[config.qk_norm]
+        self.norm_q = new_norm(config, config.n_head)
+        self.norm_k = new_norm(config, config.n_query_groups)
         self.norm_v = Clip(config) if config.qk_norm == "clip" else nn.Identity()
+
         self.window = config.window_of(layer)
         self.scale = config.attn_scale
         self.softcap = config.attn_softcap or None  # a cap of 0 in somebody's config.json means none
@@ -55,11 +61,16 @@ class CausalSelfAttention(nn.Module):
         cache: LayerCache | None = None,
     ) -> torch.Tensor:
         """(B, T, C) -> (B, T, C). With a cache, `input_pos` (T,) says where in it the tokens go."""
-        q = apply_rope(self.split_heads(self.norm_q(self.q(x))), cos, sin)  # (B, nh, T, hs)
-        k = apply_rope(self.split_heads(self.norm_k(self.k(x))), cos, sin)  # (B, ng, T, hs)
+        q = self.split_heads(self.norm_q(self.q(x)))  # (B, nh, T, hs)
+        k = self.split_heads(self.norm_k(self.k(x)))  # (B, ng, T, hs)
         v = self.split_heads(self.norm_v(self.v(x)))  # (B, ng, T, hs)
+        q = apply_rope(q, cos, sin)
+        k = apply_rope(k, cos, sin)
+
+        # keys are cached as they are rotated: a token's position never changes
         if cache is not None:
             k, v = cache.update(input_pos, k, v)  # (B, ng, S, hs)
+
         y = self.attend(q, k, v, mask)  # (B, nh, T, hs)
         y = y.transpose(1, 2).flatten(2)  # (B, T, nh * hs)
         return self.proj(y)
@@ -148,6 +159,7 @@ def attend_by_segment(
     softcap: float | None = None,
 ) -> torch.Tensor:
     """The kernel of all devices; see `Kernel`. A packed row is one dense attention for each of its segments."""
+    # how one segment is computed; a family has a cap or has none, so that this is the same in every call
     dense = partial(sdpa, scale=scale)
     if softcap is not None:
         dense = partial(softcapped_attention, scale=scale, softcap=softcap)
@@ -187,10 +199,12 @@ def sliding_window_mask(segment: Segment, window: int | None, device: torch.devi
 
     None if the window leaves nothing out.
     """
-    L, P = segment.length, segment.prefix_length
-    if window is None or P + L <= window:
+    P = segment.prefix_length
+    S = P + segment.length
+    if window is None or window >= S:
         return None
-    distance = torch.arange(P, P + L, device=device)[:, None] - torch.arange(P + L, device=device)
+    # how many tokens a key (column) stands before a query (row), if both are numbered from the prefix on
+    distance = torch.arange(P, S, device=device)[:, None] - torch.arange(S, device=device)
     return (distance >= 0) & (distance < window)
 
 
@@ -202,8 +216,9 @@ def cache_masks(input_pos: torch.Tensor, length: int, windows: set[int | None]) 
     distance = input_pos[:, None] - torch.arange(length, device=input_pos.device)  # (T, S)
     masks: dict[int | None, Mask] = {}
     for window in windows:
-        masks[window] = distance >= 0
-        if window is not None:
+        if window is None:
+            masks[window] = distance >= 0
+        else:
             masks[window] = (distance >= 0) & (distance < window)
     return masks
 
@@ -214,8 +229,17 @@ def sdpa(
     """Dense attention by PyTorch's kernels, causal if there is no mask: (B, nh, T, hs)."""
     if q.is_cuda and (mask is not None or q.dtype == torch.float32):
         # of CUDA's fused kernels only flash attention knows groups, and it takes neither a mask nor float32
-        k, v = repeat_groups(k, q.size(1)), repeat_groups(v, q.size(1))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True)
+        k = repeat_groups(k, q.size(1))
+        v = repeat_groups(v, q.size(1))
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=True,
+    )
 
 
 def softcapped_attention(
@@ -233,11 +257,15 @@ def softcapped_attention(
     if scale is None:
         scale = q.size(-1) ** -0.5
     if mask is None:
-        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
-    k, v = repeat_groups(k, q.size(1)), repeat_groups(v, q.size(1))
+        everything = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device)
+        mask = everything.tril()
+    k = repeat_groups(k, q.size(1))
+    v = repeat_groups(v, q.size(1))
     scores = softcap * torch.tanh(q @ k.transpose(2, 3) * (scale / softcap))
     scores = scores.masked_fill(~mask, -torch.inf)
-    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    # in float32, as in transformers' Gemma 2
+    at_least_float32 = torch.promote_types(q.dtype, torch.float32)
+    weights = scores.softmax(-1, dtype=at_least_float32).to(q.dtype)
     return weights @ v
 
 

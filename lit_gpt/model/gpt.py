@@ -67,6 +67,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=config.lm_head_bias)
         if config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
+        # called for every family: most multiply by 1, which changes no bit
         self.scale_logits = SoftCap(config.final_softcap) if config.final_softcap else Scale(config.logit_scale)
 
         # rotations and masks are made once per call for all blocks; there is one of each kind that a block needs
@@ -74,6 +75,7 @@ class GPT(nn.Module):
         self.ropes = nn.ModuleDict({kind: Rope(config, kind) for kind in sorted(kinds)})
         self.windows = {block.window for block in self.transformer.h}
 
+        # for calls with input_pos and no cache of their own; see `set_kv_cache`
         self.max_seq_length = config.block_size
         self.kv_cache: KVCache | None = None
 
@@ -155,7 +157,8 @@ class GPT(nn.Module):
             block = self.transformer.h[i]
             cos, sin = positions.cos_sin[block.rope]
             mask = positions.masks[block.window]
-            x = block(x, cos, sin, mask, input_pos, None if cache is None else cache.layers[i])
+            layer_cache = None if cache is None else cache.layers[i]
+            x = block(x, cos, sin, mask, input_pos, layer_cache)
         return x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -175,7 +178,7 @@ class GPT(nn.Module):
             # records end to end; each begins at position 0 anew
             pos = layout.pos
             lengths = layout.record_lengths()
-            masks = dict.fromkeys(self.windows, layout)
+            masks: dict[int | None, Mask] = dict.fromkeys(self.windows, layout)
             check_longest_record(lengths, self.config.block_size)
         elif input_pos is None:
             # whole texts, one per row
@@ -190,6 +193,7 @@ class GPT(nn.Module):
             pos = input_pos
             lengths = [(n_tokens, cache.max_seq_length)]
             masks = cache_masks(input_pos, cache.max_seq_length, self.windows)
+        # the same for all blocks of a kind: computed once
         cos_sin = {kind: rope(pos, lengths) for kind, rope in self.ropes.items()}
         return Positions(pos, cos_sin, masks)
 
@@ -402,11 +406,14 @@ def count_parameters(config: Config) -> int:
     n_dense = sum(layer in config.dense_layers for layer in range(config.n_layer))
     n_other = config.n_layer - n_dense
     with torch.device("meta"):
+        # all but the blocks, then one block of a kind for all of that kind
         total = n_params(GPT(config.replace(n_layer=0)))
         for n_layers, is_dense in ((n_dense, True), (n_other, False)):
-            if n_layers:
-                layer = next(i for i in range(config.n_layer) if (i in config.dense_layers) == is_dense)
-                total += n_layers * n_params(BLOCKS[config.block](config, layer))
+            if n_layers == 0:
+                continue
+            example = next(layer for layer in range(config.n_layer) if (layer in config.dense_layers) == is_dense)
+            block = BLOCKS[config.block](config, example)
+            total += n_layers * n_params(block)
     return total
 
 

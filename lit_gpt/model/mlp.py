@@ -57,7 +57,8 @@ class LLaMAMoE(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # the experts of each token, and how much each of them counts
         flat = x.flatten(0, -2)  # (B * T, C)
-        scores = self.gate(flat).softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+        at_least_float32 = torch.promote_types(x.dtype, torch.float32)
+        scores = self.gate(flat).softmax(-1, dtype=at_least_float32)
         weights, chosen = scores.topk(self.n_chosen)  # (B * T, n_chosen)
         if self.renormalize:
             weights = weights / weights.sum(-1, keepdim=True)
@@ -70,7 +71,8 @@ class LLaMAMoE(nn.Module):
         y = torch.cat([expert(rows) for expert, rows in zip(self.experts, inputs, strict=True) if len(rows)])
 
         # weighted, and back to where the tokens came from
-        y = y * weights.flatten().index_select(0, order)[:, None].to(x.dtype)
+        sorted_weights = weights.flatten().index_select(0, order)
+        y = y * sorted_weights[:, None].to(x.dtype)
         return torch.zeros_like(flat).index_add(0, tokens, y).view_as(x)
 
 
@@ -81,7 +83,7 @@ MLPS: dict[str, Callable[[Config], nn.Module]] = {
     "LLaMAMoE": LLaMAMoE,
 }
 
-# `activation` in a config -> the function
+# `activation` in a config -> the function. ACTIVATIONS in lit_gpt/families/__init__.py has Hugging Face's names
 ACTIVATION_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,

@@ -25,8 +25,10 @@ class RMSNorm(nn.Module):
 
     def normed(self, x: torch.Tensor) -> torch.Tensor:
         """x without the weight, in float32 or wider."""
-        y = x.to(torch.promote_types(x.dtype, torch.float32))
-        return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        at_least_float32 = torch.promote_types(x.dtype, torch.float32)
+        y = x.to(at_least_float32)
+        mean_square = y.square().mean(-1, keepdim=True)
+        return y * torch.rsqrt(mean_square + self.eps)
 
 
 class GemmaRMSNorm(RMSNorm):
@@ -34,7 +36,9 @@ class GemmaRMSNorm(RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.normed(x)
-        return ((1 + self.weight.to(y.dtype)) * y).to(x.dtype)
+        # the sum is made in y's precision: a bfloat16 1 + weight would lose most of a small weight
+        factor = 1 + self.weight.to(y.dtype)
+        return (factor * y).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -62,8 +62,12 @@ class Layout:
         if share_prefixes:
             groups = prefix_groups([ids.tolist() for ids, _ in records])
 
-        tokens, pos, segments = [], [], []
-        targets, target_index = [], []
+        # pieces of the row, in its order; T is its length so far
+        tokens: list[torch.Tensor] = []
+        pos: list[torch.Tensor] = []
+        segments: list[Segment] = []
+        targets: list[torch.Tensor] = []
+        target_index: list[torch.Tensor] = []
         T = 0
         for group, prefix_length in groups:
             # what the records of a group begin with, once
@@ -115,8 +119,10 @@ class Layout:
 
     def mask_of(self, segment: Segment) -> torch.Tensor:
         """All of the prefix and, of the segment itself, what comes before: a corner of the widest mask, no copy."""
+        # the widest mask's prefix is as long as it has columns beyond a square; a shorter one is the end of it
         skip = self.mask.size(1) - self.mask.size(0) - segment.prefix_length
-        return self.mask[: segment.length, skip : skip + segment.prefix_length + segment.length]
+        end = skip + segment.prefix_length + segment.length
+        return self.mask[: segment.length, skip:end]
 
     @cached_property
     def varlen(self) -> "VarlenIndex":
@@ -167,6 +173,8 @@ class VarlenIndex:
         """On the host, from segments in the order of the row."""
         q_lengths = [segment.length for segment in segments]
         k_lengths = [segment.prefix_length + segment.length for segment in segments]
+
+        # only a shared prefix makes keys differ from the row itself
         key_index = None
         if any(segment.prefix_length for segment in segments):
             spans = []
@@ -174,9 +182,12 @@ class VarlenIndex:
                 spans.append(torch.arange(segment.prefix_start, segment.prefix_start + segment.prefix_length))
                 spans.append(torch.arange(segment.start, segment.start + segment.length))
             key_index = torch.cat(spans)
+
+        ends_q = list(accumulate(q_lengths, initial=0))
+        ends_k = list(accumulate(k_lengths, initial=0))
         return cls(
-            cu_seqlens_q=torch.tensor(list(accumulate(q_lengths, initial=0)), dtype=torch.int32),
-            cu_seqlens_k=torch.tensor(list(accumulate(k_lengths, initial=0)), dtype=torch.int32),
+            cu_seqlens_q=torch.tensor(ends_q, dtype=torch.int32),
+            cu_seqlens_k=torch.tensor(ends_k, dtype=torch.int32),
             max_seqlen_q=max(q_lengths),
             max_seqlen_k=max(k_lengths),
             key_index=key_index,

@@ -53,7 +53,8 @@ class Rope(nn.Module):
 
     def frequencies(self, length: int) -> Frequencies:
         """The frequencies for a record of this length, and the factor of cosine and sine."""
-        exponents = torch.arange(0, self.n_elem, 2, device="cpu").float() / max(1, self.n_elem)
+        elements = torch.arange(0, self.n_elem, 2, device="cpu")  # the first of each pair
+        exponents = elements.float() / max(1, self.n_elem)
         settings = self.scaling | {"block_size": self.block_size}
         return self.scaling_function(self.base, exponents, settings, length)
 
@@ -64,6 +65,7 @@ class Rope(nn.Module):
         """
         pos = pos.to(self.theta.dtype)
         if self.by_length:
+            # the tokens of each record by the record's own frequencies
             counts = [count for count, _ in lengths]
             angles_of_records = []
             for record_pos, (_, length) in zip(pos.split(counts), lengths, strict=True):
@@ -146,7 +148,8 @@ def scale_yarn(base: float, exponents: torch.Tensor, scaling: dict[str, Any], le
     low = max(low, 0)
     high = min(high, n - 1)
     width = (high - low) or 0.001
-    ramp = ((torch.arange(n // 2, dtype=torch.float32, device="cpu") - low) / width).clamp(0, 1)
+    elements = torch.arange(n // 2, dtype=torch.float32, device="cpu")
+    ramp = ((elements - low) / width).clamp(0, 1)
 
     # a blend of both
     keep = 1 - ramp
@@ -166,7 +169,8 @@ def scale_yarn(base: float, exponents: torch.Tensor, scaling: dict[str, Any], le
 
 def yarn_element(n_turns: float, n: int, base: float, trained_length: int) -> float:
     """The element, of n, that turns `n_turns` times within the original context; rarely a whole number."""
-    return n * math.log(trained_length / (n_turns * 2 * math.pi)) / (2 * math.log(base))
+    wavelength = n_turns * 2 * math.pi
+    return n * math.log(trained_length / wavelength) / (2 * math.log(base))
 
 
 def yarn_attention_factor(factor: float, mscale: float) -> float:
@@ -178,7 +182,8 @@ def scale_longrope(base: float, exponents: torch.Tensor, scaling: dict[str, Any]
     """A factor per element, others for records beyond the original context. https://arxiv.org/abs/2402.13753"""
     trained_length = scaling["original_max_position_embeddings"]
     factors = scaling["long_factor"] if length > trained_length else scaling["short_factor"]
-    theta = 1.0 / (torch.tensor(factors, device="cpu").float() * base**exponents)
+    factor_of_element = torch.tensor(factors, device="cpu").float()
+    theta = 1.0 / (factor_of_element * base**exponents)
 
     # the factor of cosine and sine follows from the longest context, whatever the record's length
     if scaling.get("attention_factor") is not None:
@@ -189,7 +194,7 @@ def scale_longrope(base: float, exponents: torch.Tensor, scaling: dict[str, Any]
     return theta, 1.0
 
 
-# rope_type in config.json -> the function
+# rope_type in config.json -> the function. ROPE_TYPES in lit_gpt/families/__init__.py says what numbers each needs
 SCALING_FUNCTIONS = {
     "default": scale_default,
     "linear": scale_linear,

@@ -40,7 +40,7 @@ def main(
     Args:
         source: The texts and labels: --data_path, --text_key ...; see lit_gpt/classifier/texts.py.
         args: The flags of every recipe, such as --checkpoint_dir and --out_dir; see lit_gpt/recipe.py.
-        classifier: What is trained: --method, --pooling ...; see lit_gpt/classifier/head.py.
+        classifier: The part that is trained: --method, --pooling ...; see lit_gpt/classifier/head.py.
         lora: For the methods lora and qlora: the rank, and which matrices of which layers.
         quantize: For the method qlora: the 4 or 8 bits of the frozen linears, None is bnb.nf4; see
             lit_gpt/quantize.py.

@@ -35,7 +35,7 @@ def main(
     """Label texts.
 
     Args:
-        finetuned: What finetune/classifier.py wrote: its out_dir (then its best), or one folder of it.
+        finetuned: The folder that finetune/classifier.py wrote: its out_dir (then its best), or one folder of it.
         texts: A .csv, .json, .jsonl or .parquet file with a column of texts; of any other file, each line is a text.
             None reads lines from standard input.
         text_key: The column of the texts.

@@ -1,4 +1,7 @@
-"""Prepare the 52,000 instructions of Alpaca, or a variant: python scripts/prepare_alpaca.py --variant cleaned"""
+"""Prepare the 52,000 instructions of Alpaca, or a variant.
+
+python scripts/prepare_alpaca.py --variant cleaned
+"""
 
 from pathlib import Path
 from typing import Literal

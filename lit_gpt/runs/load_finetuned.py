@@ -32,7 +32,7 @@ class UseArgs:
     checkpoint_dir: Path | None = None
     """The model. None is the sample model, or the base of what was fine-tuned."""
     finetuned: Path | None = None
-    """What a fine-tuning script wrote: an out_dir (its best), or one folder of it. It is not merged."""
+    """The folder that a fine-tuning script wrote: an out_dir (its best), or one folder of it. It is not merged."""
     top_p: float | None = None
     """Sample from the fewest likeliest tokens that together have this probability."""
     precision: Precision = "auto"

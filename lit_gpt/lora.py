@@ -76,7 +76,9 @@ class LoRA:
                 f"lora.r is {r}, expected 1 or more; lora.alpha {alpha}, expected more than 0;"
                 f" lora.dropout {self.dropout}, expected 0 to 1."
             )
-        check_patterns([*(self.modules or []), *self.rank_pattern, *self.alpha_pattern])
+        check_patterns(self.modules or [])
+        check_patterns(self.rank_pattern)
+        check_patterns(self.alpha_pattern)
         if not self.modules and not any(getattr(self, switch) for switch in TARGETS):
             raise InputError(f"LoRA has nothing to adapt. Turn on at least one of {', '.join(TARGETS)}.")
 
@@ -85,7 +87,10 @@ class LoRA:
         if not any(matches_end(name, pattern) for pattern in self.targets()):
             return False
         in_block = re.match(r"transformer\.h\.(\d+)\.", name)
-        return in_block is None or int(in_block[1]) in self.blocks(n_layer)
+        if in_block is None:  # the head
+            return True
+        block = int(in_block[1])
+        return block in self.blocks(n_layer)
 
     def targets(self) -> list[str]:
         """Patterns for the ends of the names of the linears to adapt."""
@@ -101,7 +106,11 @@ class LoRA:
         """
         if self.layers is None:
             return range(n_layer)
-        blocks = range(n_layer - self.layers, n_layer) if isinstance(self.layers, int) else self.layers
+        blocks: range | list[int]
+        if isinstance(self.layers, int):  # the last ones
+            blocks = range(n_layer - self.layers, n_layer)
+        else:
+            blocks = self.layers
         if not blocks or not all(0 <= block < n_layer for block in blocks):
             raise InputError(f"lora.layers is {self.layers}, but the model's blocks are 0 to {n_layer - 1}.")
         return blocks
@@ -114,7 +123,9 @@ class LoRA:
         """The factor before B A of the linear called `name`."""
         alpha = value_by_end(name, self.alpha_pattern, default=self.alpha)
         r = self.rank_of(name)
-        return alpha / math.sqrt(r) if self.rslora else alpha / r
+        if self.rslora:
+            return alpha / math.sqrt(r)
+        return alpha / r
 
 
 class LoRALinear(nn.Module):
@@ -127,10 +138,12 @@ class LoRALinear(nn.Module):
         self.out_features = linear.out_features
         self.scaling = scaling
         self.dropout = nn.Dropout(dropout)
-        like = {"device": next(linear.parameters()).device, "dtype": torch.float32}
-        self.lora_A = nn.Parameter(torch.empty(r, linear.in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, **like))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear begins with its own weight
+        device = next(linear.parameters()).device
+        A = torch.empty(r, linear.in_features, device=device, dtype=torch.float32)
+        B = torch.zeros(linear.out_features, r, device=device, dtype=torch.float32)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # as nn.Linear begins with its own weight
+        self.lora_A = nn.Parameter(A)
+        self.lora_B = nn.Parameter(B)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         low = self.down(x)  # (B, T, in) -> (B, T, r)
@@ -141,7 +154,8 @@ class LoRALinear(nn.Module):
     def down(self, x: torch.Tensor) -> torch.Tensor:
         """(alpha / r) A x, in the dtype of x."""
         A = self.lora_A.to(x.dtype)
-        return self.scaling * F.linear(self.dropout(x), A)
+        x = self.dropout(x)
+        return self.scaling * F.linear(x, A)
 
     def up(self, low: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """B times the output of `down`. `dtype` is that of x: under autocast the output of `down` has another."""
@@ -155,7 +169,9 @@ class LoRALinear(nn.Module):
         Its weight is a new parameter, so that a head that was tied to the embedding leaves the embedding alone. A
         quantized linear becomes a plain one in float32, the change added to the weight that its codes stand for.
         """
-        linear = self.linear if isinstance(self.linear, nn.Linear) else self.linear.dequantized()
+        linear = self.linear
+        if not isinstance(linear, nn.Linear):  # a quantized one
+            linear = linear.dequantized()
         changed = self.changed(linear.weight)
         linear.weight = nn.Parameter(changed.to(linear.weight.dtype), requires_grad=False)
         return linear
@@ -185,15 +201,20 @@ class DoRALinear(LoRALinear):
 
     def base_weight(self) -> torch.Tensor:
         """W (out, in) of the wrapped linear, quantized or not."""
-        return self.linear.weight if isinstance(self.linear, nn.Linear) else self.linear.dequantize()
+        if isinstance(self.linear, nn.Linear):
+            return self.linear.weight
+        return self.linear.dequantize()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             lengths = super().changed(self.base_weight()).norm(dim=1)
         low = self.down(x)  # (B, T, in) -> (B, T, r)
         # m / |V| is for V x alone: the bias is taken off the linear's output, and put back
-        bias = 0 if self.linear.bias is None else self.linear.bias
-        y = self.linear(x) - bias + self.up(low, x.dtype)  # (B, T, out)
+        bias = self.linear.bias
+        if bias is None:
+            bias = 0
+        y = self.linear(x) - bias  # (B, T, out)
+        y = y + self.up(low, x.dtype)
         scale = (self.lora_magnitude / lengths).to(x.dtype)
         return y * scale + bias
 
@@ -230,14 +251,17 @@ def apply_lora(model: GPT, lora: LoRA) -> list[str]:
     def wrap(name: str, module: nn.Module) -> nn.Module | None:
         if name not in chosen:
             return None
-        return wrapper(module, r=lora.rank_of(name), scaling=lora.scaling_of(name), dropout=lora.dropout)
+        r = lora.rank_of(name)
+        scaling = lora.scaling_of(name)
+        return wrapper(module, r, scaling, lora.dropout)
 
     return replace_modules(model, wrap)
 
 
 def lora_filter(key: str, value: Any = None) -> bool:
     """Whether a state dict key belongs to LoRA: these keys train and get saved."""
-    return key.rsplit(".", 1)[-1].startswith("lora_")
+    leaf = key.rsplit(".", 1)[-1]
+    return leaf.startswith("lora_")
 
 
 def mark_only_lora_as_trainable(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 import inspect
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -46,7 +46,7 @@ def make_optimizer(model: nn.Module, args: OptimizerArgs, path: str = "torch.opt
     optimizer_class = import_optimizer(path)
 
     # settings: as many of them as the class knows
-    settings = {
+    settings: dict[str, Any] = {
         "lr": args.learning_rate,
         "betas": (args.beta1, args.beta2),
         "weight_decay": 0.0,

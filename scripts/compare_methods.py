@@ -17,14 +17,14 @@ from lit_gpt.cli import run
 from lit_gpt.config import SAMPLE
 from lit_gpt.data.read_files import open_text
 from lit_gpt.studies.compare_methods import (
-    METHODS,
+    CANDIDATES,
     Budget,
-    check,
+    check_comparison,
     compare,
-    fingerprint,
     seconds_per_step,
-    settle,
     steps_for,
+    stored_budget,
+    text_fingerprint,
     write_budget,
 )
 
@@ -46,9 +46,9 @@ def main(
 
     Args:
         checkpoint_dir: The base model.
-        data_dir: What one of scripts/prepare_*.py wrote.
+        data_dir: The folder that one of scripts/prepare_*.py wrote.
         out_dir: Where the runs, compare.md and compare.png go.
-        methods: Which ones of those that lit_gpt/compare.py names. None is all.
+        methods: Names in CANDIDATES of lit_gpt/studies/compare_methods.py. None is all.
         minutes: For all together, about. The steps that fit are found by a few of full fine-tuning. None is what
             out_dir was begun with, else 30.
         steps: In place of minutes, the optimizer steps of 16 records that each method takes.
@@ -57,32 +57,61 @@ def main(
             lit_gpt/studies/general_text.txt.
         flags: More flags for the scripts in finetune/.
     """
-    methods = [*METHODS] if methods is None else methods
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise InputError(f"No method is called {unknown[0]!r}. Known are: {'; '.join(METHODS)}.")
+    methods = list(CANDIDATES) if methods is None else methods
+    flags = flags or []
+    check_methods(methods)
+    check_end(minutes, steps, tokens, flags)
+
+    # what all methods have in common
+    text_path = general_text or Path(str(files("lit_gpt.studies") / "general_text.txt"))
+    with open_text(text_path) as file:
+        text = file.read()
+    budget = Budget(
+        checkpoint_dir=str(checkpoint_dir),
+        data_dir=str(data_dir),
+        general_text=text_fingerprint(text),
+        steps=steps or 0,
+        flags=flags,
+        minutes=minutes,
+    )
+    check_comparison(methods, SCRIPTS, budget, text)
+
+    # the steps of each method: those that were asked for, those of the run that is continued, or as many as fit
+    if tokens is not None:
+        budget = replace(budget, steps=steps_for(tokens, data_dir))
+    budget = stored_budget(budget, out_dir)
+    if not budget.steps:
+        minutes = minutes or 30
+        seconds_of_each = minutes * 60 / len(methods)
+        fitting = round(seconds_of_each / seconds_per_step(SCRIPTS, budget, out_dir))
+        budget = replace(budget, steps=max(1, fitting), minutes=minutes)
+    write_budget(budget, out_dir)
+
+    # train, measure, show
+    compare(methods, SCRIPTS, budget, text, out_dir)
+    print((out_dir / "compare.md").read_text(encoding="utf-8"))
+    print(f"Plot: {out_dir / 'compare.png'}")
+
+
+def check_methods(methods: list[str]) -> None:
+    """Raises InputError if a method is none that can be compared, or if there are none."""
+    names = "; ".join(CANDIDATES)
+    for name in methods:
+        if name not in CANDIDATES:
+            raise InputError(f"No method is called {name!r}. Known are: {names}.")
     if not methods:
-        raise InputError(f"--methods is empty. Known are: {'; '.join(METHODS)}.")
+        raise InputError(f"--methods is empty. Known are: {names}.")
+
+
+def check_end(minutes: float | None, steps: int | None, tokens: int | None, flags: list[str]) -> None:
+    """Raises InputError if the flags that say when to stop are not above 0, or contradict each other."""
     for name, value in (("minutes", minutes), ("steps", steps), ("tokens", tokens)):
         if value is not None and value <= 0:
             raise InputError(f"--{name} is {value}, expected more than 0.")
     if (minutes, steps, tokens).count(None) < 2:
         raise InputError("--minutes, --steps and --tokens all say when to stop: choose one.")
-    if tokens is not None and any("global_batch_size" in flag for flag in flags or []):
+    if tokens is not None and any("global_batch_size" in flag for flag in flags):
         raise InputError("--tokens counts on 16 records a step: with another global_batch_size say --steps.")
-    with open_text(general_text or Path(str(files("lit_gpt.studies") / "general_text.txt"))) as file:
-        text = file.read()
-    budget = Budget(str(checkpoint_dir), str(data_dir), fingerprint(text), steps or 0, flags or [], minutes)
-    check(methods, SCRIPTS, budget, text)
-    if tokens is not None:
-        budget = replace(budget, steps=steps_for(tokens, data_dir))
-    budget = settle(budget, out_dir)
-    if not budget.steps:
-        each = seconds_per_step(SCRIPTS, budget, out_dir)
-        minutes = minutes or 30
-        budget = replace(budget, steps=max(1, round(minutes * 60 / len(methods) / each)), minutes=minutes)
-    write_budget(budget, out_dir)
-    compare(methods, SCRIPTS, budget, text, out_dir)
-    print(f"{(out_dir / 'compare.md').read_text(encoding='utf-8')}\nPlot: {out_dir / 'compare.png'}")
 
 
 if __name__ == "__main__":

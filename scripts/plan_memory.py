@@ -13,8 +13,16 @@ from pathlib import Path
 from lit_gpt import Config, InputError
 from lit_gpt.cli import parse, run
 from lit_gpt.distributed import is_to_split
-from lit_gpt.memory import plan as memory
-from lit_gpt.memory.plan import largest_batch, plan, plan_generation, switches, table
+from lit_gpt.memory.plan import (
+    OUTSIDE_GB,
+    check_method,
+    largest_batch,
+    plan,
+    plan_generation,
+    plans_table,
+    setup_of_script,
+    switches,
+)
 from lit_gpt.runs.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -32,36 +40,46 @@ def main(
     Args:
         script: finetune/lora.py, full.py, adapter.py or adapter_v2.py.
         flags: The script's own flags.
-        model_name: A published model, of which nothing has to be here. None is the script's --checkpoint_dir.
+        model_name: A published model; nothing of it has to be on this machine. None is the script's --checkpoint_dir.
         tokens: The length of the longest record. None looks into the script's --data_dir.
         card_gb: Memory of a GPU: finds the largest micro-batch that fits, which takes a minute or two for a model of
-            7B. Where --precision is auto, bf16-true is meant then.
+            7B. If --precision is auto, bf16-true is meant then.
     """
-    if card_gb is not None and card_gb <= memory.OUTSIDE_GB:
-        raise InputError(
-            f"--card_gb is {card_gb:g}, expected more than the {memory.OUTSIDE_GB:g} that CUDA itself takes."
-        )
+    if card_gb is not None and card_gb <= OUTSIDE_GB:
+        raise InputError(f"--card_gb is {card_gb:g}, expected more than the {OUTSIDE_GB:g} that CUDA itself takes.")
+
+    # the flags of the script, as it would parse them
     path = script if script.is_file() else ROOT / script
-    memory.check_method(path.stem)
+    check_method(path.stem)
     settings = parse(runpy.run_path(str(path))["main"], flags or [])
     args = settings["args"]
     if args.precision == "auto" and card_gb is not None:
-        settings["args"] = args = replace(args, precision="bf16-true")
+        args = replace(args, precision="bf16-true")
+        settings["args"] = args
     config = Config.from_name(model_name) if model_name else Config.from_checkpoint(args.checkpoint_dir)
-    setup = memory.setup_of_script(path.stem, settings, config, tokens)
+    setup = setup_of_script(path.stem, settings, config, tokens)
 
-    n, longest = len(setup.lengths), max(setup.lengths)
-    what = f"{setup.quantize or str(setup.dtype).removeprefix('torch.')}, {n} records of up to {longest:,} tokens"
+    # what is planned
+    longest = max(setup.lengths)
+    weights = setup.quantize or str(setup.dtype).removeprefix("torch.")
     n_processes = args.devices * args.num_nodes
     split = is_to_split(args.strategy, n_processes, shard=METHODS[setup.method].trains_base)
     when = ", before it is split among the devices" if split else ""
-    print(f"{config.name}, {setup.method}, {what}: GB at the peak of a step{when}\n")
-    rows = [("as it is set", plan(setup))]
-    rows += [(f"with `{switch}`", plan(other)) for switch, other in switches(setup).items()]
-    rows.append(("generating 256 tokens", plan_generation(setup)))
-    print(table(rows))
+    print(
+        f"{config.name}, {setup.method}, {weights}, {len(setup.lengths)} records of up to {longest:,} tokens:"
+        f" GB at the peak of a step{when}\n"
+    )
+
+    # the plan, each way to need less, and generating
+    plans = [("as it is set", plan(setup))]
+    for switch, smaller in switches(setup).items():
+        plans.append((f"with `{switch}`", plan(smaller)))
+    plans.append(("generating 256 tokens", plan_generation(setup)))
+    print(plans_table(plans))
+
+    # what fits on a card
     if card_gb is not None:
-        usable = card_gb - memory.OUTSIDE_GB
+        usable = card_gb - OUTSIDE_GB
         most = largest_batch(replace(setup, lengths=(longest,)), usable)
         print(f"\nOn a card of {card_gb:g} GB, of which {usable:.3g} are usable, --train.micro_batch_size {most} fits.")
 

@@ -23,12 +23,12 @@ from lit_gpt.memory.plan import adapt, setup_of_script
 from lit_gpt.runs.load_finetuned import load_finetuned
 from lit_gpt.runs.log import HEADER, read_metrics
 from lit_gpt.studies.compare_methods import (
-    METHODS,
+    CANDIDATES,
     Budget,
-    check,
+    check_comparison,
     loss_before,
-    settle,
     steps_for,
+    stored_budget,
     text_loss,
     write_budget,
 )
@@ -74,7 +74,7 @@ def test_methods_stand_side_by_side(folder) -> None:
     assert found["full"]["trained"] == sum(param.numel() for param in model.parameters())
     assert found["LoRA, r 8"]["trained"] == found["QLoRA, r 8"]["trained"] == 5 * 8 * (48 + 48 + 48 + 16)
     assert found["adapter"]["trained"] == 3 * (10 * 48 + 6)
-    text = (ROOT / "lit_gpt/general.txt").read_text()
+    text = (ROOT / "lit_gpt/studies/general_text.txt").read_text()
     tuned, _ = load_finetuned(None, folder / "out/full/last")
     tokenizer = Tokenizer(folder / "base")
     gap = text_loss(tuned, tokenizer, text) - text_loss(model, tokenizer, text)
@@ -82,23 +82,23 @@ def test_methods_stand_side_by_side(folder) -> None:
     assert (folder / "out/compare.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CANDIDATES)
 def test_flags_of_a_method_are_those_of_its_script(name: str) -> None:
-    main = runpy.run_path(str(ROOT / "finetune" / METHODS[name].script))["main"]
-    usual, settings = parse(main, []), parse(main, METHODS[name].flags.split())
-    assert (settings != usual) == bool(METHODS[name].flags)
+    main = runpy.run_path(str(ROOT / "finetune" / CANDIDATES[name].script))["main"]
+    usual, settings = parse(main, []), parse(main, CANDIDATES[name].flags.split())
+    assert (settings != usual) == bool(CANDIDATES[name].flags)
 
 
 def test_methods_train_as_much_as_their_names_say() -> None:
     config = Config.from_name("SmolLM2-135M")
 
     def trained(name: str) -> int:
-        main = runpy.run_path(str(ROOT / "finetune" / METHODS[name].script))["main"]
-        settings = parse(main, METHODS[name].flags.split())
-        setup = setup_of_script(METHODS[name].script.removesuffix(".py"), settings, config, tokens=1)
+        main = runpy.run_path(str(ROOT / "finetune" / CANDIDATES[name].script))["main"]
+        settings = parse(main, CANDIDATES[name].flags.split())
+        setup = setup_of_script(CANDIDATES[name].script.removesuffix(".py"), settings, config, tokens=1)
         return sum(param.numel() for param in adapt(build_model(config), setup).parameters() if param.requires_grad)
 
-    full, last, lora, lora_all, lora_64, qlora, adapter, adapter_v2 = map(trained, METHODS)
+    full, last, lora, lora_all, lora_64, qlora, adapter, adapter_v2 = map(trained, CANDIDATES)
     block = sum(param.numel() for param in build_model(config).transformer.h[0].parameters())
     assert last == 4 * block + config.n_embd and full > last  # the last blocks, and the norm behind them
     assert qlora == lora and lora_64 == 8 * lora_all and lora_all > lora > adapter and adapter_v2 > adapter
@@ -122,7 +122,7 @@ def test_it_goes_on_where_it_stopped(folder, tmp_path) -> None:
     flags = dict(methods=json.dumps(FOUR), flags="[--train.learning_rate, '0.01']")
     result = compare(folder, out_dir=tmp_path / "out", **flags)
     assert result.returncode == 0 and "Continuing after step 4" in result.stderr
-    assert [line for line in result.stderr.splitlines() if line in METHODS] == ["adapter"]
+    assert [line for line in result.stderr.splitlines() if line in CANDIDATES] == ["adapter"]
     assert outcomes(tmp_path)["adapter"]["val_loss"] == before["adapter"]["val_loss"]
 
 
@@ -138,7 +138,7 @@ def test_what_cannot_be_is_refused(folder, tmp_path) -> None:
     result = compare(folder, methods="[lora]")
     assert result.returncode == 2 and result.stderr.startswith("error: No method is called 'lora'. Known are: full;")
     with pytest.raises(InputError, match="holds another comparison"):
-        settle(Budget("elsewhere", "data", "", 0, []), folder / "out")
+        stored_budget(Budget("elsewhere", "data", "", 0, []), folder / "out")
     flags = "[--train.learning_rate, '1e30', --train.max_norm, 'null']"
     result = compare(folder, out_dir=tmp_path / "out", steps=2, methods="[full]", flags=flags)
     assert result.returncode == 2 and "full.py failed, for the reason above" in result.stderr.splitlines()[-1]
@@ -178,17 +178,17 @@ def test_nothing_is_launched_that_cannot_end_well(flags, message, tiny_dir, data
 def test_a_missing_matplotlib_is_missed_at_once(tiny_dir, data_dir, monkeypatch) -> None:
     monkeypatch.setattr("lit_gpt.packages.find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install"):
-        check(["full"], ROOT / "finetune", Budget(str(tiny_dir), str(data_dir), "", 1, []), "Some text.")
+        check_comparison(["full"], ROOT / "finetune", Budget(str(tiny_dir), str(data_dir), "", 1, []), "Some text.")
 
 
 def test_a_budget_is_one_of_the_same_text(tmp_path) -> None:
     budget = Budget("base", "data", "one text", 3, [])
-    write_budget(settle(budget, tmp_path / "out"), tmp_path / "out")
-    assert settle(Budget("base", "data", "one text", 0, []), tmp_path / "out") == budget
+    write_budget(stored_budget(budget, tmp_path / "out"), tmp_path / "out")
+    assert stored_budget(Budget("base", "data", "one text", 0, []), tmp_path / "out") == budget
     of_minutes = replace(budget, minutes=5)
-    write_budget(settle(of_minutes, tmp_path / "timed"), tmp_path / "timed")
+    write_budget(stored_budget(of_minutes, tmp_path / "timed"), tmp_path / "timed")
     for same in (budget, of_minutes, replace(of_minutes, steps=0), replace(budget, steps=0)):
-        assert settle(same, tmp_path / "timed") == of_minutes
+        assert stored_budget(same, tmp_path / "timed") == of_minutes
     for folder, change, was in (
         ("out", {"general_text": "another"}, "general_text was one text"),
         ("out", {"steps": 4}, "steps was 3"),
@@ -196,7 +196,7 @@ def test_a_budget_is_one_of_the_same_text(tmp_path) -> None:
         ("timed", {"steps": 0, "minutes": 6}, "minutes was 5"),
     ):
         with pytest.raises(InputError, match=f"holds another comparison: {was}, now"):
-            settle(replace(budget, **change), tmp_path / folder)
+            stored_budget(replace(budget, **change), tmp_path / folder)
 
 
 def test_tokens_are_steps_of_mean_records(data_dir) -> None:

@@ -20,7 +20,7 @@ from lit_gpt.memory.plan import (
     Setup,
     adapt,
     batch_of,
-    fill,
+    fill_with_zeros,
     largest_batch,
     plan,
     plan_generation,
@@ -61,7 +61,7 @@ def prepared(setup: Setup) -> GPT:
     """The model with tensors that are there."""
     model = build_model(setup.config)
     quantize_linears(model, setup.quantize)
-    fill(model, setup)
+    fill_with_zeros(model, setup)
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.load_weight(torch.randn(module.out_features, module.in_features))

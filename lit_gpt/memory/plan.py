@@ -7,15 +7,17 @@ the allocator wastes, and where CUDA's kernels keep other things than the CPU's:
 
     attention with a mask or in float32      keys and values of grouped heads are repeated for every query head
     AdamW                                    works on all parameters at once: up to one more copy of the trained ones
-    8-bit optimizers                         cannot step without values: what bitsandbytes keeps is entered
-    4 bits, a few tokens                     multiplies by the codes, and makes no weight"""
+    8-bit optimizers                         cannot step without values: `Adam8bitMemory` steps for them
+    4 bits, a few tokens                     multiplies by the codes, and makes no weight
+"""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,15 +25,16 @@ from lit_gpt.checkpoint.load import build_model
 from lit_gpt.config import Config
 from lit_gpt.data.dataset import Dataset, heaviest_first, micro_batches, step_records
 from lit_gpt.device import autocast_dtype, trained_dtype, weight_dtype
-from lit_gpt.distributed import is_sharded
+from lit_gpt.display.tables import markdown_table
 from lit_gpt.errors import InputError
 from lit_gpt.memory.ledger import PARTS, Ledger, Plan, enter_model, part_of_head, quantized_params
 from lit_gpt.model.activation_checkpointing import ActivationCheckpointing, recompute_blocks
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.packing import Layout
 from lit_gpt.optimizer import OptimizerArgs, check_optimizer, make_optimizer
-from lit_gpt.quantize import Quantize, frozen, quantize_linears
+from lit_gpt.quantize import Quantize, frozen_parameter, quantize_linears
 from lit_gpt.runs.methods import METHODS, Method
+from lit_gpt.sharding import is_sharded
 from lit_gpt.train import TrainArgs
 
 if TYPE_CHECKING:
@@ -44,17 +47,17 @@ EIGHT_BITS = ("bitsandbytes.optim.AdamW8bit", "bitsandbytes.optim.PagedAdamW8bit
 
 @dataclass(frozen=True)
 class Setup:
-    """What decides about memory, of a script's settings."""
+    """The settings of a run that decide about its memory."""
 
     config: Config
     method: str = "lora"
-    """A name in `finetuned.METHODS`."""
+    """A name in METHODS of runs/methods.py."""
     settings: Any = None
-    """Of that method."""
+    """The settings of that method, such as LoRA(r=8). None is the method's defaults."""
     dtype: torch.dtype = torch.bfloat16
-    """Of the frozen weights."""
+    """The dtype of the frozen weights; if the method trains the base, of all weights."""
     autocast: torch.dtype | None = None
-    """What mixed precision computes in."""
+    """The dtype that mixed precision computes in. None is no mixed precision."""
     quantize: Quantize | None = None
     activation_checkpointing: ActivationCheckpointing = "none"
     optimizer: str = "torch.optim.AdamW"
@@ -63,16 +66,22 @@ class Setup:
 
 
 def check_method(method: str) -> None:
-    """Raises InputError where this is no script of a language model."""
+    """Raises InputError if finetune/ has no script of that name that trains a language model."""
     if method not in METHODS:
         raise InputError(f"There is no plan for finetune/{method}.py. Choose lora, full, adapter or adapter_v2.")
 
 
 def setup_of_script(method: str, settings: dict[str, Any], config: Config, tokens: int | None = None) -> Setup:
-    """What a script's parsed flags say. The records are those of the heaviest step; or all of `tokens` tokens.
+    """The setup that a script's parsed flags ask for.
+
+    Args:
+        method: The stem of the script in finetune/.
+        settings: The arguments of its `main`.
+        config: The model, which need not be the one that the flags name.
+        tokens: The length of every record. None takes the records of the heaviest step from --data_dir.
 
     Raises:
-        InputError: the model reads no such record, or there are no prepared data where `tokens` is not given; or see
+        InputError: the model reads no such record, or there are no prepared data and `tokens` is not given; or see
             `check_optimizer` and `trained_dtype`.
     """
     check_method(method)
@@ -81,25 +90,29 @@ def setup_of_script(method: str, settings: dict[str, Any], config: Config, token
     flags = vars(settings["args"]) | settings
     if flags["optimizer"] not in EIGHT_BITS:  # they need not be installed here
         check_optimizer(flags["optimizer"])
+
+    # the records of a micro-batch
     train = flags["train"]
     if tokens is None:
         lengths = heaviest_lengths(Dataset(flags["data_dir"], "train"), train)
-    elif train.micro_batch_tokens is None:
-        lengths = (tokens,) * min(train.micro_batch_size, train.global_batch_size)
     else:
-        lengths = (tokens,) * max(1, train.micro_batch_tokens // tokens)
+        if train.micro_batch_tokens is None:
+            n_records = min(train.micro_batch_size, train.global_batch_size)
+        else:
+            n_records = max(1, train.micro_batch_tokens // tokens)
+        lengths = (tokens,) * n_records
     return setup_of(METHODS[method], flags, config, lengths)
 
 
 def setup_of(method: Method, flags: dict[str, Any], config: Config, lengths: tuple[int, ...]) -> Setup:
-    """What the flags of a recipe say, its method's settings among them."""
-    dtype_of = trained_dtype if method.trains_base else weight_dtype
+    """The setup that the flags of a recipe ask for; the settings of its method are among them."""
+    precision = flags["precision"]
     return Setup(
         config=config,
         method=method.name,
         settings=flags[method.flag],
-        dtype=dtype_of(flags["precision"]),
-        autocast=autocast_dtype(flags["precision"]),
+        dtype=trained_dtype(precision) if method.trains_base else weight_dtype(precision),
+        autocast=autocast_dtype(precision),
         quantize=flags.get("quantize"),
         activation_checkpointing=flags["activation_checkpointing"],
         optimizer=flags["optimizer"],
@@ -110,17 +123,26 @@ def setup_of(method: Method, flags: dict[str, Any], config: Config, lengths: tup
 def print_plan(fabric: "Fabric", method: Method, flags: dict[str, Any], config: Config, train_data: Dataset) -> None:
     """Prints the memory that the heaviest step of a run will take, on stderr; the first process does.
 
-    A plan takes about a quarter of a second a block. It is left out where that is more than a twentieth of an epoch,
-    and where there is none (see `plan`).
+    A plan takes about a quarter of a second a block. It is left out if that is more than a twentieth of an epoch, and
+    if there is none (see `plan`).
     """
     if not fabric.is_global_zero or config.n_expert:
         return
-    n_params = sum(param.numel() for param in build_model(config).parameters())
+
+    # is it worth its time?
+    params = build_model(config).parameters()
+    n_params = sum(param.numel() for param in params)
     n_tokens = int(train_data.lengths().sum())
-    epoch_seconds = 6 * n_params * n_tokens / OPERATIONS_PER_SECOND["cpu" if fabric.device.type == "cpu" else "gpu"]
-    if 0.25 * config.n_layer > 0.05 * epoch_seconds:
+    machine = "cpu" if fabric.device.type == "cpu" else "gpu"
+    speed = OPERATIONS_PER_SECOND[machine]
+    epoch_seconds = 6 * n_params * n_tokens / speed  # 2 operations a weight and token forward, 4 backward
+    plan_seconds = 0.25 * config.n_layer
+    if plan_seconds > 0.05 * epoch_seconds:
         return
-    setup = setup_of(method, flags, config, heaviest_lengths(train_data, flags["train"]))
+
+    # plan and print
+    lengths = heaviest_lengths(train_data, flags["train"])
+    setup = setup_of(method, flags, config, lengths)
     split = " before it is split among the devices" if is_sharded(fabric) else ""
     try:
         print(f"Planned peak of a step{split}: {plan(setup)}.", file=sys.stderr)
@@ -129,11 +151,19 @@ def print_plan(fabric: "Fabric", method: Method, flags: dict[str, Any], config: 
 
 
 def heaviest_lengths(data: Dataset, train: TrainArgs) -> tuple[int, ...]:
-    """Of the records of the largest micro-batch in the step that the loop takes first. Shared prefixes need less."""
+    """The lengths of the records in the largest micro-batch of the step that the loop takes first.
+
+    Shared prefixes, which are left out here, need less.
+    """
     size = train.global_batch_size
-    records = step_records(len(data), heaviest_first(data, size, train.seed)[0], size, train.seed)
+    first = heaviest_first(data, size, train.seed)[0]
+    records = step_records(len(data), first, size, train.seed)
     batches = micro_batches(data, records, train.micro_batch_size, budget=train.micro_batch_tokens)
-    return max((tuple(segment.length for segment in layout.segments) for _, layout in batches), key=sum)
+    lengths_of_batches = []
+    for _, layout in batches:
+        lengths = tuple(segment.length for segment in layout.segments)
+        lengths_of_batches.append(lengths)
+    return max(lengths_of_batches, key=sum)
 
 
 def plan(setup: Setup) -> Plan:
@@ -147,132 +177,203 @@ def plan(setup: Setup) -> Plan:
     model = build_model(setup.config)
     quantize_linears(model, setup.quantize)
     batch = batch_of(setup.lengths)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        try:
-            return watch_steps(adapt(fill(model, setup), setup), batch, setup)
-        except (DataDependentOutputException, DynamicOutputShapeException):
-            raise InputError(
-                f"--optimizer {setup.optimizer} reads values as it steps: there is no plan for it."
-            ) from None
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fill_with_zeros(model, setup)
+            adapted = adapt(model, setup)
+            return watch_steps(adapted, batch, setup)
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        raise InputError(f"--optimizer {setup.optimizer} reads values as it steps: there is no plan for it.") from None
 
 
 def batch_of(lengths: Sequence[int]) -> tuple[torch.Tensor, Layout]:
-    return Layout.end_to_end([(torch.zeros(n, dtype=torch.int64), torch.ones(n)) for n in lengths])
+    """A micro-batch of records of these lengths, laid end to end."""
+    records = []
+    for length in lengths:
+        ids = torch.zeros(length, dtype=torch.int64)
+        trained = torch.ones(length)
+        records.append((ids, trained))
+    return Layout.end_to_end(records)
 
 
-def fill(model: GPT, setup: Setup) -> GPT:
-    """Gives an empty model parameters, as loading does. Fake tensors take no memory."""
+def fill_with_zeros(model: GPT, setup: Setup) -> None:
+    """Gives an empty model parameters of the shapes and dtypes that loading gives it; under FakeTensorMode, fake ones.
+
+    Codes keep the dtype that they have already.
+    """
     codes = {id(param) for param in quantized_params(model)}
     for module in model.modules():
         for name, param in module.named_parameters(recurse=False):
             dtype = param.dtype if id(param) in codes else setup.dtype
-            setattr(module, name, frozen(torch.zeros(param.shape, dtype=dtype)))
+            zeros = torch.zeros(param.shape, dtype=dtype)
+            setattr(module, name, frozen_parameter(zeros))
     if setup.config.tie_embeddings:
         model.lm_head.weight = model.transformer.wte.weight
-    return model
 
 
 def adapt(model: GPT, setup: Setup) -> GPT:
-    """Applies the method, as a script does."""
+    """Applies the method and activation checkpointing, as a script does, and says which parameters train."""
     method = METHODS[setup.method]
-    model = method.apply(model, setup.settings if setup.settings is not None else method.settings())
-    if not METHODS[setup.method].trains_base:  # which has said what trains
-        for name, param in model.named_parameters():
+    settings = method.settings() if setup.settings is None else setup.settings
+    adapted = method.apply(model, settings)
+    assert isinstance(adapted, GPT), "the methods of language models change a GPT in place"
+    if not method.trains_base:  # a method that does has said what trains
+        for name, param in adapted.named_parameters():
             param.requires_grad = method.filter(name, param)
-    recompute_blocks(model, setup.activation_checkpointing)
-    return model
+    recompute_blocks(adapted, setup.activation_checkpointing)
+    return adapted
 
 
 def watch_steps(model: GPT, batch: tuple[torch.Tensor, Layout], setup: Setup) -> Plan:
-    """Two steps of a model, fake or real: the second one has the optimizer's memory from its beginning."""
-    codes_only = setup.optimizer in EIGHT_BITS
-    optimizer = make_optimizer(model, OptimizerArgs(), "torch.optim.SGD" if codes_only else setup.optimizer)
-    if codes_only:
-        optimizer.step = lambda: optimizer.state.setdefault("codes", [codes_of(param) for param in params])
+    """Trains a model, fake or real, for two steps: the second one has the optimizer's memory from its beginning."""
+    idx, layout = batch
     params = [param for param in model.parameters() if param.requires_grad]
-    (idx, layout), ledger = batch, Ledger()
+    if setup.optimizer in EIGHT_BITS:
+        optimizer = Adam8bitMemory(params)
+    else:
+        optimizer = make_optimizer(model, OptimizerArgs(), setup.optimizer)
+    ledger = Ledger()
     enter_model(model, ledger)
+
     with ledger, part_of_head(model, ledger):
         for _ in range(2):
+            # forward; from the final norm on, `part_of_head` says logits
             ledger.part = "activations"
             with torch.autocast(idx.device.type, setup.autocast, enabled=setup.autocast is not None):
                 loss = model(idx, layout=layout)
+
+            # backward
             ledger.part = "workspace"
             loss.backward()
             del loss
             for param in params:
-                ledger.note(param.grad, "gradients")
+                ledger.enter(param.grad, "gradients")
+
+            # step
             optimizer.step()
             for tensor in tree_leaves(list(optimizer.state.values())):
                 if isinstance(tensor, torch.Tensor):
-                    ledger.note(tensor, "optimizer")
+                    ledger.enter(tensor, "optimizer")
             optimizer.zero_grad()
-    return Plan({part: ledger.at_peak()[part] for part in PARTS})
+    return peak_of(ledger)
 
 
-def codes_of(param: torch.Tensor) -> torch.Tensor:
-    """As large as what 8-bit Adam keeps: two codes a value and two scales for 256; floats of small parameters."""
-    n = param.numel()
-    return torch.empty(2 * n + 8 * -(n // -256) if n >= 4096 else 8 * n, dtype=torch.uint8, device=param.device)
+def peak_of(ledger: Ledger) -> Plan:
+    """The peak that a ledger has seen, with a figure for each of PARTS."""
+    sizes = ledger.at_peak()
+    return Plan({part: sizes[part] for part in PARTS})
+
+
+class Adam8bitMemory(torch.optim.Optimizer):
+    """Keeps as many bytes as the 8-bit Adams of bitsandbytes, whose kernels cannot step without values."""
+
+    def __init__(self, params: Iterable[nn.Parameter]) -> None:
+        super().__init__(params, defaults={})
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Makes the state; parameters stay as they are."""
+        codes = []
+        for group in self.param_groups:
+            for param in group["params"]:
+                size = self.state_bytes(param.numel())
+                codes.append(torch.empty(size, dtype=torch.uint8, device=param.device))
+        # those of the first step are kept; those of a later one are booked as its workspace, a cautious figure
+        self.state.setdefault("codes", codes)  # type: ignore[call-overload] # a key that is no parameter
+
+    @staticmethod
+    def state_bytes(n: int) -> int:
+        """The state of a parameter of `n` values: two codes for each, and two float32 scales for every 256 of them.
+
+        A small parameter has two float32 values for each of its own instead.
+        """
+        if n < 4096:
+            return 8 * n
+        n_blocks = -(n // -256)
+        return 2 * n + 8 * n_blocks
 
 
 def plan_generation(setup: Setup, n_prompt: int = 64, n_total: int = 256) -> Plan:
     """The peak of generating up to `n_total` tokens, the prompt's `n_prompt` included."""
     model = build_model(setup.config)
     quantize_linears(model, setup.quantize)
-    ledger, pos = Ledger(), torch.arange(n_prompt)
+    ledger = Ledger()
+    input_pos = torch.arange(n_prompt)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        fill(model, setup)
+        fill_with_zeros(model, setup)
         enter_model(model, ledger)
         with ledger, part_of_head(model, ledger):
-            ledger.part = "activations"  # the cache
-            model.max_seq_length = n_total
-            model.set_kv_cache(batch_size=1)
+            # the ledger enters the cache as it is made: under this name, since there is no backward
+            ledger.part = "activations"
+            cache = model.new_kv_cache(batch_size=1, max_seq_length=n_total)
+            # reading the prompt takes the most
             ledger.part = "workspace"
-            model(torch.zeros(1, n_prompt, dtype=torch.int64), pos)
-    return Plan({part: ledger.at_peak()[part] for part in PARTS})
+            model(torch.zeros(1, n_prompt, dtype=torch.int64), input_pos, cache=cache)
+    return peak_of(ledger)
 
 
 def largest_batch(setup: Setup, gb: float, limit: int = 512) -> int:
-    """How many records of the first one's length fit, 0 if none does, up to `limit`.
+    """How many records of the first one's length fit into `gb`, up to `limit`; 0 if none does.
 
     Peaks grow by about as much with each record: a line through two of them says which to try next.
     """
-    peaks: dict[int, float] = {}
-    low, high, n = 0, limit + 1, 1  # low fits, high does not
-    while high - low > 1:
-        peaks[n] = plan(replace(setup, lengths=(setup.lengths[0],) * n)).gb
-        low, high = (n, high) if peaks[n] <= gb else (low, n)
+    peaks: dict[int, float] = {}  # GB, by the number of records
+    fits = 0
+    too_many = limit + 1
+    n = 1
+    while too_many - fits > 1:
+        # try
+        lengths = (setup.lengths[0],) * n
+        peaks[n] = plan(replace(setup, lengths=lengths)).gb
+        if peaks[n] <= gb:
+            fits = n
+        else:
+            too_many = n
+
+        # which next: where the line through the two largest numbers tried so far reaches `gb`
         n = 8
         if len(peaks) > 1:
             a, b = sorted(peaks)[-2:]
             slope = (peaks[b] - peaks[a]) / (b - a)
-            n = int(b + (gb - peaks[b]) / slope) if slope > 0 else 2 * b
-        n = min(max(n, low + 1), high - 1)
-    return low
+            if slope > 0:
+                n = int(b + (gb - peaks[b]) / slope)
+            else:
+                n = 2 * b
+        n = max(n, fits + 1)
+        n = min(n, too_many - 1)
+    return fits
 
 
 def switches(setup: Setup) -> dict[str, Setup]:
-    """Each way to need less, alone, that is not taken yet."""
-    found = {}
+    """Setups that need less: for every flag that saves memory and is not set yet, the setup with this flag alone."""
+    setups = {}
+    # weights
     if setup.quantize is None and not METHODS[setup.method].trains_base:
-        found |= {f"--quantize {kind}": replace(setup, quantize=kind) for kind in ("bnb.nf4", "bnb.nf4-dq")}
-    for how in ("selective", "block"):
-        if setup.activation_checkpointing == "none" or (how, setup.activation_checkpointing) == ("block", "selective"):
-            found[f"--activation_checkpointing {how}"] = replace(setup, activation_checkpointing=how)
+        for kind in ("bnb.nf4", "bnb.nf4-dq"):
+            setups[f"--quantize {kind}"] = replace(setup, quantize=kind)
+    # activations
+    if setup.activation_checkpointing == "none":
+        setups["--activation_checkpointing selective"] = replace(setup, activation_checkpointing="selective")
+    if setup.activation_checkpointing != "block":
+        setups["--activation_checkpointing block"] = replace(setup, activation_checkpointing="block")
+    # dtype
     if setup.dtype == torch.float32:
-        found["--precision bf16-true"] = replace(setup, dtype=torch.bfloat16, autocast=None)
+        setups["--precision bf16-true"] = replace(setup, dtype=torch.bfloat16, autocast=None)
+    # optimizer
     if setup.optimizer == "torch.optim.AdamW":
-        found[f"--optimizer {EIGHT_BITS[0]}"] = replace(setup, optimizer=EIGHT_BITS[0])
+        adamw = EIGHT_BITS[0]
+        setups[f"--optimizer {adamw}"] = replace(setup, optimizer=adamw)
+    # micro-batch
     if len(setup.lengths) > 1:
-        found["--train.micro_batch_size 1"] = replace(setup, lengths=(max(setup.lengths),))
-    return found
+        longest = max(setup.lengths)
+        setups["--train.micro_batch_size 1"] = replace(setup, lengths=(longest,))
+    return setups
 
 
-def table(rows: Sequence[tuple[str, Plan]]) -> str:
-    """Markdown, in GB."""
-    lines = [f"| | peak | {' | '.join(PARTS)} |", "|---|" + "---:|" * (len(PARTS) + 1)]
-    for name, found in rows:
-        parts = " | ".join(f"{found.parts[part] / 1e9:.2f}" for part in PARTS)
-        lines.append(f"| {name} | {found.gb:.2f} | {parts} |")
-    return "\n".join(lines)
+def plans_table(rows: Sequence[tuple[str, Plan]]) -> str:
+    """A Markdown table of named plans, in GB: the peak, and each part of it."""
+    cells = []
+    for name, peak in rows:
+        parts = [f"{peak.parts[part] / 1e9:.2f}" for part in PARTS]
+        cells.append((name, f"{peak.gb:.2f}", *parts))
+    heads = ("", "peak", *PARTS)
+    return markdown_table(heads, cells, right=range(1, len(heads)))

@@ -1,8 +1,14 @@
-"""What each method costs and gives: runs of the scripts in finetune/ on the same records, side by side.
+"""A comparison of fine-tuning methods: runs of the scripts in finetune/ on the same records, side by side.
 
-Every method is trained by its own script in a process of its own, so that its peak memory is its own. All see the same
+Every method is trained by its own script in a process of its own, so that its peak memory is its own. All read the same
 records in the same order. How much a model forgot is how much its loss rose on a text that has nothing to do with the
-data."""
+data.
+
+    out_dir/compare.json               the budget: what all runs have in common
+    out_dir/LoRA-r-8/                  a run, with its metrics.csv, last/ and best/
+    out_dir/LoRA-r-8/outcome.json      its row of the table; a method that has one is done
+    out_dir/compare.md, compare.png    the table and the figure, of all that are done
+"""
 
 import gc
 import hashlib
@@ -13,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -33,128 +39,176 @@ from lit_gpt.model.packing import Layout
 from lit_gpt.runs.header import finetuned_file, read_header
 from lit_gpt.runs.load_finetuned import load_finetuned
 from lit_gpt.runs.log import read_metrics
-from lit_gpt.runs.methods import METHODS as TRAINABLE
+from lit_gpt.runs.methods import METHODS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Method(NamedTuple):
+PROBE_STEPS = 4  # of full fine-tuning, to find out how many fit into the minutes
+RECORDS_PER_STEP = 16  # the global batch size that all scripts have by default
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A row of the comparison: a script in finetune/, and flags that make it this method."""
+
     script: str
     flags: str = ""
 
+    @property
+    def method(self) -> str:
+        """Its name in METHODS of runs/methods.py."""
+        return self.script.removesuffix(".py")
 
-METHODS = {  # learning rates are those of the scripts
-    "full": Method("full.py"),
-    "last 4 blocks": Method("full.py", "--train_only 4"),
-    "LoRA, r 8": Method("lora.py"),
-    "LoRA, r 8, all linears": Method("lora.py", "--lora.key true --lora.projection true --lora.mlp true"),
-    "LoRA, r 64, all linears": Method(
+
+# learning rates are those of the scripts
+CANDIDATES = {
+    "full": Candidate("full.py"),
+    "last 4 blocks": Candidate("full.py", "--train_only 4"),
+    "LoRA, r 8": Candidate("lora.py"),
+    "LoRA, r 8, all linears": Candidate("lora.py", "--lora.key true --lora.projection true --lora.mlp true"),
+    "LoRA, r 64, all linears": Candidate(
         "lora.py", "--lora.r 64 --lora.alpha 128 --lora.key true --lora.projection true --lora.mlp true"
     ),
-    "QLoRA, r 8": Method("lora.py", "--quantize bnb.nf4"),
-    "adapter": Method("adapter.py"),
-    "adapter v2": Method("adapter_v2.py"),
+    "QLoRA, r 8": Candidate("lora.py", "--quantize bnb.nf4"),
+    "adapter": Candidate("adapter.py"),
+    "adapter v2": Candidate("adapter_v2.py"),
 }
-PROBE_STEPS = 4  # of full fine-tuning, to find out how many fit into the minutes
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A row of the table."""
+    """The figures of a method that was trained: a row of the table."""
 
     method: str
+    """The name in CANDIDATES."""
     trained: int
-    """Parameters."""
+    """Number of trained parameters."""
     memory_gb: float
-    """The most that the process held."""
+    """Peak memory of the process."""
     minutes: float
-    """Of the training steps alone."""
+    """Time of the training steps, without loading and validating."""
     tokens_per_second: float
     val_loss: float
     size_mb: float
-    """Of what has to be kept of the training."""
+    """Size of what has to be kept of the training."""
     forgotten: float
     """How much higher the loss on the general text is than the base model's, in nats a token."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What all methods have in common; kept in compare.json, so that an interrupted comparison goes on."""
+    """What all methods have in common; kept in compare.json, so that an interrupted comparison goes on.
+
+    Fields that are unset here (0 or None) match any stored value.
+    """
 
     checkpoint_dir: str
     data_dir: str
     general_text: str
-    """The sha256 of it."""
+    """The sha256 of the text."""
     steps: int
-    """0 where they are still to be found."""
+    """Optimizer steps of each method. 0 if they are still to be found."""
     flags: list[str]
+    """More flags for the scripts."""
     minutes: float | None = None
-    """None where steps or tokens were asked for."""
+    """Minutes for all methods. None if steps or tokens were asked for."""
 
     @property
-    def common(self) -> list[str]:
-        return [
-            *("--checkpoint_dir", self.checkpoint_dir, "--data_dir", self.data_dir, "--n_answers", "0"),
+    def common_flags(self) -> list[str]:
+        """Flags that all scripts get."""
+        steps = str(self.steps)
+        flags = {
+            "--checkpoint_dir": self.checkpoint_dir,
+            "--data_dir": self.data_dir,
+            "--n_answers": "0",
             # an epoch has one step or more: with so many epochs it is max_steps that ends the run
-            *("--train.max_steps", str(self.steps), "--train.epochs", str(self.steps)),
-            *("--train.eval_interval", str(self.steps), "--train.save_interval", "20", *self.flags),
-        ]
+            "--train.max_steps": steps,
+            "--train.epochs": steps,
+            "--train.eval_interval": steps,
+            "--train.save_interval": "20",
+        }
+        words = []
+        for flag, value in flags.items():
+            words += [flag, value]
+        return words + self.flags
 
 
-def fingerprint(text: str) -> str:
+def text_fingerprint(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check(names: Sequence[str], scripts: Path, budget: Budget, text: str) -> None:
-    """Looks at everything that can be found wrong before the first run is launched.
+def check_comparison(names: Sequence[str], scripts: Path, budget: Budget, text: str) -> None:
+    """Finds everything that can be found wrong before the first run is launched.
 
     Raises:
         InputError: no matplotlib, no checkpoint, data or text, or they do not fit each other; or a method cannot be
             applied to the model, or has no such flags.
     """
     require_drawing()
-    tokenizer, config = Tokenizer(budget.checkpoint_dir), Config.from_checkpoint(budget.checkpoint_dir)
-    for split, name in (("train", "training"), ("val", "validation")):
-        data = Dataset(Path(budget.data_dir), split)
+
+    # data and text, for this model
+    tokenizer = Tokenizer(budget.checkpoint_dir)
+    config = Config.from_checkpoint(Path(budget.checkpoint_dir))
+    for split, adjective in (("train", "training"), ("val", "validation")):
+        data = Dataset(Path(budget.data_dir), split)  # type: ignore[arg-type] # one of these two
         data.check_fits(tokenizer, config)
         if not len(data):
-            raise InputError(f"{budget.data_dir} has no {name} records. Prepare the data with some.")
+            raise InputError(f"{budget.data_dir} has no {adjective} records. Prepare the data with some.")
     if not paragraphs(text, tokenizer, config.block_size):
         raise InputError("The general text has no paragraph of two tokens or more: nothing to measure forgetting on.")
-    budget = replace(budget, steps=budget.steps or PROBE_STEPS)
+
+    # methods, on a model without weights
+    if not budget.steps:
+        budget = replace(budget, steps=PROBE_STEPS)
     for name in names:
-        script, flags = METHODS[name]
         try:
-            settings = parse(runpy.run_path(str(scripts / script))["main"], [*budget.common, *flags.split()])
-            if (settings["train"].max_steps, settings["train"].epochs) != (budget.steps, budget.steps):
-                raise InputError("--flags says when to stop. That is for --steps, --tokens or --minutes.")
-            adapt(build_model(config), setup_of_script(script.removesuffix(".py"), settings, config, tokens=1))
+            check_candidate(CANDIDATES[name], scripts, budget, config)
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
 
 
-def steps_for(tokens: int, data_dir: Path) -> int:
-    """The optimizer steps of 16 records that read about so many tokens."""
-    return max(1, round(tokens / (Dataset(data_dir, "train").lengths().mean() * 16)))
-
-
-def settle(budget: Budget, out_dir: Path) -> Budget:
-    """The budget of the comparison that `out_dir` holds already, else this one. What this one does not say may be any.
+def check_candidate(candidate: Candidate, scripts: Path, budget: Budget, config: Config) -> None:
+    """Parses the flags of a run, and applies its method to a model without weights.
 
     Raises:
-        InputError: a comparison of something else is there.
+        InputError: the script has no such flags, the flags say when to stop, or see `setup_of_script` and `adapt`.
+    """
+    main = runpy.run_path(str(scripts / candidate.script))["main"]
+    settings = parse(main, [*budget.common_flags, *candidate.flags.split()])
+    train = settings["train"]
+    if train.max_steps != budget.steps or train.epochs != budget.steps:
+        raise InputError("--flags says when to stop. That is for --steps, --tokens or --minutes.")
+    setup = setup_of_script(candidate.method, settings, config, tokens=1)
+    adapt(build_model(config), setup)
+
+
+def steps_for(tokens: int, data_dir: Path) -> int:
+    """The optimizer steps of 16 records that read about so many tokens."""
+    tokens_per_step = Dataset(data_dir, "train").lengths().mean() * RECORDS_PER_STEP
+    return max(1, round(tokens / tokens_per_step))
+
+
+def stored_budget(budget: Budget, out_dir: Path) -> Budget:
+    """The budget of the comparison that `out_dir` holds already, if it holds one, else `budget`.
+
+    Raises:
+        InputError: the comparison there has another budget.
     """
     path = out_dir / "compare.json"
-    if path.is_file():
-        found, now = json.loads(path.read_text(encoding="utf-8")), asdict(budget)
-        changed = [key for key in now if now[key] not in (found.get(key), 0, None)]
-        if changed:
-            what = ", ".join(f"{key} was {found.get(key)}, now {now[key]}" for key in changed)
-            raise InputError(f"{out_dir} holds another comparison: {what}. Name another --out_dir.")
-        return Budget(**found)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    return budget
+    if not path.is_file():
+        out_dir.mkdir(parents=True, exist_ok=True)
+        return budget
+
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    changes = []
+    for key, value in asdict(budget).items():
+        if value not in (stored.get(key), 0, None):
+            changes.append(f"{key} was {stored.get(key)}, now {value}")
+    if changes:
+        raise InputError(f"{out_dir} holds another comparison: {', '.join(changes)}. Name another --out_dir.")
+    return Budget(**stored)
 
 
 def write_budget(budget: Budget, out_dir: Path) -> None:
@@ -162,101 +216,141 @@ def write_budget(budget: Budget, out_dir: Path) -> None:
 
 
 def seconds_per_step(scripts: Path, budget: Budget, out_dir: Path) -> float:
-    """Of full fine-tuning, the slowest, in its first steps, which are the heaviest."""
-    budget, probe = replace(budget, steps=PROBE_STEPS), out_dir / "probe"
-    run_script(scripts / "full.py", [*budget.common, "--overwrite", "true", "--out_dir", str(probe)])
-    times = [row["seconds"] for row in read_metrics(probe / "metrics.csv") if row["seconds"] is not None]
-    times = times[1:] or times  # the flags may end it after one
-    return sum(times) / len(times)
+    """Seconds that a step of full fine-tuning takes, the slowest method, in its first steps, the heaviest ones."""
+    budget = replace(budget, steps=PROBE_STEPS)
+    probe = out_dir / "probe"
+    run_script(scripts / "full.py", [*budget.common_flags, "--overwrite", "true", "--out_dir", str(probe)])
+    rows = read_metrics(probe / "metrics.csv")
+    seconds = [row["seconds"] for row in rows if row["seconds"] is not None]
+    # the first step also warms up; the flags may end the run after it
+    seconds = seconds[1:] or seconds
+    return sum(seconds) / len(seconds)
 
 
 def run_script(script: Path, flags: Sequence[str]) -> None:
-    if subprocess.run([sys.executable, str(script), *flags]).returncode:
+    """Runs a script in a process of its own.
+
+    Raises:
+        InputError: it failed, and has said why.
+    """
+    process = subprocess.run([sys.executable, str(script), *flags])
+    if process.returncode:
         raise InputError(f"{script.name} failed, for the reason above: {' '.join(flags)}")
 
 
-def train_method(name: str, scripts: Path, budget: Budget, folder: Path) -> None:
+def train_candidate(name: str, scripts: Path, budget: Budget, folder: Path) -> None:
     """Trains, or goes on where the run in `folder` stopped."""
-    method = METHODS[name]
-    again = ["--resume", "true"] if (folder / "last").is_dir() else ["--overwrite", "true"]
-    run_script(scripts / method.script, [*budget.common, *method.flags.split(), *again, "--out_dir", str(folder)])
+    candidate = CANDIDATES[name]
+    begun = (folder / "last").is_dir()
+    flags = [
+        *budget.common_flags,
+        *candidate.flags.split(),
+        "--resume" if begun else "--overwrite",
+        "true",
+        "--out_dir",
+        str(folder),
+    ]
+    run_script(scripts / candidate.script, flags)
 
 
-def measure(name: str, folder: Path, text: str, base_loss: float) -> Outcome:
-    """What a finished run cost and gave."""
+def measure_outcome(name: str, folder: Path, text: str, base_loss: float) -> Outcome:
+    """The figures of a finished run. `base_loss` is the base model's loss on the text."""
     rows = read_metrics(folder / "metrics.csv")
     steps = [row for row in rows if row["seconds"] is not None]
+    val_losses = [row["val_loss"] for row in rows if row["val_loss"] is not None]
     seconds = sum(row["seconds"] for row in steps)
-    model, description = load_finetuned(None, folder / "last")
+    n_tokens = sum(row["tokens"] for row in steps)
+    size = sum(path.stat().st_size for path in (folder / "best").iterdir())
+    model, header = load_finetuned(None, folder / "last")
+    tuned_loss = text_loss(model, Tokenizer(header.checkpoint_dir), text)
     return Outcome(
         method=name,
         trained=trained_parameters(folder / "last"),
         memory_gb=max(row["memory_gb"] for row in steps),
         minutes=seconds / 60,
-        tokens_per_second=sum(row["tokens"] for row in steps) / seconds,
-        val_loss=next(row["val_loss"] for row in reversed(rows) if row["val_loss"] is not None),
-        size_mb=sum(path.stat().st_size for path in (folder / "best").iterdir()) / 1e6,
-        forgotten=text_loss(model, Tokenizer(description.checkpoint_dir), text) - base_loss,
+        tokens_per_second=n_tokens / seconds,
+        val_loss=val_losses[-1],
+        size_mb=size / 1e6,
+        forgotten=tuned_loss - base_loss,
     )
 
 
 def trained_parameters(folder: Path) -> int:
-    description = read_header(folder)
-    if not TRAINABLE[description.method].trains_base:
+    """The number of parameters that the run which wrote `folder` has trained."""
+    header = read_header(folder)
+    # a file of what was trained
+    if not METHODS[header.method].trains_base:
         return sum(tensor.numel() for _, tensor in read_tensors([finetuned_file(folder)]))
+
+    # a whole model, of which some was trained
     model = build_model(Config.from_checkpoint(folder))
-    chosen = set(mark_chosen_as_trainable(model, Full(**description.settings)))
+    chosen = set(mark_chosen_as_trainable(model, Full(**header.settings)))
     return sum(param.numel() for name, param in model.named_parameters() if name in chosen)
 
 
 @torch.no_grad()
 def text_loss(model: GPT, tokenizer: Tokenizer, text: str) -> float:
     """Mean loss per token of the paragraphs of a text, in nats."""
-    device, loss, targets = next(model.parameters()).device, 0.0, 0
+    device = next(model.parameters()).device
+    loss = 0.0
+    n_targets = 0
     for ids in paragraphs(text, tokenizer, model.config.block_size):
         idx, layout = Layout.end_to_end([(ids, torch.ones(len(ids)))])
         loss += model(idx.to(device), layout=layout.to(device)).item()
-        targets += layout.n_targets
-    return loss / targets
+        n_targets += layout.n_targets
+    return loss / n_targets
 
 
 def paragraphs(text: str, tokenizer: Tokenizer, limit: int) -> list[torch.Tensor]:
-    """The tokens of each, at most `limit`. The first is not predicted: one that has no other is left out."""
-    found = (tokenizer.encode(part.strip())[:limit] for part in text.split("\n\n") if part.strip())
-    return [ids for ids in found if len(ids) > 1]
+    """The token ids of each paragraph, at most `limit` of them.
+
+    A paragraph of a single token is left out: no token is predicted without one before it.
+    """
+    parts = [part.strip() for part in text.split("\n\n")]
+    encoded = [tokenizer.encode(part)[:limit] for part in parts if part]
+    return [ids for ids in encoded if len(ids) > 1]
 
 
 def compare(names: Sequence[str], scripts: Path, budget: Budget, text: str, out_dir: Path) -> list[Outcome]:
     """Trains and measures each method that is not done yet; writes compare.md and compare.png after each."""
-    outcomes, tokenizer = [], Tokenizer(budget.checkpoint_dir)
+    tokenizer = Tokenizer(budget.checkpoint_dir)
     base_loss = text_loss(load_model(Path(budget.checkpoint_dir)), tokenizer, text)
+    outcomes = []
     for name in names:
         folder = folder_of(name, out_dir)
-        done = folder / "outcome.json"
-        if not done.is_file():
+        file = folder / "outcome.json"
+
+        # train and measure
+        if not file.is_file():
             print(f"\n{name}", file=sys.stderr, flush=True)
-            train_method(name, scripts, budget, folder)
-            write_whole(done, json.dumps(asdict(measure(name, folder, text, base_loss)), indent=2) + "\n")
-            gc.collect()
-        outcomes.append(Outcome(**json.loads(done.read_text(encoding="utf-8"))))
+            train_candidate(name, scripts, budget, folder)
+            outcome = measure_outcome(name, folder, text, base_loss)
+            write_whole(file, json.dumps(asdict(outcome), indent=2) + "\n")
+            gc.collect()  # the measured model, before the next process needs the memory
+        outcomes.append(Outcome(**json.loads(file.read_text(encoding="utf-8"))))
+
+        # table and figure of all that are done
         first = loss_before([outcome.method for outcome in outcomes], out_dir)
-        write_whole(out_dir / "compare.md", table(outcomes, first) + "\n")
-        save_figure(figure(outcomes, first), out_dir / "compare.png")
+        write_whole(out_dir / "compare.md", outcomes_table(outcomes, first) + "\n")
+        save_figure(outcomes_figure(outcomes, first), out_dir / "compare.png")
     return outcomes
 
 
 def folder_of(name: str, out_dir: Path) -> Path:
+    """The folder of a run: for "LoRA, r 8" it is out_dir/LoRA-r-8."""
     return out_dir / name.replace(",", "").replace(" ", "-")
 
 
 def loss_before(names: Sequence[str], out_dir: Path) -> float:
-    """The validation loss before training: that of a base whose weights are not quantized, where there is one."""
-    name = next((name for name in names if "--quantize" not in METHODS[name].flags), names[0])
-    return read_metrics(folder_of(name, out_dir) / "metrics.csv")[0]["val_loss"]
+    """The validation loss before training: that of the base's own weights, if a run has not quantized them."""
+    unquantized = [name for name in names if "--quantize" not in CANDIDATES[name].flags]
+    name = unquantized[0] if unquantized else names[0]
+    rows = read_metrics(folder_of(name, out_dir) / "metrics.csv")
+    return rows[0]["val_loss"]
 
 
-def table(outcomes: Sequence[Outcome], first: float) -> str:
-    """Markdown. `first` is the validation loss before training."""
+def outcomes_table(outcomes: Sequence[Outcome], first: float) -> str:
+    """A Markdown table, a row for each outcome. `first` is the validation loss before training."""
     heads = (
         "method",
         "trained parameters",
@@ -284,7 +378,7 @@ def table(outcomes: Sequence[Outcome], first: float) -> str:
     return f"{lines}\n\nValidation loss before training: {first:.3f}."
 
 
-def figure(outcomes: Sequence[Outcome], first: float) -> "Figure":
+def outcomes_figure(outcomes: Sequence[Outcome], first: float) -> "Figure":
     """The validation loss against what it cost: memory, minutes, and what was forgotten."""
     figure, plots = new_row(13, 4.5, n_plots=3)
     costs = {"memory_gb": "peak memory, GB", "minutes": "training, minutes", "forgotten": "forgotten, nats a token"}

@@ -24,20 +24,25 @@ from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
 from lit_gpt.model.activation_checkpointing import recompute_blocks
 from lit_gpt.model.packing import Layout
 from lit_gpt.optimizer import make_optimizer
-from lit_gpt.quantize import QuantizedLinear, quantize_linears
+from lit_gpt.quantize import Quantize, QuantizedLinear, quantize_linears
 from lit_gpt.train import TrainArgs
 
 
-def random_model(config: Config, kind: str, device: torch.device, dtype: torch.dtype) -> GPT:
+def random_model(config: Config, kind: Quantize, device: torch.device, dtype: torch.dtype) -> GPT:
+    """A quantized model of this shape; its weights are normally distributed, those of norms are one."""
     model = build_model(config)
     quantize_linears(model, kind)
     for module in model.modules():
+        # one weight at a time is whole
         if isinstance(module, QuantizedLinear):
             weight = torch.randn(module.out_features, module.in_features, device=device)
             module.load_weight(weight.mul_(0.02))
             continue
         for name, param in module.named_parameters(recurse=False):
-            value = torch.ones(param.shape) if param.ndim == 1 else torch.randn(param.shape).mul_(0.02)
+            if param.ndim == 1:
+                value = torch.ones(param.shape)
+            else:
+                value = torch.randn(param.shape).mul_(0.02)
             setattr(module, name, torch.nn.Parameter(value.to(device, dtype), requires_grad=False))
     return model.to(device)
 
@@ -47,12 +52,14 @@ class UniqueMemory(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.peak, self.done = 0, threading.Event()
+        self.peak = 0
+        self.done = threading.Event()
 
     @staticmethod
     def now() -> int:
         lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-        return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_"))
+        private = [line for line in lines if line.startswith("Private_")]
+        return sum(1024 * int(line.split()[1]) for line in private)
 
     def run(self) -> None:
         while not self.done.wait(0.1):
@@ -67,43 +74,54 @@ def main() -> None:
     parser.add_argument("--name", default="meta-llama/Llama-2-7b-hf")
     args = parser.parse_args()
 
+    # the model
     torch.manual_seed(0)
-    device, dtype = default_device(), weight_dtype("auto")
+    device = default_device()
+    dtype = weight_dtype("auto")
     imported = peak_memory_gb(device)
     unique = UniqueMemory()
     unique.start()
     since = time.perf_counter()
-    model = random_model(Config.from_name(args.name, n_layer=args.n_layer), args.quantize, device, dtype)
+    config = Config.from_name(args.name, n_layer=args.n_layer)
+    model = random_model(config, args.quantize, device, dtype)
     apply_lora(model, LoRA(r=8, alpha=16, query=True, value=True))
     mark_only_lora_as_trainable(model)
     recompute_blocks(model, "block")
     optimizer = make_optimizer(model, TrainArgs())
-    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    seconds = time.perf_counter() - since
+    params = [param for param in model.parameters() if param.requires_grad]
+    n_trained = sum(param.numel() for param in params)
     gb = sum(param.nbytes for param in model.parameters()) / 1e9
-    print(f"{args.name}, {args.n_layer} layers in {args.quantize}, {str(dtype)[6:]} on {device}: {gb:.2f} GB,", end=" ")
-    print(f"{trained:,} parameters to train. Quantized in {time.perf_counter() - since:.0f} s.", flush=True)
+    print(
+        f"{args.name}, {args.n_layer} layers in {args.quantize}, {str(dtype)[6:]} on {device}: {gb:.2f} GB,"
+        f" {n_trained:,} parameters to train. Quantized in {seconds:.0f} s.",
+        flush=True,
+    )
     print(f"loaded  {peak_memory_gb(device):6.2f} GB at most, of which {imported:.2f} GB before the model", flush=True)
 
+    # a step
     idx = torch.randint(model.config.vocab_size, (args.tokens,))
     idx, layout = Layout.end_to_end([(idx, torch.ones_like(idx))])
-    idx, layout = idx.to(device), layout.to(device)
-    clock = [time.perf_counter()]
+    idx = idx.to(device)
+    layout = layout.to(device)
+    began = time.perf_counter()
     loss = model(idx, layout=layout) / layout.n_targets
-    print(f"loss    {loss.item():.4f}", flush=True)
-    clock.append(time.perf_counter())
+    print(f"loss    {loss.item():.4f}", flush=True)  # waits for the device
+    forward_ended = time.perf_counter()
     loss.backward()
-    clock.append(time.perf_counter())
+    backward_ended = time.perf_counter()
     optimizer.step()
-    clock.append(time.perf_counter())
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.requires_grad]).item()
-    forward, backward, update = (end - start for start, end in zip(clock, clock[1:]))
+    ended = time.perf_counter()
+    norm = torch.nn.utils.get_total_norm([param.grad for param in params]).item()
     unique.done.set()
     unique.join()
+
+    # what it took
     print(
-        f"step    {clock[-1] - clock[0]:.1f} s: forward {forward:.1f}, backward {backward:.1f}, update {update:.1f};",
-        end=" ",
+        f"step    {ended - began:.1f} s: forward {forward_ended - began:.1f},"
+        f" backward {backward_ended - forward_ended:.1f}, update {ended - backward_ended:.1f};"
+        f" {args.tokens} tokens, norm of the gradient {norm:.3f}"
     )
-    print(f"{args.tokens} tokens, norm of the gradient {norm:.3f}")
     print(f"peak    {peak_memory_gb(device):6.2f} GB; unique to this process {unique.peak / 1e9:.2f} GB")
 
 

@@ -11,13 +11,14 @@ import re
 import select
 import shlex
 import sys
-import time
+import traceback
 from collections.abc import Callable
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 from lit_gpt.errors import InputError
+from lit_gpt.failures import end_failed_process, end_process, is_one_of_several
 from lit_gpt.files import write_whole
 
 if TYPE_CHECKING:
@@ -41,32 +42,51 @@ def run(main: Callable[..., None]) -> None:
         settings = parse(main, sys.argv[1:])
         main(**settings)
         sys.stdout.flush()
-    except InputError as error:
-        fail(str(error))
-    except BrokenPipeError:
-        stdout = select.poll()
-        stdout.register(1, 0)
-        if not stdout.poll(0):  # it was another pipe
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what reads the output, such as `head`, has read enough
-        sys.exit(141)  # as if by SIGPIPE
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            fail(f"{error.strerror}{f': {error.filename}' if error.filename else ''}. Free some space and run again.")
-        if error.filename is None:
-            raise
-        fail(f"{error.strerror}: {error.filename}")
     except KeyboardInterrupt:
         fail("Interrupted.", status=130)
+    except Exception as error:
+        # what reads the output, such as `head`, has read enough
+        if isinstance(error, BrokenPipeError) and is_stdout_closed():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            end_process(141)  # as if by SIGPIPE
+
+        # what the user can mend
+        line = line_to_mend(error)
+        if line is not None:
+            fail(line)
+
+        # a bug
+        if not is_one_of_several():
+            raise
+        end_failed_process(traceback.format_exc().rstrip(), status=1)
 
 
-def fail(line: str, status: int = 2) -> None:
+def line_to_mend(error: Exception) -> str | None:
+    """What the user should know about an error and can mend; None for a bug."""
+    if isinstance(error, InputError):
+        return str(error)
+    if not isinstance(error, OSError):
+        return None
+    if error.errno in DISK_FULL:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}. Free some space and run again."
+    if error.filename is None:
+        return None
+    return f"{error.strerror}: {error.filename}"
+
+
+def is_stdout_closed() -> bool:
+    """Whether nobody reads stdout any more."""
+    stdout = select.poll()
+    stdout.register(1, 0)  # 0: only errors
+    return bool(stdout.poll(0))
+
+
+def fail(line: str, status: int = 2) -> NoReturn:
+    """Ends the command with one line on stderr; if it runs in several processes, that of the first one that fails."""
     sys.stdout.flush()
-    if int(os.environ.get("LOCAL_RANK") or 0):
-        time.sleep(10)  # what all processes of a run find wrong the first one says, and ends the others
     line = re.sub(r"\s*\n\s*", " ", line.strip())  # a message of another library may have several
-    print(f"error: {line}", file=sys.stderr, flush=True)
-    sys.exit(status)
+    end_failed_process(f"error: {line}", status)
 
 
 def parse(main: Callable[..., None], args: list[str]) -> dict[str, Any]:
@@ -136,7 +156,7 @@ def dataclasses_of_flags(main: Callable[..., None]) -> dict[str, type]:
 
 def option_strings(parser: "ArgumentParser") -> list[str]:
     """Every flag that a parser knows, such as --seed."""
-    flags = []
+    flags: list[str] = []
     for action in parser._actions:
         flags.extend(action.option_strings)
     return flags

@@ -1,4 +1,13 @@
-"""Where a run happens: devices, precision, processes. The only file that says "cuda", "mps", "ddp" or "fsdp"."""
+"""The device of a process, and the dtypes that it computes in. Processes are in lit_gpt/distributed.py; kinds of
+devices have their names nowhere else.
+
+    --precision      frozen weights     computed in      trained by an adapter
+    32-true          float32            float32          float32
+    bf16-true        bfloat16           bfloat16         float32
+    16-true          float16            float16          float32, and the loss is scaled
+    bf16-mixed       float32            bfloat16         float32
+    16-mixed         float32            float16          float32, and the loss is scaled
+"""
 
 import sys
 from contextlib import nullcontext
@@ -13,69 +22,85 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 
 def accelerator() -> str:
+    """The kind of device that this machine has, as torch and Fabric call it: the first of CUDA, MPS and the CPU."""
     if torch.cuda.is_available():
         return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
 
 
 def default_device() -> torch.device:
+    """The device of a script that runs in one process."""
     return torch.device(accelerator())
 
 
 def resolve_precision(precision: Precision) -> str:
-    """`auto` is bf16-true on a GPU that has it, else 32-true: bfloat16 on a CPU can be 100 times slower."""
+    """The precision that "auto" stands for: bf16-true on a GPU that has bfloat16, else 32-true."""
     if precision != "auto":
         return precision
-    return "bf16-true" if accelerator() == "cuda" and torch.cuda.is_bf16_supported(False) else "32-true"
+    # False: a GPU that only emulates bfloat16 does not count. On a CPU it can be 100 times slower than float32
+    if accelerator() == "cuda" and torch.cuda.is_bf16_supported(False):
+        return "bf16-true"
+    return "32-true"
 
 
 def weight_dtype(precision: Precision) -> torch.dtype:
-    """What the loader stores frozen weights in. Mixed precision keeps them in float32 and casts as it computes."""
-    return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(resolve_precision(precision), torch.float32)
+    """The dtype that the loader stores frozen weights in. Mixed precision stores float32, and casts as it computes."""
+    dtypes = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+    return dtypes.get(resolve_precision(precision), torch.float32)
 
 
 def trained_dtype(precision: Precision) -> torch.dtype:
-    """What weights are stored in that train themselves. Raises InputError for float16, in which they cannot."""
-    if weight_dtype(precision) == torch.float16:
+    """The dtype of a model's own weights where they train. Raises InputError for float16, in which they cannot."""
+    dtype = weight_dtype(precision)
+    if dtype == torch.float16:
         raise InputError(
             f"--precision {precision} is for LoRA and adapters: weights in float16 cannot be trained themselves."
             " Choose 16-mixed or bf16-true."
         )
-    return weight_dtype(precision)
+    return dtype
 
 
 def autocast_dtype(precision: Precision) -> torch.dtype | None:
-    """What mixed precision computes in; None where nothing is cast."""
-    return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    """The dtype that mixed precision computes in; None for the others, which cast nothing."""
+    dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    return dtypes.get(precision)
 
 
 def inference_dtype(precision: Precision) -> torch.dtype:
-    """Raises InputError for mixed precision, which is about gradients."""
+    """The dtype to load a model in that only answers. Raises InputError for mixed precision, which is for training."""
     if precision.endswith("mixed"):
         raise InputError(f"--precision {precision} is for training. Here, choose bf16-true, 16-true or 32-true.")
     return weight_dtype(precision)
 
 
 def as_dtype(dtype: str | None) -> torch.dtype | None:
-    return None if dtype is None else getattr(torch, dtype)
+    """torch's dtype of that name. None, which keeps the dtype of a checkpoint, stays None."""
+    if dtype is None:
+        return None
+    return getattr(torch, dtype)
 
 
 def precision_plugin(precision: str, kind: str) -> Any:
     """Fabric's precision, but it casts no module: the loader has decided every tensor's dtype.
 
-    Under bf16-true Fabric would cast float32 adapters, whose small updates would be rounded away, and the rotary
-    frequencies, which would put the cosine of position 1,000 off by 0.43.
+    Args:
+        precision: Anything but "auto"; see `resolve_precision`.
+        kind: The kind of device; see `accelerator`.
     """
     from lightning_fabric.plugins import MixedPrecision
     from lightning_fabric.plugins import Precision as FullPrecision
 
+    # Under bf16-true Fabric 2.6 would cast float32 adapters, whose small updates would be rounded away, and the rotary
+    # frequencies, which would put the cosine of position 1,000 off by 0.43.
     class AsLoaded(FullPrecision):
         def convert_module(self, module: torch.nn.Module) -> torch.nn.Module:
             return module
 
     class Mixed(MixedPrecision):
         def convert_input(self, data: Any) -> Any:
-            return data  # tokens and a Layout: integers
+            return data  # tokens and where they lie: integers, nothing to cast
 
     class Scaled(Mixed):
         """float16 weights and float32 adapters: nothing is autocast, but the loss is scaled."""
@@ -85,14 +110,18 @@ def precision_plugin(precision: str, kind: str) -> Any:
 
     if precision in ("16-mixed", "bf16-mixed"):
         return Mixed(precision, kind)  # type: ignore[arg-type] # one of these two
-    return Scaled("16-mixed", kind) if precision == "16-true" else AsLoaded()
+    if precision == "16-true":
+        return Scaled("16-mixed", kind)
+    return AsLoaded()
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory this run has held so far, in GB: of the GPU, or of the process where there is none."""
+    """The most memory that this process has held so far, in GB (10^9 bytes): on its GPU, or, without one, in all."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource  # Windows has no such module
+    import resource  # here, since Windows has no such module
 
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # getrusage counts in bytes on macOS and in KiB on Linux
+    unit = 1 if sys.platform == "darwin" else 1024
+    return peak * unit / 1e9

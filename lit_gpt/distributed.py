@@ -1,21 +1,37 @@
-"""TODO doc of distributed"""
+"""The processes of a run, one per device: how they start, and how they end together.
+
+`launch` returns in each of them. If nobody else has started them, the process of the user's command does, and then only
+waits for them:
+
+    python finetune/lora.py --devices 2         supervisor: checks the flags and the data, starts the others, waits
+     ├─ python finetune/lora.py --devices 2     process 0: the same command again; `launch` returns
+     └─ python finetune/lora.py --devices 2     process 1
+
+    torchrun --nproc_per_node 2 finetune/lora.py      torchrun is the supervisor, and `launch` returns in its processes
+"""
 
 import atexit
+import logging
 import os
-import subprocess
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 
 from lit_gpt.device import Precision, accelerator, precision_plugin, resolve_precision
 from lit_gpt.errors import InputError
+from lit_gpt.failures import SUPERVISOR, is_supervised
+from lit_gpt.sharding import shard_weights
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+    from torch.distributed.launcher.api import LaunchConfig
 
 Strategy = Literal["auto", "ddp", "fsdp"]
 
@@ -29,171 +45,295 @@ def launch(
     strategy: Strategy = "auto",
     shard: bool = False,
 ) -> "Fabric":
-    """Starts the processes of a run, one per device, each with the same seed. Under torchrun they are there already.
+    """Starts the processes of a run, one per device, and returns in each of them, with the same seed.
 
-    `shard` is what strategy "auto" means where there are several: split all weights among the devices (fsdp), or give
-    each a copy (ddp).
+    The process that started them ends here, when they have ended: what a script checks before `launch` is checked, and
+    what it prints is printed, there and again in each of the others. Under torchrun the processes are there already.
+
+    Args:
+        devices: Processes on each machine.
+        precision: Dtype of weights and arithmetic; see lit_gpt/device.py.
+        seed: Seed of torch's random numbers.
+        loggers: Fabric's, from lit_gpt/runs/loggers.py.
+        num_nodes: Machines. Without torchrun the command has to be typed on each; see `rendezvous_of_machines`.
+        strategy: How several devices share the work.
+        shard: What strategy "auto" means for several devices: split all weights (True), or give each a copy.
 
     Raises:
-        InputError: there are fewer devices, torchrun was told another number.
+        InputError: there are fewer devices, torchrun was told another number, or the machines cannot find each other.
     """
+    # how many processes
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        devices, num_nodes = numbers_of_torchrun(devices, num_nodes)
+    kind = accelerator()
+    check_devices(kind, devices, num_nodes)
+    n_processes = devices * num_nodes
+
+    # the supervisor ends here; the processes that it starts come by again
+    if n_processes > 1 and not is_started_from_outside():
+        supervise(devices, num_nodes)
+
+    # one of its processes
+    if SUPERVISOR in os.environ:
+        end_with_supervisor()
+        share_cores(devices)
+
+    # join the other processes
     from lightning_fabric import Fabric
 
-    kind = accelerator()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
-        if devices not in (1, local) or num_nodes not in (1, world // local):
-            raise InputError(
-                f"torchrun started {local} processes on each of {world // local} machines, but --devices is {devices}"
-                f" and --num_nodes {num_nodes}. Leave both flags out."
-            )
-        devices, num_nodes = local, world // local
+    fabric = Fabric(
+        accelerator=kind,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=fabric_strategy(n_processes, is_to_split(strategy, n_processes, shard)),
+        plugins=[precision_plugin(resolve_precision(precision), kind)],
+        loggers=list(loggers),
+    )
+    fabric.launch()
+    if fabric.world_size > 1:
+        atexit.register(close_connections)
+    torch.manual_seed(seed)
+    return fabric
+
+
+def numbers_of_torchrun(devices: int, num_nodes: int) -> tuple[int, int]:
+    """The processes of each machine and the machines that torchrun, or our own supervisor, has started.
+
+    Raises:
+        InputError: --devices or --num_nodes ask for another number.
+    """
+    local_size = int(os.environ["LOCAL_WORLD_SIZE"])
+    machines = int(os.environ["WORLD_SIZE"]) // local_size
+    if devices not in (1, local_size) or num_nodes not in (1, machines):
+        raise InputError(
+            f"torchrun started {local_size} processes on each of {machines} machines, but --devices is {devices}"
+            f" and --num_nodes {num_nodes}. Leave both flags out."
+        )
+    return local_size, machines
+
+
+def check_devices(kind: str, devices: int, num_nodes: int) -> None:
+    """Raises InputError if this machine has fewer devices of this kind than it is asked for."""
     if min(devices, num_nodes) < 1:
         raise InputError(f"--devices {devices} --num_nodes {num_nodes}, expected 1 or more.")
     if kind == "cuda" and devices > torch.cuda.device_count():
         raise InputError(f"--devices {devices}, but this machine has {torch.cuda.device_count()} GPUs.")
     if kind == "mps" and devices * num_nodes > 1:
         raise InputError(f"--devices {devices}, but PyTorch drives one Apple GPU only.")
-    n_processes = devices * num_nodes
-    fabric = Fabric(
-        accelerator=kind,
-        devices=devices,
-        num_nodes=num_nodes,
-        strategy=strategy_of(n_processes, is_to_split(strategy, n_processes, shard)) if n_processes > 1 else "auto",
-        plugins=[precision_plugin(resolve_precision(precision), kind)],
-        loggers=list(loggers),
-    )
-    fabric.launch()
-    if fabric.world_size > 1:
-        watch(getattr(fabric.strategy.launcher, "procs", []), first=fabric.is_global_zero)
-    torch.manual_seed(seed)
-    return fabric
+
+
+def is_started_from_outside() -> bool:
+    """Whether somebody starts all processes of the run: torchrun, SLURM, LSF, MPI, or a user who sets LOCAL_RANK."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return True
+    from lightning_fabric.plugins import environments
+
+    clusters = (environments.SLURMEnvironment, environments.LSFEnvironment, environments.MPIEnvironment)
+    return any(cluster.detect() for cluster in clusters) or "LOCAL_RANK" in os.environ
+
+
+def is_first() -> bool:
+    """Whether this process is the first of its run, or the only one. Before `launch` that is the supervisor."""
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0
+    return not is_supervised() and int(os.environ.get("RANK") or 0) == 0
+
+
+def close_connections() -> None:
+    """Closes the connections to the other processes, after a run without a failure.
+
+    Without it gloo's threads outlive the interpreter, and abort about every second run:
+    https://github.com/pytorch/pytorch/issues/190489. A process that fails ends by `failures.end`, and not here.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+# ---- strategies
 
 
 def is_to_split(strategy: Strategy, n_processes: int, shard: bool) -> bool:
-    """Whether the weights are to be split among devices; `shard` is what "auto" means where there are several."""
-    return strategy == "fsdp" or strategy == "auto" and shard and n_processes > 1
+    """Whether the weights are to be split among devices; `shard` is what "auto" means for several of them."""
+    if strategy == "auto":
+        return shard and n_processes > 1
+    return strategy == "fsdp"
 
 
-def strategy_of(n_processes: int, split: bool) -> Any:
-    """Fabric's. fsdp is torch's `fully_shard`: each block, and then the rest, is whole only while it is at work."""
+def fabric_strategy(n_processes: int, split: bool) -> Any:
+    """How Fabric runs so many processes: with a copy of the weights in each, or with slices of them."""
+    if n_processes == 1:
+        return "auto"
     if not split:
         return "ddp"
     from lightning_fabric.strategies import ModelParallelStrategy
 
-    return ModelParallelStrategy(split_weights, data_parallel_size=n_processes, tensor_parallel_size=1)
+    return ModelParallelStrategy(shard_weights, data_parallel_size=n_processes, tensor_parallel_size=1)
 
 
-def split_weights(model: torch.nn.Module, mesh: Any) -> torch.nn.Module:
-    """Keeps a slice of the rows of every parameter, trained or frozen, in codes or not, on each device."""
-    from torch.distributed.fsdp import fully_shard
-
-    for block in getattr(model, "gpt", model).transformer.h:
-        fully_shard(block, mesh=mesh["data_parallel"])
-    return fully_shard(model, mesh=mesh["data_parallel"])
+# ---- the supervisor
 
 
-def is_sharded(fabric: "Fabric") -> bool:
-    """Whether each process will hold a slice of the model only, so that all must take part whenever it is used."""
-    return type(fabric.strategy).__name__ == "ModelParallelStrategy"
+def supervise(devices: int, num_nodes: int) -> NoReturn:
+    """Starts this command again, once per device of this machine, waits for all, and ends as the run ended.
 
+    torch's elastic launcher, which torchrun is made of, starts the processes and ends all of them if one fails, if this
+    process gets Ctrl-C or SIGTERM, or if another machine is gone. Only the first failure is printed: see
+    lit_gpt/failures.py.
 
-def is_first() -> bool:
-    """Whether this process is the first of its run, or the only one."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-
-
-def loading_device(fabric: "Fabric") -> torch.device:
-    """Where weights are read to: what is to be split goes through the host's memory, as a whole model per process."""
-    return torch.device("cpu") if is_sharded(fabric) else fabric.device
-
-
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A parameter that is split among the processes, put together; any other as it is. All must call it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def full_parameters(
-    model: torch.nn.Module, keep: Callable[[str, torch.Tensor], bool]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters that `keep` chooses, one after the other, put together. All processes must go through them."""
-    for module in model.modules():
-        if hasattr(module, "reshard"):  # what a validation left whole belongs to `fully_shard`, and is not to be lent
-            module.reshard()
-    for name, param in model.named_parameters():
-        if keep(name, param):
-            yield name, full_tensor(param).detach()
-
-
-def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def as_weight(tensor: torch.Tensor, fabric: "Fabric") -> torch.Tensor:
-    """A tensor as a run will hold the weights that it trains: on its device, and split where they are."""
-    tensor = tensor.to(fabric.device)
-    if not is_sharded(fabric):
-        return tensor
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    return distribute_tensor(tensor, fabric.strategy.device_mesh["data_parallel"], [Shard(0)])
-
-
-def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, which every process has, split as `like` is."""
-    if not hasattr(like, "device_mesh"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-
-
-def watch(processes: list[subprocess.Popen], first: bool) -> None:
-    """Ends all processes of a run within seconds of the end of one, and lets that one have the last word.
-
-    Without it the others wait for the one that is gone, or print what they think of its absence.
+    Raises:
+        InputError: the machines cannot find each other, or there is no command to start again.
     """
-    parent, leaving = os.getppid(), threading.Event()
-    for thread in threading.enumerate():
-        if thread.name == "child-process-observer":  # Fabric's own, which would end all without a word
-            thread._child_processes = []
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
 
-    def look() -> None:
-        while not leaving.wait(0.5):
-            if processes and (failed := [process for process in processes if process.poll()]):
-                if failed[0].returncode < 0:
-                    rank = processes.index(failed[0]) + 1
-                    print(f"error: process {rank} was ended by signal {-failed[0].returncode}.", file=sys.stderr)
-                end(processes, seconds=0)
-                os._exit(2 if failed[0].returncode == 2 else 1)
-            if not processes and os.getppid() != parent:  # the first process, which started this one, is gone
-                os._exit(1)
-        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
-            torch.distributed.destroy_process_group()  # NCCL's is Fabric's to destroy
+    if hasattr(sys, "ps1"):
+        raise InputError(f"--devices {devices} needs a script: an interactive Python cannot be started again.")
 
-    thread = threading.Thread(target=look, daemon=True)
+    # say nothing from here on but the last word: the launcher logs a page about each failure
+    logging.disable()
+    sys.stdout.flush()
 
-    def leave() -> None:
-        # gloo's threads must not outlive the interpreter, in which they abort now and then. They end here, in a thread
-        # that is not waited for too long: one that waits for another process's tensor does not end
-        leaving.set()
-        thread.join(timeout=5)
-        end(processes)
+    # the processes inherit whom to report to
+    os.environ[SUPERVISOR] = str(os.getpid())
 
-    def report(*error: Any) -> None:
-        time.sleep(5 if first else 10)  # if it is the echo of another's end, this one will not live so long
-        sys.__excepthook__(*error)
-
-    sys.excepthook = report
-    atexit.register(leave)
-    thread.start()
-
-
-def end(processes: list[subprocess.Popen], seconds: float = 5) -> None:
-    """Ends the other processes of a run whose first one has failed: they would wait for it, for up to half an hour."""
-    deadline = time.monotonic() + seconds
-    for process in processes:
+    # start them and wait
+    with TemporaryDirectory(prefix="lit_gpt_failures_") as folder:
+        start = elastic_launch(launch_config(devices, num_nodes, folder), sys.executable)
         try:
-            process.wait(max(0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
+            start(*sys.orig_argv[1:])
+        except ChildFailedError as error:
+            failures = error.failures
+            died_of = None
+        except SignalException as error:
+            failures = {}
+            died_of = error.sigval
+        else:
+            sys.exit(0)
+
+    # end as they ended
+    if died_of is not None:
+        signal.signal(died_of, signal.SIG_DFL)
+        signal.raise_signal(died_of)  # who waits for this process sees the signal, as of any other command
+    end_as_first(failures)
+
+
+def launch_config(devices: int, num_nodes: int, folder: str) -> "LaunchConfig":
+    """What torch's launcher is to start. The processes write records of their failures to `folder`."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig
+
+    return LaunchConfig(
+        min_nodes=num_nodes,
+        max_nodes=num_nodes,
+        nproc_per_node=devices,
+        run_id="lit_gpt",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=folder),
+        # Ctrl-C is Python's, which raises KeyboardInterrupt here. The launcher's default also takes SIGHUP, and takes
+        # it even under nohup, which ignores it: https://github.com/pytorch/pytorch/issues/67538
+        signals_to_handle="SIGTERM",
+        **(rendezvous_of_machines() if num_nodes > 1 else RENDEZVOUS_HERE),
+    )
+
+
+RENDEZVOUS_HERE = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "local_addr": "127.0.0.1"}
+"""How the processes of one machine find each other: at a free port of it, that the launcher chooses."""
+
+
+def rendezvous_of_machines() -> dict[str, Any]:
+    """How the processes of several machines find each other: at MASTER_ADDR:MASTER_PORT, which is on machine 0.
+
+    NODE_RANK counts the machines from 0. On machine 0 it may be missing, and so may MASTER_ADDR.
+
+    Raises:
+        InputError: there is no MASTER_PORT.
+    """
+    if "MASTER_PORT" not in os.environ:
+        raise InputError(
+            "--num_nodes needs MASTER_ADDR, MASTER_PORT and NODE_RANK in the environment of the command on each"
+            " machine. Or start it with torchrun, as tutorials/several_devices.md shows."
+        )
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    rank = int(os.environ.get("NODE_RANK") or os.environ.get("GROUP_RANK") or 0)
+    return {
+        "rdzv_backend": "static",
+        "rdzv_endpoint": f"{address}:{os.environ['MASTER_PORT']}",
+        "rdzv_configs": {"rank": rank},
+    }
+
+
+def end_as_first(failures: Mapping[int, "ProcessFailure"]) -> NoReturn:
+    """Prints why the first process failed, and ends with its status.
+
+    Args:
+        failures: The failures by global rank, with the records that the processes wrote.
+    """
+    rank = min(failures, key=lambda rank: when_failed(failures[rank]))
+    failure = failures[rank]
+    record = failure.error_file_data
+
+    # it said why, in a record
+    if "status" in record:
+        print(record["message"], file=sys.stderr)
+        sys.exit(record["status"])
+
+    # it was killed
+    if failure.exitcode < 0:
+        print(f"error: process {rank} was ended by signal {-failure.exitcode}.", file=sys.stderr)
+        sys.exit(1)
+
+    # it said why itself, such as that a module cannot be imported
+    sys.exit(failure.exitcode)
+
+
+def when_failed(failure: "ProcessFailure") -> tuple[int, int]:
+    """A key that sorts failures by their time, as far as it is known.
+
+    A process that left no record was killed, or left by a status of its own: the errors of the others follow from
+    that. Not so if it was ended by SIGTERM, as the launcher ends those that are left, or aborted, as the threads of
+    NCCL and gloo do when a connection breaks.
+    """
+    record = failure.error_file_data
+    if "nanoseconds" in record:
+        return 1, record["nanoseconds"]
+    if -failure.exitcode in (signal.SIGTERM, signal.SIGABRT):
+        return 2, 0
+    return 0, 0
+
+
+def end_with_supervisor() -> None:
+    """Ends this process within a second of its supervisor, even if that was killed and could not end it.
+
+    Raises:
+        InputError: the supervisor is gone already.
+    """
+    supervisor = int(os.environ[SUPERVISOR])
+    if not is_supervised():
+        raise InputError(f"Process {supervisor}, which started this one for its run, is gone. Start the run again.")
+
+    def watch() -> None:
+        while os.getppid() == supervisor:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    # A process that loses its parent gets another one: that can be asked for on Linux and on macOS, but nothing tells
+    # it. A thread asks, since the main one may wait for another process, in C++, for half an hour.
+    threading.Thread(target=watch, name="end_with_supervisor", daemon=True).start()
+
+
+def share_cores(n_processes: int) -> None:
+    """Gives the first process of a machine its share of the cores, unless the user has set OMP_NUM_THREADS.
+
+    The others keep torch's default, all cores. That is how Fabric starts processes itself, and it is kept because sums
+    are rounded in another way with another number of threads: the runs of before can be repeated to the bit.
+    """
+    if "OMP_NUM_THREADS" in os.environ or os.environ["LOCAL_RANK"] != "0":
+        return
+    if hasattr(os, "sched_getaffinity"):  # macOS has none
+        n_cores = len(os.sched_getaffinity(0))
+    else:
+        n_cores = os.cpu_count() or 1
+    n_threads = max(1, n_cores // n_processes)
+    torch.set_num_threads(n_threads)
+    os.environ["OMP_NUM_THREADS"] = str(n_threads)

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from lit_gpt.data.dataset import Dataset
-from lit_gpt.distributed import local_tensor
 from lit_gpt.errors import InputError
+from lit_gpt.sharding import local_tensor
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

@@ -60,7 +60,7 @@ class DataArgs(Keys):
     max_seq_length: int | None = None
     """The longest record, in tokens. None is the longest that the model can read."""
     too_long: TooLong = "drop"
-    """What to do with longer records: drop leaves them out, cut_prompt cuts their prompt from the left, error stops.
+    """The treatment of longer records: drop leaves them out, cut_prompt cuts their prompt from the left, error stops.
     Answers are never cut, and texts go on in a record of their own."""
     val_fraction: float = 0.05
     """The share of the distinct prompts that is set aside for validation, if the records name no split themselves."""
@@ -94,11 +94,12 @@ def prepare(records: Records | Callable[[], Records], args: DataArgs) -> None:
     Raises:
         InputError: a record of no known form, no usable record, or a `data_dir` that holds something else.
     """
+    # settings
     tokenizer = Tokenizer(args.checkpoint_dir)
     config = Config.from_checkpoint(args.checkpoint_dir)
     check_may_replace(args.data_dir)
     style = resolve_style(args.prompt_style, tokenizer)
-    limit = config.block_size if args.max_seq_length is None else min(args.max_seq_length, config.block_size)
+    limit = min(args.max_seq_length or config.block_size, config.block_size)
     recipe = describe_recipe(tokenizer, style, limit, args)
 
     # is there anything to do?
@@ -109,7 +110,9 @@ def prepare(records: Records | Callable[[], Records], args: DataArgs) -> None:
             return
         records = records()
 
-    tokens_dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    # two bytes a token if they are enough
+    fits_16_bits = tokenizer.vocab_size <= 2**16
+    tokens_dtype = np.dtype(np.uint16 if fits_16_bits else np.uint32)
     counts: Counter[str] = Counter()
     digest = hashlib.sha256(recipe.encode())
     with new_folder(args.data_dir) as folder:
@@ -168,6 +171,7 @@ def check_training_records(split: Split, val_fraction: float, counts: Counter[st
 def describe_recipe(tokenizer: Tokenizer, style: str, limit: int, args: DataArgs) -> str:
     """A text that differs if anything but the records would lead to other files."""
     settings = asdict(args)
+    # the checkpoint's tokenizer and block size are in the recipe; where its folder lies does not matter
     del settings["checkpoint_dir"], settings["data_dir"]
     template = None if style in ("alpaca", "none", "chat") else template_source(style)
     return json.dumps([FORMAT, tokenizer.behaviour, style, template, limit, settings])
@@ -181,6 +185,7 @@ def is_up_to_date(records: Callable[[], Records], recipe: str, data_dir: Path) -
         return False
     if meta.get("recipe") != hashlib.sha256(recipe.encode()).hexdigest():
         return False
+    # the same recipe: are the records the same?
     digest = hashlib.sha256(recipe.encode())
     for _ in hashed(records(), digest):
         pass
@@ -225,10 +230,13 @@ def render_records(
             counts[reason] += 1
             continue
 
+        # its text
         try:
             rendered = render(style, record, tokenizer)
         except InputError as error:
             raise InputError(f"Record {number}: {error}") from None
+
+        # the key by which it is split
         is_text = "text" in record
         if record.get("part_of_file"):
             prompt = None

@@ -49,8 +49,12 @@ def render(style: str, record: Mapping[str, Any], tokenizer: Tokenizer) -> Rende
     Raises:
         InputError: the style has no place for such a record, or its template fails.
     """
+    # a text is trained as a whole
     if "text" in record:
-        return Rendered(record["text"], [(0, len(record["text"]))])
+        text = record["text"]
+        return Rendered(text, [(0, len(text))])
+
+    # a conversation
     messages = messages_of(record)
     tools = record.get("tools")
     if style == "alpaca":
@@ -69,6 +73,7 @@ def render(style: str, record: Mapping[str, Any], tokenizer: Tokenizer) -> Rende
 
 def trained_spans(answer_spans: list[tuple[int, int]], messages: Messages) -> list[tuple[int, int]]:
     """The spans of those answers that are to be learned."""
+    # spans are of the assistant's messages alone
     trained = [
         is_to_learn for message, is_to_learn in zip(messages, are_trained(messages)) if message["role"] == "assistant"
     ]
@@ -98,9 +103,12 @@ def resolve_style(name: str, tokenizer: Tokenizer, trained: str | None = None) -
         InputError: no style, and no file, of this name.
     """
     if name == "auto":
-        return trained or ("chat" if tokenizer.chat_template else "alpaca")
+        default = "chat" if tokenizer.chat_template else "alpaca"
+        return trained or default
     if name in style_names() or is_source(name):
         return name
+
+    # a file of one's own: its content is stored, since the file may change or go
     if name.endswith(".jinja"):
         try:
             source = Path(name).read_text(encoding="utf-8")
@@ -109,6 +117,8 @@ def resolve_style(name: str, tokenizer: Tokenizer, trained: str | None = None) -
         if "messages" not in source or not is_source(source):
             raise InputError(f"{name} renders no messages. lit_gpt/data/styles/ has templates to begin with.")
         return source
+
+    # nothing of the kind
     near = difflib.get_close_matches(name, style_names(), n=1)
     hint = f"Did you mean {near[0]}?" if near else f"Choose one of auto, {', '.join(style_names())}."
     raise InputError(f"There is no prompt style {name}. {hint} A template file of your own ends in .jinja.")
@@ -219,6 +229,7 @@ def render_template(source: str, messages: Messages, tools: Any, tokenizer: Toke
             continue
         prompt = fill(messages[:i], True)
         answered = text if i == last else fill(messages[: i + 1], False)
+        # the answer is what it adds to its prompt
         if text.startswith(answered) and answered.startswith(prompt):
             spans.append((len(prompt), len(answered)))
         elif i == last:
@@ -227,8 +238,10 @@ def render_template(source: str, messages: Messages, tools: Any, tokenizer: Toke
                 " otherwise than it was trained. Use --prompt_style alpaca."
             )
         else:
-            replaced = [*messages[:i], {**message, "content": PLACEHOLDER}, *messages[i + 1 :]]
-            spans.append(span_of_placeholder(fill(replaced, is_question), text, i, tokenizer))
+            # later messages have changed how this one is shown: find it by what stands around it
+            placeholder = {**message, "content": PLACEHOLDER}
+            marked = fill([*messages[:i], placeholder, *messages[i + 1 :]], is_question)
+            spans.append(span_of_placeholder(marked, text, i, tokenizer))
     return Rendered(text, spans)
 
 

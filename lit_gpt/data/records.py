@@ -74,12 +74,13 @@ def in_our_form(record: Mapping[str, Any], number: int, keys: Keys) -> dict[str,
     """
     where = f"Record {number}"
     split = read_split(record.get(keys.split_key), where)
-    filled = {key for key, value in record.items() if value is not None}  # tables have every column in every row
+    # tables have every column in every row: what is None is not there
+    filled = {key for key, value in record.items() if value is not None}
     is_pair = keys.instruction_key not in filled and {"prompt", "completion"} <= record.keys()
     conversation_key = find_conversation(record, filled, is_pair, keys)
     result: dict[str, Any] = {"split": split}
 
-    # which form is it?
+    # a conversation in a list, in two lists, or a text
     if conversation_key:
         result["messages"] = read_messages(record[conversation_key], where)
         if record.get("tools"):
@@ -91,6 +92,7 @@ def in_our_form(record: Mapping[str, Any], number: int, keys: Keys) -> dict[str,
         if record.get("part_of_file"):
             result["part_of_file"] = True
         return result
+    # or a question and an answer as texts
     elif is_pair:
         result["messages"] = read_instruction(record, "prompt", keys.input_key, "completion", where)
     else:
@@ -153,7 +155,8 @@ def read_split(value: Any, where: str) -> str | None:
         return None
     word = value
     if isinstance(value, str):
-        word = re.split(r"[_\W]", value.strip().lower())[0]  # train_sft is train
+        # train_sft is train
+        word = re.split(r"[_\W]", value.strip().lower())[0]
     if not isinstance(word, str) or word not in SPLITS:
         raise InputError(f"{where} says split {value!r}, expected train, val or test.")
     return SPLITS[word]
@@ -175,7 +178,8 @@ def read_messages(messages: Any, where: str) -> list[dict[str, Any]]:
 
 
 def read_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
-    message = {key: value for key, value in message.items() if value is not None}  # tables have every key in each
+    # rows of tables have every key of any message: what is None is not there
+    message = {key: value for key, value in message.items() if value is not None}
     role = message.get("role", message.get("from"))
     content = message.get("content", message.get("value"))
     if not isinstance(role, str):
@@ -183,6 +187,7 @@ def read_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     if isinstance(content, list):  # the parts of OpenAI's messages
         content = "".join(text_of_part(part, where) for part in content)
 
+    # whatever else it holds, such as tool_calls, is for the chat template
     result = {key: value for key, value in message.items() if key not in ("from", "value")}
     result["role"] = ROLES.get(role, role)
     result["content"] = as_text(content, f"{where}: content of {role}")

@@ -29,6 +29,7 @@ class Tokenizer:
         generation = read_if_there(folder / "config.json") | read_if_there(folder / "generation_config.json")
         self.library = open_backend(folder)
         self.vocab_size = self.library.vocab_size
+        # its special tokens
         with reading(f"{folder}, its tokenizer_config.json or generation_config.json"):
             self.bos_id = self.special_id(settings.get("bos_token"), generation.get("bos_token_id"))
             self.eos_id = self.special_id(settings.get("eos_token"), generation.get("eos_token_id"))
@@ -38,13 +39,14 @@ class Tokenizer:
             self.chat_template = read_chat_template(folder, settings)
             named = {name: spelling(settings[name]) for name in SPECIAL_TOKENS if settings.get(name)}
 
-        # some files have an add_bos_token that is null
+        # does it add a BOS token? Some files have an add_bos_token that is null
         add_bos = settings.get("add_bos_token")
         if self.bos_id is None:
             self.use_bos = False
         else:
             self.use_bos = self.library.adds_bos(self.bos_id) if add_bos is None else add_bos
 
+        # the names that chat templates know
         special_tokens = {"eos_token": self.id_to_token(self.eos_id)}
         if self.bos_id is not None:
             special_tokens = {"bos_token": self.id_to_token(self.bos_id), **special_tokens}

@@ -60,12 +60,15 @@ class RecordWriter:
             prompt: Records with the same prompt go to the same split. None lets each piece go by itself.
             split: "train" or "val" if the record says so itself.
         """
+        # hashes, since prompts themselves would fill the memory
         prompt_hash = None if prompt is None else hash_of(prompt.encode(), self.seed)
         for ids, marks in pieces:
+            # the two long files
             tokens = np.asarray(ids, self.tokens_dtype)
             self.tokens_file.write(tokens.tobytes())
             self.trained_file.write(bytes(marks))
             self.n_trained += len(marks) - marks.count(0)
+            # an entry for each record
             self.ends.append(self.n_tokens + len(ids))
             self.named_splits.append(NAMED_SPLITS[split])
 

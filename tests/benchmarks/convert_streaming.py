@@ -42,7 +42,7 @@ def make(folder: Path) -> int:
         (name, noise.repeat(-(-param.numel() // len(noise)))[: param.numel()].view(param.shape) + 1e-3 * i)
         for i, (name, param) in enumerate(model.named_parameters())
     )
-    shards: list[Writer] = []
+    shards: list[SafetensorsWriter] = []
     for name, tensor in to_hf(tensors, model.config):
         if not shards or shards[-1].size + tensor.nbytes > 5e9:
             shards.append(SafetensorsWriter(folder / f"{len(shards)}.safetensors", {}, 400))

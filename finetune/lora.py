@@ -14,7 +14,6 @@ from lit_gpt.checkpoint.load import build_model, load_weights
 from lit_gpt.cli import Flags, run
 from lit_gpt.data.dataset import Dataset
 from lit_gpt.device import weight_dtype
-from lit_gpt.distributed import loading_device
 from lit_gpt.generate.answers import answers
 from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
 from lit_gpt.memory.plan import print_plan
@@ -22,6 +21,7 @@ from lit_gpt.quantize import Quantize, quantize_linears
 from lit_gpt.recipe import RunArgs, answers_of_this_process, new_checkpoints, set_blocks, start_processes
 from lit_gpt.runs.out_dir import claim_out_dir, start_run
 from lit_gpt.runs.report import report_run
+from lit_gpt.sharding import loading_device
 from lit_gpt.train import TrainArgs, fit
 
 

@@ -13,12 +13,12 @@ from lit_gpt.config import SAMPLE, Config
 from lit_gpt.data.dataset import Dataset
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.device import Precision, trained_dtype, weight_dtype
-from lit_gpt.distributed import Strategy, is_sharded, launch, loading_device
+from lit_gpt.distributed import Strategy, launch
 from lit_gpt.generate.answers import answers
+from lit_gpt.make_optimizer import check_optimizer
 from lit_gpt.model.activation_checkpointing import ActivationCheckpointing, recompute_blocks
 from lit_gpt.model.compile import compile_blocks
 from lit_gpt.model.gpt import GPT
-from lit_gpt.optimizer import check_optimizer
 from lit_gpt.quantize import Quantize, quantization, quantize_linears
 from lit_gpt.runs.header import Header
 from lit_gpt.runs.loggers import LoggerName, make_loggers
@@ -26,6 +26,7 @@ from lit_gpt.runs.methods import Method
 from lit_gpt.runs.out_dir import claim_out_dir, start_run
 from lit_gpt.runs.report import report_run
 from lit_gpt.runs.saves import Checkpoints
+from lit_gpt.sharding import is_sharded, loading_device
 from lit_gpt.train import TrainArgs, fit
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class RunArgs(LaunchArgs):
     """Flags of every recipe that teaches a model to answer."""
 
     data_dir: Path = Path("data/docstrings")
-    """What one of scripts/prepare_*.py wrote."""
+    """The prepared data: a folder that one of scripts/prepare_*.py wrote."""
     n_answers: int = 5
     """How many validation records to answer before and after, for the report."""
 

@@ -69,6 +69,11 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def sum_over_devices(fabric: "Fabric", tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of the tensors that the processes give. All processes must call it."""
+    return fabric.all_reduce(tensor, reduce_op="sum")  # type: ignore[return-value] # a tensor, as it was given
+
+
 def full_parameters(model: nn.Module, keep: Callable[[str, torch.Tensor], bool]) -> Iterator[tuple[str, torch.Tensor]]:
     """The parameters that `keep` chooses, one after the other, put together. All processes must go through them."""
     # after a validation `fully_shard` leaves parameters whole, in memory that it will use again: a tensor that we

@@ -8,18 +8,18 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lit_gpt.data.dataset import Dataset, heaviest_first, micro_batches, step_records
 from lit_gpt.device import peak_memory_gb
-from lit_gpt.distributed import full_tensor
 from lit_gpt.errors import InputError
-from lit_gpt.optimizer import OptimizerArgs, make_optimizer
+from lit_gpt.make_optimizer import OptimizerArgs, make_optimizer
 from lit_gpt.runs.log import Log, duration
 from lit_gpt.runs.resume import Progress, check_finite, resume_progress, save_progress
+from lit_gpt.sharding import full_tensor, sum_over_devices
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -116,7 +116,7 @@ def fit(
 
     # the model on its device, first: fsdp replaces its parameters by slices of them
     model = fabric.setup_module(model)
-    optimizer = fabric.setup_optimizers(make_optimizer(model, args, optimizer_class))
+    optimizer: Any = fabric.setup_optimizers(make_optimizer(model, args, optimizer_class))  # Fabric's wrapper
     share_prefixes = args.share_prefixes and not has_dropout(model) and not rotates_by_length(model)
 
     # a new run, or the one that `last` holds
@@ -187,7 +187,7 @@ def fit(
             raise InputError(
                 f"Step {progress.step + 1} does not fit. Lower --train.micro_batch_size (or _tokens). ({error})"
             ) from None
-        loss = fabric.all_reduce(loss, reduce_op="sum").item()
+        loss = sum_over_devices(fabric, loss).item()
         check_finite(loss, f"The loss of step {progress.step + 1}")
 
         # clip, step
@@ -277,7 +277,7 @@ def evaluate(fabric: "Fabric", model: nn.Module, dataset: Dataset, args: TrainAr
         total[0] += model(idx.to(fabric.device), layout=layout.to(fabric.device))
         total[1] += layout.n_targets
     model.train()
-    loss, n_targets = fabric.all_reduce(total, reduce_op="sum").tolist()
+    loss, n_targets = sum_over_devices(fabric, total).tolist()
     return loss / n_targets
 
 

@@ -25,9 +25,7 @@ fast=( # of each property one case; tutorials/development.md says more
 )
 
 check_style_and_types() {
-    ruff check
-    ruff format --check
-    mypy
+    ruff check && ruff format --check && mypy
 }
 
 case ${1:-} in

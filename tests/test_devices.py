@@ -4,11 +4,13 @@ What runs on GPUs differs in the kernels and in NCCL, not in this code; it has n
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,10 +25,11 @@ from transformers import AutoModelForCausalLM
 
 import lit_gpt.train
 from lit_gpt.data.dataset import Dataset
-from lit_gpt.distributed import full_tensor, is_to_split, launch, loading_device, local_tensor
+from lit_gpt.distributed import is_to_split, launch, rendezvous_of_machines, when_failed
 from lit_gpt.model.activation_checkpointing import recompute_blocks
 from lit_gpt.runs.load_finetuned import load_finetuned
 from lit_gpt.runs.saves import Checkpoints
+from lit_gpt.sharding import full_tensor, loading_device, local_tensor
 from lit_gpt.train import TrainArgs
 
 NAMES = ("lora", "lora nf4", "adapter", "adapter_v2 nf4-dq", "full", "full last")
@@ -84,7 +87,7 @@ def one_of_two(tiny_dir: Path, data_dir: Path, out_dir: Path) -> None:
 
 def refusal(fabric: Any, path: str) -> str | None:
     try:
-        return lit_gpt.optimizer.check_optimizer(path, fabric)
+        return lit_gpt.make_optimizer.check_optimizer(path, fabric)
     except lit_gpt.InputError as error:
         assert "cannot step where weights are split" in str(error) and "another --strategy" in str(error)
         return str(error)
@@ -207,7 +210,7 @@ FAILING = """
 import os, sys, time
 from lit_gpt import InputError
 from lit_gpt.cli import run
-from lit_gpt.device import launch
+from lit_gpt.distributed import launch
 
 def main(how: str, devices: int = 2) -> None:
     fabric = launch(devices, "32-true")
@@ -239,7 +242,7 @@ ENDS = {  # how it fails: exit status, the last line, how many lines begin with 
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory) -> dict[str, tuple[int, str, float]]:
-    """All at once, since some of them take ten seconds of waiting."""
+    """All at once: most of their time is that of starting three Pythons each."""
     script = tmp_path_factory.mktemp("ends") / "failing.py"
     script.write_text(FAILING)
     since = time.monotonic()
@@ -261,9 +264,65 @@ def test_who_fails_has_the_last_word(how, ended) -> None:
     assert stderr.count("Traceback") == (how == "raise") and seconds < 120, "instead of half an hour"
 
 
+def left(script: str) -> str:
+    """The ids of all processes with this script in their command."""
+    return subprocess.run(["pgrep", "-f", script], capture_output=True, text=True).stdout
+
+
 def test_nobody_is_left(ended) -> None:
-    left = subprocess.run(["pgrep", "-f", "failing.py"], capture_output=True, text=True).stdout
-    assert left == ""
+    assert left("failing.py") == ""
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "last_line"),
+    [
+        (signal.SIGTERM, -signal.SIGTERM, ""),
+        (signal.SIGKILL, -signal.SIGKILL, ""),
+        (signal.SIGINT, 130, "error: Interrupted."),
+    ],
+)
+def test_a_signal_ends_all_processes(sent, status, last_line, tmp_path) -> None:
+    """Sent to the command that the user typed; the processes that it started must not go on by themselves."""
+    script = tmp_path / "waiting.py"
+    script.write_text(FAILING)
+    command = [sys.executable, script, "--how", "wait"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while "All distributed processes registered" not in (line := process.stderr.readline()):
+        assert line, "it ended by itself"
+    assert len(left(str(script)).split()) == 3
+    process.send_signal(sent)
+    stderr = process.communicate(timeout=60)[1]  # ends when nobody is left who could write there
+    lines = stderr.strip().strip("-").splitlines() or [""]
+    assert (process.returncode, lines[-1]) == (status, last_line), stderr
+    assert left(str(script)) == ""
+
+
+def test_what_the_command_finds_wrong_is_found_once(tmp_path) -> None:
+    """Before any process is started, and by the command that was typed."""
+    script = tmp_path / "early.py"
+    script.write_text(FAILING.replace("fabric = launch", 'raise InputError("Too early.")\n    fabric = launch'))
+    result = subprocess.run([sys.executable, script, "--how", ""], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (2, "error: Too early.\n")
+
+
+def test_the_cause_is_told_from_what_follows() -> None:
+    """By the clock; but a process that was killed could not look at it, and one that is told to end is no cause."""
+
+    def failure(status: int, nanoseconds: int | None = None) -> SimpleNamespace:
+        record = {"message": "<NONE>"} if nanoseconds is None else {"nanoseconds": nanoseconds}
+        return SimpleNamespace(exitcode=status, error_file_data=record)
+
+    early, late = failure(1, 5), failure(1, 6)
+    abort, end, kill = (failure(-number) for number in (signal.SIGABRT, signal.SIGTERM, signal.SIGKILL))
+    silent = failure(141)
+    for cause, *others in [(early, late, abort, end), (kill, early, abort, end), (silent, early, end)]:
+        assert min(reversed([cause, *others]), key=when_failed) is cause
+
+
+def test_machines_need_an_address(monkeypatch) -> None:
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(lit_gpt.InputError, match="needs MASTER_ADDR, MASTER_PORT and NODE_RANK"):
+        rendezvous_of_machines()
 
 
 @pytest.mark.parametrize(

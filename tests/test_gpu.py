@@ -14,8 +14,8 @@ from conftest import ROOT
 from lit_gpt import Config
 from lit_gpt.checkpoint.load import build_model, load_model, load_weights
 from lit_gpt.lora import LoRA
+from lit_gpt.make_optimizer import make_optimizer
 from lit_gpt.memory.plan import Setup, adapt, batch_of, plan
-from lit_gpt.optimizer import make_optimizer
 from lit_gpt.quantize import Quantize, QuantizedLinear, quantize_linears
 from lit_gpt.train import TrainArgs
 

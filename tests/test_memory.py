@@ -15,6 +15,7 @@ from lit_gpt.adapter import Adapter
 from lit_gpt.checkpoint.load import build_model
 from lit_gpt.full import Full
 from lit_gpt.lora import LoRA
+from lit_gpt.make_optimizer import make_optimizer
 from lit_gpt.memory.ledger import Plan
 from lit_gpt.memory.plan import (
     Setup,
@@ -28,7 +29,6 @@ from lit_gpt.memory.plan import (
     watch_steps,
 )
 from lit_gpt.model.gpt import GPT
-from lit_gpt.optimizer import make_optimizer
 from lit_gpt.quantize import QuantizedLinear, quantize_linears
 from lit_gpt.train import TrainArgs
 

@@ -34,8 +34,8 @@ from lit_gpt.formats.merge import export_merged
 from lit_gpt.full import Full, mark_chosen_as_trainable
 from lit_gpt.generate.decode import generate
 from lit_gpt.lora import LoRA, lora_filter
+from lit_gpt.make_optimizer import make_optimizer
 from lit_gpt.model.activation_checkpointing import recompute_blocks
-from lit_gpt.optimizer import make_optimizer
 from lit_gpt.runs.load_finetuned import load_finetuned
 
 
@@ -191,7 +191,7 @@ def test_the_prompt_is_looked_at_beside_the_text(tiny_dir) -> None:
     C, hs, head = model.config.n_embd, attention.head_size, 4
     group = head // (model.config.n_head // model.config.n_query_groups)
     q, k, v = (torch.randn(1, heads, 5, hs) for heads in (6, 2, 2))
-    y = attention.look(q, k, v, None)[0, head, -1]
+    y = attention.attend(q, k, v, None)[0, head, -1]
 
     def softmax(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return (q[0, head, -1] @ keys.T / hs**0.5).softmax(-1) @ values
@@ -208,14 +208,14 @@ def test_the_prompt_is_looked_at_beside_the_text(tiny_dir) -> None:
 
 def test_a_prompt_that_is_remembered_would_not_train(tiny_dir) -> None:
     """What `test_exactly_its_parameters_moved` is there to find: keys computed once, before training."""
-    keys = "        keys = self.split(self.norm_k(self.k(prompt)))"
+    keys = "        keys = self.split_heads(self.norm_k(self.k(prompt)))"
     cached = (
         "        if not hasattr(self, 'kept'):\n"
         "            self.kept = [x.detach() for x in (self.norm_k(self.k(prompt)), self.norm_v(self.v(prompt)))]\n"
-        "        keys = self.split(self.kept[0])"
+        "        keys = self.split_heads(self.kept[0])"
     )
-    values = "values = self.split(self.norm_v(self.v(prompt)))"
-    module = edited(lit_gpt.adapter, (keys, cached), (values, "values = self.split(self.kept[1])"))
+    values = "values = self.split_heads(self.norm_v(self.v(prompt)))"
+    module = edited(lit_gpt.adapter, (keys, cached), (values, "values = self.split_heads(self.kept[1])"))
     model = build_model(Config.from_checkpoint(tiny_dir))
     load_weights(model, tiny_dir)
     module.apply_adapter(model, PROMPTS)

@@ -30,8 +30,8 @@ from lit_gpt.checkpoint.load import build_model, load_model, load_weights, read_
 from lit_gpt.data.dataset import Dataset, micro_batches
 from lit_gpt.distributed import launch
 from lit_gpt.lora import LoRA, LoRALinear, apply_lora, mark_only_lora_as_trainable, merge_lora_weights
+from lit_gpt.make_optimizer import make_optimizer
 from lit_gpt.model.gpt import GPT
-from lit_gpt.optimizer import make_optimizer
 from lit_gpt.quantize import Quantize, QuantizedLinear, quantization, quantize_linears
 from lit_gpt.runs.header import read_header
 from lit_gpt.runs.load_finetuned import load_finetuned

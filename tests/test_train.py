@@ -30,9 +30,9 @@ from lit_gpt.data.prepare import DataArgs, prepare
 from lit_gpt.device import weight_dtype
 from lit_gpt.distributed import launch
 from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
+from lit_gpt.make_optimizer import make_optimizer
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.packing import Segment
-from lit_gpt.optimizer import make_optimizer
 from lit_gpt.runs.resume import data_fingerprint
 from lit_gpt.runs.saves import Checkpoints
 from lit_gpt.train import TrainArgs, learning_rate

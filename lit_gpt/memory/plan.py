@@ -27,11 +27,11 @@ from lit_gpt.data.dataset import Dataset, heaviest_first, micro_batches, step_re
 from lit_gpt.device import autocast_dtype, trained_dtype, weight_dtype
 from lit_gpt.display.tables import markdown_table
 from lit_gpt.errors import InputError
+from lit_gpt.make_optimizer import OptimizerArgs, check_optimizer, make_optimizer
 from lit_gpt.memory.ledger import PARTS, Ledger, Plan, enter_model, part_of_head, quantized_params
 from lit_gpt.model.activation_checkpointing import ActivationCheckpointing, recompute_blocks
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.packing import Layout
-from lit_gpt.optimizer import OptimizerArgs, check_optimizer, make_optimizer
 from lit_gpt.quantize import Quantize, frozen_parameter, quantize_linears
 from lit_gpt.runs.methods import METHODS, Method
 from lit_gpt.sharding import is_sharded

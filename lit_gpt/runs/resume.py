@@ -15,7 +15,7 @@ import torch
 
 from lit_gpt.data.dataset import Dataset
 from lit_gpt.errors import InputError
-from lit_gpt.sharding import local_tensor
+from lit_gpt.sharding import local_tensor, sum_over_devices
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -111,7 +111,7 @@ def save_progress(
     # a weight that is not finite on any device must not replace the last good save
     is_finite = all(torch.isfinite(local_tensor(param)).all() for param in trained_params(optimizer))
     n_not_finite = torch.tensor(float(not is_finite), device=fabric.device)
-    if fabric.all_reduce(n_not_finite, reduce_op="sum"):
+    if sum_over_devices(fabric, n_not_finite):
         check_finite(math.nan, f"A trained weight after step {progress.step}")
 
     progress.scaler = fabric.strategy.precision.state_dict()

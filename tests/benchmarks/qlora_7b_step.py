@@ -21,9 +21,9 @@ from lit_gpt import GPT, Config
 from lit_gpt.checkpoint.load import build_model
 from lit_gpt.device import default_device, peak_memory_gb, weight_dtype
 from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
+from lit_gpt.make_optimizer import make_optimizer
 from lit_gpt.model.activation_checkpointing import recompute_blocks
 from lit_gpt.model.packing import Layout
-from lit_gpt.optimizer import make_optimizer
 from lit_gpt.quantize import Quantize, QuantizedLinear, quantize_linears
 from lit_gpt.train import TrainArgs
 

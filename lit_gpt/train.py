@@ -117,7 +117,8 @@ def fit(
     # the model on its device, first: fsdp replaces its parameters by slices of them
     model = fabric.setup_module(model)
     optimizer: Any = fabric.setup_optimizers(make_optimizer(model, args, optimizer_class))  # Fabric's wrapper
-    share_prefixes = args.share_prefixes and not has_dropout(model) and not rotates_by_length(model)
+    unsharable = why_prefixes_differ(model)
+    share_prefixes = args.share_prefixes and unsharable is None
 
     # a new run, or the one that `last` holds
     progress = resume_progress(fabric, checkpoints, optimizer, train_data, args, resume)
@@ -125,17 +126,17 @@ def fit(
         checkpoints.out_dir, steps, first_step=progress.step, main_process=fabric.is_global_zero, loggers=fabric.loggers
     )
     log.note(describe_run(fabric, model, train_data, args, progress))
-    if args.share_prefixes and not share_prefixes:
-        why = "dropout does not treat" if has_dropout(model) else "this scaling of positions does not turn"
-        log.note(f"Prefixes are not shared: {why} a token alike in all its records.")
+    if args.share_prefixes and unsharable is not None:
+        log.note(f"Prefixes are not shared: {unsharable} a token alike in all its records.")
 
     def validate() -> None:
-        """The validation loss; the weights are kept in `best` if it is the lowest so far."""
+        """Measures the validation loss, saves `best` if it is the lowest so far, and shows a sample."""
         if len(val_data):
             loss = evaluate(fabric, model, val_data, args)
             log.val(progress.step, loss)
             check_finite(loss, f"The validation loss after step {progress.step}")
-            if progress.is_best(loss):
+            is_best = progress.note_val_loss(loss)
+            if is_best:
                 checkpoints.save("best")
         if show_sample is not None and fabric.is_global_zero:
             for sample in show_sample():
@@ -147,6 +148,7 @@ def fit(
     if progress.step == 0:
         validate()
 
+    # a run that stopped for want of patience is not trained further if it is resumed
     while progress.step < steps and not progress.out_of_patience(args.patience):
         step_began = time.perf_counter()
 
@@ -304,6 +306,15 @@ def describe_run(fabric: "Fabric", model: nn.Module, train_data: Dataset, args: 
     if progress.step:
         line += f" Continuing after step {progress.step}."
     return line
+
+
+def why_prefixes_differ(model: nn.Module) -> str | None:
+    """The reason why records that begin with the same tokens compute them differently; None if they do not."""
+    if has_dropout(model):
+        return "dropout does not treat"
+    if rotates_by_length(model):
+        return "this scaling of positions does not turn"
+    return None
 
 
 def has_dropout(model: nn.Module) -> bool:

@@ -39,8 +39,8 @@ class Progress:
     scaler: dict[str, Any] = field(default_factory=dict)
     """The scale of the loss under 16-true and 16-mixed; empty under the others."""
 
-    def is_best(self, val_loss: float) -> bool:
-        """Notes a validation loss, and says whether it is the lowest so far."""
+    def note_val_loss(self, val_loss: float) -> bool:
+        """Remembers a validation loss for `best` and for patience. Returns whether it is the lowest so far."""
         if val_loss < self.best_val_loss:
             self.best_val_loss = val_loss
             self.evals_without_gain = 0

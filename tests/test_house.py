@@ -279,16 +279,22 @@ def test_a_docstring_stands_without_the_line_above_it(path: Path) -> None:
     assert [f"{name(path)}:{line}: {text[:40]}" for line, text in texts if text.strip().startswith("Of ")] == []
 
 
+PAGES_ABOUT_CODE = ("architecture", "development", "add_a_model_family")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "tutorials").glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_pages_name_files_that_exist(page: Path) -> None:
-    """A path in backquotes, or one that a link leads to, is that of a file, from some folder of the repository on."""
+def test_pages_name_what_exists(page: Path) -> None:
+    """A path in backquotes, or one that a link leads to, is that of a file, from some folder of the repository on.
+    A name in backquotes is one in the code.
+    """
     files = [f"/{name(path)}" for path in (*EVERYTHING, *PAGES, *RECIPES)]
     text = page.read_text(encoding="utf-8")
     named = re.findall(r"`((?:[\w.]+/)*(?!modeling_)\w+\.py)`", text)  # modeling_*.py are transformers'
     assert [file for file in named if not any(path.endswith(f"/{file}") for path in files)] == []
+    code = "\n".join(path.read_text(encoding="utf-8") for path in EVERYTHING)
+    words = re.findall(r"`(?:\w+\.)*([A-Za-z]\w*)`", text) if page.stem in PAGES_ABOUT_CODE else []
+    assert [word for word in words if not re.search(rf"\b{word}\b", code)] == []
     links = [link for link in re.findall(r"\]\(([^)#:]+)\)", text) if not (page.parent / link).exists()]
     assert links == []
 

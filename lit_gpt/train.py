@@ -141,7 +141,7 @@ def fit(
         if show_sample is not None and fabric.is_global_zero:
             for sample in show_sample():
                 log.note(f"{sample.question}\n    -> {sample.answer}")
-        fabric.barrier()
+        fabric.barrier()  # the others wait for the sample
 
     first_epoch = heaviest_first(train_data, args.global_batch_size, args.seed)
     run_began = time.perf_counter()
@@ -220,7 +220,7 @@ def fit(
         if progress.step % args.eval_interval == 0 or is_last_step:
             validate()
 
-        # save
+        # save, after validating: `last` also holds the best loss so far and the patience
         out_of_patience = progress.out_of_patience(args.patience)
         if progress.step % args.save_interval == 0 or is_last_step or out_of_patience:
             save_progress(fabric, checkpoints, optimizer, progress, keep_steps=args.keep_steps)

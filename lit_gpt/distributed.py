@@ -124,12 +124,20 @@ def check_devices(kind: str, devices: int, num_nodes: int) -> None:
 
 def is_started_from_outside() -> bool:
     """Whether somebody starts all processes of the run: torchrun, SLURM, LSF, MPI, or a user who sets LOCAL_RANK."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ or "LOCAL_RANK" in os.environ:
         return True
+    # Fabric knows for certain. Without a trace of a cluster it is not asked: importing it takes the supervisor longer
+    # than all else that it does
+    if not any(name.startswith(CLUSTER_VARIABLES) for name in os.environ):
+        return False
     from lightning_fabric.plugins import environments
 
     clusters = (environments.SLURMEnvironment, environments.LSFEnvironment, environments.MPIEnvironment)
-    return any(cluster.detect() for cluster in clusters) or "LOCAL_RANK" in os.environ
+    return any(cluster.detect() for cluster in clusters)
+
+
+CLUSTER_VARIABLES = ("SLURM_", "LSB_", "JSM_", "OMPI_", "PMI", "MPI", "MV2_", "I_MPI_")
+"""How the names of environment variables begin that SLURM, LSF and the kinds of MPI set."""
 
 
 def is_first() -> bool:

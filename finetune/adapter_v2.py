@@ -8,10 +8,11 @@ python finetune/adapter_v2.py --quantize bnb.nf4
 from pathlib import Path
 
 from lit_gpt.adapter import Adapter
+from lit_gpt.adapter_recipe import finetune_adapter
 from lit_gpt.cli import Flags, run
 from lit_gpt.memory.plan import print_plan
 from lit_gpt.quantize import Quantize
-from lit_gpt.recipe import RunArgs, finetune_with
+from lit_gpt.recipe import RunArgs
 from lit_gpt.runs.methods import METHODS
 from lit_gpt.train import TrainArgs
 
@@ -25,13 +26,13 @@ def main(
     """Fine-tune with LLaMA-Adapter v2.
 
     Args:
-        args: The flags of every recipe, such as --checkpoint_dir and --data_dir; see lit_gpt/recipe.py.
+        args: Each of its fields is a flag, as in every recipe: --checkpoint_dir, --data_dir ...; see lit_gpt/recipe.py.
         adapter: How many vectors, and from which block on; see lit_gpt/adapter.py.
         quantize: Keep the frozen linears in 4 or 8 bits; see lit_gpt/quantize.py.
         train: The optimizer, the batch and the intervals; see lit_gpt/train.py.
     """
     # the acts are those of finetune/lora.py; what is adapted, and how, is `METHODS["adapter_v2"].apply`
-    finetune_with(METHODS["adapter_v2"], args, adapter, quantize, train, show_plan=print_plan)
+    finetune_adapter(METHODS["adapter_v2"], args, adapter, quantize, train, show_plan=print_plan)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ from pathlib import Path
 from lit_gpt import Config, Tokenizer
 from lit_gpt.checkpoint.load import build_model, load_weights
 from lit_gpt.cli import Flags, run
-from lit_gpt.data.dataset import Dataset
+from lit_gpt.data.dataset import open_splits
 from lit_gpt.device import weight_dtype
 from lit_gpt.full import Full, mark_chosen_as_trainable
 from lit_gpt.generate.answers import answers
 from lit_gpt.memory.plan import print_plan
-from lit_gpt.recipe import RunArgs, answers_of_this_process, new_checkpoints, set_blocks, start_processes
-from lit_gpt.runs.out_dir import claim_out_dir, start_run
+from lit_gpt.recipe import RunArgs, new_checkpoints, number_of_answers, recompute_or_compile_blocks, start_processes
+from lit_gpt.runs.methods import METHODS
+from lit_gpt.runs.out_dir import check_out_dir, start_run
 from lit_gpt.runs.report import report_run
 from lit_gpt.sharding import loading_device
 from lit_gpt.train import TrainArgs, fit
@@ -31,37 +32,39 @@ def main(
     """Fine-tune all weights, or some.
 
     Args:
-        args: The flags of every recipe, such as --checkpoint_dir and --data_dir; see lit_gpt/recipe.py.
+        args: Each of its fields is a flag, as in every recipe: --checkpoint_dir, --data_dir ...; see lit_gpt/recipe.py.
         full: Which weights train: --train_only; see lit_gpt/full.py. `best` is a Hugging Face folder.
         train: The optimizer, the batch and the intervals; see lit_gpt/train.py.
     """
-    # settings: all of them, for hyperparameters.yaml
+    # settings: for hyperparameters.yaml, each flag of `args` by itself; an out_dir in use is refused
     settings = vars(args) | vars(full) | {"train": train}
-    claim_out_dir(args.out_dir, args.resume, args.overwrite)
+    check_out_dir(args.out_dir, args.resume, args.overwrite)
 
-    # data: prepared for this model and its tokenizer
+    # data: prepared for this model and its tokenizer, and mapped into memory
     tokenizer = Tokenizer(args.checkpoint_dir)
     config = Config.from_checkpoint(args.checkpoint_dir)
-    train_data = Dataset(args.data_dir, "train")
-    val_data = Dataset(args.data_dir, "val")
-    train_data.check_fits(tokenizer, config)
+    train_data, val_data = open_splits(args.data_dir, tokenizer, config)
 
-    # device: from here on, one process for each; several split the weights among them
+    # device: a process each, for --devices 2 this command twice, while this one waits; a trial step of the optimizer
     fabric = start_processes(args, trains_base=True, shard=True)
 
     # build, load, choose what trains
     model = build_model(config)  # no weights yet
-    base = load_weights(model, args.checkpoint_dir, weight_dtype(args.precision), loading_device(fabric))
+    base_fingerprint = load_weights(model, args.checkpoint_dir, weight_dtype(args.precision), loading_device(fabric))
     mark_chosen_as_trainable(model, full)
-    set_blocks(model, args)
+    recompute_or_compile_blocks(model, args)
 
-    # what the run writes: hyperparameters.yaml now, `last` and `best` while it trains
+    # out_dir: an old run is deleted (--overwrite) or its settings are compared (--resume); hyperparameters.yaml is
+    # written now, the folders `last` and `best` while it trains
     start_run(fabric, args.out_dir, settings)
-    checkpoints = new_checkpoints("full", full, args, model, base, tokenizer, train_data)
-    print_plan(fabric, checkpoints.method, settings | {"full": full}, config, train_data)  # you may delete this
+    method = METHODS["full"]  # which tensors are saved, and how they are loaded again
+    checkpoints = new_checkpoints(method, full, args, model, base_fingerprint, tokenizer, train_data)
+    print_plan(
+        fabric, method, settings | {"full": full}, config, train_data
+    )  # the memory of a step; you may delete this line
 
     # answers before, training, answers after by the best weights, report
-    n_answers = answers_of_this_process(fabric, args)
+    n_answers = number_of_answers(fabric, args)
     before = answers(model, tokenizer, val_data, n_answers)
     log = fit(
         fabric,
@@ -77,7 +80,7 @@ def main(
     if n_answers:
         checkpoints.load("best")  # what --finetuned will use
     after = answers(model, tokenizer, val_data, n_answers)
-    report_run(fabric, log, args.out_dir, "Full fine-tuning", settings, before, after)
+    report_run(fabric, log, args.out_dir, method.title, settings, before, after)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,27 @@
 """What the scripts in finetune/ have in common: the flags they share, and the acts that are the same in all.
 
-`finetune/lora.py` shows a run act by act. `finetune_with` is the same run for any line of `runs/methods.py`.
+`finetune/lora.py` shows a run act by act.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_gpt.checkpoint.load import build_model, load_weights
-from lit_gpt.config import SAMPLE, Config
+from lit_gpt.config import SAMPLE
 from lit_gpt.data.dataset import Dataset
 from lit_gpt.data.tokenizer import Tokenizer
-from lit_gpt.device import Precision, trained_dtype, weight_dtype
+from lit_gpt.device import Precision, trained_dtype
 from lit_gpt.distributed import Strategy, launch
-from lit_gpt.generate.answers import answers
 from lit_gpt.make_optimizer import check_optimizer
 from lit_gpt.model.activation_checkpointing import ActivationCheckpointing, recompute_blocks
 from lit_gpt.model.compile import compile_blocks
 from lit_gpt.model.gpt import GPT
-from lit_gpt.quantize import Quantize, quantization, quantize_linears
+from lit_gpt.quantize import quantization
 from lit_gpt.runs.header import Header
 from lit_gpt.runs.loggers import LoggerName, make_loggers
 from lit_gpt.runs.methods import Method
-from lit_gpt.runs.out_dir import claim_out_dir, start_run
-from lit_gpt.runs.report import report_run
 from lit_gpt.runs.saves import Checkpoints
-from lit_gpt.sharding import is_sharded, loading_device
-from lit_gpt.train import TrainArgs, fit
+from lit_gpt.sharding import is_sharded
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -79,7 +73,10 @@ class RunArgs(LaunchArgs):
 
 
 def start_processes(args: LaunchArgs, trains_base: bool = False, shard: bool = False) -> "Fabric":
-    """One process for each device; and a trial step of the optimizer, before a weight is read.
+    """One process for each device, with the same --seed, on which the weights that start at random depend.
+
+    With several devices this process starts its own command again for each, waits for them, and does not return. Each
+    takes a trial step of the optimizer, before a weight is read.
 
     Args:
         args: The flags of the recipe.
@@ -104,106 +101,41 @@ def start_processes(args: LaunchArgs, trains_base: bool = False, shard: bool = F
     return fabric
 
 
-def set_blocks(model: GPT, args: LaunchArgs) -> None:
-    """How the blocks run, by the flags of the recipe: recomputed in backward, compiled, or as they are."""
+def recompute_or_compile_blocks(model: GPT, args: LaunchArgs) -> None:
+    """Changes how the blocks run, if --activation_checkpointing or --compile asks for it; nothing by default."""
     recompute_blocks(model, args.activation_checkpointing)
     if args.compile:
         compile_blocks(model)
 
 
 def new_checkpoints(
-    method: str,
+    method: Method,
     method_settings: Any,
     args: RunArgs,
     model: GPT,
-    base: str,
+    base_fingerprint: str,
     tokenizer: Tokenizer,
     train_data: Dataset,
 ) -> Checkpoints:
     """The folders `last` and `best` of a run; in each stands all that is needed to use the weights again.
 
-    `method` is a name in `runs/methods.py`, `base` the fingerprint of the weights that `model` was loaded with.
+    `base_fingerprint` is that of the weights that `model` was loaded with: they are used with no other base.
     """
     header = Header(
-        method=method,
+        method=method.name,
         settings=asdict(method_settings),
         checkpoint_dir=str(args.checkpoint_dir),
-        base=base,
+        base=base_fingerprint,
         tokenizer=tokenizer.fingerprint,
         prompt_style=train_data.meta["prompt_style"],
         quantize=quantization(model),
     )
-    return Checkpoints(args.out_dir, model, header)
+    return Checkpoints(args.out_dir, model, header, method)
 
 
-def answers_of_this_process(fabric: "Fabric", args: RunArgs) -> int:
-    """How many answers this process gives for the report: the first one gives all.
+def number_of_answers(fabric: "Fabric", args: RunArgs) -> int:
+    """How many answers this process gives before and after, for the report: the first one gives all.
 
     A model that is sharded answers only if all processes ask it: the report then goes without.
     """
     return args.n_answers if fabric.is_global_zero and not is_sharded(fabric) else 0
-
-
-def finetune_with(
-    method: Method,
-    args: RunArgs,
-    method_settings: Any,
-    quantize: Quantize | None,
-    train: TrainArgs,
-    show_plan: Callable[..., None] | None = None,
-) -> None:
-    """The acts of finetune/lora.py, for any method that leaves the base's own weights frozen.
-
-    `show_plan` says before the first step what memory it will take: `memory.plan.print_plan`.
-    """
-    # settings
-    settings = vars(args) | {method.flag: method_settings, "quantize": quantize, "train": train}
-    claim_out_dir(args.out_dir, args.resume, args.overwrite)
-
-    # data
-    tokenizer = Tokenizer(args.checkpoint_dir)
-    config = Config.from_checkpoint(args.checkpoint_dir)
-    train_data = Dataset(args.data_dir, "train")
-    val_data = Dataset(args.data_dir, "val")
-    train_data.check_fits(tokenizer, config)
-
-    # device
-    fabric = start_processes(args)
-
-    # build, quantize, load, adapt
-    model = build_model(config)
-    quantize_linears(model, quantize)
-    base = load_weights(model, args.checkpoint_dir, weight_dtype(args.precision), loading_device(fabric))
-    method.apply(model, method_settings)
-    for name, param in model.named_parameters():
-        param.requires_grad = method.filter(name, param)
-    set_blocks(model, args)
-
-    # what the run writes
-    start_run(fabric, args.out_dir, settings)
-    checkpoints = new_checkpoints(method.name, method_settings, args, model, base, tokenizer, train_data)
-
-    # the memory of a step
-    if show_plan is not None:
-        show_plan(fabric, method, settings, config, train_data)
-
-    # answers before, training, answers after
-    n_answers = answers_of_this_process(fabric, args)
-    before = answers(model, tokenizer, val_data, n_answers)
-    log = fit(
-        fabric,
-        model,
-        train_data,
-        val_data,
-        train,
-        checkpoints,
-        resume=args.resume,
-        show_sample=lambda: answers(model, tokenizer, val_data, min(n_answers, 1)),
-        optimizer_class=args.optimizer,
-    )
-    if n_answers:
-        checkpoints.load("best")
-    after = answers(model, tokenizer, val_data, n_answers)
-
-    # report
-    report_run(fabric, log, args.out_dir, method.title, settings, before, after)

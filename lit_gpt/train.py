@@ -18,7 +18,7 @@ from lit_gpt.device import peak_memory_gb
 from lit_gpt.errors import InputError
 from lit_gpt.make_optimizer import OptimizerArgs, make_optimizer
 from lit_gpt.runs.log import Log, duration
-from lit_gpt.runs.resume import Progress, check_finite, resume_progress, save_progress
+from lit_gpt.runs.resume import Progress, check_finite, save_progress, start_or_resume
 from lit_gpt.sharding import full_tensor, sum_over_devices
 
 if TYPE_CHECKING:
@@ -114,14 +114,15 @@ def fit(
     steps = args.steps(len(train_data))
     steps_per_epoch = args.steps_per_epoch(len(train_data))
 
-    # the model on its device, first: fsdp replaces its parameters by slices of them
+    # the model on its device, first: fsdp replaces its parameters by slices of them. Fabric wraps it; the parameters
+    # are still those that `checkpoints` saves
     model = fabric.setup_module(model)
     optimizer: Any = fabric.setup_optimizers(make_optimizer(model, args, optimizer_class))  # Fabric's wrapper
     unsharable = why_prefixes_differ(model)
     share_prefixes = args.share_prefixes and unsharable is None
 
     # a new run, or the one that `last` holds
-    progress = resume_progress(fabric, checkpoints, optimizer, train_data, args, resume)
+    progress = start_or_resume(fabric, checkpoints, optimizer, train_data, args, resume)
     log = Log(
         checkpoints.out_dir, steps, first_step=progress.step, main_process=fabric.is_global_zero, loggers=fabric.loggers
     )
@@ -146,13 +147,14 @@ def fit(
     first_epoch = heaviest_first(train_data, args.global_batch_size, args.seed)
     run_began = time.perf_counter()
     if progress.step == 0:
-        validate()
+        validate()  # so that the curve begins before training, and `best` is the base until a step improves on it
 
     # a run that stopped for want of patience is not trained further if it is resumed
     while progress.step < steps and not progress.out_of_patience(args.patience):
         step_began = time.perf_counter()
 
-        # dropout: its random numbers depend on step and rank alone, so that a resumed run has no state to restore
+        # dropout: its random numbers depend on step and rank alone, so that a resumed run has no state to restore. The
+        # factors are primes, far enough apart that no two steps and ranks get the same seed
         torch.manual_seed((args.seed * 1_000_003 + progress.step) * 1_009 + fabric.global_rank)
 
         # learning rate
@@ -172,10 +174,11 @@ def fit(
             rank=fabric.global_rank,
             world_size=fabric.world_size,
             share_prefixes=share_prefixes,
-            budget=args.micro_batch_tokens,
+            micro_batch_tokens=args.micro_batch_tokens,
         )
 
-        # forward and backward; every device knows how many tokens all of them train on in this step
+        # forward and backward: with a layout the model returns the summed loss of its targets. Every device knows how
+        # many tokens all of them train on in this step, and divides by that number
         n_targets = sum(train_data.n_targets(i) for i in records)
         loss = torch.zeros((), device=fabric.device)
         try:
@@ -271,14 +274,14 @@ def evaluate(fabric: "Fabric", model: nn.Module, dataset: Dataset, args: TrainAr
         rank=fabric.global_rank,
         world_size=fabric.world_size,
         share_prefixes=args.share_prefixes and not rotates_by_length(model),
-        budget=args.micro_batch_tokens,
+        micro_batch_tokens=args.micro_batch_tokens,
     )
     model.eval()
     total = torch.zeros(2, device=fabric.device)  # the summed loss, and over how many tokens
     for idx, layout in batches:
         total[0] += model(idx.to(fabric.device), layout=layout.to(fabric.device))
         total[1] += layout.n_targets
-    model.train()
+    model.train()  # the mode that `fit` is in otherwise
     loss, n_targets = sum_over_devices(fabric, total).tolist()
     return loss / n_targets
 

@@ -117,6 +117,7 @@ MAY_KNOW = {
     "train": "data.dataset make_optimizer device sharding runs.log runs.resume errors",
     "recipe": "train make_optimizer generate runs checkpoint data model quantize config device sharding distributed"
     " errors",
+    "adapter_recipe": "recipe train runs generate checkpoint data quantize config device sharding",
     "memory": "train make_optimizer runs checkpoint data model quantize config device sharding display errors",
     "classifier": "recipe train runs checkpoint data model lora quantize config device sharding distributed display"
     " errors files packages",
@@ -495,10 +496,12 @@ def test_every_parameter_is_saved(path: Path) -> None:
     flat = dataclasses_of_flags(load(path).main)
     settings = settings_of(main)
     if not settings:
-        (call,) = [node for node in ast.walk(main) if getattr(getattr(node, "func", None), "id", "") == "finetune_with"]
+        (call,) = [
+            node for node in ast.walk(main) if getattr(getattr(node, "func", None), "id", "") == "finetune_adapter"
+        ]
         given = {ast.unparse(node) for node in [*call.args, *(keyword.value for keyword in call.keywords)]}
         assert set(parameters) <= given
-        recipe = function(ROOT / "lit_gpt/recipe.py", "finetune_with")
+        recipe = function(ROOT / "lit_gpt/adapter_recipe.py", "finetune_adapter")
         settings = settings_of(recipe).replace("method.flag: method_settings", "'method_settings': method_settings")
         acts = {"method", "show_plan"}  # no flags of a user
         parameters = [argument.arg for argument in recipe.args.args if argument.arg not in acts]

@@ -120,7 +120,9 @@ def test_gradient_does_not_depend_on_micro_batches(name: str, tiny_dir, data_dir
 @pytest.mark.parametrize("share", [False, True])
 def test_gradient_does_not_depend_on_the_token_budget(budget, share, tiny_dir, data_dir, tmp_path, expected) -> None:
     loop = edited(lit_gpt.train)
-    loop.micro_batches = lambda *args, **of: micro_batches(*args, **of | dict(share_prefixes=share, budget=budget))
+    loop.micro_batches = lambda *args, **of: micro_batches(
+        *args, **of | dict(share_prefixes=share, micro_batch_tokens=budget)
+    )
     data = first(Dataset(data_dir, "train"), 8)
     assert error(step_gradients(launch(1, "32-true"), tiny_dir, data, tmp_path, 8, loop.fit), expected[8]) < 1e-10
 

@@ -18,7 +18,7 @@ from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.device import weight_dtype
 from lit_gpt.lora import LoRA, apply_lora
 from lit_gpt.quantize import Quantize, quantize_linears
-from lit_gpt.recipe import LaunchArgs, set_blocks
+from lit_gpt.recipe import LaunchArgs, recompute_or_compile_blocks
 from lit_gpt.sharding import loading_device
 from lit_gpt.train import TrainArgs, fit
 
@@ -75,7 +75,7 @@ def train_classifier(
         began = time.perf_counter()  # the pass counts as `seconds`, whether it was made now or by another classifier
 
     # how the blocks run, while all of them are there; then only the trained ones stay, and read rows in place of tokens
-    set_blocks(gpt, args)
+    recompute_or_compile_blocks(gpt, args)
     if first_block > 0:
         model.start_from(first_block, rows)
         pooled = first_block == config.n_layer

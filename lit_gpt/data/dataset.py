@@ -121,6 +121,18 @@ class Dataset:
             )
 
 
+def open_splits(data_dir: Path, tokenizer: Tokenizer, config: Config) -> tuple[Dataset, Dataset]:
+    """The training and the validation records of a prepared folder, mapped into memory.
+
+    Raises:
+        InputError: they were not prepared for this tokenizer, or the model cannot read them; or see `Dataset`.
+    """
+    train_data = Dataset(data_dir, "train")
+    val_data = Dataset(data_dir, "val")
+    train_data.check_fits(tokenizer, config)
+    return train_data, val_data
+
+
 def read_meta(data_dir: Path) -> dict[str, Any]:
     """The content of meta.json. Raises InputError if there is none, or it lacks what is needed."""
     if not (data_dir / "meta.json").is_file():
@@ -201,7 +213,7 @@ def micro_batches(
     rank: int = 0,
     world_size: int = 1,
     share_prefixes: bool = False,
-    budget: int | None = None,
+    micro_batch_tokens: int | None = None,
 ) -> list[tuple[torch.Tensor, Layout]]:
     """This rank's share of `records`, as a list of (tokens (1, T), layout).
 
@@ -212,8 +224,8 @@ def micro_batches(
         rank 0            90    50    20          micro-batches: 90 20 | 50
         rank 1               80    40    10                      80 10 | 40
 
-    So all micro-batches are of similar length. With a `budget`, each has instead as many records of similar length as
-    have that many tokens together.
+    So all micro-batches are of similar length. With `micro_batch_tokens`, each has instead as many records of
+    similar length as have that many tokens together.
 
     Every rank gets the same number of micro-batches, since unequal numbers would deadlock. Missing ones are empty: a
     single token and no target.
@@ -223,13 +235,13 @@ def micro_batches(
     shares = [longest_first[r::world_size] for r in range(world_size)]
 
     # this rank's groups; the first rank has the largest share
-    if budget is None:
+    if micro_batch_tokens is None:
         share = shares[rank]
         n_micro_batches = math.ceil(len(shares[0]) / micro_batch_size)
         groups = [share[k::n_micro_batches] for k in range(n_micro_batches)]
     else:
         prefix = length_of_common_prefix(dataset, records) if share_prefixes else 0
-        groups_of_ranks = [group_by_budget(share, dataset, budget, prefix) for share in shares]
+        groups_of_ranks = [group_by_tokens(share, dataset, micro_batch_tokens, prefix) for share in shares]
         n_micro_batches = max(len(groups) for groups in groups_of_ranks)
         groups = groups_of_ranks[rank]
         groups += [[]] * (n_micro_batches - len(groups))
@@ -251,8 +263,8 @@ def empty_record() -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, trained
 
 
-def group_by_budget(share: Sequence[int], dataset: Dataset, budget: int, prefix: int) -> list[list[int]]:
-    """Records in groups of at most `budget` tokens, in order. A record that has more is alone.
+def group_by_tokens(share: Sequence[int], dataset: Dataset, limit: int, prefix: int) -> list[list[int]]:
+    """Records in groups of at most `limit` tokens, in order. A record that has more is alone.
 
     All records begin with the same `prefix` tokens, which count once in a group.
     """
@@ -262,7 +274,7 @@ def group_by_budget(share: Sequence[int], dataset: Dataset, budget: int, prefix:
         n_tokens = dataset.length(i) - prefix
         if n_tokens > room:
             groups.append([])
-            room = budget - prefix
+            room = limit - prefix
         groups[-1].append(i)
         room -= n_tokens
     return groups

@@ -158,7 +158,7 @@ def heaviest_lengths(data: Dataset, train: TrainArgs) -> tuple[int, ...]:
     size = train.global_batch_size
     first = heaviest_first(data, size, train.seed)[0]
     records = step_records(len(data), first, size, train.seed)
-    batches = micro_batches(data, records, train.micro_batch_size, budget=train.micro_batch_tokens)
+    batches = micro_batches(data, records, train.micro_batch_size, micro_batch_tokens=train.micro_batch_tokens)
     lengths_of_batches = []
     for _, layout in batches:
         lengths = tuple(segment.length for segment in layout.segments)

@@ -67,7 +67,7 @@ MAY_CHANGE = (
 )
 
 
-def claim_out_dir(out_dir: Path, resume: bool, overwrite: bool) -> None:
+def check_out_dir(out_dir: Path, resume: bool, overwrite: bool) -> None:
     """Checks that `out_dir` is free for a run. Of several processes only the first does, since it soon writes there.
 
     Raises:

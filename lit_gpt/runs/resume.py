@@ -52,7 +52,7 @@ class Progress:
         return patience is not None and self.evals_without_gain >= patience
 
 
-def resume_progress(
+def start_or_resume(
     fabric: "Fabric",
     checkpoints: "Checkpoints",
     optimizer: torch.optim.Optimizer,
@@ -112,7 +112,7 @@ def save_progress(
     is_finite = all(torch.isfinite(local_tensor(param)).all() for param in trained_params(optimizer))
     n_not_finite = torch.tensor(float(not is_finite), device=fabric.device)
     if sum_over_devices(fabric, n_not_finite):
-        check_finite(math.nan, f"A trained weight after step {progress.step}")
+        raise not_finite(f"A trained weight after step {progress.step}", math.nan)
 
     progress.scaler = fabric.strategy.precision.state_dict()
     if keep_steps:  # before `last`: a run killed in between comes by here again
@@ -128,12 +128,17 @@ def trained_params(optimizer: torch.optim.Optimizer) -> Iterator[torch.nn.Parame
 
 
 def check_finite(value: float, what: str) -> None:
-    """Raises InputError where a loss or a weight is NaN or infinite."""
+    """Raises InputError if a loss is NaN or infinite."""
     if not math.isfinite(value):
-        raise InputError(
-            f"{what} is {value}. Lower --train.learning_rate, or choose another --precision; `last` and `best` are as"
-            " they were saved before."
-        )
+        raise not_finite(what, value)
+
+
+def not_finite(what: str, value: float) -> InputError:
+    """The error that ends a run in which numbers have become NaN or infinite."""
+    return InputError(
+        f"{what} is {value}. Lower --train.learning_rate, or choose another --precision; `last` and `best` are as"
+        " they were saved before."
+    )
 
 
 def data_fingerprint(dataset: Dataset) -> str:

@@ -38,35 +38,35 @@ def main(
         quantize: Keep the frozen linears in 4 or 8 bits (QLoRA); see lit_gpt/quantize.py.
         train: The optimizer, the batch and the intervals; see lit_gpt/train.py.
     """
-    # settings: for hyperparameters.yaml, each flag of `args` by itself; an out_dir in use is refused
+    # settings: all flags, as hyperparameters.yaml will have them
     settings = vars(args) | {"lora": lora, "quantize": quantize, "train": train}
-    check_out_dir(args.out_dir, args.resume, args.overwrite)
+    check_out_dir(args.out_dir, args.resume, args.overwrite)  # one in use is refused, unless a flag says what to do
 
     # data: prepared for this model and its tokenizer, and mapped into memory
     tokenizer = Tokenizer(args.checkpoint_dir)
     config = Config.from_checkpoint(args.checkpoint_dir)
     train_data, val_data = open_splits(args.data_dir, tokenizer, config)
 
-    # device: a process each, for --devices 2 this command twice, while this one waits; a trial step of the optimizer
-    fabric = start_processes(args)
+    # devices: with --devices 2 two processes of this command are started here, and this one only waits for them
+    fabric = start_processes(args)  # Lightning's Fabric; the optimizer has also taken a trial step
 
     # build, quantize, load, adapt
     model = build_model(config)  # no weights yet
-    quantize_linears(model, quantize)  # its linears will keep codes of what they are loaded with
+    quantize_linears(model, quantize)  # if --quantize says so, linears will keep their weights in 4 or 8 bits
     base_fingerprint = load_weights(model, args.checkpoint_dir, weight_dtype(args.precision), loading_device(fabric))
     apply_lora(model, lora)  # the chosen linears -> LoRALinear, in place; B is zero, so nothing has changed yet
     mark_only_lora_as_trainable(model)
-    recompute_or_compile_blocks(model, args)
+    recompute_or_compile_blocks(model, args)  # if --activation_checkpointing or --compile says so
 
     # out_dir: an old run is deleted (--overwrite) or its settings are compared (--resume); hyperparameters.yaml is
     # written now, the folders `last` and `best` while it trains
     start_run(fabric, args.out_dir, settings)
-    method = METHODS["lora"]  # which tensors are saved, and how they are loaded again
+    method = METHODS["lora"]  # says which tensors are saved, and how they are loaded again
     checkpoints = new_checkpoints(method, lora, args, model, base_fingerprint, tokenizer, train_data)
-    print_plan(fabric, method, settings, config, train_data)  # you may delete this line
+    print_plan(fabric, method, settings, config, train_data)  # a step's memory; you may delete this line
 
     # answers before, training, answers after by the best weights, report
-    n_answers = number_of_answers(fabric, args)
+    n_answers = number_of_answers(fabric, args)  # 0 but in the first process, which writes the report
     before = answers(model, tokenizer, val_data, n_answers)
     log = fit(
         fabric,
@@ -76,11 +76,11 @@ def main(
         train,
         checkpoints,
         resume=args.resume,
-        show_sample=lambda: answers(model, tokenizer, val_data, min(n_answers, 1)),
+        show_sample=lambda: answers(model, tokenizer, val_data, min(n_answers, 1)),  # one
         optimizer_class=args.optimizer,
     )
     if n_answers:
-        checkpoints.load("best")  # what --finetuned will use
+        checkpoints.load("best")  # the weights that generate/base.py --finetuned uses
     after = answers(model, tokenizer, val_data, n_answers)
     report_run(fabric, log, args.out_dir, method.title, settings, before, after)
 

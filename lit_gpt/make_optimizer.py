@@ -1,8 +1,8 @@
 """The optimizer of a run: any class by its path, and a trial step before anything is written."""
 
 import inspect
-from dataclasses import dataclass
 from importlib import import_module
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,30 +14,13 @@ from lit_gpt.sharding import as_weight, is_sharded
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+    from lit_gpt.train import TrainArgs
 
-@dataclass(frozen=True)
-class OptimizerArgs:
-    """Settings of the optimizer."""
-
-    learning_rate: float = 3e-4
-    """Peak of the schedule: linear warmup, then half a cosine down to min_learning_rate at the last step."""
-    weight_decay: float = 0.01
-    """Weight decay of AdamW, on matrices only."""
-    beta1: float = 0.9
-    """AdamW's decay rate of the mean gradient, or the momentum of an optimizer that has one."""
-    beta2: float = 0.95
-    """AdamW's decay rate of the mean squared gradient."""
-
-    def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise InputError(f"train.learning_rate is {self.learning_rate}, expected more than 0.")
-        if self.weight_decay < 0:
-            raise InputError(f"train.weight_decay is {self.weight_decay}, expected more than 0, or 0.")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise InputError(f"train.beta1 is {self.beta1} and train.beta2 {self.beta2}, expected 0 to below 1.")
+# for a step that is thrown away: any settings will do
+TRIAL_SETTINGS: Any = SimpleNamespace(learning_rate=1e-4, weight_decay=0.01, beta1=0.9, beta2=0.95)
 
 
-def make_optimizer(model: nn.Module, args: OptimizerArgs, path: str = "torch.optim.AdamW") -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, args: "TrainArgs", path: str = "torch.optim.AdamW") -> torch.optim.Optimizer:
     """The optimizer whose class `path` names, for the parameters of `model` that train.
 
     Raises:
@@ -104,7 +87,7 @@ def check_optimizer(path: str, fabric: "Fabric | None" = None) -> None:
     weight.grad = torch.ones_like(weight)
 
     # a step: each optimizer fails in its own way, if it does
-    optimizer = make_optimizer(nn.ParameterList([weight]), OptimizerArgs(), path)
+    optimizer = make_optimizer(nn.ParameterList([weight]), TRIAL_SETTINGS, path)
     try:
         optimizer.step()
     except Exception as error:

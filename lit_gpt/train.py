@@ -16,7 +16,7 @@ from torch import nn
 from lit_gpt.data.dataset import Dataset, heaviest_first, micro_batches, step_records
 from lit_gpt.device import peak_memory_gb
 from lit_gpt.errors import InputError
-from lit_gpt.make_optimizer import OptimizerArgs, make_optimizer
+from lit_gpt.make_optimizer import make_optimizer
 from lit_gpt.runs.log import Log, duration
 from lit_gpt.runs.resume import Progress, check_finite, save_progress, start_or_resume
 from lit_gpt.sharding import full_tensor, sum_over_devices
@@ -28,13 +28,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TrainArgs(OptimizerArgs):
+class TrainArgs:
     """The optimizer, the schedule, the batch and the intervals."""
 
+    learning_rate: float = 3e-4
+    """Peak of the schedule: linear warmup, then half a cosine down to min_learning_rate at the last step."""
     min_learning_rate: float = 0.0
     """Where the schedule ends."""
     warmup_steps: int = 10
     """Optimizer steps until the peak; at most half of all steps."""
+    weight_decay: float = 0.01
+    """Weight decay of AdamW, on matrices only."""
+    beta1: float = 0.9
+    """AdamW's decay rate of the mean gradient, or the momentum of an optimizer that has one."""
+    beta2: float = 0.95
+    """AdamW's decay rate of the mean squared gradient."""
     max_norm: float | None = 1.0
     """Clip the gradient to this norm. None leaves it alone."""
     global_batch_size: int = 16
@@ -42,11 +50,12 @@ class TrainArgs(OptimizerArgs):
     micro_batch_size: int = 16
     """Records per forward pass on one device. Lower it when memory runs out; the result stays the same."""
     micro_batch_tokens: int | None = None
-    """Tokens per forward pass instead of records: as many records as fit, like lengths together. A record that has more
-    is alone."""
+    """Tokens per forward pass, instead of a number of records: as many records of similar length as fit. A record that
+    has more tokens than that gets a pass of its own."""
     share_prefixes: bool = True
     """Compute tokens that several records of a micro-batch begin with, such as a template, only once. The result is the
-    same; the larger the micro-batch, the more it saves. Off where adapters have dropout."""
+    same; the larger the micro-batch, the more it saves. Off with dropout, and with rotations that depend on a record's
+    length."""
     epochs: int = 1
     """How often to go through all records."""
     max_steps: int | None = None
@@ -67,9 +76,8 @@ class TrainArgs(OptimizerArgs):
     """Seed of the order of the records, and of dropout."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        more_than_zero = ("max_norm", "max_hours")
-        zero_or_more = ("min_learning_rate", "warmup_steps", "seed")
+        more_than_zero = ("learning_rate", "max_norm", "max_hours")
+        zero_or_more = ("min_learning_rate", "warmup_steps", "weight_decay", "seed")
         one_or_more = ("global_batch_size", "micro_batch_size", "micro_batch_tokens", "epochs", "max_steps")
         one_or_more += ("eval_interval", "eval_records", "patience", "save_interval")
         for names, is_valid, expected in (
@@ -81,6 +89,8 @@ class TrainArgs(OptimizerArgs):
                 value = getattr(self, name)
                 if value is not None and not is_valid(value):
                     raise InputError(f"train.{name} is {value}, expected {expected}.")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise InputError(f"train.beta1 is {self.beta1} and train.beta2 {self.beta2}, expected 0 to below 1.")
 
     def steps(self, n_records: int) -> int:
         """Optimizer steps of the whole run."""
@@ -89,7 +99,7 @@ class TrainArgs(OptimizerArgs):
 
     def steps_per_epoch(self, n_records: int) -> int:
         """Optimizer steps of an epoch; the last one takes the records that are left."""
-        return -(-n_records // self.global_batch_size)
+        return math.ceil(n_records / self.global_batch_size)
 
 
 def fit(
@@ -105,7 +115,16 @@ def fit(
 ) -> Log:
     """Trains the parameters of `model` that require a gradient, and saves `best` and `last`.
 
-    `show_sample()` gives answers (see `generate.answers`) to print after every validation.
+    Args:
+        fabric: Lightning's, as `distributed.launch` gives it: device, precision, and the other processes.
+        model: The adapted model; called with tokens and a layout it returns the summed loss of the layout's targets.
+        train_data: Records to train on.
+        val_data: Records to judge by; there may be none.
+        args: The settings above.
+        checkpoints: Saves and loads `best` and `last`.
+        resume: Whether to go on from `last`, if there is one.
+        show_sample: Gives answers (see `generate.answers`) to print after every validation.
+        optimizer_class: The path of the optimizer's class.
 
     Raises:
         InputError: no data, a loss that is not finite, or not enough GPU memory.
@@ -114,21 +133,21 @@ def fit(
     steps = args.steps(len(train_data))
     steps_per_epoch = args.steps_per_epoch(len(train_data))
 
-    # the model on its device, first: fsdp replaces its parameters by slices of them. Fabric wraps it; the parameters
-    # are still those that `checkpoints` saves
+    # the model on its device. This comes before the optimizer, since fsdp replaces each parameter by a slice of it.
+    # From here on `model` is Fabric's wrapper; inside it is the model that `checkpoints` saves
     model = fabric.setup_module(model)
     optimizer: Any = fabric.setup_optimizers(make_optimizer(model, args, optimizer_class))  # Fabric's wrapper
-    unsharable = why_prefixes_differ(model)
-    share_prefixes = args.share_prefixes and unsharable is None
+    obstacle = obstacle_to_sharing(model)
+    share_prefixes = args.share_prefixes and obstacle is None
 
-    # a new run, or the one that `last` holds
+    # a new run, or the one that `last` holds; the log writes metrics.csv and shows the progress
     progress = start_or_resume(fabric, checkpoints, optimizer, train_data, args, resume)
     log = Log(
         checkpoints.out_dir, steps, first_step=progress.step, main_process=fabric.is_global_zero, loggers=fabric.loggers
     )
     log.note(describe_run(fabric, model, train_data, args, progress))
-    if args.share_prefixes and unsharable is not None:
-        log.note(f"Prefixes are not shared: {unsharable} a token alike in all its records.")
+    if args.share_prefixes and obstacle is not None:
+        log.note(f"Prefixes are not shared: {obstacle}.")
 
     def validate() -> None:
         """Measures the validation loss, saves `best` if it is the lowest so far, and shows a sample."""
@@ -144,7 +163,8 @@ def fit(
                 log.note(f"{sample.question}\n    -> {sample.answer}")
         fabric.barrier()  # the others wait for the sample
 
-    first_epoch = heaviest_first(train_data, args.global_batch_size, args.seed)
+    # the order of the first epoch's batches: the heaviest come first, so that too little memory shows at once
+    batch_order = heaviest_first(train_data, args.global_batch_size, args.seed)
     run_began = time.perf_counter()
     if progress.step == 0:
         validate()  # so that the curve begins before training, and `best` is the base until a step improves on it
@@ -163,9 +183,8 @@ def fit(
             group["lr"] = lr
 
         # the records of this step, and this device's share of them in micro-batches
-        batch_number = progress.step
-        if batch_number < len(first_epoch):
-            batch_number = first_epoch[batch_number]  # the heaviest batch comes first: memory shows at once
+        in_first_epoch = progress.step < len(batch_order)
+        batch_number = batch_order[progress.step] if in_first_epoch else progress.step
         records = step_records(len(train_data), batch_number, args.global_batch_size, args.seed)
         batches = micro_batches(
             train_data,
@@ -177,8 +196,9 @@ def fit(
             micro_batch_tokens=args.micro_batch_tokens,
         )
 
-        # forward and backward: with a layout the model returns the summed loss of its targets. Every device knows how
-        # many tokens all of them train on in this step, and divides by that number
+        # forward and backward: the records of a micro-batch lie end to end in one row of tokens, and its layout says
+        # where each begins and which tokens are targets. The sum of their losses is divided by the number of targets
+        # that all devices together have in this step; devices exchange gradients once, with the last micro-batch
         n_targets = sum(train_data.n_targets(i) for i in records)
         loss = torch.zeros((), device=fabric.device)
         try:
@@ -245,10 +265,11 @@ def fit(
 
 
 def learning_rate(step: int, steps: int, args: TrainArgs) -> float:
-    """The schedule: linear warmup to the peak, then half a cosine down. `step` counts from 0 and already learns."""
+    """The schedule: linear warmup to the peak, then half a cosine down. Steps count from 0; none has rate 0."""
     low = args.min_learning_rate
     high = args.learning_rate
-    warmup = max(1, min(args.warmup_steps, steps // 2))  # 1: the first step is the peak; it may be the only one
+    warmup = min(args.warmup_steps, steps // 2)
+    warmup = max(1, warmup)  # without warmup the first step, which may be the only one, has the peak
     if step < warmup:
         return high * (step + 1) / warmup
     done = (step + 1 - warmup) / (steps - warmup)  # 1 at the last step
@@ -260,6 +281,7 @@ def clip_gradient(
 ) -> float:
     """Scales the gradient down to `max_norm`, and returns the norm it had. None only measures it."""
     limit = math.inf if max_norm is None else max_norm
+    # a gradient that is not finite shows in the next loss, or in the weights when they are saved
     norm = fabric.clip_gradients(model, optimizer, max_norm=limit, error_if_nonfinite=False)
     return full_tensor(norm).item()
 
@@ -267,6 +289,7 @@ def clip_gradient(
 @torch.no_grad()
 def evaluate(fabric: "Fabric", model: nn.Module, dataset: Dataset, args: TrainArgs) -> float:
     """Mean loss per trained token over the first `eval_records` records, in nats."""
+    # dropout is off here, so that prefixes can be shared even if training cannot share them
     batches = micro_batches(
         dataset,
         range(min(len(dataset), args.eval_records)),
@@ -311,19 +334,20 @@ def describe_run(fabric: "Fabric", model: nn.Module, train_data: Dataset, args: 
     return line
 
 
-def why_prefixes_differ(model: nn.Module) -> str | None:
-    """The reason why records that begin with the same tokens compute them differently; None if they do not."""
+def obstacle_to_sharing(model: nn.Module) -> str | None:
+    """The reason why records that begin with the same tokens cannot share them in training; None if they can."""
     if has_dropout(model):
-        return "dropout does not treat"
+        return "dropout does not treat a token alike in all its records"
     if rotates_by_length(model):
-        return "this scaling of positions does not turn"
+        return "this scaling of positions does not turn a token alike in all its records"
     return None
 
 
 def has_dropout(model: nn.Module) -> bool:
+    """Whether a layer sets random elements to zero in training."""
     return any(module.p > 0 for module in model.modules() if isinstance(module, nn.Dropout))
 
 
 def rotates_by_length(model: nn.Module) -> bool:
-    """Whether a token is rotated by an angle that depends on how long its record becomes."""
+    """Whether the rotation of a token depends on how long its record is, as with some kinds of `model.rope.Rope`."""
     return any(getattr(module, "by_length", False) for module in model.modules())

@@ -27,7 +27,7 @@ from lit_gpt.data.dataset import Dataset, heaviest_first, micro_batches, step_re
 from lit_gpt.device import autocast_dtype, trained_dtype, weight_dtype
 from lit_gpt.display.tables import markdown_table
 from lit_gpt.errors import InputError
-from lit_gpt.make_optimizer import OptimizerArgs, check_optimizer, make_optimizer
+from lit_gpt.make_optimizer import TRIAL_SETTINGS, check_optimizer, make_optimizer
 from lit_gpt.memory.ledger import PARTS, Ledger, Plan, enter_model, part_of_head, quantized_params
 from lit_gpt.model.activation_checkpointing import ActivationCheckpointing, recompute_blocks
 from lit_gpt.model.gpt import GPT
@@ -231,7 +231,7 @@ def watch_steps(model: GPT, batch: tuple[torch.Tensor, Layout], setup: Setup) ->
     if setup.optimizer in EIGHT_BITS:
         optimizer = Adam8bitMemory(params)
     else:
-        optimizer = make_optimizer(model, OptimizerArgs(), setup.optimizer)
+        optimizer = make_optimizer(model, TRIAL_SETTINGS, setup.optimizer)
     ledger = Ledger()
     enter_model(model, ledger)
 

@@ -115,8 +115,7 @@ MAY_KNOW = {
     " files packages",
     # no method, no tokenizer, no file format
     "train": "data.dataset make_optimizer device sharding runs.log runs.resume errors",
-    "recipe": "train make_optimizer generate runs checkpoint data model quantize config device sharding distributed"
-    " errors",
+    "recipe": "make_optimizer runs data model quantize config device sharding distributed",
     "adapter_recipe": "recipe train runs generate checkpoint data quantize config device sharding",
     "memory": "train make_optimizer runs checkpoint data model quantize config device sharding display errors",
     "classifier": "recipe train runs checkpoint data model lora quantize config device sharding distributed display"

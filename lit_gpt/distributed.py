@@ -92,6 +92,7 @@ def launch(
     fabric.launch()
     if fabric.world_size > 1:
         atexit.register(close_connections)
+        fabric.barrier()  # if one failed while others still connect to it, gloo would print an error of theirs
     torch.manual_seed(seed)
     return fabric
 
@@ -150,8 +151,8 @@ def is_first() -> bool:
 def close_connections() -> None:
     """Closes the connections to the other processes, after a run without a failure.
 
-    Without it gloo's threads outlive the interpreter, and abort about every second run:
-    https://github.com/pytorch/pytorch/issues/190489. A process that fails ends by `failures.end`, and not here.
+    Without it gloo's threads outlive the interpreter and abort it, about every second time with torch 2.13:
+    https://github.com/pytorch/pytorch/issues/190489. A failed process ends by `failures.end_process`, without this.
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -231,6 +232,7 @@ def launch_config(devices: int, num_nodes: int, folder: str) -> "LaunchConfig":
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
+    rendezvous = rendezvous_of_machines() if num_nodes > 1 else RENDEZVOUS_HERE
     return LaunchConfig(
         min_nodes=num_nodes,
         max_nodes=num_nodes,
@@ -241,11 +243,11 @@ def launch_config(devices: int, num_nodes: int, folder: str) -> "LaunchConfig":
         # Ctrl-C is Python's, which raises KeyboardInterrupt here. The launcher's default also takes SIGHUP, and takes
         # it even under nohup, which ignores it: https://github.com/pytorch/pytorch/issues/67538
         signals_to_handle="SIGTERM",
-        **(rendezvous_of_machines() if num_nodes > 1 else RENDEZVOUS_HERE),
+        **rendezvous,
     )
 
 
-RENDEZVOUS_HERE = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "local_addr": "127.0.0.1"}
+RENDEZVOUS_HERE: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "local_addr": "127.0.0.1"}
 """How the processes of one machine find each other: at a free port of it, that the launcher chooses."""
 
 

@@ -1,4 +1,4 @@
-"""Reading and writing checkpoint folders: `pytest tests/test_checkpoint.py`"""
+"""Reading and writing checkpoint folders: `pytest tests/test_checkpoint.py`, about 30 s"""
 
 import json
 import math

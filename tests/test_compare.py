@@ -1,4 +1,4 @@
-"""scripts/compare_methods.py on a tiny model: `pytest tests/test_compare.py`"""
+"""scripts/compare_methods.py on a tiny model: `pytest tests/test_compare.py`, about 1 min"""
 
 import json
 import runpy

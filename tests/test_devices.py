@@ -1,4 +1,4 @@
-"""Several processes on the CPU: the same step, whole files, one last word: `pytest tests/test_devices.py`
+"""Several processes on the CPU: the same step, whole files, one last word: `pytest tests/test_devices.py`, about 2 min
 
 What runs on GPUs differs in the kernels and in NCCL, not in this code; it has never run there.
 """

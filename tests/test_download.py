@@ -1,4 +1,4 @@
-"""scripts/download.py against a server that speaks the hub's protocol: `pytest tests/test_download.py`"""
+"""scripts/download.py against a server that speaks the hub's protocol: `pytest tests/test_download.py`, about 1 min"""
 
 import hashlib
 import json

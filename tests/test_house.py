@@ -1,4 +1,4 @@
-"""The rules of the house, read from the sources: `pytest tests/test_house.py`"""
+"""The rules of the house, read from the sources: `pytest tests/test_house.py`, about 30 s"""
 
 import ast
 import dataclasses
@@ -263,6 +263,12 @@ def test_sources_are_tidy(path: Path) -> None:
     tree(path)
     assert [i for i, line in enumerate(text.splitlines(), 1) if len(line) > 120] == []
     assert "\t" not in text and "\r" not in text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("test_*.py")), ids=name)
+def test_a_test_file_says_how_to_run_it_and_how_long_that_takes(path: Path) -> None:
+    first_line = ast.get_docstring(tree(path)).splitlines()[0]
+    assert f"`pytest {name(path)}`, about " in first_line or "`bash scripts/test.sh --gpu`, some minutes" in first_line
 
 
 @each_module

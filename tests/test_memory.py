@@ -1,4 +1,4 @@
-"""The plan is what a real step takes: `pytest tests/test_memory.py`"""
+"""The plan is what a real step takes: `pytest tests/test_memory.py`, about 2 min"""
 
 import subprocess
 import sys

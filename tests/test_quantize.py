@@ -1,4 +1,4 @@
-"""Quantized linears and QLoRA, on tiny models and a CPU: `pytest tests/test_quantize.py`
+"""Quantized linears and QLoRA, on tiny models and a CPU: `pytest tests/test_quantize.py`, about 1 min
 
 Two processes, and one whose memory is watched, are this file itself, run as a script.
 """

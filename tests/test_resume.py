@@ -1,4 +1,4 @@
-"""Killed and resumed is never killed, bit for bit; and whose folder is whose: `pytest tests/test_resume.py`
+"""Killed and resumed is never killed, bit for bit; whose folder is whose: `pytest tests/test_resume.py`, about 2 min
 
 Every run is the real finetune/lora.py in a process of its own, which dies by SIGKILL at a chosen call: read
 helpers/killable.py. The processes are forked by helpers/shell.py.

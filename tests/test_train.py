@@ -1,4 +1,4 @@
-"""The training loop and finetune/lora.py, on tiny models and a CPU: `pytest tests/test_train.py`
+"""The training loop and finetune/lora.py, on tiny models and a CPU: `pytest tests/test_train.py`, about 1 min
 
 The part that needs two processes is this file itself, run as a script by `two_ranks`.
 """

@@ -92,10 +92,8 @@ def from_hf(hf: dict[str, Any], path: Path) -> tuple[str, Settings]:
     """
     family = family_of(hf)
     if family is None:
-        known = []
-        for name in FAMILIES:
-            known += load(name).MODEL_TYPES
-        raise InputError(f"it says model_type {hf.get('model_type')!r}; known are {', '.join(sorted(known))}.")
+        known = ", ".join(sorted(families_by_model_type()))
+        raise InputError(f"it says model_type {hf.get('model_type')!r}; known are {known}.")
     settings = load(family).from_hf(hf)
     for key in ("layer_types", "no_rope_layers"):
         if hf.get(key) and len(hf[key]) != settings["n_layer"]:
@@ -107,11 +105,16 @@ def from_hf(hf: dict[str, Any], path: Path) -> tuple[str, Settings]:
 
 
 def family_of(hf: dict[str, Any]) -> str | None:
-    """The family that understands the model_type of a config.json."""
+    """The family that understands the model_type of a config.json; None if no family does."""
+    return families_by_model_type().get(hf.get("model_type"))
+
+
+def families_by_model_type() -> dict[Any, str]:
+    """Every model_type that a family understands, with the name of the family."""
+    families = {}
     for family in FAMILIES:
-        if hf.get("model_type") in load(family).MODEL_TYPES:
-            return family
-    return None
+        families |= dict.fromkeys(load(family).MODEL_TYPES, family)
+    return families
 
 
 def exceptions(hf: dict[str, Any], name: str) -> Settings:

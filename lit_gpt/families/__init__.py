@@ -111,7 +111,7 @@ def family_of(hf: dict[str, Any]) -> str | None:
 
 def families_by_model_type() -> dict[Any, str]:
     """Every model_type that a family understands, with the name of the family."""
-    families = {}
+    families: dict[Any, str] = {}
     for family in FAMILIES:
         families |= dict.fromkeys(load(family).MODEL_TYPES, family)
     return families

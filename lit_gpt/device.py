@@ -100,7 +100,8 @@ def precision_plugin(precision: str, kind: str) -> Any:
 
     class Mixed(MixedPrecision):
         def convert_input(self, data: Any) -> Any:
-            return data  # tokens and where they lie: integers, nothing to cast
+            # tokens and where they lie are integers: there is nothing to cast
+            return data
 
     class Scaled(Mixed):
         """float16 weights and float32 adapters: nothing is autocast, but the loss is scaled."""
@@ -119,7 +120,8 @@ def peak_memory_gb(device: torch.device) -> float:
     """The most memory that this process has held so far, in GB (10^9 bytes): on its GPU, or, without one, in all."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource  # here, since Windows has no such module
+    # here, since Windows has no such module
+    import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # getrusage counts in bytes on macOS and in KiB on Linux

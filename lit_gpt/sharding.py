@@ -94,7 +94,8 @@ def as_weight(tensor: torch.Tensor, fabric: "Fabric") -> torch.Tensor:
     from torch.distributed.tensor import Shard, distribute_tensor
 
     devices = fabric.strategy.device_mesh["data_parallel"]  # type: ignore[attr-defined] # a ModelParallelStrategy
-    return distribute_tensor(tensor, devices, [Shard(0)])  # 0: by rows
+    # 0: by rows, as `fully_shard` splits them
+    return distribute_tensor(tensor, devices, [Shard(0)])
 
 
 def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

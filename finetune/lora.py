@@ -48,7 +48,7 @@ def main(
     train_data, val_data = open_splits(args.data_dir, tokenizer, config)
 
     # devices: with --devices 2 two processes of this command are started here, and this one only waits for them
-    fabric = start_processes(args)  # Lightning's Fabric; the optimizer has also taken a trial step
+    fabric = start_processes(args)  # Lightning's Fabric; an --optimizer that cannot step is refused here
 
     # build, quantize, load, adapt
     model = build_model(config)  # no weights yet
@@ -58,10 +58,10 @@ def main(
     mark_only_lora_as_trainable(model)
     recompute_or_compile_blocks(model, args)  # if --activation_checkpointing or --compile says so
 
-    # out_dir: an old run is deleted (--overwrite) or its settings are compared (--resume); hyperparameters.yaml is
-    # written now, the folders `last` and `best` while it trains
+    # out_dir: an old run is deleted (--overwrite) or its settings are compared (--resume). hyperparameters.yaml is
+    # written now; while it trains, `best` and `last` with A and B as lora.safetensors, `last` with the optimizer, too
     start_run(fabric, args.out_dir, settings)
-    method = METHODS["lora"]  # says which tensors are saved, and how they are loaded again
+    method = METHODS["lora"]  # for files and reports: which tensors are saved, and how `apply_lora` is repeated
     checkpoints = new_checkpoints(method, lora, args, model, base_fingerprint, tokenizer, train_data)
     print_plan(fabric, method, settings, config, train_data)  # a step's memory; you may delete this line
 
@@ -82,7 +82,7 @@ def main(
     if n_answers:
         checkpoints.load("best")  # the weights that generate/base.py --finetuned uses
     after = answers(model, tokenizer, val_data, n_answers)
-    report_run(fabric, log, args.out_dir, method.title, settings, before, after)
+    report_run(fabric, log, args.out_dir, method.title, settings, before, after)  # report.md and loss.png
 
 
 if __name__ == "__main__":

@@ -121,7 +121,8 @@ def fit(
         train_data: Records to train on.
         val_data: Records to judge by; there may be none.
         args: The settings above.
-        checkpoints: Saves and loads `best` and `last`.
+        checkpoints: Writes and loads the folders `best`, with what has been trained, and `last`, which also has the
+            optimizer and the step.
         resume: Whether to go on from `last`, if there is one.
         show_sample: Gives answers (see `generate.answers`) to print after every validation.
         optimizer_class: The path of the optimizer's class.
@@ -136,11 +137,14 @@ def fit(
     # the model on its device. This comes before the optimizer, since fsdp replaces each parameter by a slice of it.
     # From here on `model` is Fabric's wrapper; inside it is the model that `checkpoints` saves
     model = fabric.setup_module(model)
-    optimizer: Any = fabric.setup_optimizers(make_optimizer(model, args, optimizer_class))  # Fabric's wrapper
     obstacle = obstacle_to_sharing(model)
     share_prefixes = args.share_prefixes and obstacle is None
 
-    # a new run, or the one that `last` holds; the log writes metrics.csv and shows the progress
+    # the optimizer, AdamW or another class: for all that trains, with weight decay for matrices, none for vectors
+    optimizer: Any = fabric.setup_optimizers(make_optimizer(model, args, optimizer_class))  # Fabric's wrapper
+
+    # step 0, or the step, the weights and the optimizer that `last` holds; the log writes metrics.csv and shows the
+    # progress
     progress = start_or_resume(fabric, checkpoints, optimizer, train_data, args, resume)
     log = Log(
         checkpoints.out_dir, steps, first_step=progress.step, main_process=fabric.is_global_zero, loggers=fabric.loggers

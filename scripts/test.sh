@@ -17,7 +17,7 @@ python scripts/download_sample.py >&2
 fast=( # of each property one case; tutorials/development.md says more
     tests/test_house.py
     "tests/test_families.py::test_logits_are_those_of_transformers[llama]"
-    tests/test_layout.py::test_loss_and_gradients_are_those_of_separate_records
+    tests/test_packing.py::test_loss_and_gradients_are_those_of_separate_records
     tests/test_lora.py::test_identity_at_birth
     tests/test_train.py::test_gradient_does_not_depend_on_micro_batches
     tests/test_train.py::test_wrong_divisor_fails_the_check

@@ -1,10 +1,8 @@
 """Attention: which tokens each token may see, and the kernel that computes it.
 
-    CausalSelfAttention.forward     x -> queries, keys, values, normed and rotated; with a cache, those of all tokens
-    CausalSelfAttention.attend      what a method may extend: the adapter's prompt is added here
-    attend                          asks for a kernel, and calls it; `compile.py` keeps it out of compiled code
-    choose_kernel                   the one place that knows which kernels there are
-    attend_by_segment               the kernel of all devices: one dense attention for each segment of a packed row
+    CausalSelfAttention     queries, keys, values, normed and rotated; with a cache, those of all tokens
+    compute_attention       each token's attention to those it may see: the one place that chooses a kernel
+    attend_by_segment       the kernel of all devices: one dense attention for each segment of a packed row
 
 The legend of the shapes is in `gpt.py`."""
 
@@ -48,8 +46,8 @@ class CausalSelfAttention(nn.Module):
         self.window = config.window_of(layer)
         self.scale = config.attn_scale
         self.softcap = config.attn_softcap or None  # a cap of 0 in somebody's config.json means none
-        # the function that computes attention: a part like the linears, which `compile.py` replaces
-        self.attention_function: Kernel = attend
+        # a part like the linears, for which `compile.py` puts in one that it does not compile
+        self.attention_function: Kernel = compute_attention
 
     def forward(
         self,
@@ -78,7 +76,7 @@ class CausalSelfAttention(nn.Module):
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
         """Attention of queries (B, nh, T, hs) to keys and values (B, ng, S, hs): (B, nh, T, hs).
 
-        A method that adds something to attention overrides this.
+        A method that adds something to attention overrides this: the adapters add their prompt here.
         """
         return self.attention_function(q, k, v, mask, window=self.window, scale=self.scale, softcap=self.softcap)
 
@@ -117,7 +115,7 @@ class Kernel(Protocol):
         """
 
 
-def attend(
+def compute_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -126,27 +124,15 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Attention, (B, nh, T, hs), of each token to those it may see, by the kernel for these tensors; see `Kernel`."""
-    kernel = choose_kernel(q.device.type, q.dtype, packed=isinstance(mask, Layout), softcap=softcap)
-    return kernel(q, k, v, mask, window=window, scale=scale, softcap=softcap)
+    """Attention, (B, nh, T, hs), of each token to those it may see; see `Kernel`.
 
+    This is the one place where a kernel is chosen, by device, dtype and mask. One fused call for all packed records,
+    such as torch.nn.attention.varlen, would be a function with the signature of `Kernel`, and begin here with
 
-def choose_kernel(device_type: str, dtype: torch.dtype, packed: bool, softcap: float | None = None) -> Kernel:
-    """The kernel that computes attention on a device, in a dtype.
-
-    This is the one place to add a kernel: write a function with the signature of `Kernel`, and return it if it can do
-    what is asked for. One fused call for all packed records, such as torch.nn.attention.varlen, would begin with
-
-        if packed and softcap is None and device_type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-            return varlen_attention  # which reads mask.varlen
-
-    Args:
-        device_type: "cpu", "cuda", ...
-        dtype: The dtype of queries, keys and values.
-        packed: Whether the mask is a Layout.
-        softcap: As in `Kernel`; most fused kernels have none.
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and isinstance(mask, Layout) and softcap is None:
+            return attend_in_one_call(...)  # which reads mask.varlen
     """
-    return attend_by_segment
+    return attend_by_segment(q, k, v, mask, window=window, scale=scale, softcap=softcap)
 
 
 def attend_by_segment(

@@ -2,7 +2,7 @@
 
 import torch
 
-from lit_gpt.model.attention import attend
+from lit_gpt.model.attention import compute_attention
 from lit_gpt.model.gpt import GPT
 
 
@@ -11,9 +11,9 @@ def compile_blocks(model: GPT) -> None:
 
     Attention is left out: where records begin differs from batch to batch, and its kernels are fused already.
     """
-    eager_attend = torch.compiler.disable(attend)
+    eager_attention = torch.compiler.disable(compute_attention)
     for block in model.transformer.h:
         # one function for all blocks: Dynamo gives up, without an error, after recompiling the same code 8 times
         # (torch._dynamo.config.recompile_limit, torch 2.13)
-        block.attn.attention_function = eager_attend
+        block.attn.attention_function = eager_attention
         block.compile(dynamic=True)

@@ -8,7 +8,7 @@
      |   x = x + attn(norm_1(x))    RMSNorm                     norms.py       NORMS
      |                              CausalSelfAttention         norms.py       QK_NORMS
      |                                cos, sin from Rope        rope.py        SCALING_FUNCTIONS
-     |                                a kernel                  attention.py   choose_kernel
+     |                                attention in a record     attention.py   compute_attention
      |   x = x + mlp(norm_2(x))     RMSNorm, LLaMAMLP           mlp.py         MLPS, ACTIVATION_FUNCTIONS
      |
     transformer.ln_f        RMSNorm
@@ -128,6 +128,7 @@ class GPT(nn.Module):
         # only the positions with a target need logits; this backward is three times faster than that of x[0, index]
         x = x[0].index_select(0, layout.target_index)  # (N, C)
         x = self.transformer.ln_f(x)
+        # the cross entropy of all targets, added up over chunks: the logits of all positions are never in memory
         return summed_loss(self.logits, self.lm_head.parameters(), x, layout.target)
 
     def hidden(
@@ -268,7 +269,7 @@ class Block(nn.Module):
             x: The sum of the embedding and what all blocks before have added.
             cos: The cosine of each token's rotations, (T, rope_n_elem / 2).
             sin: Their sine, of the same shape.
-            mask: Which tokens each token may see; see `attention.py`.
+            mask: Which tokens each token may see: a Layout lets it see those before it in its own record.
             input_pos: Where in the cache the tokens go, (T,).
             cache: This block's part of the key-value cache.
         """

@@ -1,4 +1,4 @@
-"""Records end to end: the loss and gradients of one by one: `pytest tests/test_layout.py`, about 10 s"""
+"""Records end to end: the loss and gradients of one by one: `pytest tests/test_packing.py`, about 10 s"""
 
 import time
 from dataclasses import replace
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lit_gpt import GPT, Config
 from lit_gpt.model import attention
-from lit_gpt.model.attention import attend
+from lit_gpt.model.attention import compute_attention
 from lit_gpt.model.packing import Layout, prefix_groups
 
 SIZES = dict(n_layer=2, n_head=4, n_query_groups=2, n_embd=32, intermediate_size=48, vocab_size=50, block_size=64)
@@ -101,7 +101,7 @@ def test_a_layout_says_all_that_one_fused_call_needs(records, share, window, sof
     q, k, v = (torch.randn(1, heads, layout.n_tokens, 8).double().requires_grad_() for heads in (4, 2, 2))
     weight = torch.randn(1, 4, layout.n_tokens, 8).double()
     results = []
-    for kernel in (attend, varlen_kernel):
+    for kernel in (compute_attention, varlen_kernel):
         y = kernel(q, k, v, layout, window=window, scale=0.3, softcap=softcap)
         results.append([y, *torch.autograd.grad((y * weight).sum(), (q, k, v))])
     assert_equal(*results)
@@ -112,7 +112,7 @@ def test_a_layout_says_all_that_one_fused_call_needs(records, share, window, sof
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("changes", [{}, {"sliding_window": 4, "sliding_layers": [1]}, {"attn_softcap": 2.0}], ids=str)
 def test_another_kernel_is_chosen_in_one_place(changes, share, monkeypatch) -> None:
-    """A whole model with the kernel above, by `choose_kernel` alone."""
+    """A whole model with the kernel above in the place of the only one that `compute_attention` knows."""
     torch.manual_seed(0)
     model = GPT(Config(**SIZES | changes)).double()
     records = tensors([([1, 2, 3, 0, 1, 3], 0b111000), ([1, 2, 0, 2, 2], 0b1100), ([1, 2, 2], 0b100), ([3, 1], 0b10)])
@@ -121,23 +121,23 @@ def test_another_kernel_is_chosen_in_one_place(changes, share, monkeypatch) -> N
     expected_gradients = gradients(model, expected)
     assert "varlen" not in vars(layout), "the loop over segments does not pay for it"
 
-    asked = []
+    calls = []
 
-    def choose_kernel(device_type, dtype, packed, softcap=None):
-        asked.append((device_type, dtype, packed, softcap))
-        return varlen_kernel
+    def counted_kernel(q, k, v, mask, window=None, scale=None, softcap=None):
+        calls.append((mask, softcap))
+        return varlen_kernel(q, k, v, mask, window=window, scale=scale, softcap=softcap)
 
-    monkeypatch.setattr(attention, "choose_kernel", choose_kernel)
+    monkeypatch.setattr(attention, "attend_by_segment", counted_kernel)
     loss = model(idx, layout=layout)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     assert_equal(gradients(model, loss), expected_gradients)
-    assert asked == [("cpu", torch.float64, True, changes.get("attn_softcap"))] * 2
+    assert calls == [(layout, changes.get("attn_softcap"))] * 2
 
 
 def test_a_wrong_index_would_be_seen() -> None:
     _, layout = Layout.end_to_end(tensors([([1, 2, 3, 0], 0), ([1, 2, 0, 2, 1], 0), ([3], 0)]), share_prefixes=True)
     q, k, v = (torch.randn(1, heads, layout.n_tokens, 8).double() for heads in (4, 2, 2))
-    expected = attend(q, k, v, layout)
+    expected = compute_attention(q, k, v, layout)
     right = layout.varlen
     wrong = {
         "another key": replace(right, key_index=right.key_index.roll(1)),

@@ -1,4 +1,4 @@
-"""What is wrong with prepared data is found, and counted exactly: `pytest tests/test_xray.py`, about 15 s"""
+"""What is wrong with prepared data is found, and counted exactly: `pytest tests/test_find_problems.py`, about 15 s"""
 
 import json
 import re

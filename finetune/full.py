@@ -36,7 +36,7 @@ def main(
         full: Which weights train: --train_only; see lit_gpt/full.py. `best` is a Hugging Face folder.
         train: The optimizer, the batch and the intervals; see lit_gpt/train.py.
     """
-    # settings: all flags, as hyperparameters.yaml will have them
+    # settings: all flags, for hyperparameters.yaml and the report
     settings = vars(args) | vars(full) | {"train": train}
     check_out_dir(args.out_dir, args.resume, args.overwrite)  # one in use is refused, unless a flag says what to do
 
@@ -54,17 +54,16 @@ def main(
     mark_chosen_as_trainable(model, full)
     recompute_or_compile_blocks(model, args)  # if --activation_checkpointing or --compile says so
 
-    # out_dir: an old run is deleted (--overwrite) or its settings are compared (--resume); hyperparameters.yaml is
-    # written now, the folders `last` and `best` while it trains
+    # out_dir: --overwrite deletes the old run, --resume refuses other settings than its own. Then hyperparameters.yaml
+    # is written. `fit` will save the whole model to `best` and `last`, as Hugging Face folders
     start_run(fabric, args.out_dir, settings)
-    method = METHODS["full"]  # says which tensors are saved, and how they are loaded again
+    method = METHODS["full"]  # a name and a filter, for saving: all tensors
     checkpoints = new_checkpoints(method, full, args, model, base_fingerprint, tokenizer, train_data)
-    print_plan(
-        fabric, method, settings | {"full": full}, config, train_data
-    )  # the memory of a step; you may delete this line
+    # a step's memory, worked out; you may delete this line
+    print_plan(fabric, method, settings | {"full": full}, config, train_data)
 
     # answers before, training, answers after by the best weights, report
-    n_answers = number_of_answers(fabric, args)  # 0 but in the first process, which writes the report
+    n_answers = number_of_answers(fabric, args)  # the first process gives them all, the others none
     before = answers(model, tokenizer, val_data, n_answers)
     log = fit(
         fabric,
@@ -74,13 +73,13 @@ def main(
         train,
         checkpoints,
         resume=args.resume,
-        show_sample=lambda: answers(model, tokenizer, val_data, min(n_answers, 1)),  # one
-        optimizer_class=args.optimizer,
+        show_sample=lambda: answers(model, tokenizer, val_data, min(n_answers, 1)),  # one, or none
+        optimizer_path=args.optimizer,
     )
     if n_answers:
         checkpoints.load("best")  # the weights that generate/base.py --finetuned uses
     after = answers(model, tokenizer, val_data, n_answers)
-    report_run(fabric, log, args.out_dir, method.title, settings, before, after)
+    report_run(fabric, log, args.out_dir, method.title, settings, before, after)  # report.md and loss.png
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def main(
         quantize: Keep the frozen linears in 4 or 8 bits (QLoRA); see lit_gpt/quantize.py.
         train: The optimizer, the batch and the intervals; see lit_gpt/train.py.
     """
-    # settings: all flags, as hyperparameters.yaml will have them
+    # settings: all flags, for hyperparameters.yaml and the report
     settings = vars(args) | {"lora": lora, "quantize": quantize, "train": train}
     check_out_dir(args.out_dir, args.resume, args.overwrite)  # one in use is refused, unless a flag says what to do
 
@@ -48,9 +48,9 @@ def main(
     train_data, val_data = open_splits(args.data_dir, tokenizer, config)
 
     # devices: with --devices 2 two processes of this command are started here, and this one only waits for them
-    fabric = start_processes(args)  # Lightning's Fabric; an --optimizer that cannot step is refused here
+    fabric = start_processes(args)  # Lightning's Fabric. A useless --optimizer is found here, before a weight is read
 
-    # build, quantize, load, adapt
+    # build, quantize, load, adapt. The fingerprint goes with what is trained: it is used on no other base
     model = build_model(config)  # no weights yet
     quantize_linears(model, quantize)  # if --quantize says so, linears will keep their weights in 4 or 8 bits
     base_fingerprint = load_weights(model, args.checkpoint_dir, weight_dtype(args.precision), loading_device(fabric))
@@ -58,15 +58,15 @@ def main(
     mark_only_lora_as_trainable(model)
     recompute_or_compile_blocks(model, args)  # if --activation_checkpointing or --compile says so
 
-    # out_dir: an old run is deleted (--overwrite) or its settings are compared (--resume). hyperparameters.yaml is
-    # written now; while it trains, `best` and `last` with A and B as lora.safetensors, `last` with the optimizer, too
+    # out_dir: --overwrite deletes the old run, --resume refuses other settings than its own. Then hyperparameters.yaml
+    # is written. `fit` will save A and B to `best` and `last`, as lora.safetensors
     start_run(fabric, args.out_dir, settings)
-    method = METHODS["lora"]  # for files and reports: which tensors are saved, and how `apply_lora` is repeated
+    method = METHODS["lora"]  # a name and a filter, for saving: its tensors are those whose names begin with lora_
     checkpoints = new_checkpoints(method, lora, args, model, base_fingerprint, tokenizer, train_data)
-    print_plan(fabric, method, settings, config, train_data)  # a step's memory; you may delete this line
+    print_plan(fabric, method, settings, config, train_data)  # a step's memory, worked out; you may delete this line
 
     # answers before, training, answers after by the best weights, report
-    n_answers = number_of_answers(fabric, args)  # 0 but in the first process, which writes the report
+    n_answers = number_of_answers(fabric, args)  # the first process gives them all, the others none
     before = answers(model, tokenizer, val_data, n_answers)
     log = fit(
         fabric,
@@ -76,8 +76,8 @@ def main(
         train,
         checkpoints,
         resume=args.resume,
-        show_sample=lambda: answers(model, tokenizer, val_data, min(n_answers, 1)),  # one
-        optimizer_class=args.optimizer,
+        show_sample=lambda: answers(model, tokenizer, val_data, min(n_answers, 1)),  # one, or none
+        optimizer_path=args.optimizer,
     )
     if n_answers:
         checkpoints.load("best")  # the weights that generate/base.py --finetuned uses

@@ -71,7 +71,7 @@ def finetune_adapter(
         checkpoints,
         resume=args.resume,
         show_sample=lambda: answers(model, tokenizer, val_data, min(n_answers, 1)),
-        optimizer_class=args.optimizer,
+        optimizer_path=args.optimizer,
     )
     if n_answers:
         checkpoints.load("best")

@@ -111,13 +111,14 @@ def fit(
     checkpoints: "Checkpoints",
     resume: bool = False,
     show_sample: Callable[[], list] | None = None,
-    optimizer_class: str = "torch.optim.AdamW",
+    optimizer_path: str = "torch.optim.AdamW",
 ) -> Log:
     """Trains the parameters of `model` that require a gradient, and saves `best` and `last`.
 
     Args:
-        fabric: Lightning's, as `distributed.launch` gives it: device, precision, and the other processes.
-        model: The adapted model; called with tokens and a layout it returns the summed loss of the layout's targets.
+        fabric: Lightning's, as `recipe.start_processes` gives it: device, precision, and the other processes.
+        model: The adapted model. Called with tokens and a layout, which says where records begin and what is trained,
+            it returns the summed loss.
         train_data: Records to train on.
         val_data: Records to judge by; there may be none.
         args: The settings above.
@@ -125,7 +126,7 @@ def fit(
             optimizer and the step.
         resume: Whether to go on from `last`, if there is one.
         show_sample: Gives answers (see `generate.answers`) to print after every validation.
-        optimizer_class: The path of the optimizer's class.
+        optimizer_path: The path of the optimizer's class.
 
     Raises:
         InputError: no data, a loss that is not finite, or not enough GPU memory.
@@ -141,7 +142,7 @@ def fit(
     share_prefixes = args.share_prefixes and obstacle is None
 
     # the optimizer, AdamW or another class: for all that trains, with weight decay for matrices, none for vectors
-    optimizer: Any = fabric.setup_optimizers(make_optimizer(model, args, optimizer_class))  # Fabric's wrapper
+    optimizer: Any = fabric.setup_optimizers(make_optimizer(model, args, optimizer_path))  # Fabric's wrapper
 
     # step 0, or the step, the weights and the optimizer that `last` holds; the log writes metrics.csv and shows the
     # progress
@@ -167,7 +168,8 @@ def fit(
                 log.note(f"{sample.question}\n    -> {sample.answer}")
         fabric.barrier()  # the others wait for the sample
 
-    # the order of the first epoch's batches: the heaviest come first, so that too little memory shows at once
+    # the order of the first epoch's batches: the one with the most tokens and the one with the longest record come
+    # first, so that too little memory shows at once
     batch_order = heaviest_first(train_data, args.global_batch_size, args.seed)
     run_began = time.perf_counter()
     if progress.step == 0:
@@ -269,7 +271,10 @@ def fit(
 
 
 def learning_rate(step: int, steps: int, args: TrainArgs) -> float:
-    """The schedule: linear warmup to the peak, then half a cosine down. Steps count from 0; none has rate 0."""
+    """The schedule: linear warmup to the peak, then half a cosine down. Steps count from 0.
+
+    The first step has more than 0, the last has `min_learning_rate`.
+    """
     low = args.min_learning_rate
     high = args.learning_rate
     warmup = min(args.warmup_steps, steps // 2)
@@ -308,7 +313,7 @@ def evaluate(fabric: "Fabric", model: nn.Module, dataset: Dataset, args: TrainAr
     for idx, layout in batches:
         total[0] += model(idx.to(fabric.device), layout=layout.to(fabric.device))
         total[1] += layout.n_targets
-    model.train()  # the mode that `fit` is in otherwise
+    model.train()  # back to the mode in which a model is built, and trained
     loss, n_targets = sum_over_devices(fabric, total).tolist()
     return loss / n_targets
 

@@ -104,7 +104,7 @@ def train_classifier(
             train,
             checkpoints,
             resume=args.resume,
-            optimizer_class=args.optimizer,
+            optimizer_path=args.optimizer,
         )
         checkpoints.load("best")
 

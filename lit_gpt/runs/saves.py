@@ -27,7 +27,8 @@ class Checkpoints:
     """The folders `last` and `best` of a run.
 
     Both hold the trained weights with all that is needed to use them, `last` also what is needed to train on. Every
-    process of a run must call its methods, since each may hold a part of the weights; only the first one writes.
+    process of a run must call what saves or resumes, since each may hold a part of the weights; only the first one
+    writes.
     """
 
     def __init__(self, out_dir: Path, model: nn.Module, header: Header, method: Method | None = None) -> None:

@@ -31,8 +31,18 @@ def accelerator() -> str:
 
 
 def default_device() -> torch.device:
-    """The device of a script that runs in one process."""
-    return torch.device(accelerator())
+    """The device of a script that runs in one process, ready to use."""
+    kind = accelerator()
+    prepare_device(kind)
+    return torch.device(kind)
+
+
+def prepare_device(kind: str) -> None:
+    """Settings of PyTorch that the whole process needs on a kind of device; see `accelerator`."""
+    if kind == "cuda":
+        # On Hopper torch 2.11 and later prefer cuDNN's attention, which plans anew for every length and stride of its
+        # inputs, and records have all lengths: tutorials/gpu.md has the figures
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def resolve_precision(precision: Precision) -> str:

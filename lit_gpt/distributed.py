@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 
-from lit_gpt.device import Precision, accelerator, precision_plugin, resolve_precision
+from lit_gpt.device import Precision, accelerator, precision_plugin, prepare_device, resolve_precision
 from lit_gpt.errors import InputError
 from lit_gpt.failures import SUPERVISOR, is_supervised
 from lit_gpt.sharding import shard_weights
@@ -90,6 +90,7 @@ def launch(
         loggers=list(loggers),
     )
     fabric.launch()
+    prepare_device(kind)
     if fabric.world_size > 1:
         atexit.register(close_connections)
         fabric.barrier()  # if one failed while others still connect to it, gloo would print an error of theirs

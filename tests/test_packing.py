@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lit_gpt import GPT, Config
 from lit_gpt.model import attention
-from lit_gpt.model.attention import compute_attention
+from lit_gpt.model.attention import attend_by_segment, attend_in_one_call
 from lit_gpt.model.packing import Layout, prefix_groups
 
 SIZES = dict(n_layer=2, n_head=4, n_query_groups=2, n_embd=32, intermediate_size=48, vocab_size=50, block_size=64)
@@ -62,30 +62,33 @@ def test_loss_and_gradients_are_those_of_separate_records(model, records, share)
         assert_equal(gradients(model, loss), gradients(model, expected))
 
 
-def varlen_kernel(q, k, v, mask, window=None, scale=None, softcap=None) -> torch.Tensor:
-    """A kernel of plain PyTorch that knows of a layout only what one fused call would: see `VarlenIndex`."""
-    index = mask.varlen
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, hs)
-    if index.key_index is not None:
-        k, v = k.index_select(0, index.key_index), v.index_select(0, index.key_index)
+def plain_varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale=None, window_size=(-1, -1)) -> torch.Tensor:
+    """torch.nn.attention.varlen.varlen_attn, which needs a GPU, in plain PyTorch: (T, nh, hs)"""
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
 
-    # padded to (segments, longest)
-    columns_q, columns_k = torch.arange(index.max_seqlen_q), torch.arange(index.max_seqlen_k)
-    lengths_q, lengths_k = index.cu_seqlens_q.diff(), index.cu_seqlens_k.diff()
-    rows_q = (index.cu_seqlens_q[:-1, None] + columns_q).clamp(max=len(q) - 1)
-    rows_k = (index.cu_seqlens_k[:-1, None] + columns_k).clamp(max=len(k) - 1)
+    # padded to (texts, longest)
+    columns_q, columns_k = torch.arange(max_q), torch.arange(max_k)
+    lengths_q, lengths_k = cu_seq_q.diff(), cu_seq_k.diff()
+    rows_q = (cu_seq_q[:-1, None] + columns_q).clamp(max=len(q) - 1)
+    rows_k = (cu_seq_k[:-1, None] + columns_k).clamp(max=len(k) - 1)
     scores = torch.einsum("nqhd,nkhd->nhqk", q[rows_q], k[rows_k]) * (scale or q.size(-1) ** -0.5)
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
 
-    # causal, aligned to the lower right; the queries of the padding see everything, and are dropped
+    # the mask is aligned to the lower right; the queries of the padding see everything, and are dropped
+    left, right = (max_k if size < 0 else size for size in window_size)
     distance = (lengths_k - lengths_q)[:, None, None] + columns_q[:, None] - columns_k
-    seen = (distance >= 0) & (distance < (window or index.max_seqlen_k)) & (columns_k < lengths_k[:, None, None])
+    seen = (distance >= -right) & (distance <= left) & (columns_k < lengths_k[:, None, None])
     is_query = columns_q < lengths_q[:, None]
     scores = scores.masked_fill(~(seen | ~is_query[..., None])[:, None], -torch.inf)
     y = torch.einsum("nhqk,nkhd->nqhd", scores.softmax(-1), v[rows_k])
-    return y[is_query].transpose(0, 1)[None]
+    return y[is_query]
+
+
+@pytest.fixture(scope="module")
+def plain_varlen():
+    """The kernel of one call, with plain PyTorch inside."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "varlen_attention", lambda: plain_varlen_attn)
+        yield
 
 
 @settings(max_examples=40, deadline=None)
@@ -93,16 +96,15 @@ def varlen_kernel(q, k, v, mask, window=None, scale=None, softcap=None) -> torch
     records=st.lists(RECORD, min_size=1, max_size=6),
     share=st.booleans(),
     window=st.sampled_from([None, 1, 3, 6]),
-    softcap=st.sampled_from([None, 2.0]),
 )
-def test_a_layout_says_all_that_one_fused_call_needs(records, share, window, softcap) -> None:
-    """The same attention and gradients as the loop over segments, in float64."""
+def test_one_call_is_the_loop_over_segments(plain_varlen, records, share, window) -> None:
+    """The same attention and gradients, in float64."""
     _, layout = Layout.end_to_end(tensors(records), share)
     q, k, v = (torch.randn(1, heads, layout.n_tokens, 8).double().requires_grad_() for heads in (4, 2, 2))
     weight = torch.randn(1, 4, layout.n_tokens, 8).double()
     results = []
-    for kernel in (compute_attention, varlen_kernel):
-        y = kernel(q, k, v, layout, window=window, scale=0.3, softcap=softcap)
+    for kernel in (attend_by_segment, attend_in_one_call):
+        y = kernel(q, k, v, layout, window=window, scale=0.3)
         results.append([y, *torch.autograd.grad((y * weight).sum(), (q, k, v))])
     assert_equal(*results)
     assert layout.varlen.cu_seqlens_q.dtype == layout.varlen.cu_seqlens_k.dtype == torch.int32
@@ -111,8 +113,8 @@ def test_a_layout_says_all_that_one_fused_call_needs(records, share, window, sof
 
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("changes", [{}, {"sliding_window": 4, "sliding_layers": [1]}, {"attn_softcap": 2.0}], ids=str)
-def test_another_kernel_is_chosen_in_one_place(changes, share, monkeypatch) -> None:
-    """A whole model with the kernel above in the place of the only one that `compute_attention` knows."""
+def test_a_model_takes_one_call_where_it_can(changes, share, plain_varlen, monkeypatch) -> None:
+    """Loss and gradients of a whole model are those of the loop, and with a soft cap the loop stays."""
     torch.manual_seed(0)
     model = GPT(Config(**SIZES | changes)).double()
     records = tensors([([1, 2, 3, 0, 1, 3], 0b111000), ([1, 2, 0, 2, 2], 0b1100), ([1, 2, 2], 0b100), ([3, 1], 0b10)])
@@ -121,23 +123,17 @@ def test_another_kernel_is_chosen_in_one_place(changes, share, monkeypatch) -> N
     expected_gradients = gradients(model, expected)
     assert "varlen" not in vars(layout), "the loop over segments does not pay for it"
 
-    calls = []
-
-    def counted_kernel(q, k, v, mask, window=None, scale=None, softcap=None):
-        calls.append((mask, softcap))
-        return varlen_kernel(q, k, v, mask, window=window, scale=scale, softcap=softcap)
-
-    monkeypatch.setattr(attention, "attend_by_segment", counted_kernel)
+    monkeypatch.setattr(attention, "has_flash_attention", lambda q: True)
     loss = model(idx, layout=layout)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     assert_equal(gradients(model, loss), expected_gradients)
-    assert calls == [(layout, changes.get("attn_softcap"))] * 2
+    assert ("varlen" in vars(layout)) == ("attn_softcap" not in changes)
 
 
-def test_a_wrong_index_would_be_seen() -> None:
+def test_a_wrong_index_would_be_seen(plain_varlen) -> None:
     _, layout = Layout.end_to_end(tensors([([1, 2, 3, 0], 0), ([1, 2, 0, 2, 1], 0), ([3], 0)]), share_prefixes=True)
     q, k, v = (torch.randn(1, heads, layout.n_tokens, 8).double() for heads in (4, 2, 2))
-    expected = compute_attention(q, k, v, layout)
+    expected = attend_by_segment(q, k, v, layout)
     right = layout.varlen
     wrong = {
         "another key": replace(right, key_index=right.key_index.roll(1)),
@@ -145,10 +141,10 @@ def test_a_wrong_index_would_be_seen() -> None:
         "a query more": replace(right, cu_seqlens_q=right.cu_seqlens_q + (torch.arange(5) == 1).int()),
         "keys of half the longest": replace(right, max_seqlen_k=right.max_seqlen_k // 2),
     }
-    assert_equal([varlen_kernel(q, k, v, layout)], [expected])
+    assert_equal([attend_in_one_call(q, k, v, layout)], [expected])
     for mistake, index in wrong.items():
         vars(layout)["varlen"] = index
-        assert not torch.allclose(varlen_kernel(q, k, v, layout), expected, atol=1e-3), mistake
+        assert not torch.allclose(attend_in_one_call(q, k, v, layout), expected, atol=1e-3), mistake
 
 
 def test_a_leaked_token_would_be_seen(model) -> None:

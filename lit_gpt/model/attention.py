@@ -3,11 +3,14 @@
     CausalSelfAttention     queries, keys, values, normed and rotated; with a cache, those of all tokens
     compute_attention       each token's attention to those it may see: the one place that chooses a kernel
     attend_by_segment       the kernel of all devices: one dense attention for each segment of a packed row
+    attend_in_one_call      the kernel of CUDA in half precision: flash attention of all segments of a packed row
 
 The legend of the shapes is in `gpt.py`."""
 
-from functools import partial
-from typing import Protocol
+import inspect
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -126,12 +129,11 @@ def compute_attention(
 ) -> torch.Tensor:
     """Attention, (B, nh, T, hs), of each token to those it may see; see `Kernel`.
 
-    This is the one place where a kernel is chosen, by device, dtype and mask. One fused call for all packed records,
-    such as torch.nn.attention.varlen, would be a function with the signature of `Kernel`, and begin here with
-
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and isinstance(mask, Layout) and softcap is None:
-            return attend_in_one_call(...)  # which reads mask.varlen
+    This is the one place where a kernel is chosen, by device, dtype and mask. To add one, write a function with the
+    signature of `Kernel`.
     """
+    if isinstance(mask, Layout) and softcap is None and has_flash_attention(q):
+        return attend_in_one_call(q, k, v, mask, window=window, scale=scale)
     return attend_by_segment(q, k, v, mask, window=window, scale=scale, softcap=softcap)
 
 
@@ -178,6 +180,69 @@ def attend_by_segment(
             segment_mask = mask.mask_of(segment)
         outputs.append(dense(queries[i], all_keys, all_values, segment_mask))
     return torch.cat(outputs, dim=2)
+
+
+def has_flash_attention(q: torch.Tensor) -> bool:
+    """Whether flash attention for records of many lengths knows this device, this dtype and this size of heads."""
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    head_size = q.size(-1)
+    return head_size % 8 == 0 and head_size <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def attend_in_one_call(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: Layout,
+    window: int | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """All segments of a packed row in one call of flash attention; see `Kernel`. It has no soft cap.
+
+    The loop over segments makes some ten launches for each segment and layer, this one three for each layer.
+    """
+    index = mask.varlen
+    q = q[0].transpose(0, 1)  # (T, nh, hs)
+    k = k[0].transpose(0, 1)  # (T, ng, hs)
+    v = v[0].transpose(0, 1)
+    if index.key_index is not None:  # each segment gets a copy of the prefix that it continues
+        k = gather_rows(k, index.key_index)
+        v = gather_rows(v, index.key_index)
+    y = varlen_attention()(
+        q,
+        k,
+        v,
+        index.cu_seqlens_q,
+        index.cu_seqlens_k,
+        index.max_seqlen_q,
+        index.max_seqlen_k,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),  # how far a token sees to its left and to its right
+    )
+    return y.transpose(0, 1)[None]
+
+
+@cache
+def varlen_attention() -> Callable[..., Any]:
+    """PyTorch's function for attention within texts of many lengths that lie end to end."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # from torch 2.12 on it must be told that groups of queries share a head of keys, before it just saw it:
+    # https://github.com/pytorch/pytorch/pull/172238
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        return partial(varlen_attn, enable_gqa=True)
+    return varlen_attn
+
+
+def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows of keys or values, (T, ng, hs) -> (len(index), ng, hs).
+
+    The gradients of a prefix are added up over all records that share it: backward of an embedding does so in float32,
+    that of an index in the dtype of x, with an order that changes.
+    """
+    rows = F.embedding(index, x.flatten(1))
+    return rows.unflatten(1, x.shape[1:])
 
 
 def sliding_window_mask(segment: Segment, window: int | None, device: torch.device) -> torch.Tensor | None:

@@ -813,11 +813,73 @@ def compiled(bench: Bench) -> None:
     torch._dynamo.reset()
 
 
+# ---- what could be slower or faster: pieces of the model, replaced while they are measured
+
+
+@contextmanager
+def variant(*names: str) -> Iterator[None]:
+    """Models that run in here have these pieces.
+
+    loop    attention by a loop over records
+    rms     PyTorch's fused RMSNorm
+    chunk   the loss of 1,024 rows at a time
+    gate    the product in the MLP, compiled
+    rope    the rotations, compiled
+    """
+    from lit_gpt.model import attention, loss, mlp, norms
+
+    def rms_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (x.size(-1),), self.weight.to(x.dtype), self.eps)
+
+    def gate(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return F.silu(a) * b
+
+    fused_gate = torch.compile(gate, dynamic=True)
+
+    def gated(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(fused_gate(self.fc_1(x), self.fc_2(x)))
+
+    pieces: dict[str, tuple[Any, str, Any]] = {
+        "loop": (attention, "has_flash_attention", lambda q: False),
+        "rms": (norms.RMSNorm, "forward", rms_norm),
+        "chunk": (loss.SummedLoss, "CHUNK", 1024),
+        "gate": (mlp.LLaMAMLP, "forward", gated),
+        "rope": (attention, "apply_rope", torch.compile(attention.apply_rope, dynamic=True)),
+    }
+    kept = []
+    for name in names:
+        owner, attribute, piece = pieces[name]
+        kept.append((owner, attribute, getattr(owner, attribute)))
+        setattr(owner, attribute, piece)
+    try:
+        yield
+    finally:
+        for owner, attribute, piece in kept:
+            setattr(owner, attribute, piece)
+
+
+def variants(bench: Bench) -> None:
+    """14: what a piece of the model gains or costs; sections 7 and 8 measure it as it is."""
+    pieces = [["loop"], ["rms", "chunk"], ["rms", "chunk", "gate", "rope"]]
+    for names in pieces:
+        what = f"8B ours {'+'.join(names)}"
+        bench.attempt(what, train_variant, "8B", [Case(SHORT), Case(SHORT, apart=True), Case(LONG_4K)], names)
+    for names in pieces:
+        what = f"1B ours {'+'.join(names)}"
+        bench.attempt(what, train_variant, "1B", [Case(SHORT), Case(SHORT, apart=True), Case(LONG_2K)], names)
+
+
+def train_variant(bench: Bench, what: str, model: str, cases: list[Case], names: list[str]) -> None:
+    with variant(*names):
+        train(bench, what, Ours, model, cases)
+
+
 # in order of worth, with the seconds that each may take
 SECTIONS: dict[int, tuple[Callable[[Bench], None], float]] = {
     0: (ceilings, 15),
     7: (one_b, 55),
     8: (eight_b, 120),
+    14: (variants, 75),
     10: (profiles, 25),
     6: (cudnn, 50),
     9: (quantized, 45),

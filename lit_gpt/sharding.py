@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from lit_gpt.errors import InputError
+
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
     from torch.distributed.device_mesh import DeviceMesh
@@ -25,9 +27,13 @@ def shard_weights(model: nn.Module, mesh: "DeviceMesh") -> nn.Module:
     """Splits every parameter by rows, trained or frozen, quantized or not: first those of each block, then the rest.
 
     `mesh` has the dimension "data_parallel"; Fabric makes it.
+
+    Raises:
+        InputError: weights are quantized, and this torch cannot split codes.
     """
     from torch.distributed.fsdp import fully_shard
 
+    check_codes_can_be_split(model)
     devices = mesh["data_parallel"]
     # a classifier holds its GPT under that name
     gpt = getattr(model, "gpt", model)
@@ -35,6 +41,17 @@ def shard_weights(model: nn.Module, mesh: "DeviceMesh") -> nn.Module:
     for block in gpt.transformer.h:
         fully_shard(block, mesh=devices)
     return fully_shard(model, mesh=devices)  # type: ignore[return-value] # the same module, of a class that is both
+
+
+def check_codes_can_be_split(model: nn.Module) -> None:
+    """Raises InputError for quantized weights before torch 2.13: https://github.com/pytorch/pytorch/issues/177844"""
+    major, minor = torch.__version__.split(".")[:2]
+    has_codes = any(not param.is_floating_point() for param in model.parameters())
+    if has_codes and (int(major), int(minor)) < (2, 13):
+        raise InputError(
+            f"torch {torch.__version__} cannot split quantized weights among devices. Install torch 2.13 or newer, or"
+            " leave out --strategy fsdp."
+        )
 
 
 def is_sharded(fabric: "Fabric") -> bool:

@@ -1,6 +1,7 @@
 """Several processes on the CPU: the same step, whole files, one last word: `pytest tests/test_devices.py`, about 2 min
 
-What runs on GPUs differs in the kernels and in NCCL, not in this code; it has never run there.
+What runs on GPUs differs in the kernels and in NCCL, not in this code. On one GPU it has run, in `test_gpu.py`; on
+several it has not.
 """
 
 import os
@@ -24,12 +25,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 
 import lit_gpt.train
+from lit_gpt import InputError
 from lit_gpt.data.dataset import Dataset
 from lit_gpt.distributed import is_to_split, launch, rendezvous_of_machines, when_failed
 from lit_gpt.model.activation_checkpointing import recompute_blocks
+from lit_gpt.quantize import QuantizedLinear
 from lit_gpt.runs.load_finetuned import load_finetuned
 from lit_gpt.runs.saves import Checkpoints
-from lit_gpt.sharding import full_tensor, loading_device, local_tensor
+from lit_gpt.sharding import check_codes_can_be_split, full_tensor, loading_device, local_tensor
 from lit_gpt.train import TrainArgs
 
 NAMES = ("lora", "lora nf4", "adapter", "adapter_v2 nf4-dq", "full", "full last")
@@ -344,6 +347,17 @@ def test_numbers_that_do_not_fit(environment, settings, message, monkeypatch) ->
 def test_what_is_to_be_split(shard) -> None:
     assert is_to_split("fsdp", 1, shard) and not is_to_split("ddp", 2, shard) and not is_to_split("auto", 1, shard)
     assert is_to_split("auto", 2, shard) == shard
+
+
+def test_an_old_torch_cannot_split_codes(monkeypatch) -> None:
+    """It would say that only floating point tensors can require gradients."""
+    quantized = torch.nn.Sequential(QuantizedLinear(64, 64, None, "bnb.nf4"))
+    plain = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    check_codes_can_be_split(quantized)  # this torch can
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    check_codes_can_be_split(plain)
+    with pytest.raises(InputError, match=r"torch 2\.11\.0\+cu130 cannot split quantized weights.*2\.13"):
+        check_codes_can_be_split(quantized)
 
 
 if __name__ == "__main__":

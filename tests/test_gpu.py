@@ -36,6 +36,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lit_gpt.quantize
+import lit_gpt.sharding
 import lit_gpt.train
 from lit_gpt import GPT, Config
 from lit_gpt.checkpoint.load import build_model, load_model, load_weights, parameter_shapes, replace_parameter
@@ -640,6 +641,7 @@ def codes_can_be_split(monkeypatch: pytest.MonkeyPatch) -> str:
         return nn.Parameter(data, requires_grad and data.is_floating_point())
 
     monkeypatch.setattr(_fsdp_param, "nn", SimpleNamespace(Module=nn.Module, Parameter=parameter))
+    monkeypatch.setattr(lit_gpt.sharding, "check_codes_can_be_split", lambda model: None)
     return "; torch had to be patched"
 
 
@@ -690,7 +692,7 @@ def one_step(fabric: Any, folder: Path, dtype: torch.dtype, kind: Quantize | Non
 
 # ---- whole runs
 
-TIMEOUT = 400 if IS_REHEARSAL else 70  # seconds
+TIMEOUT = 400 if IS_REHEARSAL else 150  # seconds; compiling takes longer than all the rest
 COMMON = "--n_answers 1 --train.learning_rate 0.02 --train.warmup_steps 1 --train.global_batch_size 4 --train.epochs 2"
 RUNS = {  # the name of a run -> its script, and flags besides those in COMMON
     "LoRA bf16-true": "finetune/lora.py --precision bf16-true --lora.mlp true",

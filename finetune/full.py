@@ -8,7 +8,7 @@ python finetune/full.py --precision bf16-mixed --activation_checkpointing block
 
 from pathlib import Path
 
-from lit_gpt import Config, Tokenizer
+from lit_gpt import GPT, Config, Tokenizer
 from lit_gpt.checkpoint.load import build_model, load_weights
 from lit_gpt.cli import Flags, run
 from lit_gpt.data.dataset import open_splits
@@ -20,6 +20,7 @@ from lit_gpt.recipe import RunArgs, new_checkpoints, number_of_answers, recomput
 from lit_gpt.runs.methods import METHODS
 from lit_gpt.runs.out_dir import check_out_dir, start_run
 from lit_gpt.runs.report import report_run
+from lit_gpt.runs.saves import Checkpoints
 from lit_gpt.sharding import loading_device
 from lit_gpt.train import TrainArgs, fit
 
@@ -49,7 +50,7 @@ def main(
     fabric = start_processes(args, trains_base=True, shard=True)
 
     # build, load, choose what trains
-    model = build_model(config)  # no weights yet
+    model: GPT = build_model(config)  # no weights yet
     base_fingerprint = load_weights(model, args.checkpoint_dir, weight_dtype(args.precision), loading_device(fabric))
     mark_chosen_as_trainable(model, full)
     recompute_or_compile_blocks(model, args)  # if --activation_checkpointing or --compile says so
@@ -58,7 +59,7 @@ def main(
     # is written. `fit` will save the whole model to `best` and `last`, as Hugging Face folders
     start_run(fabric, args.out_dir, settings)
     method = METHODS["full"]  # a name and a filter, for saving: all tensors
-    checkpoints = new_checkpoints(method, full, args, model, base_fingerprint, tokenizer, train_data)
+    checkpoints: Checkpoints = new_checkpoints(method, full, args, model, base_fingerprint, tokenizer, train_data)
     # a step's memory, worked out; you may delete this line
     print_plan(fabric, method, settings | {"full": full}, config, train_data)
 

@@ -7,7 +7,7 @@ python finetune/lora.py --quantize bnb.nf4 --devices 2
 
 from pathlib import Path
 
-from lit_gpt import Config, Tokenizer
+from lit_gpt import GPT, Config, Tokenizer
 from lit_gpt.checkpoint.load import build_model, load_weights
 from lit_gpt.cli import Flags, run
 from lit_gpt.data.dataset import open_splits
@@ -20,6 +20,7 @@ from lit_gpt.recipe import RunArgs, new_checkpoints, number_of_answers, recomput
 from lit_gpt.runs.methods import METHODS
 from lit_gpt.runs.out_dir import check_out_dir, start_run
 from lit_gpt.runs.report import report_run
+from lit_gpt.runs.saves import Checkpoints
 from lit_gpt.sharding import loading_device
 from lit_gpt.train import TrainArgs, fit
 
@@ -51,7 +52,7 @@ def main(
     fabric = start_processes(args)  # Lightning's Fabric. A useless --optimizer is found here, before a weight is read
 
     # build, quantize, load, adapt. The fingerprint goes with what is trained: it is used on no other base
-    model = build_model(config)  # no weights yet
+    model: GPT = build_model(config)  # no weights yet
     quantize_linears(model, quantize)  # if --quantize says so, linears will keep their weights in 4 or 8 bits
     base_fingerprint = load_weights(model, args.checkpoint_dir, weight_dtype(args.precision), loading_device(fabric))
     apply_lora(model, lora)  # the chosen linears -> LoRALinear, in place; B is zero, so nothing has changed yet
@@ -62,7 +63,7 @@ def main(
     # is written. `fit` will save A and B to `best` and `last`, as lora.safetensors
     start_run(fabric, args.out_dir, settings)
     method = METHODS["lora"]  # a name and a filter, for saving: its tensors are those whose names begin with lora_
-    checkpoints = new_checkpoints(method, lora, args, model, base_fingerprint, tokenizer, train_data)
+    checkpoints: Checkpoints = new_checkpoints(method, lora, args, model, base_fingerprint, tokenizer, train_data)
     print_plan(fabric, method, settings, config, train_data)  # a step's memory, worked out; you may delete this line
 
     # answers before, training, answers after by the best weights, report

@@ -217,6 +217,10 @@ def micro_batches(
 ) -> list[tuple[torch.Tensor, Layout]]:
     """This rank's share of `records`, as a list of (tokens (1, T), layout).
 
+    In a micro-batch records lie end to end, without padding. Its layout tells the model where each begins, so that each
+    is read as if it were alone, and which tokens are targets. With `share_prefixes`, tokens that records begin with
+    alike stand there once.
+
     Records are dealt out by their lengths, first to the ranks and then to the micro-batches. Six records on two ranks,
     with a `micro_batch_size` of 2:
 

@@ -84,4 +84,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main)  # its parameters become flags; --config reads them from a file

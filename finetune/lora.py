@@ -49,9 +49,9 @@ def main(
     train_data, val_data = open_splits(args.data_dir, tokenizer, config)
 
     # devices: with --devices 2 two processes of this command are started here, and this one only waits for them
-    fabric = start_processes(args)  # Lightning's Fabric. A useless --optimizer is found here, before a weight is read
+    fabric = start_processes(args)  # Lightning's Fabric. A small trial step refuses an --optimizer that cannot work
 
-    # build, quantize, load, adapt. The fingerprint goes with what is trained: it is used on no other base
+    # build, quantize, load, adapt. The fingerprint tells this base from others: what is trained fits no other
     model: GPT = build_model(config)  # no weights yet
     quantize_linears(model, quantize)  # if --quantize says so, linears will keep their weights in 4 or 8 bits
     base_fingerprint = load_weights(model, args.checkpoint_dir, weight_dtype(args.precision), loading_device(fabric))
@@ -87,4 +87,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main)  # its parameters become flags; --config reads them from a file

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 import lit_gpt.train
 from lit_gpt import InputError
 from lit_gpt.data.dataset import Dataset
+from lit_gpt.device import prepare_device
 from lit_gpt.distributed import is_to_split, launch, rendezvous_of_machines, when_failed
 from lit_gpt.model.activation_checkpointing import recompute_blocks
 from lit_gpt.quantize import QuantizedLinear
@@ -347,6 +348,19 @@ def test_numbers_that_do_not_fit(environment, settings, message, monkeypatch) ->
 def test_what_is_to_be_split(shard) -> None:
     assert is_to_split("fsdp", 1, shard) and not is_to_split("ddp", 2, shard) and not is_to_split("auto", 1, shard)
     assert is_to_split("auto", 2, shard) == shard
+
+
+def test_attention_of_cudnn_is_off_on_a_gpu() -> None:
+    """It would plan anew for every length; `test_gpu.py` measures it."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        prepare_device("cpu")
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        prepare_device("cuda")
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def test_an_old_torch_cannot_split_codes(monkeypatch) -> None:

@@ -27,7 +27,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from conftest import ROOT, SAMPLE_DIR
-from helpers.models import make_checkpoint
+from helpers.models import cached, make_checkpoint
 from helpers.runs import write_data
 from helpers.scripts import lora as lora_script
 from helpers.tiny_tokenizers import SPECIAL, byte_level, write
@@ -436,21 +436,13 @@ def test_logits_are_as_good_as_those_of_transformers(kind: str, tmp_path: Path) 
         model = load_model(folder, dtype, DEVICE)
         ours = error(model(idx), exact)
         theirs = error(of_transformers(folder, dtype, DEVICE)(idx).logits, exact)
-        cached = error(cached_logits(model, idx), exact)
-        texts.append(f"{name_of(dtype)} {ours:.1e} (transformers {theirs:.1e}, with a cache {cached:.1e})")
+        with_cache = error(cached(model, idx, [N_TOKENS - 3, 1, 1, 1]), exact)
+        texts.append(f"{name_of(dtype)} {ours:.1e} (transformers {theirs:.1e}, with a cache {with_cache:.1e})")
         if dtype != torch.float32:
-            ratios += [ours / theirs, cached / theirs]
+            ratios += [ours / theirs, with_cache / theirs]
     say(f"logits of {kind} off by {', '.join(texts)}")
     assert max(ratios) < 1.5
-    assert max(ours, cached) < 1e-4, "float32"
-
-
-def cached_logits(model: GPT, idx: torch.Tensor) -> torch.Tensor:
-    """The logits of all tokens, of which the last three come one by one."""
-    T = idx.size(1)
-    cache = model.new_kv_cache(batch_size=1, max_seq_length=T)
-    parts = torch.arange(T, device=idx.device).split([T - 3, 1, 1, 1])
-    return torch.cat([model(idx[:, pos], pos, cache=cache) for pos in parts], dim=1)
+    assert max(ours, with_cache) < 1e-4, "float32"
 
 
 @needs_cuda

@@ -151,7 +151,6 @@ def test_a_prefix_is_continued() -> None:
         target_index=torch.tensor([5, *range(6, 9), 5, *range(10, 18)]),  # both first words follow the question's last
         target=torch.cat(answers),
         segments=(Segment(0, 6), Segment(6, 4, 0, 6), Segment(10, 9, 0, 6)),
-        mask=torch.ones(9, 15, dtype=torch.bool).tril(6),
     )
     loss = model(torch.cat((question, *answers))[None], layout=layout)
     records = [(torch.cat((question, a)), torch.arange(6 + len(a)) >= 6) for a in answers]

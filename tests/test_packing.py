@@ -152,8 +152,8 @@ def test_a_leaked_token_would_be_seen(model) -> None:
     idx, layout = Layout.end_to_end(records, share_prefixes=True)
     assert layout.n_tokens == 2 + 3 + 2 + 1
     expected = gradients(model, one_by_one(model, records))
-    leaky = Layout(layout.pos, layout.target_index, layout.target, layout.segments, layout.mask.clone())
-    leaky.mask[0, -1] = True  # the first token of the longest segment sees the last
+    leaky = Layout(layout.pos, layout.target_index, layout.target, layout.segments)
+    leaky.widest_mask[0, -1] = True  # the first token of the longest segment sees the last
     with pytest.raises(AssertionError):
         assert_equal(gradients(model, model(idx, layout=leaky)), expected)
     with pytest.raises(AssertionError):

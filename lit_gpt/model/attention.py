@@ -187,7 +187,13 @@ def has_flash_attention(q: torch.Tensor) -> bool:
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
         return False
     head_size = q.size(-1)
-    return head_size % 8 == 0 and head_size <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return head_size % 8 == 0 and head_size <= 256 and compute_capability(q.device) >= (8, 0)
+
+
+@cache  # every block asks in every pass
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """The generation of an NVIDIA GPU: (8, 0) is Ampere, the first with bfloat16."""
+    return torch.cuda.get_device_capability(device)
 
 
 def attend_in_one_call(

@@ -47,8 +47,6 @@ class Layout:
     target_index: torch.Tensor  # (N,)
     target: torch.Tensor  # (N,)
     segments: tuple[Segment, ...]  # in the order of the row, without gaps
-    mask: torch.Tensor | None = None
-    """The tokens of its prefix and itself that a segment sees, (L, P + L) for the longest; see `mask_of`."""
 
     @classmethod
     def end_to_end(
@@ -101,7 +99,6 @@ class Layout:
             target_index=torch.cat(target_index),
             target=torch.cat(targets).long(),
             segments=tuple(segments),
-            mask=widest_mask(segments),
         )
         return torch.cat(tokens)[None].long(), layout
 
@@ -117,12 +114,26 @@ class Layout:
         """For each segment the number of its tokens, and the length of its record: that, and the prefix."""
         return [(segment.length, segment.prefix_length + segment.length) for segment in self.segments]
 
+    @cached_property
+    def widest_mask(self) -> torch.Tensor:
+        """True where row i may see column j, j <= i + P, for the longest segment and the longest prefix: (L, P + L).
+
+        Built on the device of `pos` when the loop over segments first asks: a fused call needs no mask.
+        """
+        P = max(segment.prefix_length for segment in self.segments)
+        L = max(segment.length for segment in self.segments if segment.prefix_length)
+        return torch.ones(L, P + L, dtype=torch.bool, device=self.pos.device).tril(P)
+
     def mask_of(self, segment: Segment) -> torch.Tensor:
-        """All of the prefix and, of the segment itself, what comes before: a corner of the widest mask, no copy."""
-        # the widest mask's prefix is as long as it has columns beyond a square; a shorter one is the end of it
-        skip = self.mask.size(1) - self.mask.size(0) - segment.prefix_length
+        """All of the prefix and, of the segment itself, what comes before: a corner of the widest mask, no copy.
+
+        The segment continues a prefix. One that does not needs no mask: its attention is causal.
+        """
+        widest = self.widest_mask
+        # its prefix is as long as it has columns beyond a square; a shorter one is the end of it
+        skip = widest.size(1) - widest.size(0) - segment.prefix_length
         end = skip + segment.prefix_length + segment.length
-        return self.mask[: segment.length, skip:end]
+        return widest[: segment.length, skip:end]
 
     @cached_property
     def varlen(self) -> "VarlenIndex":
@@ -143,7 +154,6 @@ class Layout:
             target_index=moved(self.target_index),
             target=moved(self.target),
             segments=self.segments,
-            mask=None if self.mask is None else moved(self.mask),
         )
 
 
@@ -202,18 +212,6 @@ class VarlenIndex:
             max_seqlen_k=self.max_seqlen_k,
             key_index=None if self.key_index is None else self.key_index.to(device, non_blocking=True),
         )
-
-
-def widest_mask(segments: Sequence[Segment]) -> torch.Tensor | None:
-    """True where row i may see column j: j <= i + P, for the longest segment and the longest prefix P.
-
-    None if no prefix is shared: attention is causal then, and needs no mask.
-    """
-    P = max(segment.prefix_length for segment in segments)
-    if P == 0:
-        return None
-    L = max(segment.length for segment in segments if segment.prefix_length)
-    return torch.ones(L, P + L, dtype=torch.bool).tril(P)
 
 
 def prefix_groups(records: Sequence[list[int]]) -> list[tuple[list[int], int]]:

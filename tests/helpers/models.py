@@ -50,7 +50,7 @@ def cached(model: GPT, idx: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     """The logits of all of idx, computed in pieces of these sizes."""
     model.max_seq_length = idx.size(1)
     model.set_kv_cache(batch_size=idx.size(0))
-    steps = torch.arange(idx.size(1)).split(sizes)
+    steps = torch.arange(idx.size(1), device=idx.device).split(sizes)
     logits = torch.cat([model(idx[:, pos], pos) for pos in steps], dim=1)
     model.clear_kv_cache()
     return logits

@@ -26,6 +26,7 @@ import torch
 from lit_gpt.device import Precision, accelerator, precision_plugin, prepare_device, resolve_precision
 from lit_gpt.errors import InputError
 from lit_gpt.failures import SUPERVISOR, is_supervised
+from lit_gpt.packages import import_fabric
 from lit_gpt.sharding import shard_weights
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def launch(
         share_cores(devices)
 
     # join the other processes
+    import_fabric()
     from lightning_fabric import Fabric
 
     fabric = Fabric(
@@ -132,6 +134,7 @@ def is_started_from_outside() -> bool:
     # than all else that it does
     if not any(name.startswith(CLUSTER_VARIABLES) for name in os.environ):
         return False
+    import_fabric()
     from lightning_fabric.plugins import environments
 
     clusters = (environments.SLURMEnvironment, environments.LSFEnvironment, environments.MPIEnvironment)

@@ -1,6 +1,7 @@
 """Packages that only some scripts need: one check, and one sentence that says how to install them."""
 
 import importlib
+import sys
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -46,6 +47,22 @@ def import_optional(package: str, extra: str | None, purpose: str) -> ModuleType
         # it is there, and lacks a library of its own: perhaps a file of CUDA
         command = how_to_install(package, extra)
         raise InputError(f"{purpose} needs {command} ({error})") from error
+
+
+def import_fabric() -> None:
+    """Imports lightning_fabric without torchmetrics, so that an import statement after this one takes no time.
+
+    lightning_fabric 2.6 imports torchmetrics to learn its version, and torchmetrics imports scipy, matplotlib and
+    transformers: three to six seconds of each start. Nothing here uses the one class that needs it, a detector of
+    spikes. An import of torchmetrics afterwards works as usual.
+    """
+    if "lightning_fabric" in sys.modules or "torchmetrics" in sys.modules:
+        return
+    sys.modules["torchmetrics"] = None  # type: ignore[assignment] # Python's way to say: it cannot be imported
+    try:
+        importlib.import_module("lightning_fabric")
+    finally:
+        del sys.modules["torchmetrics"]
 
 
 def how_to_install(package: str, extra: str | None) -> str:

@@ -14,7 +14,7 @@ python=${PYTHON:-python3}
 packages=(
     bitsandbytes==0.50.2
     jsonargparse==4.53.0 docstring_parser==0.18.0 typeshed_client==2.14.0 # the latter two are its [signatures]
-    lightning-fabric==2.6.6 lightning-utilities==0.15.3
+    lightning-fabric==2.6.6 lightning-utilities==0.15.3 # the part of lightning that is imported, by itself
     liger-kernel==0.8.5
 )
 

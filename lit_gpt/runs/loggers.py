@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lit_gpt.packages import is_installed, require
+from lit_gpt.packages import import_fabric, is_installed, require
 
 LoggerName = Literal["tensorboard", "wandb"]
 
@@ -28,6 +28,7 @@ def make_loggers(logger: LoggerName | None, log_dir: str) -> Sequence[Any]:
 
 def tensorboard_logger(log_dir: str) -> Any:
     """Fabric's own logger. It writes to `log_dir`/tensorboard."""
+    import_fabric()
     from lightning_fabric.loggers import TensorBoardLogger
 
     return TensorBoardLogger(log_dir, name="tensorboard")
@@ -36,9 +37,11 @@ def tensorboard_logger(log_dir: str) -> Any:
 def wandb_logger(log_dir: str) -> Any:
     """A logger that writes to `log_dir`/wandb and sends it, once there is something to log.
 
-    The one of Lightning 2.6 is in the package pytorch-lightning, which brings a second trainer.
+    The one of Lightning 2.6 is in the package pytorch_lightning, whose import takes seconds: it has a second trainer.
     """
     import wandb
+
+    import_fabric()
     from lightning_fabric.loggers.logger import Logger
     from lightning_fabric.utilities.rank_zero import rank_zero_only
 

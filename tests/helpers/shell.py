@@ -67,13 +67,14 @@ def server() -> subprocess.Popen[str]:
 
 def serve() -> None:
     """Forks a process for each job; returns in that process, which has become what the job asks for."""
-    import lightning_fabric  # noqa: F401
     import matplotlib.figure  # noqa: F401
     import torch
 
     import lit_gpt.memory.plan  # noqa: F401
     import lit_gpt.recipe  # noqa: F401
+    from lit_gpt.packages import import_fabric
 
+    import_fabric()
     torch.set_num_threads(1)
     for line in sys.stdin:
         child = os.fork()

@@ -8,6 +8,8 @@
 # its libraries itself: they fit every Python from 3.11 on. .gpu/plans.json has the planned memory of the steps, which
 # takes a minute to compute.
 set -euo pipefail
+usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0; } # the comment above
+case ${1:-} in -h | --help) usage ;; ?*) echo "error: $1 found, expected no argument: see --help." >&2; exit 2 ;; esac
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 

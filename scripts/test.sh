@@ -9,6 +9,8 @@
 # The first run takes minutes more: it installs packages into .venv, fetches the sample model, and mypy, which checks the
 # types, looks at torch once.
 set -euo pipefail
+usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0; } # the comment above
+case ${1:-} in -h | --help) usage ;; esac
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh test
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1

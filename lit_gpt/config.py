@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
@@ -9,8 +10,12 @@ from typing import Any, get_args, get_origin
 
 from lit_gpt import families
 from lit_gpt.errors import InputError, reading
+from lit_gpt.files import list_some, not_there
 
-SAMPLE = Path("checkpoints/sample/SmolLM2-135M-Instruct-Q4_1")  # what scripts/download_sample.py writes
+CHECKPOINTS = Path("checkpoints")  # where scripts/download.py puts ORG/NAME
+SAMPLE = CHECKPOINTS / "sample/SmolLM2-135M-Instruct-Q4_1"  # what scripts/download_sample.py writes
+
+PARTS = ("config.json", "lit_config.json", "tokenizer.json", "tokenizer.model")  # a folder with one is a checkpoint
 
 MAY_BE_ZERO = ("n_layer", "norm_eps", "rotary_percentage")  # besides numbers that are 0 by default
 
@@ -182,9 +187,11 @@ class Config:
         """Reads our `lit_config.json`, or else Hugging Face's `config.json`.
 
         Raises:
-            InputError: neither is there, or it describes an architecture that no family knows, or sizes of no model.
+            InputError: see `check_is_checkpoint`; or neither is there, or it describes an architecture that no family
+                knows, or sizes of no model.
         """
         checkpoint_dir = Path(checkpoint_dir)
+        check_is_checkpoint(checkpoint_dir)
         path = checkpoint_dir / "lit_config.json"
         is_ours = path.is_file()
         if not is_ours:
@@ -209,6 +216,52 @@ class Config:
 
     def replace(self, **changes: Any) -> "Config":
         return replace(self, **changes)
+
+
+def check_is_checkpoint(checkpoint_dir: Path) -> None:
+    """Tells a wrong name from a damaged checkpoint: whoever reads one calls this first.
+
+    Raises:
+        InputError: there is no such folder, or it is something that can be taken for one.
+    """
+    if not checkpoint_dir.exists():
+        raise not_there(checkpoint_dir, checkpoints_near(checkpoint_dir), how_to_fetch(checkpoint_dir))
+    if not checkpoint_dir.is_dir():
+        gguf = " scripts/convert_gguf_checkpoint.py makes one of it." if checkpoint_dir.suffix == ".gguf" else ""
+        raise InputError(f"{checkpoint_dir} is a file, expected the folder of a checkpoint.{gguf}")
+    if any((checkpoint_dir / name).is_file() for name in PARTS):
+        return
+    if (checkpoint_dir / "hyperparameters.yaml").is_file():
+        raise InputError(f"{checkpoint_dir} holds a run, expected a checkpoint. A run is named with --finetuned.")
+    inside = checkpoints_in(checkpoint_dir)
+    if inside:
+        raise InputError(f"{checkpoint_dir} is no checkpoint, but holds some. Name one: {list_some(inside)}.")
+
+
+def checkpoints_near(checkpoint_dir: Path) -> list[Path]:
+    """The checkpoint folders of which one may be meant by the name of a folder that is not there."""
+    on_our_shelf = CHECKPOINTS / checkpoint_dir
+    if on_our_shelf.is_dir():
+        return [on_our_shelf]
+    return [*checkpoints_in(CHECKPOINTS), *checkpoints_in(checkpoint_dir.parent)]
+
+
+def checkpoints_in(folder: Path) -> set[Path]:
+    """The checkpoint folders in a folder: NAME, or ORG/NAME as the hub has them."""
+    configs = [*folder.glob("*/config.json"), *folder.glob("*/*/config.json")]
+    return {path.parent for path in configs}
+
+
+def how_to_fetch(checkpoint_dir: Path) -> str:
+    """The command that fetches a checkpoint of this name, as a sentence; empty if it lies among the checkpoints."""
+    if (CHECKPOINTS / checkpoint_dir).is_dir():
+        return ""
+    if checkpoint_dir == SAMPLE:
+        return "`python scripts/download_sample.py` fetches it."
+    name = checkpoint_dir.relative_to(CHECKPOINTS) if checkpoint_dir.is_relative_to(CHECKPOINTS) else checkpoint_dir
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name.as_posix()):
+        return f"If it is on the hub, `python scripts/download.py --repo_id {name.as_posix()}` fetches it."
+    return "`python scripts/download_sample.py` fetches a small one."
 
 
 def check_type(name: str, value: Any, annotation: Any) -> None:

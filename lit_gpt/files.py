@@ -1,4 +1,5 @@
-"""Folders and files that are whole or not there, even if the process is killed while it writes them.
+"""Folders that a user named and that are not there; and folders and files that are whole or not there, even if the
+process is killed while it writes them.
 
 with new_folder(out_dir / "last") as folder:     # writes to .last.partial; then last -> .last.old, .last.partial
     save_tensors(tensors, folder / ...)          # -> last, and .last.old is deleted
@@ -7,13 +8,47 @@ with whole_file(out_dir / "loss.png") as file:   # writes to loss.png.tmp; then 
     figure.savefig(file)
 """
 
+import difflib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lit_gpt.errors import InputError
+
+CLONE = Path(__file__).parent.parent  # of the repository; most commands are typed there
+
+
+def not_there(path: Path, like_it: Iterable[Path], otherwise: str) -> InputError:
+    """The error for a path that a user named and that is not there.
+
+    Args:
+        path: What was named.
+        like_it: What is there of its kind: the one with the nearest name is told.
+        otherwise: A sentence that says what to type if that one is not meant.
+    """
+    where = "" if path.is_absolute() else f", as seen from {Path.cwd()}"
+    if not path.is_absolute() and (CLONE / path).exists():
+        advice = f"Run the command in {CLONE}, or name {CLONE / path}."
+    else:
+        advice = did_you_mean(path, like_it) + otherwise
+    return InputError(f"{path} is not there{where}. {advice}".rstrip())
+
+
+def did_you_mean(path: Path, others: Iterable[Path]) -> str:
+    """A question that names the one of `others` which is nearest to `path`, and a space; empty if none is near."""
+    names = sorted(str(other) for other in others)
+    same_end = [name for name in names if Path(name).name == path.name]
+    near = same_end or difflib.get_close_matches(str(path), names, n=1)
+    return f"Did you mean {near[0]}? " if near else ""
+
+
+def list_some(paths: Iterable[Path], most: int = 5) -> str:
+    """The first paths in order, and how many more there are."""
+    names = sorted(str(path) for path in paths)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def must_be_empty(folder: Path) -> None:

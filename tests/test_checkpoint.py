@@ -222,7 +222,7 @@ def index(folder: Path, text: str) -> None:
 
 LAYER_1 = "model.layers.1.mlp.up_proj.weight"
 BAD = {
-    "no folder": (shutil.rmtree, r"hf is no checkpoint: it has no config.json.*download_sample"),
+    "no folder": (shutil.rmtree, r"hf is not there\. .*download_sample"),
     "no config": (lambda f: (f / "config.json").unlink(), r"hf is no checkpoint: it has no config.json"),
     "config.json": (lambda f: (f / "config.json").write_text("{"), r"config.json is not readable as JSON"),
     "config.json is a list": (lambda f: (f / "config.json").write_text("[]"), r"config.json holds a list"),

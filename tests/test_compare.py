@@ -160,7 +160,7 @@ def test_what_cannot_be_is_refused(folder, tmp_path) -> None:
         ({"methods": ["full"], "flags": ["--optimizer", "torch.optim.LBFGS"]}, "full: .*LBFGS cannot step"),
         ({"tokens": 1, "flags": ["--train.global_batch_size", "4"]}, "16 records a step"),
         ({"checkpoint_dir": Path("nowhere")}, "nowhere"),
-        ({"data_dir": Path("nowhere")}, "nowhere holds no prepared data"),
+        ({"data_dir": Path("nowhere")}, "nowhere is not there"),
         ({"general_text": "\n\n \n"}, "general text has no paragraph"),
     ],
 )

@@ -103,7 +103,7 @@ def closure(start: Iterable[str]) -> set[str]:
 MAY_KNOW = {
     "errors packages files download name_patterns replace_modules": "errors",
     "cli failures": "errors files failures",
-    "config families": "errors families",
+    "config families": "errors files families",
     "model": "config",
     "lora adapter full quantize": "model errors packages name_patterns replace_modules",  # no surgeon knows another one
     "display": "errors files packages",

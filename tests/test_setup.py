@@ -1,4 +1,4 @@
-"""The shell scripts answer --help, and setup.sh refuses what it cannot install.   pytest tests/test_setup.py   2 s"""
+"""The shell scripts: their --help, and what setup.sh refuses: `pytest tests/test_setup.py`, about 2 s"""
 
 import subprocess
 import tomllib

@@ -9,7 +9,7 @@ from torch import nn
 
 from lit_gpt.checkpoint.fingerprint import FINGERPRINT_KEY, model_fingerprint, tensor_digest
 from lit_gpt.checkpoint.tensor_names import hf_name, to_lit
-from lit_gpt.config import Config, read_json
+from lit_gpt.config import Config, check_is_checkpoint, read_json
 from lit_gpt.errors import InputError, reading
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantize import Quantize, QuantizedLinear, quantize_linears
@@ -140,8 +140,9 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
     """The files that hold a checkpoint's weights: ours before Hugging Face's, safetensors before .bin.
 
     Raises:
-        InputError: there are none, or one that the index names is missing.
+        InputError: there is no such folder, there are none in it, or one that the index names is missing.
     """
+    check_is_checkpoint(checkpoint_dir)
     for name in ("lit_model.safetensors", "model.safetensors", "pytorch_model.bin"):
         index = checkpoint_dir / f"{name}.index.json"  # of a model in several files
         if index.is_file():

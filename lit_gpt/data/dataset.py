@@ -21,6 +21,7 @@ import torch
 from lit_gpt.config import Config, read_json
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.errors import InputError
+from lit_gpt.files import list_some, not_there
 from lit_gpt.model.packing import Layout, common_prefix
 
 # the dtype of each array; meta.json says that of the tokens
@@ -135,10 +136,14 @@ def open_splits(data_dir: Path, tokenizer: Tokenizer, config: Config) -> tuple[D
 
 def read_meta(data_dir: Path) -> dict[str, Any]:
     """The content of meta.json. Raises InputError if there is none, or it lacks what is needed."""
+    how_to_make = f"Run one of scripts/prepare_*.py with --data_dir {data_dir}."
+    if not data_dir.exists():
+        others = {path.parent for folder in ("data", data_dir.parent) for path in Path(folder).glob("*/meta.json")}
+        raise not_there(data_dir, others, how_to_make)
     if not (data_dir / "meta.json").is_file():
-        raise InputError(
-            f"{data_dir} holds no prepared data. Run one of scripts/prepare_*.py with --data_dir {data_dir}."
-        )
+        inside = {path.parent for path in data_dir.glob("*/meta.json")}
+        advice = f"Name one of those in it: {list_some(inside)}." if inside else how_to_make
+        raise InputError(f"{data_dir} holds no prepared data. {advice}")
     meta = read_json(data_dir / "meta.json")
     missing = NEEDED - meta.keys()
     if missing:

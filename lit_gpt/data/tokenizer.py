@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lit_gpt.config import read_json
+from lit_gpt.config import check_is_checkpoint, read_json
 from lit_gpt.data.tokenizer_backends import Backend, Encoded, SentencePieceBackend, TokenizersBackend
 from lit_gpt.errors import InputError, reading
 
@@ -23,8 +23,9 @@ class Tokenizer:
     """
 
     def __init__(self, checkpoint_dir: Path | str) -> None:
-        """Raises InputError if the folder has no tokenizer, or a damaged one."""
+        """Raises InputError if there is no such folder, or it has no tokenizer, or a damaged one."""
         folder = Path(checkpoint_dir)
+        check_is_checkpoint(folder)
         settings = read_if_there(folder / "tokenizer_config.json")
         generation = read_if_there(folder / "config.json") | read_if_there(folder / "generation_config.json")
         self.library = open_backend(folder)

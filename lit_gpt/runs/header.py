@@ -16,7 +16,7 @@ from lit_gpt.checkpoint import peft
 from lit_gpt.checkpoint.load import read_metadata, weight_files
 from lit_gpt.config import read_json
 from lit_gpt.errors import InputError
-from lit_gpt.files import partial_and_old
+from lit_gpt.files import list_some, not_there, partial_and_old
 from lit_gpt.quantize import Quantize
 from lit_gpt.runs.methods import METHODS
 
@@ -76,7 +76,7 @@ def finetuned_file(finetuned_dir: Path) -> Path:
     """The file of trained weights in a folder, or in `best` of a run's folder; of a whole model its first file.
 
     Raises:
-        InputError: nothing trained is there.
+        InputError: nothing trained is there, or the folder itself is not.
     """
     for name in (finetuned_dir, finetuned_dir / "best"):
         # a run that is saving just now has its folder under another name for an instant: it is read there, and left
@@ -87,5 +87,18 @@ def finetuned_file(finetuned_dir: Path) -> Path:
             for file in sorted(folder.glob("*.safetensors")):
                 if file.stem in METHODS or KEY in read_metadata(file):
                     return file
+
+    # what may be meant in its place?
+    if not finetuned_dir.exists():
+        others = [*runs_in(finetuned_dir.parent), *runs_in(Path("out")), *runs_in(Path("out"), depth=2)]
+        raise not_there(finetuned_dir, others, "A run that has saved something is named by its --out_dir.")
+    inside = runs_in(finetuned_dir)
+    if inside:
+        raise InputError(f"{finetuned_dir} holds runs, expected one of them. Name it: {list_some(inside)}.")
     names = " or ".join(f"{method.name}.safetensors" for method in METHODS.values() if not method.trains_base)
     raise InputError(f"{finetuned_dir} holds nothing trained: expected {names} in it or in its folder best.")
+
+
+def runs_in(folder: Path, depth: int = 1) -> set[Path]:
+    """The runs in a folder, as deep in it, that have saved something trained."""
+    return {path.parent for path in folder.glob("*/" * depth + "best")}

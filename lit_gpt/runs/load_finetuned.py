@@ -100,8 +100,11 @@ def load_finetuned(
 
     # its base
     base_dir = Path(checkpoint_dir or header.checkpoint_dir)
-    if not base_dir.is_dir():
-        raise InputError(f"{finetuned_dir} was trained on {base_dir}, which is not there. Name it: --checkpoint_dir.")
+    if checkpoint_dir is None and not base_dir.is_dir():
+        raise InputError(
+            f"{finetuned_dir} was trained on {base_dir}, which is not there, as seen from {Path.cwd()}. Name it:"
+            " --checkpoint_dir."
+        )
     kind = choose_quantization(header, quantize, finetuned_dir)
     model = build_model(Config.from_checkpoint(base_dir))
     quantize_linears(model, kind)

@@ -12,7 +12,7 @@ import select
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_type_hints
@@ -28,6 +28,11 @@ Settings = TypeVar("Settings")
 FLAT = "each field is a flag of its own"
 Flags = Annotated[Settings, FLAT]
 """`args: Flags[RunArgs]` in a script's `main` makes every field of RunArgs a flag: --seed, and not --args.seed."""
+
+PASSED_ON = "the words that are for another script"
+PassedOn = Annotated[tuple[str, ...], PASSED_ON]
+"""`flags: PassedOn = ()` in a script's `main` receives, as they were typed, the flags that the script does not have. The
+script plans or runs another one, for which they are."""
 
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
@@ -89,8 +94,10 @@ def fail(line: str, status: int = 2) -> NoReturn:
     end_failed_process(f"error: {line}", status)
 
 
-def parse(main: Callable[..., None], args: list[str]) -> dict[str, Any]:
+def parse(main: Callable[..., None], args: Sequence[str], also: Sequence[str] = ()) -> dict[str, Any]:
     """The arguments of `main` that the command line, and the file after `--config`, ask for.
+
+    `also` are flags that exist elsewhere, for "Did you mean": those of a script that passed `args` on.
 
     Raises:
         InputError: an unknown flag or key, or a value of another type than the parameter's.
@@ -99,13 +106,21 @@ def parse(main: Callable[..., None], args: list[str]) -> dict[str, Any]:
     from jsonargparse import ArgumentError
 
     parser = make_parser(main)
+    own_args = list(args)
+    passed_on: list[str] = []
+    receiver = receiver_of_others(main)
+    if receiver:
+        own_args, passed_on = split_args(args, option_strings(parser))
+
     try:
-        values = vars(parser.instantiate(parser.parse_args(args)))
+        values = vars(parser.instantiate(parser.parse_args(own_args)))
     except ArgumentError as error:
-        raise InputError(explain(str(error), option_strings(parser))) from None
+        raise InputError(explain(str(error), [*option_strings(parser), *also])) from None
     except UnicodeDecodeError as error:
         raise InputError(f"The file after --config is not UTF-8 ({error}). Save it as UTF-8.") from None
     values.pop("config", None)
+    if receiver:
+        values[receiver] = tuple(passed_on)
 
     # the fields of a `Flags` parameter come back as values of their own: put them together again
     for name, kind in dataclasses_of_flags(main).items():
@@ -122,26 +137,40 @@ def make_parser(main: Callable[..., None]) -> "ArgumentParser":
     set_loader("text", load_text, exceptions=(YAMLError,))
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a field's docstring is its help
     summary = (main.__doc__ or "").split("\n    Args:")[0].strip()
+    usage = "%(prog)s [--config FILE] [--FLAG VALUE ...]"
+    receiver = receiver_of_others(main)
+    if receiver:
+        usage = "%(prog)s [--FLAG VALUE ...] [FLAGS OF THE OTHER SCRIPT ...]"
     parser = ArgumentParser(
         exit_on_error=False,
         allow_abbrev=False,
         parser_mode="text",
-        usage="%(prog)s [--config FILE] [--FLAG VALUE ...]",
+        usage=usage,
         description=summary,
         epilog=examples(main),
         formatter_class=help_formatter(),
     )
-    config_help = "A YAML file of settings, such as a run's hyperparameters.yaml"
-    parser.add_argument("--config", action="config", help=config_help)
+    if not receiver:  # else --config, too, is for the other script
+        config_help = "A YAML file of settings, such as a run's hyperparameters.yaml"
+        parser.add_argument("--config", action="config", help=config_help)
 
     # the parameters of `main` itself, then one group for each `Flags` parameter
     flat = dataclasses_of_flags(main)
-    parser.add_function_arguments(main, as_group=False, sub_configs=False, skip=set(flat))
+    skip: set[str | int] = {*flat}
+    if receiver:
+        skip.add(receiver)
+    parser.add_function_arguments(main, as_group=False, sub_configs=False, skip=skip)
     for name, kind in flat.items():
         parser.add_class_arguments(kind, as_group=True, sub_configs=False)
         default = signature(main).parameters[name].default
         if default is not Parameter.empty:
             parser.set_defaults(vars(default))
+
+    # a switch needs no value: --resume is --resume true
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) is bool:
+            action.nargs = "?"
+            action.const = True
     return parser
 
 
@@ -154,8 +183,34 @@ def dataclasses_of_flags(main: Callable[..., None]) -> dict[str, type]:
     return kinds
 
 
+def receiver_of_others(main: Callable[..., None]) -> str | None:
+    """The parameter of `main` that is annotated `PassedOn`; None if `main` has none, and refuses flags of others."""
+    for name, hint in get_type_hints(main, include_extras=True).items():
+        if PASSED_ON in getattr(hint, "__metadata__", ()):
+            return name
+    return None
+
+
+def split_args(args: Sequence[str], flags: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words that belong to `flags`, and all others. A word that is no flag goes with the flag before it."""
+    own: list[str] = []
+    others: list[str] = []
+    belongs_to = others
+    for word in args:
+        if word in flags or word.startswith("--"):
+            name = word.partition("=")[0]
+            belongs_to = own if name in flags else others
+        belongs_to.append(word)
+    return own, others
+
+
+def flags_of(main: Callable[..., None]) -> list[str]:
+    """Every flag of a script, such as --seed."""
+    return option_strings(make_parser(main))
+
+
 def option_strings(parser: "ArgumentParser") -> list[str]:
-    """Every flag that a parser knows, such as --seed."""
+    """Every flag that a parser knows."""
     flags: list[str] = []
     for action in parser._actions:
         flags.extend(action.option_strings)
@@ -193,9 +248,35 @@ def help_formatter() -> type:
     return Formatter
 
 
-# jsonargparse's English -> ours, one after the other. Seen in version 4.49; a pattern that no longer matches changes
+# jsonargparse's types -> words, where a value was of another one
+TYPES = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "dict": "a mapping",
+    "list[int]": "a list of integers",
+    "list[str]": "a list of texts",
+    "NoneType": "null",
+}
+
+
+def in_words(types: re.Match) -> str:
+    """Types, or the values of a Literal, as a user writes them: "bnb.nf4, bnb.int8 or null"."""
+    words = [TYPES.get(name, name) for name in types[1].split(", ")]
+    *first, last = words
+    return f"Expected {', '.join(first)} or {last}." if first else f"Expected {last}."
+
+
+def with_dashes(names: re.Match) -> str:
+    """Flags that were left out and have no default, as they are typed."""
+    flags = [f"--{name}" for name in names[1].split(", ")]
+    return f"Missing: {', '.join(flags)}"
+
+
+# jsonargparse's English -> ours, one after the other. Seen in version 4.53; a pattern that no longer matches changes
 # nothing.
-REWRITES = (
+REWRITES: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
     # errors of YAML have several lines
     (r"\s+", " "),
     (r"^ | $", ""),
@@ -204,16 +285,47 @@ REWRITES = (
     (r"^\"([\w.]+)\":", r"--\1:"),
     # a Union's error lists the errors of all its types: only the types and the value are of use
     (r"Does not validate .* Subtypes: \[(.+)\] Errors: .* Given value: (.*)", r"Expected \1. Got \2"),
-    # types as they are written in YAML
-    (r"<class '(\w+)'>", r"\1"),
-    (r"NoneType", "null"),
+    (r"Expected a (.+)\. Got value: ", r"Expected \1. Got "),
+    # types in words
+    (r"<class '([\w.]+)'>", r"\1"),
+    (r"typing\.Literal\[(.+?)\]", lambda values: values[1].replace("'", "")),
+    (r"Expected (.+)\.(?= Got )", in_words),
+    # flags that do not exist, that have no value, that are missing, or that are several
+    (r"^unrecognized arguments: (--[^\s=]+).*", r"There is no flag \1"),
+    (r"^unrecognized arguments: ", "Expected a flag before what is not one: "),
+    (r"^argument (--\S+): expected one argument", r"\1: Expected a value behind it"),
+    (r"^the following arguments are required: (.+)", with_dashes),
+    (r"^--(\w+): Unable to load config .*", r"--\1 is a group of flags. Expected one of them, such as --\1.FIELD"),
     # a sentence follows, after a point of our own
     (r"\.+$", ""),
 )
 # What was mistyped, in the words of jsonargparse: a flag, a key of the file, or a key below another one of the file
-UNKNOWN_FLAG = r"unrecognized arguments: ([^\s=]+)"
+UNKNOWN_FLAG = r"There is no flag (\S+)"
 UNKNOWN_KEY = r"(?:Group '(?P<group>.+)' does not accept o|O)ption '(?P<key>.+?)'"
-GIVEN_LIST = r"Got (?:value: )?([\[{].*)"
+GIVEN_LIST = r"Got ([\[{].*)"
+GIVEN_WORD = r"Expected (.+)\. Got (\S+)$"
+
+# what to type here -> what it is called in other tools
+OTHER_NAMES = {
+    "--checkpoint_dir": "model base_model model_name model_name_or_path pretrained_model_name_or_path",
+    "--data_dir": "data dataset dataset_name train_file",
+    "--out_dir": "output output_dir save_dir",
+    "--finetuned": "adapter adapter_path adapter_name_or_path lora lora_path peft",
+    "--train.learning_rate": "lr",
+    "--train.global_batch_size": "batch_size train_batch_size",
+    "--train.micro_batch_size": "per_device_train_batch_size micro_batch",
+    "--train.epochs": "num_epochs num_train_epochs n_epochs",
+    "--train.max_steps": "steps iters max_iters num_steps",
+    "--train.max_norm": "max_grad_norm gradient_clip_val clip_grad",
+    "--lora.r": "lora_r lora_rank rank",
+    "--lora.alpha": "lora_alpha",
+    "--lora.dropout": "lora_dropout",
+    "--quantize bnb.nf4": "load_in_4bit qlora",
+    "--quantize bnb.int8": "load_in_8bit",
+    "--precision bf16-true": "bf16 bfloat16",
+    "--activation_checkpointing block": "gradient_checkpointing",
+    "--resume": "resume_from_checkpoint",
+}
 
 
 def explain(message: str, flags: list[str]) -> str:
@@ -223,13 +335,40 @@ def explain(message: str, flags: list[str]) -> str:
         line = re.sub(pattern, replacement, line)
 
     hint = "See --help."
-    nearest = difflib.get_close_matches(mistyped_flag(line), flags, n=1)
+    nearest = nearest_flag(mistyped_flag(line), flags) or nearest_value(line)
     if nearest:
-        hint = f"Did you mean {nearest[0]}?"
+        hint = f"Did you mean {nearest}?"
     given = re.search(GIVEN_LIST, line)
     if given and not is_yaml(given[1]):
         hint = """In a list or mapping, what holds brackets needs quotes of its own: '["mlp.fc_[12]", lm_head]'."""
     return f"{line}. {hint}"
+
+
+def nearest_flag(mistyped: str, flags: list[str]) -> str | None:
+    """What to type in place of a flag that does not exist; None if nothing is near."""
+    # the name that another tool has for it
+    name = mistyped.lstrip("-").split(".")[-1].replace("-", "_")
+    for ours, names in OTHER_NAMES.items():
+        if name in names.split() and ours.split()[0] in flags:
+            return ours
+
+    # a flag of a group, without its group
+    for flag in flags:
+        if flag.endswith(f".{name}"):
+            return flag
+
+    nearest = difflib.get_close_matches(mistyped, flags, n=1)
+    return nearest[0] if nearest else None
+
+
+def nearest_value(line: str) -> str | None:
+    """The one of several expected values that is most like the one which was given; None if there is none."""
+    wrong = re.search(GIVEN_WORD, line)
+    if wrong is None:
+        return None
+    values = [value for value in re.split(", | or ", wrong[1]) if " " not in value]
+    nearest = difflib.get_close_matches(wrong[2], values, n=1, cutoff=0.5)
+    return nearest[0] if nearest else None
 
 
 def mistyped_flag(line: str) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,17 +12,22 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from conftest import ROOT
 from helpers.shell import python
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lit_gpt.cli import parse, save_hyperparameters
+from lit_gpt import InputError
+from lit_gpt.cli import OTHER_NAMES, Flags, PassedOn, flags_of, parse, save_hyperparameters
+from lit_gpt.quantize import Quantize
+from lit_gpt.train import TrainArgs
 
 SCRIPT = '''
 import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from lit_gpt import InputError
 from lit_gpt.cli import run
@@ -35,7 +41,15 @@ class Steps:
     """Who is coming."""
 
 
-def main(what: str = "work", path: Path = Path("a"), number: int = 1, most: int | None = None, steps: Steps = Steps()):
+def main(
+    what: str = "work",
+    path: Path = Path("a"),
+    number: int = 1,
+    most: int | None = None,
+    steps: Steps = Steps(),
+    kind: Literal["bnb.nf4", "bnb.int8"] | None = None,
+    again: bool = False,
+):
     """Does one thing.
 
     Args:
@@ -44,6 +58,8 @@ def main(what: str = "work", path: Path = Path("a"), number: int = 1, most: int 
         number: How often.
         most: How often at most.
         steps: Of what size.
+        kind: The kind.
+        again: Once more.
     """
     if what == "bad input":
         raise InputError("The file is too old.\\n  Make a new one.")
@@ -61,6 +77,8 @@ def main(what: str = "work", path: Path = Path("a"), number: int = 1, most: int 
     if what == "nameless":
         raise OSError("something about a socket")
     print(what, path, number, most, steps.rate, steps.names)
+    if again:
+        print("again")
 
 
 run(main)
@@ -98,20 +116,25 @@ def shell(folder: Path) -> Shell:
         (["--what", "bad input"], "The file is too old. Make a new one."),
         (["--what", "open", "--path", "no such.txt"], "No such file or directory: no such.txt"),
         (["--what", "full"], "No space left on device. Free some space and run again."),
-        (["--numbr", "2"], "Did you mean --number?"),
+        (["--numbr", "2"], "There is no flag --numbr. Did you mean --number?"),
         (["--steps.rat=2"], "Did you mean --steps.rate?"),
-        (["--zzz", "2"], "unrecognized arguments: --zzz 2. See --help."),
-        (["--number", "many"], "--number: Expected a int. Got value: many."),
-        (["--most", "many"], "--most: Expected int, null. Got many."),
-        (["--number"], "expected one argument"),
+        (["--rate", "2"], "There is no flag --rate. Did you mean --steps.rate?"),
+        (["--zzz", "2"], "There is no flag --zzz. See --help."),
+        (["zzz"], "Expected a flag before what is not one: zzz. See --help."),
+        (["--number", "many"], "--number: Expected an integer. Got many. See --help."),
+        (["--most", "many"], "--most: Expected an integer or null. Got many. See --help."),
+        (["--kind", "nf4"], "--kind: Expected bnb.nf4, bnb.int8 or null. Got nf4. Did you mean bnb.nf4?"),
+        (["--again", "ture"], "--again: Expected true or false. Got ture. Did you mean true?"),
+        (["--number"], "--number: Expected a value behind it. See --help."),
+        (["--steps", "2"], "--steps is a group of flags. Expected one of them, such as --steps.FIELD. See --help."),
         (["--steps.names", "[h.[01], b]"], """[h.[01], b]. In a list or mapping, what holds brackets needs quotes"""),
-        (["--most", "[1]"], "--most: Expected int, null. Got [1]. See --help."),
+        (["--most", "[1]"], "--most: Expected an integer or null. Got [1]. See --help."),
         (["--config", "gone.yaml"], "gone.yaml"),
         (["--config", "unknown.yaml"], "Did you mean --number?"),
         (["--config", "unknown_below.yaml"], "Did you mean --steps.rate?"),
         (["--config", "no_yaml.yaml"], "Problems parsing config"),
         (["--config", "list.yaml"], "Unexpected config"),
-        (["--config", "wrong_type.yaml"], "--number: Expected a int. Got value: many."),
+        (["--config", "wrong_type.yaml"], "--number: Expected an integer. Got many."),
         (["--config", "latin1.yaml"], "not UTF-8"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
@@ -146,6 +169,88 @@ def test_flags_and_files(shell: Shell) -> None:
     assert shell("--config", "good.yaml", "--number", "8").stdout == "work a 8 None 1e-05 None\n"
     both = shell("--config=good.yaml", "--path=b c", "--steps.names", "[Ada, Bob]", "--most=3")
     assert both.stdout == "work b c 7 3 1e-05 ['Ada', 'Bob']\n"
+
+
+@pytest.mark.parametrize(
+    "args, again", [("--again", True), ("--again true", True), ("--again false", False), ("--again=false", False)]
+)
+def test_a_switch_needs_no_value(shell: Shell, args: str, again: bool) -> None:
+    """And takes none of the flag that comes after it."""
+    said = f"work a 8 None 0.001 None\n{'again' if again else ''}"
+    assert shell(*args.split(), "--number", "8").stdout.rstrip("\n") == said.rstrip("\n")
+    assert shell("--number", "8", *args.split()).stdout.rstrip("\n") == said.rstrip("\n")
+    assert "--again [{true,false}]" in shell("--help").stdout
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    checkpoint_dir: Path = Path("base")
+    resume: bool = False
+
+
+def elsewhere(
+    args: Flags[Elsewhere] = Elsewhere(), train: TrainArgs = TrainArgs(), quantize: Quantize | None = None
+) -> None:
+    """Some of the flags of finetune/lora.py."""
+
+
+@pytest.mark.parametrize(
+    "flag, ours",
+    [
+        ("--lr", "--train.learning_rate"),
+        ("--learning-rate", "--train.learning_rate"),
+        ("--train.lr", "--train.learning_rate"),
+        ("--num_train_epochs", "--train.epochs"),
+        ("--epochs", "--train.epochs"),
+        ("--model_name_or_path", "--checkpoint_dir"),
+        ("--load_in_4bit", "--quantize bnb.nf4"),
+        ("--resum", "--resume"),
+    ],
+)
+def test_names_of_other_tools_lead_to_ours(flag: str, ours: str) -> None:
+    with pytest.raises(InputError, match=rf"There is no flag {flag}. Did you mean {ours}\?"):
+        parse(elsewhere, [flag, "3"])
+    with pytest.raises(InputError, match=rf"There is no flag {flag}\. "):
+        parse(main, [flag, "3"])  # which has none of those
+
+
+def test_hints_exist() -> None:
+    """Each of them is a flag of some script, with a value that it takes."""
+    scripts = [*(ROOT / "finetune").glob("*.py"), *(ROOT / "generate").glob("*.py")]
+    mains = [runpy.run_path(str(path))["main"] for path in scripts]
+    for ours in OTHER_NAMES:
+        takes = [script for script in mains if ours.split()[0] in flags_of(script)]
+        assert takes, ours
+        if " " in ours:
+            parse(takes[0], ours.split())
+
+
+def planner(text: str = "", number: int = 1, others: PassedOn = ()) -> None:
+    """Takes a script, and its flags."""
+
+
+@pytest.mark.parametrize(
+    "words, number, others",
+    [
+        ("", 1, ""),
+        ("lora.py --number 3 --seed 4", 3, "lora.py --seed 4"),
+        ("--seed=4 --number=3 --names [1] --resume", 3, "--seed=4 --names [1] --resume"),
+        ("--resume --number 3", 3, "--resume"),
+        ("--config a.yaml --resume", 1, "--config a.yaml --resume"),
+    ],
+)
+def test_flags_of_another_script_are_passed_on(words: str, number: int, others: str) -> None:
+    assert parse(planner, words.split()) == {"text": "", "number": number, "others": tuple(others.split())}
+
+
+def test_what_neither_script_knows_is_refused() -> None:
+    """By the other script, which is told what the first one knows."""
+    for word, nearest in (("--numbr", "--number"), ("--resum", "--resume")):
+        words = parse(planner, [word, "3"])["others"]
+        with pytest.raises(InputError, match=f"There is no flag {word}. Did you mean {nearest}?"):
+            parse(elsewhere, words, also=flags_of(planner))
+    with pytest.raises(InputError, match="--number: Expected an integer. Got x."):
+        parse(planner, ["--seed", "4", "--number", "x"])
 
 
 def test_help_says_what_docstrings_say(shell: Shell) -> None:

@@ -16,7 +16,7 @@ def main(args: Flags[DataArgs] = DataArgs(data_dir=Path("data/docstrings"))) -> 
     Args:
         args: How records become tokens, and where they go; see lit_gpt/data/prepare.py.
     """
-    prepare(records, args)
+    prepare(records, args, source="Python's standard library")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def main(
         args: How records become tokens, and where they go; see lit_gpt/data/prepare.py.
     """
     file = fetch(url, token=access_token or os.environ.get("HF_TOKEN"))
-    prepare(lambda: records(file), args)
+    prepare(lambda: records(file), args, source=url)
 
 
 if __name__ == "__main__":

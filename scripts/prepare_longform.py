@@ -32,7 +32,7 @@ def main(url: str = URL, args: Flags[DataArgs] = DataArgs(data_dir=Path("data/lo
         args: How records become tokens, and where they go; see lit_gpt/data/prepare.py.
     """
     files = {split: fetch(f"{url}/{split}.json") for split in ("train", "val")}
-    prepare(lambda: records(files), args)
+    prepare(lambda: records(files), args, source=url)
 
 
 if __name__ == "__main__":

@@ -501,7 +501,8 @@ def test_the_scripts_agree(checkpoint, tmp_path: Path) -> None:
         arguments = {f"{name.removeprefix('prepare_')}_path": tmp_path / f"a.{suffix}"}
         script(name).main(**arguments, data_dir=tmp_path / suffix, checkpoint_dir=checkpoint)
     one, two, three = (content(tmp_path / suffix) for suffix in ("json", "jsonl", "csv"))
-    hashes = [json.loads(files["meta.json"])["hash"] for files in (one, two, three)]
-    assert one == two and hashes[0] != hashes[2], "the columns are in another order"
-    del one["meta.json"], three["meta.json"]
-    assert one == three
+    metas = [json.loads(files.pop("meta.json")) for files in (one, two, three)]
+    sources = [Path(meta.pop("source")).name for meta in metas]
+    assert sources == ["a.json", "a.jsonl", "a.csv"]
+    assert metas[0] == metas[1] and metas[0]["hash"] != metas[2]["hash"], "the columns are in another order"
+    assert one == two == three

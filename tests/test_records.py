@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_gpt import InputError
-from lit_gpt.data.read_files import csv_records, json_records
+from lit_gpt.data.read_files import DELIMITERS, csv_records, json_records
 
 RECORDS = [
     {"instruction": "Größe?\n", "input": "", "output": "🙂\u2028, \"so\"\r\nand 'so'"},
@@ -88,6 +88,8 @@ REFUSED = {
     "an open quote": ("a.csv", 'a,b\n1,"2\n', "unexpected end of data.*must be quoted"),
     "text after a quote": ("a.csv", 'a,b\n"1"x,2\n', "line 2: .*expected after"),
     "a column twice": ("a.csv", "a,b,a\n1,2,3\n", "names a column twice: a, b, a"),
+    "semicolons": ("a.csv", "a;b\n1;2\n", "has one column, 'a;b', expected several.* --delimiter semicolon"),
+    "tabs": ("a.csv", "a\tb\n1\t2\n", "has one column, .*--delimiter tab"),
 }
 
 
@@ -96,6 +98,30 @@ def test_what_is_wrong_and_where(tmp_path: Path, name: str) -> None:
     file, content, said = REFUSED[name]
     with pytest.raises(InputError, match=f"{file}.*{said}"):
         read(tmp_path / file, content)
+
+
+def test_other_delimiters(tmp_path: Path) -> None:
+    for delimiter, letter in DELIMITERS.items():
+        (tmp_path / "a.csv").write_text(f'a{letter}b\n"1{letter}"{letter}2\n')
+        assert list(csv_records(tmp_path / "a.csv", delimiter)) == [{"a": f"1{letter}", "b": "2"}]
+    (tmp_path / "one.csv").write_text("text\na; b\n")  # one column, as it should be
+    assert list(csv_records(tmp_path / "one.csv")) == [{"text": "a; b"}]
+
+
+@pytest.mark.parametrize(
+    ("reader", "name", "command"),
+    [
+        (json_records, "a.csv", "prepare_csv.py --csv_path"),
+        (json_records, "a.tsv", "prepare_csv.py .*--delimiter tab"),
+        (json_records, "a.parquet", "prepare_sources.py --sources '{.*a.parquet: 1}'"),
+        (csv_records, "a.jsonl", "prepare_json.py --json_path"),
+        (csv_records, "a.json", "prepare_json.py --json_path"),
+    ],
+)
+def test_a_file_for_another_script(reader, name: str, command: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(InputError, match=f"{name} is no .* file. `python scripts/{command}.*` reads it"):
+        list(reader(tmp_path / name))
 
 
 @pytest.mark.parametrize("reader", [json_records, csv_records])

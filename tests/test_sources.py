@@ -110,6 +110,12 @@ def test_the_forms_of_a_conversation() -> None:
         ({"text": 3}, "Record 7: text is a int"),
         ({"a": 1}, "Record 7 has no instruction and no output; it has a. Name its keys: --instruction_key"),
         ({"instruction": "a", "output": "b", "split": 3}, "Record 7 says split 3, expected train, val or test"),
+        (
+            {"Instruction": "a", "Output ": "b", "Input": "c"},
+            r"it has Instruction, Output , Input\. Did you mean --instruction_key Instruction --input_key Input"
+            r" --output_key 'Output '\?",
+        ),
+        ({"instructions": "a", "output": "b"}, "Did you mean --instruction_key instructions\\?"),
     ],
 )
 def test_forms_that_are_none(record: dict, said: str) -> None:
@@ -203,6 +209,9 @@ def test_every_source_gives_the_same_tokens(checkpoint, tmp_path: Path) -> None:
         data_dir = tmp_path / f"data-{name}"
         script("prepare_sources").main({str(tmp_path / name): 1.0}, checkpoint_dir=checkpoint, data_dir=data_dir)
         found[name] = content(data_dir)
+        meta = json.loads(found[name]["meta.json"])
+        assert meta.pop("source") == str(tmp_path / name)
+        found[name]["meta.json"] = meta
     assert all(files == found["a.jsonl"] for files in found.values())
 
     both = datasets.DatasetDict(
@@ -610,6 +619,70 @@ def test_own_validation_files(checkpoint, tmp_path: Path) -> None:
     paths = dict(sources={str(tmp_path / "train.jsonl"): 1.0}, val_source=str(tmp_path / "val.jsonl"))
     script("prepare_sources").main(**paths, checkpoint_dir=checkpoint, data_dir=tmp_path / "mix")
     assert content(tmp_path / "mix") == content(tmp_path / "data")
+
+
+def test_validation_records_are_others(checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, QA[:30])))
+    (tmp_path / "val.jsonl").write_text("\n".join(map(json.dumps, QA)))
+    paths = dict(json_path=tmp_path / "train.jsonl", checkpoint_dir=checkpoint, data_dir=tmp_path / "data")
+    with pytest.raises(InputError, match="train.jsonl is named for training and for validation. Name another"):
+        script("prepare_json").main(**paths, val_path=tmp_path / "train.jsonl")
+    with pytest.raises(InputError, match="40 are for validation; 30 training on a .*. Validate on other records"):
+        script("prepare_json").main(**paths, val_path=tmp_path / "val.jsonl")
+
+
+def test_another_source_is_not_replaced(checkpoint, tmp_path: Path, capsys) -> None:
+    for name, n in (("a", 30), ("b", 20)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, QA[:n])))
+    common = dict(checkpoint_dir=checkpoint, data_dir=tmp_path / "data")
+    main = script("prepare_json").main
+    main(tmp_path / "a.jsonl", **common)
+    assert "replaced" not in capsys.readouterr().out
+
+    # other settings, or other records in the same file: a line says so
+    main(tmp_path / "a.jsonl", **common, prompt_style="alpaca")
+    assert "data are replaced. A run that began with them cannot be resumed." in capsys.readouterr().out
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, QA[:25])))
+    main(tmp_path / "a.jsonl", **common, prompt_style="alpaca")
+    assert "data are replaced." in capsys.readouterr().out
+
+    # another file: only if that is asked for
+    before = content(tmp_path / "data")
+    with pytest.raises(InputError, match=r"data was prepared from .*a.jsonl, now from .*b.jsonl.*--overwrite true"):
+        main(tmp_path / "b.jsonl", **common)
+    assert content(tmp_path / "data") == before
+    main(tmp_path / "b.jsonl", **common, overwrite=True)
+    assert Dataset(tmp_path / "data", "train").meta["n_records"] == 20
+    capsys.readouterr()
+    main(tmp_path / "b.jsonl", **common)
+    assert "is up to date" in capsys.readouterr().out
+
+
+def test_repeats_that_were_asked_for_are_no_problem(checkpoint, tmp_path: Path, capsys) -> None:
+    long_text = {"text": " ".join(map(str, range(300)))}  # several pieces, of which each is repeated
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*QA, long_text])))
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, QA[:3])))
+    common = dict(checkpoint_dir=checkpoint, data_dir=tmp_path / "data", max_seq_length=160)
+    main = script("prepare_sources").main
+    main({str(tmp_path / "a.jsonl"): 2}, **common)
+    assert "duplicate" not in capsys.readouterr().out
+    sources = {str(tmp_path / "a.jsonl"): 2, str(tmp_path / "b.jsonl"): 1}
+    main(sources, **common, overwrite=True)
+    assert "duplicate: 3 records" in capsys.readouterr().out
+
+
+def test_few_records_are_called_few(checkpoint, tmp_path: Path, capsys) -> None:
+    prepare(QA[:12], DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data"))
+    assert "These are few: a model soon knows 11 records by heart" in capsys.readouterr().out
+    records = [{"instruction": f"What is {i}?", "output": f"It is {i}."} for i in range(100)]
+    prepare(records, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data"))
+    assert "These are few" not in capsys.readouterr().out
+
+
+def test_a_key_that_is_nearly_read_is_told(checkpoint, tmp_path: Path, capsys) -> None:
+    args = DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data")
+    prepare([record | {"Input": "context"} for record in ({"instruction": "a", "output": "b"}, QA[1])], args)
+    assert "A key of these records is not read. If it should be: --input_key Input." in capsys.readouterr().out
 
 
 # ---- tokenizers that change the text

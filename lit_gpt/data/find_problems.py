@@ -96,7 +96,9 @@ def find_problems(data_dir: Path, tokenizer: Tokenizer, config: Config) -> DataR
     # what takes two records
     used = np.flatnonzero(split != NEITHER)
     _, first_of_its_kind = np.unique(table.content_hashes[used], return_index=True)
-    report.add_problem("duplicate", np.delete(used, first_of_its_kind))
+    duplicates = np.delete(used, first_of_its_kind)
+    # as many were asked for, by a weight of prepare_sources.py
+    report.add_problem("duplicate", duplicates[data.meta.get("n_repeats", 0) :])
     val = np.flatnonzero(split == VAL)
     train_prompts = table.prompt_hashes[split == TRAIN]
     is_leaked = np.isin(table.prompt_hashes[val], train_prompts)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
-from lit_gpt.data.records import Keys, blank_part
+from lit_gpt.data.records import Keys, blank_part, flags_of_near_keys
 from lit_gpt.data.tokenizer import Encoded, Tokenizer
 from lit_gpt.errors import InputError
 
@@ -64,7 +64,11 @@ def loses_characters(text: str, encoded: Encoded, tokenizer: Tokenizer) -> bool:
 
 
 def check_named_keys(records: Iterable[dict[str, Any]], keys: Keys) -> Iterator[dict[str, Any]]:
-    """Passes the records on. Raises InputError after the last one if none of them has a key that a flag names."""
+    """Passes the records on, and says which keys of the first may have been meant to be read.
+
+    Raises:
+        InputError: after the last one, if none of them has a key that a flag names.
+    """
     unseen = {}
     for field in fields(Keys):
         name = getattr(keys, field.name)
@@ -72,10 +76,19 @@ def check_named_keys(records: Iterable[dict[str, Any]], keys: Keys) -> Iterator[
             unseen[field.name] = name
 
     record: dict[str, Any] = {}
-    for record in records:
+    for number, record in enumerate(records):
+        if number == 0:
+            tell_near_keys(record, keys)
         if unseen:
             unseen = {flag: name for flag, name in unseen.items() if name not in record}
         yield record
     if unseen and record:
         flags = ", ".join(f"--{flag} {name}" for flag, name in unseen.items())
         raise InputError(f"No record has what {flags} names. The last one has {', '.join(map(str, record))}.")
+
+
+def tell_near_keys(record: Mapping[str, Any], keys: Keys) -> None:
+    """Prints which flags would have a record's optional keys read, such as Input, whose names differ a little."""
+    flags = flags_of_near_keys(record, {"input_key": keys.input_key, "system_key": keys.system_key})
+    if flags and {keys.instruction_key, keys.output_key} <= record.keys():
+        print(f"A key of these records is not read. If it should be: {flags}.")

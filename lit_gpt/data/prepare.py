@@ -12,7 +12,7 @@ What is left out on the way is counted (leave_out.py), and the end is a look at 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lit_gpt.config import SAMPLE, Config
+from lit_gpt.config import SAMPLE, Config, read_json
 from lit_gpt.data.dataset import FILES, TRAIN, VAL, Dataset
 from lit_gpt.data.leave_out import (
     UNWRITTEN,
@@ -66,6 +66,8 @@ class DataArgs(Keys):
     """The share of the distinct prompts that is set aside for validation, if the records name no split themselves."""
     seed: int = 42
     """Decides which prompts are set aside."""
+    overwrite: bool = False
+    """Replace what was prepared from another source in data_dir. From the same source it is replaced anyway."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.val_fraction <= 1:
@@ -75,21 +77,41 @@ class DataArgs(Keys):
 
 
 def prepare_files(read: Callable[[Any], Records], source: Any, val_source: Any | None, args: DataArgs) -> None:
-    """Prepares what `read` reads from `source`; for validation, what it reads from `val_source`, if there is one."""
+    """Prepares what `read` reads from `source`; for validation, what it reads from `val_source`, if there is one.
+
+    Raises:
+        InputError: see `prepare`; or they are the same.
+    """
+    names = names_of(source)
+    for name in set(names) & set(names_of(val_source)):
+        raise InputError(
+            f"{name} is named for training and for validation. Name another file for validation; or none, and"
+            " --val_fraction sets a share of the records aside."
+        )
 
     def records() -> Records:
         validation = None if val_source is None else read(val_source)
         return with_validation(read(source), validation, args)
 
-    prepare(records, args)
+    prepare(records, args, source=", ".join(names))
 
 
-def prepare(records: Records | Callable[[], Records], args: DataArgs) -> None:
+def names_of(source: Any | None) -> list[str]:
+    """What a source is called: a path, or the keys of several with weights."""
+    if source is None:
+        return []
+    names = source if isinstance(source, Mapping) else [source]
+    return [str(Path(name)) if Path(name).exists() else str(name) for name in names]
+
+
+def prepare(records: Records | Callable[[], Records], args: DataArgs, source: str = "") -> None:
     """Writes `records` to `args.data_dir` as tokens of the checkpoint's tokenizer, and prints a summary.
 
     `records` are mappings in one of the forms of `records.in_our_form`, or a function that returns them. The function
     is called a second time if everything else is as it was when the folder was written: if the records are the same,
     too, nothing is done. Memory grows by some 100 bytes for each record. The folder appears when it is complete.
+
+    `source` is what the records are from, for people: what is prepared from another one is not replaced.
 
     Raises:
         InputError: a record of no known form, no usable record, or a `data_dir` that holds something else.
@@ -97,7 +119,7 @@ def prepare(records: Records | Callable[[], Records], args: DataArgs) -> None:
     # settings
     tokenizer = Tokenizer(args.checkpoint_dir)
     config = Config.from_checkpoint(args.checkpoint_dir)
-    check_may_replace(args.data_dir)
+    check_may_replace(args.data_dir, source, args.overwrite)
     style = resolve_style(args.prompt_style, tokenizer)
     limit = min(args.max_seq_length or config.block_size, config.block_size)
     recipe = describe_recipe(tokenizer, style, limit, args)
@@ -109,6 +131,7 @@ def prepare(records: Records | Callable[[], Records], args: DataArgs) -> None:
             print_summary(args.data_dir, tokenizer, config)
             return
         records = records()
+    replaces = (args.data_dir / "meta.json").is_file()
 
     # two bytes a token if they are enough
     fits_16_bits = tokenizer.vocab_size <= 2**16
@@ -120,7 +143,7 @@ def prepare(records: Records | Callable[[], Records], args: DataArgs) -> None:
         with RecordWriter(folder, tokens_dtype, args.seed) as writer, progress_bar() as show:
             texts = render_records(hashed(records, digest), style, tokenizer, args, counts)
             for text, pieces in tokenize(texts, tokenizer, limit, args, counts):
-                writer.add(pieces, text.prompt, text.split)
+                writer.add(pieces, text.prompt, text.split, text.is_repeat)
                 show(text.number, writer.n_tokens)
         if not writer.ends:
             raise InputError(f"No record is left to train on: {list_counts(counts) or 'there was none'}.")
@@ -135,6 +158,7 @@ def prepare(records: Records | Callable[[], Records], args: DataArgs) -> None:
         # what they are
         writer.write_meta(
             split,
+            source=source,
             left_out=dict(counts),
             prompt_style=style,
             tokenizer=tokenizer.fingerprint,
@@ -144,24 +168,44 @@ def prepare(records: Records | Callable[[], Records], args: DataArgs) -> None:
             recipe=hashlib.sha256(recipe.encode()).hexdigest(),
             hash=digest.hexdigest(),
         )
+    if replaces:
+        print(f"The data that were in {args.data_dir} are replaced. A run that began with them cannot be resumed.")
     print_summary(args.data_dir, tokenizer, config)
 
 
-def check_may_replace(data_dir: Path) -> None:
-    """Raises InputError for a folder with files that `prepare` does not write: the folder is replaced as a whole."""
+def check_may_replace(data_dir: Path, source: str, overwrite: bool) -> None:
+    """Raises InputError for a folder that is not to be replaced, which happens as a whole.
+
+    That is one with files that `prepare` does not write, or, without `overwrite`, with data from another source.
+    """
     if not data_dir.exists():
         return
     our_files = {"meta.json", *(f"{name}.bin" for name in FILES)}
     if not data_dir.is_dir() or not our_files.issuperset(path.name for path in data_dir.iterdir()):
         raise InputError(f"{data_dir} holds something else than prepared data. Name another --data_dir.")
+    before = source_of(data_dir)
+    if before and source and before != source and not overwrite:
+        raise InputError(
+            f"{data_dir} was prepared from {before}, now from {source}. Name another --data_dir, or replace it with"
+            " --overwrite true."
+        )
+
+
+def source_of(data_dir: Path) -> str:
+    """What the data in a folder were prepared from; empty if that is unknown, or if there are none."""
+    try:
+        return read_json(data_dir / "meta.json").get("source", "")
+    except InputError:
+        return ""
 
 
 def check_training_records(split: Split, val_fraction: float, counts: Counter[str]) -> None:
-    """Raises InputError if all records are for validation, which was not asked for."""
+    """Raises InputError if all records are for validation, which only --val_fraction 1 asks for."""
     if val_fraction < 1 and not (split.codes == TRAIN).any():
+        advice = "Validate on other records than you train on" if split.n_leaked else "Add records for training"
         raise InputError(
-            f"No record is left to train on: {(split.codes == VAL).sum():,} are for validation, which --val_fraction 1"
-            f" allows; {list_counts(counts) or 'nothing was left out'}."
+            f"No record is left to train on: {(split.codes == VAL).sum():,} are for validation;"
+            f" {list_counts(counts) or 'nothing was left out'}. {advice}."
         )
 
 
@@ -172,7 +216,7 @@ def describe_recipe(tokenizer: Tokenizer, style: str, limit: int, args: DataArgs
     """A text that differs if anything but the records would lead to other files."""
     settings = asdict(args)
     # the checkpoint's tokenizer and block size are in the recipe; where its folder lies does not matter
-    del settings["checkpoint_dir"], settings["data_dir"]
+    del settings["checkpoint_dir"], settings["data_dir"], settings["overwrite"]
     template = None if style in ("alpaca", "none", "chat") else template_source(style)
     return json.dumps([FORMAT, tokenizer.behaviour, style, template, limit, settings])
 
@@ -215,6 +259,8 @@ class RecordText(NamedTuple):
     prompt: str | None
     """The key of the split: equal ones go to the same side, a text as a whole. None splits the pieces of a text one by
     one, which is for parts of a file."""
+    is_repeat: bool
+    """Whether it is the record before once more, as a weight asks for."""
 
 
 def render_records(
@@ -245,7 +291,8 @@ def render_records(
         else:
             answer_start, _ = rendered.answer_spans[0]
             prompt = rendered.text[:answer_start]
-        yield RecordText(number, record["split"], rendered, is_text, prompt)
+        is_repeat = record.get("is_repeat", False)
+        yield RecordText(number, record["split"], rendered, is_text, prompt, is_repeat)
 
 
 def tokenize(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+FEW = 50  # training records, below which the summary says so
 STOP = 3  # a trained stop token, beside the marks of trained.bin
 COLOURS = {0: "dim", ANSWER: "green", OTHER: "cyan", STOP: "bold red"}
 
@@ -40,6 +41,11 @@ def print_summary(data_dir: Path, tokenizer: Tokenizer, config: Config, samples:
     )
     left_out = [f"{count:,} {reason}" for reason, count in report.left_out.items()]
     console.print(f"Left out or cut: {', '.join(left_out) or 'nothing'}.")
+    if report.records["train"] < FEW:
+        console.print(
+            f"These are few: a model soon knows {report.records['train']} records by heart, and a validation loss over"
+            f" {report.records['val']:,} says little. Some hundreds are a beginning."
+        )
 
     # problems
     for name, count in report.problems.items():

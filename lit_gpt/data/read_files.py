@@ -6,19 +6,30 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lit_gpt.errors import InputError
 from lit_gpt.packages import import_optional
+
+Delimiter = Literal["comma", "semicolon", "tab"]
+DELIMITERS: dict[Delimiter, str] = {"comma": ",", "semicolon": ";", "tab": "\t"}
+COMMANDS = {  # by the end of a file's name the script that prepares it
+    ".json": "prepare_json.py --json_path {}",
+    ".jsonl": "prepare_json.py --json_path {}",
+    ".csv": "prepare_csv.py --csv_path {}",
+    ".tsv": "prepare_csv.py --csv_path {} --delimiter tab",
+    ".parquet": "prepare_sources.py --sources '{{{}: 1}}'",
+}
 
 
 def mix(sources: Mapping[str, float], split_key: str = "split") -> Iterator[dict[str, Any]]:
     """Records of several sources, one source after the other; each record as often as its source's weight says.
 
     A weight of 0.5 takes every second record, 2 takes each one twice, 1.5 every second one twice and the others once.
+    A repeat says that it is one: who looks for duplicates by mistake does not count it.
 
     Raises:
         InputError: a weight is not positive, or a source cannot be read.
@@ -29,7 +40,9 @@ def mix(sources: Mapping[str, float], split_key: str = "split") -> Iterator[dict
         for i, record in enumerate(read_records(source, split_key)):
             # so the first i + 1 records have been taken (i + 1) * weight times in all, rounded down
             times = int((i + 1) * weight) - int(i * weight)
-            yield from [record] * times
+            if times > 0:
+                yield record
+                yield from [record | {"is_repeat": True}] * (times - 1)
 
 
 def read_records(source: str | Path, split_key: str = "split") -> Iterator[dict[str, Any]]:
@@ -101,9 +114,10 @@ def json_records(path: Path) -> Iterator[dict[str, Any]]:
     """Records of a .json file (a list of objects) or a .jsonl file (an object per line).
 
     Raises:
-        InputError: not UTF-8, not JSON, or not objects; with the line.
+        InputError: another kind of file; or not UTF-8, not JSON, or not objects, with the line.
     """
     with open_text(path) as file:
+        check_suffix(path, (".json", ".jsonl"))
         if path.suffix == ".jsonl":
             for number, line in enumerate(file, 1):
                 line = line.rstrip()
@@ -139,18 +153,21 @@ def parse_json(text: str, path: Path, first_line: int = 1) -> Any:
         raise InputError(f"{path}{where} cannot be read: {error}.") from None
 
 
-def csv_records(path: Path) -> Iterator[dict[str, str]]:
+def csv_records(path: Path, delimiter: Delimiter = "comma") -> Iterator[dict[str, str]]:
     """Records of a CSV file with a header line. Everything is text: 'NA' stays 'NA'.
 
     Raises:
-        InputError: not UTF-8, no header, or a row with more or fewer fields than the header.
+        InputError: another kind of file; or not UTF-8, no header, another delimiter, or a row with more or fewer fields
+            than the header.
     """
     with open_text(path, newline="") as file:
+        check_suffix(path, (".csv", ".tsv"))
         try:
-            reader = csv.reader(file, strict=True)
+            reader = csv.reader(file, strict=True, delimiter=DELIMITERS[delimiter])
             header = next(reader, None)
             if not header:
                 raise InputError(f"{path} is empty, expected a header line such as instruction,input,output.")
+            check_delimiter(header, path, delimiter)
             if len(set(header)) < len(header):
                 raise InputError(f"{path}: the header names a column twice: {', '.join(header)}.")
             for row in reader:
@@ -165,6 +182,25 @@ def csv_records(path: Path) -> Iterator[dict[str, str]]:
             raise InputError(
                 f"{path}, line {reader.line_num}: {error}. Fields with line breaks must be quoted."
             ) from None
+
+
+def check_delimiter(header: Sequence[str], path: Path, delimiter: Delimiter) -> None:
+    """Raises InputError if the header is one column whose name has another delimiter in it."""
+    for name, letter in DELIMITERS.items():
+        if len(header) == 1 and letter in header[0]:
+            raise InputError(
+                f"{path} has one column, {header[0]!r}, expected several with a {delimiter} between them."
+                f" `python scripts/prepare_csv.py --csv_path {path} --delimiter {name}` reads it."
+            )
+
+
+def check_suffix(path: Path, expected: Sequence[str]) -> None:
+    """Raises InputError for a kind of file that another script prepares, and names that one."""
+    command = COMMANDS.get(path.suffix)
+    if command is not None and path.suffix not in expected:
+        raise InputError(
+            f"{path} is no {' or '.join(expected)} file. `python scripts/{command.format(path)}` reads it."
+        )
 
 
 @contextmanager

@@ -9,7 +9,9 @@
 all become {"split": ..., "messages": [...]} or {"split": ..., "text": ...}.
 """
 
+import difflib
 import re
+import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +69,8 @@ def in_our_form(record: Mapping[str, Any], number: int, keys: Keys) -> dict[str,
     """A record as `prompts.render` reads it: "split" (train, val, other or None), and "messages", "tools" or "text".
 
     Conversations, prompt and completion, and plain text are recognized by their keys. A text with "part_of_file" is one
-    of several of a file: its pieces go to training or validation one by one.
+    of several of a file: its pieces go to training or validation one by one. One with "is_repeat" is the record before
+    once more.
 
     Raises:
         InputError: the record lacks what it needs, or something in it is no text.
@@ -79,6 +82,8 @@ def in_our_form(record: Mapping[str, Any], number: int, keys: Keys) -> dict[str,
     is_pair = keys.instruction_key not in filled and {"prompt", "completion"} <= record.keys()
     conversation_key = find_conversation(record, filled, is_pair, keys)
     result: dict[str, Any] = {"split": split}
+    if record.get("is_repeat"):
+        result["is_repeat"] = True
 
     # a conversation in a list, in two lists, or a text
     if conversation_key:
@@ -130,14 +135,31 @@ def read_instruction(
     """The question and the answer of a record that has both as texts."""
     missing = [key for key in (instruction_key, output_key) if key not in record]
     if missing:
+        wanted = {"instruction_key": instruction_key, "input_key": input_key, "output_key": output_key}
+        flags = flags_of_near_keys(record, wanted)
+        advice = "Name its keys: --instruction_key and --output_key, or --messages_key, or --text_key."
         raise InputError(
             f"{where} has no {' and no '.join(missing)}; it has {', '.join(map(str, record)) or 'nothing'}."
-            " Name its keys: --instruction_key and --output_key, or --messages_key, or --text_key."
+            f" {f'Did you mean {flags}?' if flags else advice}"
         )
     instruction = as_text(record.get(instruction_key), f"{where}: {instruction_key}")
     context = as_text(record.get(input_key), f"{where}: {input_key}")
     output = as_text(record.get(output_key), f"{where}: {output_key}")
     return [question_message(instruction, context), {"role": "assistant", "content": output}]
+
+
+def flags_of_near_keys(record: Mapping[str, Any], wanted: Mapping[str, str]) -> str:
+    """The flags that name the keys a record has in place of those it lacks, such as --input_key Input.
+
+    `wanted` are the keys by the flags' names. A key may be meant that differs in capitals, spaces, or a letter or two.
+    """
+    by_plain_name = {str(key).strip().casefold(): str(key) for key in record}
+    flags = []
+    for flag, key in wanted.items():
+        near = difflib.get_close_matches(key.casefold(), by_plain_name, n=1, cutoff=0.8)
+        if key not in record and near:
+            flags.append(f"--{flag} {shlex.quote(by_plain_name[near[0]])}")
+    return " ".join(flags)
 
 
 def question_message(instruction: str, context: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from lit_gpt.data.dataset import ANSWER, TRAIN, VAL
+from lit_gpt.data.dataset import ANSWER, NEITHER, TRAIN, VAL
 from lit_gpt.data.loss_mask import Marked
 from lit_gpt.data.split import UNNAMED, Split, choose_split, hash_of, same_prompt_groups
 
@@ -36,6 +36,7 @@ class RecordWriter:
         self.named_splits = array("b")
         self.prompt_hashes = array("Q")  # of the prompts as texts
         self.token_hashes = array("Q")  # of the prompts as the tokens that are stored
+        self.are_repeats = array("b")
 
     def __enter__(self) -> Self:
         self.tokens_file = open(self.folder / "tokens.bin", "wb")
@@ -52,13 +53,14 @@ class RecordWriter:
     def n_tokens(self) -> int:
         return self.ends[-1] if self.ends else 0
 
-    def add(self, pieces: Iterable[Marked], prompt: str | None, split: str | None) -> None:
+    def add(self, pieces: Iterable[Marked], prompt: str | None, split: str | None, is_repeat: bool = False) -> None:
         """Writes the pieces of one record.
 
         Args:
             pieces: A conversation is one piece, a long text several.
             prompt: Records with the same prompt go to the same split. None lets each piece go by itself.
             split: "train" or "val" if the record says so itself.
+            is_repeat: Whether it is the record before once more.
         """
         # hashes, since prompts themselves would fill the memory
         prompt_hash = None if prompt is None else hash_of(prompt.encode(), self.seed)
@@ -71,6 +73,7 @@ class RecordWriter:
             # an entry for each record
             self.ends.append(self.n_tokens + len(ids))
             self.named_splits.append(NAMED_SPLITS[split])
+            self.are_repeats.append(is_repeat)
 
             # a text has no answer: its "prompt" is all of it
             first_answer = marks.find(ANSWER)
@@ -96,6 +99,7 @@ class RecordWriter:
             "n_trained": self.n_trained,
             "n_train": int((split.codes == TRAIN).sum()),
             "n_val": int((split.codes == VAL).sum()),
+            "n_repeats": int((split.codes[np.flatnonzero(self.are_repeats)] != NEITHER).sum()),
             "longest": int(np.diff(self.ends, prepend=0).max()),
             **more,
         }

@@ -227,8 +227,10 @@ def check_is_checkpoint(checkpoint_dir: Path) -> None:
     if not checkpoint_dir.exists():
         raise not_there(checkpoint_dir, checkpoints_near(checkpoint_dir), how_to_fetch(checkpoint_dir))
     if not checkpoint_dir.is_dir():
-        gguf = " scripts/convert_gguf_checkpoint.py makes one of it." if checkpoint_dir.suffix == ".gguf" else ""
-        raise InputError(f"{checkpoint_dir} is a file, expected the folder of a checkpoint.{gguf}")
+        advice = "Name its folder."
+        if checkpoint_dir.suffix == ".gguf":
+            advice = f"`python scripts/convert_gguf_checkpoint.py --gguf_path {checkpoint_dir}` makes one, in --out_dir."
+        raise InputError(f"{checkpoint_dir} is a file, expected the folder of a checkpoint. {advice}")
     if any((checkpoint_dir / name).is_file() for name in PARTS):
         return
     if (checkpoint_dir / "hyperparameters.yaml").is_file():

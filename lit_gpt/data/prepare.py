@@ -187,7 +187,7 @@ def check_may_replace(data_dir: Path, source: str, overwrite: bool) -> None:
     if before and source and before != source and not overwrite:
         raise InputError(
             f"{data_dir} was prepared from {before}, now from {source}. Name another --data_dir, or replace it with"
-            " --overwrite true."
+            " --overwrite."
         )
 
 

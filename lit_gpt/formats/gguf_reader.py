@@ -66,7 +66,7 @@ Metadata = dict[str, Any]
 Sources = dict[str, tuple[str, tuple[int, ...]]]  # Hugging Face's name of a tensor -> (llama.cpp's name, shape)
 
 
-def convert_gguf(gguf_path: Path, checkpoint_dir: Path, dtype: str = "float32") -> None:
+def convert_gguf(gguf_path: Path, out_dir: Path, dtype: str = "float32") -> None:
     """Writes the GGUF file as a Hugging Face checkpoint folder, which appears when it is complete.
 
     Raises:
@@ -74,7 +74,7 @@ def convert_gguf(gguf_path: Path, checkpoint_dir: Path, dtype: str = "float32") 
             is full.
     """
     # what can be refused before a byte is written
-    must_be_empty(checkpoint_dir)
+    must_be_empty(out_dir)
     metadata, tensors = read_gguf(gguf_path)
     check_metadata(metadata)
     config = hf_config(metadata, tensors, dtype)
@@ -84,7 +84,7 @@ def convert_gguf(gguf_path: Path, checkpoint_dir: Path, dtype: str = "float32") 
     tokenizer = build_tokenizer(metadata, special)
 
     try:
-        with new_folder(checkpoint_dir) as folder:
+        with new_folder(out_dir) as folder:
             writer = SafetensorsWriter(folder / "model.safetensors", {}, len(sources))
             for name, (gguf_name, _) in sources.items():
                 writer.add(name, hf_tensor(gguf_name, tensors[gguf_name], config))
@@ -96,11 +96,11 @@ def convert_gguf(gguf_path: Path, checkpoint_dir: Path, dtype: str = "float32") 
     except OSError as error:
         n_values = sum(math.prod(shape) for _, shape in sources.values())
         size = n_values * getattr(torch, dtype).itemsize
-        disk = next(parent for parent in checkpoint_dir.absolute().parents if parent.exists())
+        disk = next(parent for parent in out_dir.absolute().parents if parent.exists())
         free = shutil.disk_usage(disk).free
         raise InputError(
-            f"Could not write {checkpoint_dir}: {error.strerror}. It needs {size / 1e9:.2f} GB, "
-            f"{free / 1e9:.2f} GB are free there. Free some space or change --checkpoint_dir."
+            f"Could not write {out_dir}: {error.strerror}. It needs {size / 1e9:.2f} GB, "
+            f"{free / 1e9:.2f} GB are free there. Free some space, or write to another disk."
         ) from error
 
 

@@ -31,8 +31,8 @@ Flags = Annotated[Settings, FLAT]
 
 PASSED_ON = "the words that are for another script"
 PassedOn = Annotated[tuple[str, ...], PASSED_ON]
-"""`flags: PassedOn = ()` in a script's `main` receives, as they were typed, the flags that the script does not have. The
-script plans or runs another one, for which they are."""
+"""`flags: PassedOn = ()` in a script's `main` receives, as they were typed, the flags that the script does not have:
+those of another script, which it plans or runs."""
 
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 

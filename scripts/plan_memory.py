@@ -1,17 +1,19 @@
 """How much memory a fine-tuning run will take, before any weight is loaded, on a machine without the GPU.
 
-    python scripts/plan_memory.py --flags '[--quantize, bnb.nf4]' --card_gb 24
-    python scripts/plan_memory.py --script finetune/full.py --model_name Llama-3.2-1B --tokens 1024
+    python scripts/plan_memory.py --quantize bnb.nf4 --train.micro_batch_size 1 --card_gb 24
+    python scripts/plan_memory.py finetune/full.py --model_name Llama-3.2-1B --tokens 1024
     python scripts/plan_memory.py --model_name Mistral-7B-v0.1 --tokens 1304 \\
-        --flags '[--config, finetune/recipes/mistral-7b-qlora-24gb.yaml]'
+        --config finetune/recipes/mistral-7b-qlora-24gb.yaml
 """
 
 import runpy
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from lit_gpt import Config, InputError
-from lit_gpt.cli import parse, run
+from lit_gpt.cli import PassedOn, flags_of, parse, run
+from lit_gpt.device import resolve_precision
 from lit_gpt.distributed import is_to_split
 from lit_gpt.memory.plan import (
     OUTSIDE_GB,
@@ -29,31 +31,34 @@ ROOT = Path(__file__).parents[1]
 
 
 def main(
-    script: Path = Path("finetune/lora.py"),
-    flags: list[str] | None = None,
     model_name: str | None = None,
     tokens: int | None = None,
     card_gb: float | None = None,
+    script: PassedOn = (),
 ) -> None:
     """Plan the memory of a fine-tuning script.
 
+    The first word may be the script: finetune/lora.py, which is meant if there is none, full.py, adapter.py or
+    adapter_v2.py. All flags that are not listed here are the script's own, such as --quantize or --config;
+    `python finetune/lora.py --help` has them.
+
     Args:
-        script: finetune/lora.py, full.py, adapter.py or adapter_v2.py.
-        flags: The script's own flags.
         model_name: A published model; nothing of it has to be on this machine. None is the script's --checkpoint_dir.
         tokens: The length of the longest record. None looks into the script's --data_dir.
         card_gb: Memory of a GPU: finds the largest micro-batch that fits, which takes a minute or two for a model of
             7B. If --precision is auto, bf16-true is meant then.
+        script: The script, if its name is there, and its flags.
     """
     if card_gb is not None and card_gb <= OUTSIDE_GB:
         raise InputError(f"--card_gb is {card_gb:g}, expected more than the {OUTSIDE_GB:g} that CUDA itself takes.")
 
     # the flags of the script, as it would parse them
-    path = script if script.is_file() else ROOT / script
+    path, flags = split_script(script)
     check_method(path.stem)
-    settings = parse(runpy.run_path(str(path))["main"], flags or [])
+    settings = parse(runpy.run_path(str(path))["main"], flags, also=flags_of(main))
     args = settings["args"]
-    if args.precision == "auto" and card_gb is not None:
+    precision_is_auto = args.precision == "auto"
+    if precision_is_auto and card_gb is not None:
         args = replace(args, precision="bf16-true")
         settings["args"] = args
     config = Config.from_name(model_name) if model_name else Config.from_checkpoint(args.checkpoint_dir)
@@ -65,8 +70,11 @@ def main(
     n_processes = args.devices * args.num_nodes
     split = is_to_split(args.strategy, n_processes, shard=METHODS[setup.method].trains_base)
     when = ", before it is split among the devices" if split else ""
+    n_records = f"{len(setup.lengths)} records" if len(setup.lengths) > 1 else "1 record"
+    if precision_is_auto:
+        print(why_this_precision(card_gb))
     print(
-        f"{config.name}, {setup.method}, {weights}, {len(setup.lengths)} records of up to {longest:,} tokens:"
+        f"{config.name}, {setup.method}, {weights}, {n_records} of up to {longest:,} tokens:"
         f" GB at the peak of a step{when}\n"
     )
 
@@ -82,6 +90,25 @@ def main(
         usable = card_gb - OUTSIDE_GB
         most = largest_batch(replace(setup, lengths=(longest,)), usable)
         print(f"\nOn a card of {card_gb:g} GB, of which {usable:.3g} are usable, --train.micro_batch_size {most} fits.")
+
+
+def split_script(words: Sequence[str]) -> tuple[Path, Sequence[str]]:
+    """The script that is planned, and its flags. `finetune/full.py` is found from any folder."""
+    name = "finetune/lora.py"
+    if words and not words[0].startswith("-"):
+        name, *words = words
+    path = Path(name)
+    return (path if path.is_file() else ROOT / path), words
+
+
+def why_this_precision(card_gb: float | None) -> str:
+    """What --precision auto is planned as, and how to plan another one."""
+    if card_gb is not None:
+        return "Precision: bf16-true, as on a GPU, since --card_gb is given. --precision names another one."
+    precision = resolve_precision("auto")
+    if precision == "bf16-true":
+        return "Precision: bf16-true, as on the GPU of this machine. --precision names another one."
+    return f"Precision: {precision}, as on this machine. For a GPU give --card_gb, or --precision bf16-true."
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import yaml
 from conftest import ROOT
 
 from lit_gpt import InputError
-from lit_gpt.cli import dataclasses_of_flags, parse
+from lit_gpt.cli import dataclasses_of_flags, parse, receiver_of_others
 
 LIBRARY = sorted((ROOT / "lit_gpt").rglob("*.py"))
 SCRIPTS = sorted(path for folder in ("scripts", "finetune", "generate") for path in (ROOT / folder).glob("*.py"))
@@ -409,7 +409,7 @@ def test_help_from_anywhere_without_heavy_imports(path: Path, helps) -> None:
     main = load(path).main
     assert main.__doc__.split("\n")[0] in " ".join(text.split())
     flat = dataclasses_of_flags(main)
-    flags = set(inspect.signature(main).parameters) - set(flat)
+    flags = set(inspect.signature(main).parameters) - {*flat, receiver_of_others(main)}
     flags |= {field.name for kind in flat.values() for field in dataclasses.fields(kind)}
     for flag in flags:
         assert re.search(rf"^  --{flag}\b", text, re.MULTILINE), flag

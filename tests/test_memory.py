@@ -1,5 +1,6 @@
 """The plan is what a real step takes: `pytest tests/test_memory.py`, about 2 min"""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from helpers.runs import write_data
 from helpers.scripts import script
+from helpers.shell import python
 
 from lit_gpt import Config, InputError
 from lit_gpt.adapter import Adapter
 from lit_gpt.checkpoint.load import build_model
+from lit_gpt.cli import parse
 from lit_gpt.full import Full
 from lit_gpt.lora import LoRA
 from lit_gpt.make_optimizer import make_optimizer
@@ -26,10 +30,12 @@ from lit_gpt.memory.plan import (
     plan,
     plan_generation,
     switches,
+    two_batches,
     watch_steps,
 )
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantize import QuantizedLinear, quantize_linears
+from lit_gpt.runs.log import read_metrics
 from lit_gpt.train import TrainArgs
 
 SMALL = Config(
@@ -70,7 +76,7 @@ def prepared(setup: Setup) -> GPT:
 
 def real(setup: Setup) -> Plan:
     """The same two steps with tensors that are there."""
-    return watch_steps(prepared(setup), batch_of(setup.lengths), setup)
+    return watch_steps(prepared(setup), two_batches(setup), setup)
 
 
 @pytest.mark.parametrize("name", SETUPS)
@@ -202,27 +208,84 @@ def test_an_optimizer_without_a_plan() -> None:
 # ---- the script
 
 
-def test_script(tiny_dir: Path, capsys) -> None:
-    main = script("scripts/plan_memory.py").main
-    main(flags=["--checkpoint_dir", str(tiny_dir)], tokens=100, card_gb=1.08)
-    said = capsys.readouterr().out
+def planned(*words: str) -> str:
+    """What the command prints."""
+    result = python(ROOT / "scripts/plan_memory.py", *words)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def refused(*words: str) -> str:
+    result = python(ROOT / "scripts/plan_memory.py", *words)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def test_script(tiny_dir: Path) -> None:
+    """Flags of its own and of the script that is planned, in any order; for another script, its name comes first."""
+    said = planned("--tokens", "100", "--checkpoint_dir", str(tiny_dir), "--card_gb=1.08", "--compile")
     assert "checkpoint, lora, bfloat16, 16 records of up to 100 tokens" in said and "as it is set" in said
+    assert "Precision: bf16-true, as on a GPU, since --card_gb is given." in said
     assert "On a card of 1.08 GB, of which 0.08 are usable, --train.micro_batch_size" in said
     assert "split" not in said
-    main(Path("finetune/full.py"), ["--train_only", "2", "--precision", "32-true", "--devices", "2"], "pythia-14m", 64)
-    said = capsys.readouterr().out
+    flags = "--train_only 2 --precision 32-true --devices 2 --model_name pythia-14m --tokens 64"
+    said = planned("finetune/full.py", *flags.split())
     assert "pythia-14m, full, float32" in said and "of a step, before it is split among the devices\n" in said
-    with pytest.raises(InputError, match="no plan for finetune/classifier.py"):
-        main(Path("finetune/classifier.py"), ["--data_path", "x.csv"], "SmolLM2-135M", 64)
-    with pytest.raises(InputError, match="SparseAdam cannot step"):
-        main(flags=["--optimizer", "torch.optim.SparseAdam"], model_name="pythia-14m", tokens=8)
-    for wrong in (-3, 0.5):
-        with pytest.raises(InputError, match=f"--card_gb is {wrong}, expected more than the 1 that CUDA itself takes"):
-            main(card_gb=wrong)
-    for wrong in (-5, 0, 100_000):
-        with pytest.raises(InputError, match=f"--tokens is {wrong}, but SmolLM2-135M reads 1 to"):
-            main(model_name="SmolLM2-135M", tokens=wrong)
-    with pytest.raises(InputError, match="no plan for finetune/merge_lora.py"):
-        main(Path("scripts/merge_lora.py"))
-    with pytest.raises(InputError, match="mixture of experts"):
-        main(model_name="Mixtral-8x7B-v0.1", tokens=64)
+    assert "Precision" not in said  # it was asked for
+
+
+def test_a_recipe_is_planned(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("quantize: bnb.nf4\ntrain:\n  micro_batch_size: 1\n")
+    said = planned("--config", str(tmp_path / "recipe.yaml"), "--model_name", "pythia-14m", "--tokens", "64")
+    assert "pythia-14m, lora, bnb.nf4, 1 record of up to 64 tokens" in said
+    assert "Precision: 32-true, as on this machine. For a GPU give --card_gb" in said or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("finetune/classifier.py --data_path x.csv", "no plan for finetune/classifier.py"),
+        ("scripts/merge_lora.py", "no plan for finetune/merge_lora.py"),
+        ("--optimizer torch.optim.SparseAdam --model_name pythia-14m --tokens 8", "SparseAdam cannot step"),
+        ("--card_gb -3", "--card_gb is -3, expected more than the 1 that CUDA itself takes"),
+        ("--card_gb 0.5", "--card_gb is 0.5, expected more than the 1 that CUDA itself takes"),
+        ("--model_name SmolLM2-135M --tokens -5", "--tokens is -5, but SmolLM2-135M reads 1 to"),
+        ("--model_name SmolLM2-135M --tokens 0", "--tokens is 0, but SmolLM2-135M reads 1 to"),
+        ("--model_name SmolLM2-135M --tokens 100000", "--tokens is 100000, but SmolLM2-135M reads 1 to"),
+        ("--model_name Mixtral-8x7B-v0.1 --tokens 64", "mixture of experts"),
+        ("--model_nam pythia-14m", "There is no flag --model_nam. Did you mean --model_name?"),
+        ("--quantise bnb.nf4 --tokens 8", "There is no flag --quantise. Did you mean --quantize?"),
+        ("--tokens many", "--tokens: Expected an integer or null. Got many."),
+        ("--tokens 8 finetune/full.py", "Expected a flag before what is not one: finetune/full.py"),
+    ],
+)
+def test_what_has_no_plan(words: str, message: str) -> None:
+    assert message in refused(*words.split())
+
+
+def test_documented_commands_are_flags_of_the_script(monkeypatch) -> None:
+    """`test_house.py` sees only the flags of plan_memory.py itself."""
+    monkeypatch.chdir(ROOT)
+    planner = script("scripts/plan_memory.py")
+    commands = re.findall(r"python \S+(.*)", planner.__doc__.replace("\\\n", " "))
+    assert len(commands) == 3
+    for command in commands:
+        words = parse(planner.main, command.split())["script"]
+        path, flags = planner.split_script(words)
+        parse(script(str(path)).main, flags)
+
+
+# ---- the line of a run
+
+
+@pytest.mark.parametrize("n_train", [1, 40])
+def test_every_run_says_its_plan(n_train: int, tiny_dir: Path, tmp_path: Path) -> None:
+    """However short it is; and what its log will show, but for what the first step loads of PyTorch: 0.2 GB."""
+    write_data(tmp_path / "data", tiny_dir, n_train=n_train)
+    flags = f"--checkpoint_dir {tiny_dir} --data_dir {tmp_path}/data --out_dir {tmp_path}/out --n_answers 0"
+    result = python(ROOT / "finetune/lora.py", *flags.split(), check=True)
+    (total,) = re.findall(
+        r"Planned peak of a step: .*; with the rest of the process, as in the log, ([\d.]+) GB\.", result.stderr
+    )
+    logged = max(row["memory_gb"] for row in read_metrics(tmp_path / "out/metrics.csv") if row["memory_gb"])
+    assert logged - 0.3 < float(total) < logged * 1.1

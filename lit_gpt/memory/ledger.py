@@ -103,6 +103,11 @@ class Plan:
     def gb(self) -> float:
         return sum(self.parts.values()) / 1e9
 
+    @property
+    def model_gb(self) -> float:
+        """The model alone, as it is before the first step."""
+        return (self.parts["weights"] + self.parts["quantized"] + self.parts["trained"]) / 1e9
+
     def __str__(self) -> str:
         """Such as: 0.52 GB (weights 0.27, activations 0.22). Parts under 2 % are left out."""
         least = 0.02 * 1e9 * self.gb

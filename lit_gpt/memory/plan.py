@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from lit_gpt.checkpoint.load import build_model
 from lit_gpt.config import Config
 from lit_gpt.data.dataset import Dataset, heaviest_first, micro_batches, step_records
-from lit_gpt.device import autocast_dtype, trained_dtype, weight_dtype
+from lit_gpt.device import autocast_dtype, peak_memory_gb, trained_dtype, weight_dtype
 from lit_gpt.display.tables import markdown_table
 from lit_gpt.errors import InputError
 from lit_gpt.make_optimizer import TRIAL_SETTINGS, check_optimizer, make_optimizer
@@ -40,7 +40,6 @@ from lit_gpt.train import TrainArgs
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-OPERATIONS_PER_SECOND = {"cpu": 2e11, "gpu": 1e14}  # roughly
 OUTSIDE_GB = 1.0  # of a card: the CUDA context, and what the allocator cannot use
 EIGHT_BITS = ("bitsandbytes.optim.AdamW8bit", "bitsandbytes.optim.PagedAdamW8bit")
 
@@ -123,31 +122,28 @@ def setup_of(method: Method, flags: dict[str, Any], config: Config, lengths: tup
 def print_plan(fabric: "Fabric", method: Method, flags: dict[str, Any], config: Config, train_data: Dataset) -> None:
     """Prints the memory that the heaviest step of a run will take, on stderr; the first process does.
 
-    A plan takes about a quarter of a second a block. It is left out if that is more than a twentieth of an epoch, and
-    if there is none (see `plan`).
+    Without a GPU the log shows the memory of the whole process, which is told, too: what it holds besides the model is
+    known by now. A mixture of experts has no plan (see `plan`), and nothing is printed.
     """
     if not fabric.is_global_zero or config.n_expert:
         return
-
-    # is it worth its time?
-    params = build_model(config).parameters()
-    n_params = sum(param.numel() for param in params)
-    n_tokens = int(train_data.lengths().sum())
-    machine = "cpu" if fabric.device.type == "cpu" else "gpu"
-    speed = OPERATIONS_PER_SECOND[machine]
-    epoch_seconds = 6 * n_params * n_tokens / speed  # 2 operations a weight and token forward, 4 backward
-    plan_seconds = 0.25 * config.n_layer
-    if plan_seconds > 0.05 * epoch_seconds:
-        return
-
-    # plan and print
     lengths = heaviest_lengths(train_data, flags["train"])
     setup = setup_of(method, flags, config, lengths)
-    split = " before it is split among the devices" if is_sharded(fabric) else ""
     try:
-        print(f"Planned peak of a step{split}: {plan(setup)}.", file=sys.stderr)
+        step = plan(setup)
     except InputError as error:  # a plan is a courtesy
         print(f"No plan of the memory: {error}", file=sys.stderr)
+        return
+
+    if is_sharded(fabric):
+        line = f"Planned peak of a step before it is split among the devices: {step}."
+    elif fabric.device.type != "cpu":
+        line = f"Planned peak of a step: {step}."
+    else:
+        others = max(0.0, peak_memory_gb(fabric.device) - step.model_gb)
+        total = step.gb + others
+        line = f"Planned peak of a step: {step}; with the rest of the process, as in the log, {total:.2f} GB."
+    print(line, file=sys.stderr)
 
 
 def heaviest_lengths(data: Dataset, train: TrainArgs) -> tuple[int, ...]:
@@ -176,12 +172,12 @@ def plan(setup: Setup) -> Plan:
         raise InputError("A mixture of experts decides as it runs what is computed: there is no plan for it.")
     model = build_model(setup.config)
     quantize_linears(model, setup.quantize)
-    batch = batch_of(setup.lengths)
+    batches = two_batches(setup)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             fill_with_zeros(model, setup)
             adapted = adapt(model, setup)
-            return watch_steps(adapted, batch, setup)
+            return watch_steps(adapted, batches, setup)
     except (DataDependentOutputException, DynamicOutputShapeException):
         raise InputError(f"--optimizer {setup.optimizer} reads values as it steps: there is no plan for it.") from None
 
@@ -194,6 +190,14 @@ def batch_of(lengths: Sequence[int]) -> tuple[torch.Tensor, Layout]:
         trained = torch.ones(length)
         records.append((ids, trained))
     return Layout.end_to_end(records)
+
+
+def two_batches(setup: Setup) -> list[tuple[torch.Tensor, Layout]]:
+    """The batches of the two steps that are watched.
+
+    The first step is there to give the optimizer its memory: two tokens will do, and the plan takes half the time.
+    """
+    return [batch_of([2]), batch_of(setup.lengths)]
 
 
 def fill_with_zeros(model: GPT, setup: Setup) -> None:
@@ -224,9 +228,8 @@ def adapt(model: GPT, setup: Setup) -> GPT:
     return adapted
 
 
-def watch_steps(model: GPT, batch: tuple[torch.Tensor, Layout], setup: Setup) -> Plan:
-    """Trains a model, fake or real, for two steps: the second one has the optimizer's memory from its beginning."""
-    idx, layout = batch
+def watch_steps(model: GPT, batches: Sequence[tuple[torch.Tensor, Layout]], setup: Setup) -> Plan:
+    """Trains a model, fake or real, a step a batch: the second one has the optimizer's memory from its beginning."""
     params = [param for param in model.parameters() if param.requires_grad]
     if setup.optimizer in EIGHT_BITS:
         optimizer = Adam8bitMemory(params)
@@ -236,7 +239,7 @@ def watch_steps(model: GPT, batch: tuple[torch.Tensor, Layout], setup: Setup) ->
     enter_model(model, ledger)
 
     with ledger, part_of_head(model, ledger):
-        for _ in range(2):
+        for idx, layout in batches:
             # forward; from the final norm on, `part_of_head` says logits
             ledger.part = "activations"
             with torch.autocast(idx.device.type, setup.autocast, enabled=setup.autocast is not None):

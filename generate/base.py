@@ -8,7 +8,6 @@ The answer goes to stdout as it is made, everything else to stderr.
 
 import sys
 import time
-from collections.abc import Iterator
 
 import torch
 
@@ -16,7 +15,7 @@ from lit_gpt import InputError
 from lit_gpt.cli import Flags, run
 from lit_gpt.data.prompts import render, resolve_style
 from lit_gpt.device import default_device, peak_memory_gb
-from lit_gpt.generate.decode import stream
+from lit_gpt.generate.decode import collected, is_cut, stream
 from lit_gpt.runs.load_finetuned import UseArgs, load_for_use
 
 
@@ -39,7 +38,7 @@ def main(
             lit_gpt/data/styles/, a .jinja file, or none. auto is what the fine-tuned weights were trained with, else
             chat where there is one.
         num_samples: How many answers.
-        max_new_tokens: The longest answer.
+        max_new_tokens: The longest answer, in tokens. A line on stderr says if one was cut.
         temperature: 0 takes the likeliest token each time; 1 samples from what the model says.
         top_k: Sample from the k likeliest tokens only.
         args: With which model, such as --finetuned, and how; see lit_gpt/runs/load_finetuned.py.
@@ -78,19 +77,14 @@ def main(
         for text in tokenizer.stream(collected(new_tokens, tokens)):
             print(text, end="", flush=True)
         print()
+        if is_cut(tokens, tokenizer.stop_ids):
+            print(f"Cut at --max_new_tokens {max_new_tokens}.", file=sys.stderr)
         seconds = time.perf_counter() - began
         print(
             f"{len(tokens)} tokens in {seconds:.2f} s ({len(tokens) / seconds:.1f} tokens/s),"
             f" {peak_memory_gb(device):.2f} GB at most.",
             file=sys.stderr,
         )
-
-
-def collected(tokens: Iterator[int], into: list[int]) -> Iterator[int]:
-    """The same tokens as they come; each is appended to `into` before it goes on."""
-    for token in tokens:
-        into.append(token)
-        yield token
 
 
 if __name__ == "__main__":

@@ -2,50 +2,72 @@
 
     python generate/chat.py
     python generate/chat.py --finetuned out/lora/docstrings
+    python generate/chat.py --temperature 0.7 --top_k 50
 
-An empty line or Ctrl-D ends the conversation, /new begins another.
+What you type is a question, but for /help, /new and /quit.
 """
 
 import sys
 
 import torch
 
+from lit_gpt import InputError
 from lit_gpt.cli import Flags, run
 from lit_gpt.data.prompts import render, resolve_style
 from lit_gpt.device import default_device
-from lit_gpt.generate.decode import stream
+from lit_gpt.generate.decode import collected, is_cut, stream
 from lit_gpt.runs.load_finetuned import UseArgs, load_for_use
+
+COMMANDS = "/new begins another conversation; /quit or Ctrl-D ends; Ctrl-C ends an answer; /help says this again."
+QUIT = ("/quit", "/exit", "quit", "exit")
 
 
 def main(
     system: str | None = None,
+    prompt_style: str = "auto",
     max_new_tokens: int = 500,
-    temperature: float = 0.7,
-    top_k: int | None = 50,
+    temperature: float = 0.0,
+    top_k: int | None = None,
     args: Flags[UseArgs] = UseArgs(),
 ) -> None:
-    """Talk to a model.
+    """Talk to a model. What you type is a question, but for these: /new begins another conversation, /quit (or quit,
+    exit, Ctrl-D) ends, /help lists them. Ctrl-C ends an answer, and the conversation goes on.
 
     Args:
         system: The system prompt. None is the template's own.
-        max_new_tokens: The longest answer.
+        prompt_style: The text around a question, as in generate/base.py. auto is what the fine-tuned weights were
+            trained with, else chat where there is a template.
+        max_new_tokens: The longest answer, in tokens. A line on stderr says if one was cut.
         temperature: 0 takes the likeliest token each time; 1 samples from what the model says.
         top_k: Sample from the k likeliest tokens only.
         args: With which model, such as --finetuned, and how; see lit_gpt/runs/load_finetuned.py.
     """
     device = default_device()
+    if temperature == 0 and (top_k is not None or args.top_p is not None):
+        raise InputError(
+            "At --temperature 0 the likeliest token is taken: --top_k and --top_p need a higher one, such as 0.7."
+        )
     model, tokenizer, trained_style = load_for_use(args, device)
-    style = resolve_style("auto", tokenizer, trained_style)
+    style = resolve_style(prompt_style, tokenizer, trained_style)
     generator = torch.Generator(device).manual_seed(args.seed)
+    if sys.stdin.isatty():
+        print(COMMANDS, file=sys.stderr)
 
     # a conversation begins with the system prompt, if there is one
     opening = []
     if system is not None:
         opening.append({"role": "system", "content": system})
     messages = list(opening)
-    while question := read_line():
+    while True:
+        # a question, or a command
+        question = read_line()
+        if question is None or question in QUIT:
+            break
         if question == "/new":
             messages = list(opening)
+        if question == "/help":
+            print(COMMANDS, file=sys.stderr)
+        if question in ("", "/new", "/help"):
             continue
 
         # the whole conversation so far is the prompt, each time
@@ -59,7 +81,7 @@ def main(
             continue
 
         # the answer, shown as it is made
-        tokens = stream(
+        new_tokens = stream(
             model,
             idx,
             max_length,
@@ -70,19 +92,35 @@ def main(
             generator=generator,
         )
         answer = ""
-        for text in tokenizer.stream(tokens):
-            print(text, end="", flush=True)
-            answer += text
+        tokens: list[int] = []
+        is_interrupted = False
+        try:
+            for text in tokenizer.stream(collected(new_tokens, tokens)):
+                print(text, end="", flush=True)
+                answer += text
+        except KeyboardInterrupt:
+            is_interrupted = True
         print()
         messages.append({"role": "assistant", "content": answer})
 
+        # did it come to its end?
+        if is_interrupted:
+            print("Ended by Ctrl-C.", file=sys.stderr)
+        elif is_cut(tokens, tokenizer.stop_ids):
+            limit = f"--max_new_tokens {max_new_tokens}"
+            if max_length == model.config.block_size:
+                limit = f"the {max_length} tokens that the model can read"
+            print(f"Cut at {limit}.", file=sys.stderr)
 
-def read_line() -> str:
-    """The next question, or nothing at the end of the input."""
+
+def read_line() -> str | None:
+    """What is typed next, without space around it; None at the end of the input, or if Ctrl-C ends it."""
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
-        return ""
+    except (EOFError, KeyboardInterrupt):
+        if sys.stdin.isatty():
+            print()
+        return None
 
 
 if __name__ == "__main__":

@@ -229,7 +229,9 @@ def check_is_checkpoint(checkpoint_dir: Path) -> None:
     if not checkpoint_dir.is_dir():
         advice = "Name its folder."
         if checkpoint_dir.suffix == ".gguf":
-            advice = f"`python scripts/convert_gguf_checkpoint.py --gguf_path {checkpoint_dir}` makes one, in --out_dir."
+            advice = (
+                f"`python scripts/convert_gguf_checkpoint.py --gguf_path {checkpoint_dir}` makes one, in --out_dir."
+            )
         raise InputError(f"{checkpoint_dir} is a file, expected the folder of a checkpoint. {advice}")
     if any((checkpoint_dir / name).is_file() for name in PARTS):
         return

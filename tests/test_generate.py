@@ -237,6 +237,8 @@ def test_base_prints_the_answer(model: GPT, tiny_dir: Path, capsys, style: str) 
     captured = capsys.readouterr()
     assert captured.out == tokenizer.decode(out[len(idx) :]) + "\n"
     assert f"{len(out) - len(idx)} tokens in" in captured.err
+    is_whole = int(out[-1]) in tokenizer.stop_ids
+    assert ("Cut at --max_new_tokens 15." in captured.err) != is_whole
 
 
 def test_chat_remembers_and_forgets(model: GPT, tiny_dir: Path) -> None:
@@ -250,9 +252,11 @@ def test_chat_remembers_and_forgets(model: GPT, tiny_dir: Path) -> None:
             out = generate(model, idx, len(idx) + 10, temperature=0.0, eos_id=tokenizer.stop_ids)
             messages.append({"role": "assistant", "content": tokenizer.decode(out[len(idx) :])})
             expected.append(messages[-1]["content"] + "\n")
-    options = ["--checkpoint_dir", tiny_dir, "--system", "Be brief.", "--temperature", "0", "--max_new_tokens", "10"]
-    result = shell("chat", *options, stdin="Hello\n And\tyou? \n/new\nHello\n\nnot read any more\n")
-    assert (result.returncode, result.stdout, result.stderr) == (0, "".join(expected), "")
+    options = ["--checkpoint_dir", tiny_dir, "--system", "Be brief.", "--max_new_tokens", "10"]
+    for end in ("/quit", "quit", "exit"):
+        result = shell("chat", *options, stdin=f"Hello\n\n And\tyou? \n/new\nHello\n{end}\nnot read any more\n")
+        said = "Cut at --max_new_tokens 10.\n" * 3
+        assert (result.returncode, result.stdout, result.stderr) == (0, "".join(expected), said)
     assert expected[0] == expected[2] != expected[1]
 
 
@@ -260,7 +264,49 @@ def test_a_full_conversation(tiny_dir: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("word " * 300 + "\nHi\n"))
     script("chat").main(checkpoint_dir=tiny_dir, max_new_tokens=5)
     said = capsys.readouterr()
-    assert said.err == "The conversation fills the model's 256 tokens. /new begins another.\n" and said.out
+    fills = "The conversation fills the model's 256 tokens. /new begins another.\n"
+    assert said.err == fills + "Cut at --max_new_tokens 5.\n" and said.out
+
+
+def test_chat_on_a_terminal_says_what_can_be_typed(tiny_dir: Path, monkeypatch, capsys) -> None:
+    terminal = io.StringIO("/help\n")
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdin", terminal)
+    chat = script("chat")
+    chat.main(checkpoint_dir=tiny_dir)
+    said = capsys.readouterr()
+    assert said.err == f"{chat.COMMANDS}\n" * 2 and said.out.replace("> ", "") == "\n"
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_conversation(tiny_dir: Path, monkeypatch, capsys) -> None:
+    chat, prompts = script("chat"), []
+
+    def interrupted(model: GPT, idx: torch.Tensor, max_length: int, **options) -> Iterator[int]:
+        prompts.append(Tokenizer(tiny_dir).decode_with_special(idx.tolist()))
+        for token in stream(model, idx, max_length, **options):
+            yield token
+            if len(prompts) == 1:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "stream", interrupted)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nAnd you?\n"))
+    chat.main(checkpoint_dir=tiny_dir, max_new_tokens=4)
+    said = capsys.readouterr()
+    assert said.err == "Ended by Ctrl-C.\nCut at --max_new_tokens 4.\n"
+    assert "Hello" in prompts[1] and "And you?" in prompts[1]
+
+
+@pytest.mark.parametrize("flags", [{"top_k": 5}, {"top_p": 0.9}])
+def test_chat_is_greedy_unless_it_is_told_to_sample(flags: dict, tiny_dir: Path, monkeypatch, capsys) -> None:
+    chat = script("chat")
+    with pytest.raises(InputError, match="--top_k and --top_p need a higher one, such as 0.7"):
+        chat.main(checkpoint_dir=tiny_dir, **flags)
+    answers = set()
+    for seed in (1, 2):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+        chat.main(checkpoint_dir=tiny_dir, max_new_tokens=8, seed=seed)
+        answers.add(capsys.readouterr().out)
+    assert len(answers) == 1
 
 
 @pytest.mark.parametrize("name, args", [("base", ["--prompt", "Hi"]), ("chat", [])])

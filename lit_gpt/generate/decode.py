@@ -1,6 +1,6 @@
 """Decoding: from a prompt to new tokens, one at a time."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,18 @@ def stream(
         yield token
         if token in stop_ids:
             break
+
+
+def collected(tokens: Iterable[int], into: list[int]) -> Iterator[int]:
+    """The same tokens as they come; each is appended to `into` before it goes on."""
+    for token in tokens:
+        into.append(token)
+        yield token
+
+
+def is_cut(tokens: Sequence[int], stop_ids: Collection[int]) -> bool:
+    """Whether an answer was ended by its limit: its last token is no stop token."""
+    return len(tokens) > 0 and tokens[-1] not in stop_ids
 
 
 def generate(model: GPT, idx: torch.Tensor, max_returned_tokens: int, **options: Any) -> torch.Tensor:

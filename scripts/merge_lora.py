@@ -17,7 +17,7 @@ def main(
     out_dir: Path,
     checkpoint_dir: Path | None = None,
     dtype: DType | None = None,
-    base: Base = "original",
+    base: Base = "dequantized",
 ) -> None:
     """Merge LoRA weights into their base.
 
@@ -26,8 +26,9 @@ def main(
         out_dir: Where the merged checkpoint goes.
         checkpoint_dir: The base, if it is no longer where it was in training.
         dtype: Dtype of the merged weights. None is the base's own.
-        base: Where to merge a LoRA that was trained on quantized weights: into the original weights, or into those that
-            the codes stand for. Which is nearer to the trained model is measured and printed.
+        base: Where to merge a LoRA that was trained on quantized weights: into those that the codes stand for
+            (dequantized), which gives the model that was trained, or into the original ones, which gives another. How
+            far each is from the trained model is measured and printed.
     """
     export_merged(finetuned, checkpoint_dir, out_dir, as_dtype(dtype), base)
     print(f"Wrote {out_dir}.")

@@ -21,6 +21,7 @@ from record_llama_cpp import llama_cpp_tokens
 from lit_gpt import Config, InputError, Tokenizer
 from lit_gpt.checkpoint.load import load_model
 from lit_gpt.checkpoint.save import convert_checkpoint, save_hf, save_tensors, write_files
+from lit_gpt.data.prompts import render, resolve_style
 from lit_gpt.formats import gguf_writer as gguf_out
 from lit_gpt.formats import merge as exporting
 from lit_gpt.formats.gguf_reader import convert_gguf, read_gguf
@@ -29,7 +30,7 @@ from lit_gpt.formats.verify import TEXTS, compare_logits, logits_of, verify_copy
 from lit_gpt.generate.decode import stream
 from lit_gpt.lora import LoRA, LoRALinear
 from lit_gpt.replace_modules import replace_modules
-from lit_gpt.runs.load_finetuned import load_finetuned
+from lit_gpt.runs.load_finetuned import UseArgs, load_finetuned, load_for_use
 
 EVERYWHERE = LoRA(r=4, alpha=8, query=True, key=True, value=True, projection=True, mlp=True)
 
@@ -42,7 +43,9 @@ def tiny(tmp_path_factory, sample_dir) -> Path:
     return folder
 
 
-def write_adapter(folder: Path, base: Path, lora: LoRA = EVERYWHERE, quantize: str | None = None) -> Path:
+def write_adapter(
+    folder: Path, base: Path, lora: LoRA = EVERYWHERE, quantize: str | None = None, prompt_style: str = "chat"
+) -> Path:
     """As finetune/lora.py writes it."""
     from dataclasses import asdict
 
@@ -52,7 +55,7 @@ def write_adapter(folder: Path, base: Path, lora: LoRA = EVERYWHERE, quantize: s
     fingerprint = load_weights(build_model(Config.from_checkpoint(base)), base)
     header = dict(
         method="lora", settings=asdict(lora), checkpoint_dir=str(base), base=fingerprint,
-        tokenizer=tokenizer.fingerprint, prompt_style="chat", quantize=quantize,
+        tokenizer=tokenizer.fingerprint, prompt_style=prompt_style, quantize=quantize,
     )  # fmt: skip
     folder.mkdir(parents=True)
     save_tensors(weights_of(model), folder / "lora.safetensors", {"lit_gpt": json.dumps(header)})
@@ -76,11 +79,46 @@ def test_a_merged_model_says_so_itself(tiny, tmp_path, capsys) -> None:
     assert set(GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id) == Tokenizer(tiny).stop_ids == {0, 2}
 
 
+OWN_STYLE = "{% for message in messages %}<<{{ message.role }}>>{{ message.content }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize("style", ["alpaca", "zephyr", "llama2", OWN_STYLE])
+def test_the_style_that_was_trained_is_the_chat_template(style, tiny, tmp_path, capsys) -> None:
+    """Of every folder that leaves: transformers and our scripts ask as in training."""
+    from transformers import AutoTokenizer
+
+    adapter = write_adapter(tmp_path / "lora", tiny, prompt_style=style)
+    export_merged(adapter, None, tmp_path / "merged")
+    export_peft(adapter, None, tmp_path / "peft")
+    assert capsys.readouterr().out.count("which is its chat template now.") == 2
+    base_tokenizer = Tokenizer(tiny)
+    messages = [{"role": "user", "content": "Who is Ada?"}]
+    rendered = render(style, {"messages": messages}, base_tokenizer)
+    expected = base_tokenizer.encode(rendered.text, bos=rendered.bos).tolist()
+    for folder in (tmp_path / "merged", tmp_path / "peft"):
+        theirs = AutoTokenizer.from_pretrained(folder)
+        assert theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == expected
+        use = UseArgs(finetuned=folder) if folder.name == "peft" else UseArgs(checkpoint_dir=folder)
+        _, tokenizer, trained_style = load_for_use(use, torch.device("cpu"))
+        assert resolve_style("auto", tokenizer, trained_style) == "chat"
+        asked = render("chat", {"messages": messages}, tokenizer)
+        assert tokenizer.encode(asked.text, bos=asked.bos).tolist() == expected
+
+
+def test_a_style_that_no_template_has_is_told(tiny, tmp_path, capsys) -> None:
+    export_merged(write_adapter(tmp_path / "lora", tiny, prompt_style="none"), None, tmp_path / "merged")
+    said = capsys.readouterr().out
+    assert "trained in the style none, and its chat template is another: ask it with --prompt_style none." in said
+    assert Tokenizer(tmp_path / "merged").chat_template == Tokenizer(tiny).chat_template
+
+
 def test_both_bases_of_a_quantized_one(tiny, tmp_path, capsys) -> None:
     """The change fits the weights that the codes stand for; the original ones are another model."""
     adapter = write_adapter(tmp_path / "lora", tiny, quantize="bnb.nf4")
     model, _ = load_finetuned(None, adapter)
     expected = logits_of(model, Tokenizer(tiny))
+    export_merged(adapter, None, tmp_path / "default")
+    assert "Written: the dequantized ones" in capsys.readouterr().out
     for base in ("original", "dequantized"):
         export_merged(adapter, None, tmp_path / base, base=base)
         output = capsys.readouterr().out

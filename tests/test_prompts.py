@@ -10,7 +10,16 @@ from helpers.tiny_tokenizers import byte_level, write
 
 from lit_gpt import InputError, Tokenizer
 from lit_gpt.data.loss_mask import mark_trained
-from lit_gpt.data.prompts import render, resolve_style, style_label, style_names
+from lit_gpt.data.prompts import (
+    ALPACA_TEMPLATE,
+    as_chat_template,
+    render,
+    render_template,
+    resolve_style,
+    style_label,
+    style_names,
+)
+from lit_gpt.data.records import question_message
 from lit_gpt.data.tokenizer import SPECIAL_TOKENS
 
 TEMPLATES = Path(__file__).parent / "data/chat_templates"
@@ -305,3 +314,41 @@ def test_a_style_of_your_own_is_stored_whole(load, tmp_path: Path) -> None:
             resolve_style(name, tokenizer)
     with pytest.raises(FileNotFoundError):
         resolve_style(str(tmp_path / "gone.jinja"), tokenizer)
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_alpaca_as_a_template(name: str, sample_dir: Path) -> None:
+    """The same text, but for the stop token of the last answer, which the style gets with its tokens."""
+    tokenizer = Tokenizer(sample_dir)
+    messages = CONVERSATIONS[name]
+    text = render("alpaca", {"messages": messages}, tokenizer).text
+    stop = tokenizer.id_to_token(tokenizer.eos_id) if messages[-1]["role"] == "assistant" else ""
+    assert render_template(ALPACA_TEMPLATE, messages, None, tokenizer).text == text + stop
+
+
+def test_alpaca_as_a_template_keeps_the_input_apart(sample_dir: Path) -> None:
+    tokenizer = Tokenizer(sample_dir)
+    messages = [question_message("Translate.", "Guten Morgen")]
+    text = render("alpaca", {"messages": messages}, tokenizer).text
+    assert "### Input:\nGuten Morgen" in text
+    assert render_template(ALPACA_TEMPLATE, messages, None, tokenizer).text == text
+    with pytest.raises(InputError, match="no place for a message of the role tool"):
+        render_template(ALPACA_TEMPLATE, [{"role": "tool", "content": "42"}], None, tokenizer)
+
+
+@pytest.mark.parametrize("style", [name for name in style_names() if name != "chat"])
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_a_style_as_a_template_gives_its_tokens(style: str, adds_bos: bool, tmp_path: Path) -> None:
+    config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": adds_bos}
+    folder = write(tmp_path / "checkpoint", tokenizer_json=byte_level(), tokenizer_config_json=config)
+    tokenizer = Tokenizer(folder)
+    template = as_chat_template(style, tokenizer)
+    assert (template is None) == (style == "none")
+    if template is None:
+        return
+    assert template.startswith("{{- bos_token") == adds_bos
+    for messages in (CONVERSATIONS["code"], CONVERSATIONS["turns"], CONVERSATIONS["system"]):
+        rendered = render(style, {"messages": messages}, tokenizer)
+        text = render_template(template, messages, None, tokenizer).text
+        ids = tokenizer.encode(text, bos=False).tolist()
+        assert ids == tokenizer.encode(rendered.text, bos=rendered.bos).tolist()

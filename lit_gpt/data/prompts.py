@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_gpt.data.records import are_trained, question_message
-from lit_gpt.data.tokenizer import Tokenizer
+from lit_gpt.data.tokenizer import Tokenizer, read_if_there
 from lit_gpt.errors import InputError
 
 STYLES = Path(__file__).parent / "styles"
@@ -201,6 +201,97 @@ def join_pieces(pieces: Pieces, tokenizer: Tokenizer) -> Rendered:
             text += stop_token if i < len(pieces) else ""
             spans.append((start, len(text)))
     return Rendered(text, spans)
+
+
+# ---- a style as the chat template of a checkpoint
+
+
+# what alpaca_pieces makes, for programs that know templates only
+ALPACA_TEMPLATE = """\
+{%- set state = namespace(opening=none, is_later=false) %}
+{%- for message in messages %}
+    {%- if message.role == 'system' %}
+        {%- set state.opening = message.content %}
+    {%- elif message.role == 'assistant' %}
+        {{- message.content ~ eos_token }}
+        {%- set state.is_later = true %}
+    {%- elif message.role == 'user' %}
+        {%- set context = message.input if message.input is defined else '' %}
+        {%- set paired = ', paired with an input that provides further context' if context else '' %}
+        {%- if state.is_later %}
+            {{- '\\n\\n' }}
+        {%- elif state.opening is none %}
+            {{- 'Below is an instruction that describes a task' ~ paired ~ '. Write a response that appropriately' }}
+            {{- ' completes the request.\\n\\n' }}
+        {%- elif state.opening %}
+            {{- state.opening ~ '\\n\\n' }}
+        {%- endif %}
+        {{- '### Instruction:\\n' ~ (message.instruction if message.instruction is defined else message.content) }}
+        {{- ('\\n\\n### Input:\\n' ~ context if context else '') ~ '\\n\\n### Response:\\n' }}
+        {%- set state.is_later = true %}
+    {%- else %}
+        {{- raise_exception('The style alpaca has no place for a message of the role ' ~ message.role ~ '.') }}
+    {%- endif %}
+{%- endfor %}
+"""
+SAMPLES = (  # prompts by which a style and the template made of it are compared
+    [{"role": "user", "content": "Who is Ada?"}],
+    [question_message("Translate this.", "Guten Morgen, 世界!")],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Who?\n"}],
+    [
+        {"role": "user", "content": "Who?"},
+        {"role": "assistant", "content": "Ada."},
+        {"role": "user", "content": "Who else?"},
+    ],
+)
+
+
+def write_style(style: str, folder: Path) -> str:
+    """Makes the style that a model was trained in the chat template of its folder, for all who read one.
+
+    Args:
+        style: As `resolve_style` gives it; empty if it is unknown.
+        folder: A folder with a tokenizer.
+
+    Returns:
+        A sentence for the user, also if no template says what the style does; empty if the template is the one that was
+        trained.
+    """
+    if style in ("", "chat"):
+        return ""
+    tokenizer = Tokenizer(folder)
+    template = as_chat_template(style, tokenizer)
+    if template is None:
+        name = "and its file" if is_source(style) else style
+        return (
+            f"It was trained in the style {style_label(style)}, and its chat template is another: ask it with"
+            f" --prompt_style {name}."
+        )
+    settings_file = folder / "tokenizer_config.json"
+    settings = read_if_there(settings_file)
+    if settings.pop("chat_template", None) is not None:  # where transformers 4 had it
+        settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return f"It was trained in the style {style_label(style)}, which is its chat template now."
+
+
+def as_chat_template(style: str, tokenizer: Tokenizer) -> str | None:
+    """A chat template that gives the same tokens as a style; None if there is none."""
+    if style == "none":
+        return None
+    template = ALPACA_TEMPLATE if style == "alpaca" else template_source(style)
+    if tokenizer.use_bos:  # a chat template spells it
+        template = "{{- bos_token -}}\n" + template
+    for messages in SAMPLES:
+        try:
+            rendered = render(style, {"messages": messages}, tokenizer)
+        except InputError:  # it has no place for a system message, for instance
+            continue
+        expected = tokenizer.encode(rendered.text, bos=rendered.bos).tolist()
+        text = render_template(template, messages, None, tokenizer).text
+        if tokenizer.encode(text, bos=False).tolist() != expected:
+            return None
+    return template
 
 
 # ---- templates

@@ -1,6 +1,5 @@
 """Exports of what was fine-tuned: a LoRA merged into its base, or kept apart as an adapter of the peft library."""
 
-from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -10,6 +9,7 @@ from torch import nn
 from lit_gpt.checkpoint.load import cast_without_overflow
 from lit_gpt.checkpoint.peft import save_peft
 from lit_gpt.checkpoint.save import copy_companions, save_hf
+from lit_gpt.data.prompts import write_style
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.errors import InputError
 from lit_gpt.files import must_be_empty, new_folder
@@ -29,13 +29,14 @@ def export_merged(
     checkpoint_dir: Path | None,
     out_dir: Path,
     dtype: torch.dtype | None = None,
-    base: Base = "original",
+    base: Base = "dequantized",
     max_shard: int | None = None,
 ) -> None:
     """Merges a LoRA into its base, writes a Hugging Face folder and verifies that it holds the model.
 
     If the base was quantized in training, the change was learned for the quantized weights. Both bases are tried then:
     the original weights and those that the codes stand for. How far each is from the trained model is printed.
+    The style that was trained becomes the folder's chat template.
 
     Raises:
         InputError: see `must_be_empty`, `load_finetuned` and `verify_copy`; it is no LoRA, or the merged model is not
@@ -67,7 +68,12 @@ def export_merged(
     merged_logits = logits_of(model, tokenizer)
     if dtype not in (None, stored_dtype):
         merged_logits = round_weights(model, dtype, tokenizer, merged_logits)
-    save_hf(model, source, out_dir, max_shard, check=partial(verify_copy, merged_logits))
+
+    def check(folder: Path) -> None:
+        print_style(header, folder)
+        verify_copy(merged_logits, folder)
+
+    save_hf(model, source, out_dir, max_shard, check=check)
 
 
 def export_peft(finetuned: Path, checkpoint_dir: Path | None, out_dir: Path) -> None:
@@ -88,6 +94,7 @@ def export_peft(finetuned: Path, checkpoint_dir: Path | None, out_dir: Path) -> 
     with new_folder(out_dir) as folder:
         save_peft(trained, LoRA(**header.settings), model.config, base=str(source), folder=folder)
         copy_companions(source, folder)
+        print_style(header, folder)
         copy, _ = load_finetuned(source, folder, quantize=header.quantize or "none")
         difference = compare_logits(logits_of(model, tokenizer), logits_of(copy, tokenizer))
         print(f"Read back: {difference}.")
@@ -95,6 +102,13 @@ def export_peft(finetuned: Path, checkpoint_dir: Path | None, out_dir: Path) -> 
             raise InputError(
                 f"What was written is not the adapter: {difference}. Nothing was kept. Please report this."
             )
+
+
+def print_style(header: Header, folder: Path) -> None:
+    """Makes the style that was trained the chat template of a folder, and says so if it was not."""
+    sentence = write_style(header.prompt_style, folder)
+    if sentence:
+        print(sentence)
 
 
 def header_of(finetuned: Path) -> Header:

@@ -68,6 +68,10 @@ def load_for_use(args: UseArgs, device: torch.device) -> tuple[GPT, Tokenizer, s
         quantize=args.quantize,
     )
     tokenizer = Tokenizer(args.checkpoint_dir or header.checkpoint_dir)
+    # an adapter of peft may have its tokenizer beside it, with the chat template that was trained
+    if is_peft(args.finetuned) and (args.finetuned / "tokenizer.json").is_file():
+        own = Tokenizer(args.finetuned)
+        tokenizer = own if own.fingerprint == tokenizer.fingerprint else tokenizer
     if header.tokenizer not in ("", tokenizer.fingerprint):
         raise InputError(f"{args.finetuned} was trained with another tokenizer than the one of its base now is.")
     return model, tokenizer, header.prompt_style or None

@@ -11,6 +11,7 @@ from torch import nn
 
 from lit_gpt.checkpoint.load import read_metadata, read_tensors
 from lit_gpt.checkpoint.save import save_tensors, write_files
+from lit_gpt.data.prompts import write_style
 from lit_gpt.distributed import is_first
 from lit_gpt.errors import InputError
 from lit_gpt.files import new_folder, recover
@@ -72,6 +73,7 @@ class Checkpoints:
         elif self.method.trains_base:
             source = Path(self.header.checkpoint_dir)
             write_files(weights, self.model.config, source, folder, metadata=metadata)
+            write_style(self.header.prompt_style, folder)  # its chat template asks as in training
         else:
             file = folder / f"{self.header.method}.safetensors"
             save_tensors(dict(weights), file, metadata)

@@ -1,5 +1,14 @@
 """A hackable toolkit to fine-tune large language models."""
 
+import os
+
+# Threads that wait for others sleep. By default they spin, which beside any other busy process makes a step or a token
+# 2 to 30 times slower, and on an idle machine gains nothing (tutorials/generate_and_chat.md has figures). OpenMP reads
+# it when torch is loaded, never again: so it is set here, and scripts import lit_gpt before torch. A value of the
+# user's own stays.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# ruff: noqa: E402
 from lit_gpt.config import Config
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.errors import InputError

@@ -17,8 +17,8 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_type_hints
 
-from lit_gpt.errors import InputError
-from lit_gpt.failures import end_failed_process, end_process, is_one_of_several
+from lit_gpt.errors import InputError, Interrupted
+from lit_gpt.failures import end_failed_process, end_process, how_to_go_on, is_one_of_several
 from lit_gpt.files import write_whole
 
 if TYPE_CHECKING:
@@ -48,7 +48,9 @@ def run(main: Callable[..., None]) -> None:
         main(**settings)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        fail("Interrupted.", status=130)
+        fail(f"Interrupted.{how_to_go_on()}", status=130)
+    except Interrupted as stop:
+        end_failed_process(str(stop), stop.status)
     except Exception as error:
         # what reads the output, such as `head`, has read enough
         if isinstance(error, BrokenPipeError) and is_stdout_closed():

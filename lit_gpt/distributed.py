@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -26,6 +27,7 @@ import torch
 from lit_gpt.device import Precision, accelerator, precision_plugin, prepare_device, resolve_precision
 from lit_gpt.errors import InputError
 from lit_gpt.failures import SUPERVISOR, is_supervised
+from lit_gpt.interruption import STOP_FILE, Interruption, supervisor_asks_to_stop
 from lit_gpt.packages import import_fabric
 from lit_gpt.sharding import shard_weights
 
@@ -189,14 +191,13 @@ def fabric_strategy(n_processes: int, split: bool) -> Any:
 def supervise(devices: int, num_nodes: int) -> NoReturn:
     """Starts this command again, once per device of this machine, waits for all, and ends as the run ended.
 
-    torch's elastic launcher, which torchrun is made of, starts the processes and ends all of them if one fails, if this
-    process gets Ctrl-C or SIGTERM, or if another machine is gone. Only the first failure is printed: see
-    lit_gpt/failures.py.
+    torch's elastic launcher, which torchrun is made of, starts the processes and ends all of them if one fails or if
+    another machine is gone. Only the first failure is printed: see lit_gpt/failures.py. Ctrl-C and SIGTERM are passed
+    on, so that a run that trains can finish its step and save; a second one ends all processes at once.
 
     Raises:
         InputError: the machines cannot find each other, or there is no command to start again.
     """
-    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
@@ -212,23 +213,19 @@ def supervise(devices: int, num_nodes: int) -> NoReturn:
 
     # start them and wait
     with TemporaryDirectory(prefix="lit_gpt_failures_") as folder:
+        stop_file = Path(folder) / "stop"
+        os.environ[STOP_FILE] = str(stop_file)
         start = elastic_launch(launch_config(devices, num_nodes, folder), sys.executable)
-        try:
-            start(*sys.orig_argv[1:])
-        except ChildFailedError as error:
-            failures = error.failures
-            died_of = None
-        except SignalException as error:
-            failures = {}
-            died_of = error.sigval
-        else:
-            sys.exit(0)
+        with Interruption(when_asked=stop_file.touch) as interruption:
+            try:
+                start(*sys.orig_argv[1:])
+            except ChildFailedError as error:
+                failures = error.failures
+            else:
+                sys.exit(0)
 
     # end as they ended
-    if died_of is not None:
-        signal.signal(died_of, signal.SIG_DFL)
-        signal.raise_signal(died_of)  # who waits for this process sees the signal, as of any other command
-    end_as_first(failures)
+    end_as_first(failures, interruption)
 
 
 def launch_config(devices: int, num_nodes: int, folder: str) -> "LaunchConfig":
@@ -244,9 +241,9 @@ def launch_config(devices: int, num_nodes: int, folder: str) -> "LaunchConfig":
         run_id="lit_gpt",
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=folder),
-        # Ctrl-C is Python's, which raises KeyboardInterrupt here. The launcher's default also takes SIGHUP, and takes
-        # it even under nohup, which ignores it: https://github.com/pytorch/pytorch/issues/67538
-        signals_to_handle="SIGTERM",
+        # Ctrl-C and SIGTERM are ours. The launcher's default also takes SIGHUP, and takes it even under nohup, which
+        # ignores it: https://github.com/pytorch/pytorch/issues/67538
+        signals_to_handle="",
         **rendezvous,
     )
 
@@ -277,11 +274,12 @@ def rendezvous_of_machines() -> dict[str, Any]:
     }
 
 
-def end_as_first(failures: Mapping[int, "ProcessFailure"]) -> NoReturn:
+def end_as_first(failures: Mapping[int, "ProcessFailure"], interruption: Interruption) -> NoReturn:
     """Prints why the first process failed, and ends with its status.
 
     Args:
         failures: The failures by global rank, with the records that the processes wrote.
+        interruption: Whether the user has asked for it.
     """
     rank = min(failures, key=lambda rank: when_failed(failures[rank]))
     failure = failures[rank]
@@ -290,7 +288,12 @@ def end_as_first(failures: Mapping[int, "ProcessFailure"]) -> NoReturn:
     # it said why, in a record
     if "status" in record:
         print(record["message"], file=sys.stderr)
-        sys.exit(record["status"])
+        sys.exit(interruption.status if interruption.asked else record["status"])
+
+    # it was asked to end before it trained, or could not finish its step
+    if interruption.asked:
+        print("error: Interrupted.", file=sys.stderr)
+        sys.exit(interruption.status)
 
     # it was killed
     if failure.exitcode < 0:
@@ -319,6 +322,8 @@ def when_failed(failure: "ProcessFailure") -> tuple[int, int]:
 def end_with_supervisor() -> None:
     """Ends this process within a second of its supervisor, even if that was killed and could not end it.
 
+    If the supervisor asks to stop, the process gets SIGTERM: see lit_gpt/interruption.py.
+
     Raises:
         InputError: the supervisor is gone already.
     """
@@ -327,7 +332,11 @@ def end_with_supervisor() -> None:
         raise InputError(f"Process {supervisor}, which started this one for its run, is gone. Start the run again.")
 
     def watch() -> None:
+        is_asked = False
         while os.getppid() == supervisor:
+            if supervisor_asks_to_stop() and not is_asked:
+                is_asked = True
+                os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)
 

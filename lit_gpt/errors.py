@@ -1,4 +1,4 @@
-"""The error that users can mend, and turning the surprises of a file into it."""
+"""The error that users can mend, turning the surprises of a file into it, and the end that users ask for."""
 
 import re
 from collections.abc import Iterator
@@ -23,6 +23,15 @@ class InputError(Exception):
     The text says what was found, what was expected and what to type next. Bugs are any other exception: they keep
     their traceback.
     """
+
+
+class Interrupted(Exception):
+    """A run that Ctrl-C or SIGTERM asked to stop has saved and ends. `cli.run` prints the text as one line."""
+
+    def __init__(self, text: str, status: int) -> None:
+        """`status` is the exit status: 130 after Ctrl-C, 143 after SIGTERM."""
+        super().__init__(text)
+        self.status = status
 
 
 @contextmanager

@@ -21,6 +21,17 @@ SUPERVISOR = "LIT_GPT_SUPERVISOR"
 """The environment variable that holds the supervisor's process id."""
 
 
+HOW_TO_GO_ON: list[str] = []
+"""The command that continues the run of this process, once there is one; empty before."""
+
+
+def how_to_go_on() -> str:
+    """A sentence with the command that continues the run of this process; empty if it has none."""
+    if not HOW_TO_GO_ON:
+        return ""
+    return f" It goes on with: {HOW_TO_GO_ON[0]}"
+
+
 def is_supervised() -> bool:
     """Whether `distributed.supervise` started this process itself; a process that it started in turn is not meant."""
     return os.environ.get(SUPERVISOR) == str(os.getppid())

@@ -91,6 +91,14 @@ def sum_over_devices(fabric: "Fabric", tensor: torch.Tensor) -> torch.Tensor:
     return fabric.all_reduce(tensor, reduce_op="sum")  # type: ignore[return-value] # a tensor, as it was given
 
 
+def any_device(fabric: "Fabric", *flags: bool) -> list[bool]:
+    """Of each flag whether it is set in any process. All processes must call it."""
+    if fabric.world_size == 1:
+        return list(flags)
+    counts = torch.tensor(flags, dtype=torch.float32, device=fabric.device)
+    return [count > 0 for count in sum_over_devices(fabric, counts).tolist()]
+
+
 def full_parameters(model: nn.Module, keep: Callable[[str, torch.Tensor], bool]) -> Iterator[tuple[str, torch.Tensor]]:
     """The parameters that `keep` chooses, one after the other, put together. All processes must go through them."""
     # after a validation `fully_shard` leaves parameters whole, in memory that it will use again: a tensor that we

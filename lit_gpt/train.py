@@ -15,16 +15,21 @@ from torch import nn
 
 from lit_gpt.data.dataset import Dataset, heaviest_first, micro_batches, step_records
 from lit_gpt.device import peak_memory_gb
-from lit_gpt.errors import InputError
+from lit_gpt.errors import InputError, Interrupted
+from lit_gpt.failures import how_to_go_on
+from lit_gpt.interruption import Interruption
 from lit_gpt.make_optimizer import make_optimizer
 from lit_gpt.runs.log import Log, duration
 from lit_gpt.runs.resume import Progress, check_finite, save_progress, start_or_resume
-from lit_gpt.sharding import full_tensor, sum_over_devices
+from lit_gpt.sharding import any_device, full_tensor, sum_over_devices
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
     from lit_gpt.runs.saves import Checkpoints
+
+
+ENOUGH_STEPS = 50  # the quick start learns a style in so many; a run of less than half of them gets a remark
 
 
 @dataclass(frozen=True)
@@ -62,21 +67,25 @@ class TrainArgs:
     """Stop after this many optimizer steps, even in the middle of an epoch."""
     max_hours: float | None = None
     """Stop after this much time, with everything saved to go on later."""
-    eval_interval: int = 50
-    """Optimizer steps between validations. There is one before the first step and one after the last, too."""
+    eval_interval: int | None = None
+    """Optimizer steps between validations. None makes about ten in a run, at least five steps apart. There is one
+    before the first step and one after the last, too."""
     eval_records: int = 64
     """How many validation records to use: always the first ones."""
     patience: int | None = None
     """Stop after this many validations in a row that were no better than the best."""
-    save_interval: int = 50
-    """Optimizer steps between saves of `last`. `best` is saved whenever the validation loss is the lowest so far."""
+    save_minutes: float | None = 10
+    """Minutes between saves of `last`, from which a run goes on. None saves by steps alone. Ctrl-C and SIGTERM save,
+    too. `best` is saved whenever the validation loss is the lowest so far."""
+    save_interval: int | None = None
+    """Optimizer steps between saves of `last`, besides those by time."""
     keep_steps: bool = False
-    """Keep the weights of every save in a folder of its own, step-000050 and so on."""
+    """Keep the weights of every save by save_interval in a folder of its own, step-000050 and so on."""
     seed: int = 1337
     """Seed of the order of the records, and of dropout."""
 
     def __post_init__(self) -> None:
-        more_than_zero = ("learning_rate", "max_norm", "max_hours")
+        more_than_zero = ("learning_rate", "max_norm", "max_hours", "save_minutes")
         zero_or_more = ("min_learning_rate", "warmup_steps", "weight_decay", "seed")
         one_or_more = ("global_batch_size", "micro_batch_size", "micro_batch_tokens", "epochs", "max_steps")
         one_or_more += ("eval_interval", "eval_records", "patience", "save_interval")
@@ -91,6 +100,8 @@ class TrainArgs:
                     raise InputError(f"train.{name} is {value}, expected {expected}.")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise InputError(f"train.beta1 is {self.beta1} and train.beta2 {self.beta2}, expected 0 to below 1.")
+        if self.keep_steps and self.save_interval is None:
+            raise InputError("train.keep_steps keeps what train.save_interval saves, and there is none. Set it, too.")
 
     def steps(self, n_records: int) -> int:
         """Optimizer steps of the whole run."""
@@ -100,6 +111,10 @@ class TrainArgs:
     def steps_per_epoch(self, n_records: int) -> int:
         """Optimizer steps of an epoch; the last one takes the records that are left."""
         return math.ceil(n_records / self.global_batch_size)
+
+    def steps_between_evals(self, steps: int) -> int:
+        """Optimizer steps between validations in a run of so many steps."""
+        return self.eval_interval or max(5, math.ceil(steps / 10))
 
 
 def fit(
@@ -130,6 +145,7 @@ def fit(
 
     Raises:
         InputError: no data, a loss that is not finite, or not enough GPU memory.
+        Interrupted: Ctrl-C or SIGTERM came, and the run is saved.
     """
     check_data(train_data, val_data, args)
     steps = args.steps(len(train_data))
@@ -151,6 +167,11 @@ def fit(
         checkpoints.out_dir, steps, first_step=progress.step, main_process=fabric.is_global_zero, loggers=fabric.loggers
     )
     log.note(describe_run(fabric, model, train_data, args, progress))
+    if resume and progress.step == 0:
+        log.note("Nothing has been saved yet that the run could go on from: it begins at step 0.")
+    for_more_steps = flags_for_more_steps(len(train_data), args)
+    if for_more_steps:
+        log.note(f"So few steps teach little. {ENOUGH_STEPS} or more: {for_more_steps}")
     if args.share_prefixes and obstacle is not None:
         log.note(f"Prefixes are not shared: {obstacle}.")
 
@@ -171,102 +192,128 @@ def fit(
     # the order of the first epoch's batches: the one with the most tokens and the one with the longest record come
     # first, so that too little memory shows at once
     batch_order = heaviest_first(train_data, args.global_batch_size, args.seed)
+    eval_interval = args.steps_between_evals(steps)
     run_began = time.perf_counter()
-    if progress.step == 0:
-        validate()  # so that the curve begins before training, and `best` is the base until a step improves on it
+    saved_at = run_began
 
-    # a run that stopped for want of patience is not trained further if it is resumed
-    while progress.step < steps and not progress.out_of_patience(args.patience):
-        step_began = time.perf_counter()
+    # from here on Ctrl-C and SIGTERM finish the step at hand and save
+    with Interruption() as interruption:
+        if progress.step == 0:
+            validate()  # so that the curve begins before training, and `best` is the base until a step improves on it
 
-        # dropout: its random numbers depend on step and rank alone, so that a resumed run has no state to restore. The
-        # factors are primes, far enough apart that no two steps and ranks get the same seed
-        torch.manual_seed((args.seed * 1_000_003 + progress.step) * 1_009 + fabric.global_rank)
+        # a run that stopped for want of patience is not trained further if it is resumed
+        while progress.step < steps and not progress.out_of_patience(args.patience):
+            step_began = time.perf_counter()
 
-        # learning rate
-        lr = learning_rate(progress.step, steps, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+            # dropout: its random numbers depend on step and rank alone, so that a resumed run has no state to restore.
+            # The factors are primes, far enough apart that no two steps and ranks get the same seed
+            torch.manual_seed((args.seed * 1_000_003 + progress.step) * 1_009 + fabric.global_rank)
 
-        # the records of this step, and this device's share of them in micro-batches
-        in_first_epoch = progress.step < len(batch_order)
-        batch_number = batch_order[progress.step] if in_first_epoch else progress.step
-        records = step_records(len(train_data), batch_number, args.global_batch_size, args.seed)
-        batches = micro_batches(
-            train_data,
-            records,
-            args.micro_batch_size,
-            rank=fabric.global_rank,
-            world_size=fabric.world_size,
-            share_prefixes=share_prefixes,
-            micro_batch_tokens=args.micro_batch_tokens,
-        )
+            # learning rate
+            lr = learning_rate(progress.step, steps, args)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
 
-        # forward and backward: the records of a micro-batch lie end to end in one row of tokens, and its layout says
-        # where each begins and which tokens are targets. The sum of their losses is divided by the number of targets
-        # that all devices together have in this step; devices exchange gradients once, with the last micro-batch
-        n_targets = sum(train_data.n_targets(i) for i in records)
-        loss = torch.zeros((), device=fabric.device)
-        try:
-            for i, (idx, layout) in enumerate(batches):
-                is_last = i == len(batches) - 1
-                with fabric.no_backward_sync(model, enabled=not is_last):
-                    part = model(idx.to(fabric.device), layout=layout.to(fabric.device)) / n_targets
-                    fabric.backward(part * fabric.world_size)  # devices average their gradients; ours is a sum
-                loss += part.detach()
-        except torch.OutOfMemoryError as error:
-            raise InputError(
-                f"Step {progress.step + 1} does not fit. Lower --train.micro_batch_size (or _tokens). ({error})"
-            ) from None
-        loss = sum_over_devices(fabric, loss).item()
-        check_finite(loss, f"The loss of step {progress.step + 1}")
+            # the records of this step, and this device's share of them in micro-batches
+            in_first_epoch = progress.step < len(batch_order)
+            batch_number = batch_order[progress.step] if in_first_epoch else progress.step
+            records = step_records(len(train_data), batch_number, args.global_batch_size, args.seed)
+            batches = micro_batches(
+                train_data,
+                records,
+                args.micro_batch_size,
+                rank=fabric.global_rank,
+                world_size=fabric.world_size,
+                share_prefixes=share_prefixes,
+                micro_batch_tokens=args.micro_batch_tokens,
+            )
 
-        # clip, step
-        grad_norm = clip_gradient(fabric, model, optimizer, args.max_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        progress.step += 1
+            # forward and backward: the records of a micro-batch lie end to end in one row of tokens, and its layout
+            # says where each begins and which tokens are targets. The sum of their losses is divided by the number of
+            # targets that all devices together have in this step; devices exchange gradients once, with the last
+            # micro-batch
+            n_targets = sum(train_data.n_targets(i) for i in records)
+            loss = torch.zeros((), device=fabric.device)
+            try:
+                for i, (idx, layout) in enumerate(batches):
+                    is_last = i == len(batches) - 1
+                    with fabric.no_backward_sync(model, enabled=not is_last):
+                        part = model(idx.to(fabric.device), layout=layout.to(fabric.device)) / n_targets
+                        fabric.backward(part * fabric.world_size)  # devices average their gradients; ours is a sum
+                    loss += part.detach()
+            except torch.OutOfMemoryError as error:
+                raise InputError(
+                    f"Step {progress.step + 1} does not fit. Lower --train.micro_batch_size (or _tokens). ({error})"
+                ) from None
+            loss = sum_over_devices(fabric, loss).item()
+            check_finite(loss, f"The loss of step {progress.step + 1}")
 
-        # log
-        log.step(
-            progress.step,
-            epoch=progress.step / steps_per_epoch,
-            loss=loss,
-            learning_rate=lr,
-            grad_norm=grad_norm,
-            tokens=sum(train_data.length(i) for i in records),
-            trained_tokens=n_targets,
-            seconds=time.perf_counter() - step_began,
-            memory_gb=peak_memory_gb(fabric.device),
-        )
+            # clip, step
+            grad_norm = clip_gradient(fabric, model, optimizer, args.max_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.step += 1
 
-        # validate
-        out_of_time = False
-        if args.max_hours is not None:
-            hours = (time.perf_counter() - run_began) / 3600
-            out_of_time = fabric.broadcast(hours > args.max_hours)  # all devices stop at the same step
-        is_last_step = progress.step == steps or out_of_time
-        if progress.step % args.eval_interval == 0 or is_last_step:
-            validate()
+            # log
+            log.step(
+                progress.step,
+                epoch=progress.step / steps_per_epoch,
+                loss=loss,
+                learning_rate=lr,
+                grad_norm=grad_norm,
+                tokens=sum(train_data.length(i) for i in records),
+                trained_tokens=n_targets,
+                seconds=time.perf_counter() - step_began,
+                memory_gb=peak_memory_gb(fabric.device),
+            )
 
-        # save, after validating: `last` also holds the best loss so far and the patience
-        out_of_patience = progress.out_of_patience(args.patience)
-        if progress.step % args.save_interval == 0 or is_last_step or out_of_patience:
-            save_progress(fabric, checkpoints, optimizer, progress, keep_steps=args.keep_steps)
+            # what the clock and the signals say; all devices have to agree, and any of them may get a signal
+            now = time.perf_counter()
+            hours = (now - run_began) / 3600
+            minutes = (now - saved_at) / 60
+            out_of_time, save_is_due, interrupted = any_device(
+                fabric,
+                args.max_hours is not None and hours > args.max_hours,
+                args.save_minutes is not None and minutes > args.save_minutes,
+                interruption.asked,
+            )
 
-        # stop?
-        if out_of_time or out_of_patience:
-            why = f"{args.max_hours} hours are over" if out_of_time else f"no gain in {args.patience} validations"
-            log.note(f"Stopped after step {progress.step} of {steps}: {why}.")
-            break
+            # validate
+            is_last_step = progress.step == steps or out_of_time
+            if progress.step % eval_interval == 0 or is_last_step:
+                validate()
+
+            # save, after validating: `last` also holds the best loss so far and the patience
+            out_of_patience = progress.out_of_patience(args.patience)
+            is_interval = args.save_interval is not None and progress.step % args.save_interval == 0
+            if is_interval or is_last_step or save_is_due or out_of_patience or interrupted:
+                keep = args.keep_steps and (is_interval or is_last_step)
+                save_progress(fabric, checkpoints, optimizer, progress, keep_steps=keep)
+                saved_at = time.perf_counter()
+
+            # stop?
+            if interrupted or out_of_time or out_of_patience:
+                break
 
     if not len(val_data):
         checkpoints.save("best")  # nothing to judge by: the last is the best
+    log.close()
+
+    # the end
+    (interrupted,) = any_device(fabric, interruption.asked)
+    if interrupted:
+        ended = f"Stopped after step {progress.step:,} of {steps:,}, which is saved."
+        raise Interrupted(f"{ended}{how_to_go_on()}", interruption.status)
+    if progress.step < steps:
+        if progress.out_of_patience(args.patience):
+            why = f"no gain in {args.patience} validations."
+        else:
+            why = f"{args.max_hours:g} hours are over.{how_to_go_on()}"
+        log.note(f"Stopped after step {progress.step:,} of {steps:,}: {why}")
     seconds = [row["seconds"] for row in log.rows if row["seconds"] is not None]
     if seconds:
         epoch = duration(sum(seconds) / len(seconds) * steps_per_epoch)
         log.note(f"A whole epoch of {len(train_data):,} records takes {epoch} on this machine.")
-    log.close()
     return log
 
 
@@ -341,6 +388,19 @@ def describe_run(fabric: "Fabric", model: nn.Module, train_data: Dataset, args: 
     if progress.step:
         line += f" Continuing after step {progress.step}."
     return line
+
+
+def flags_for_more_steps(n_records: int, args: TrainArgs) -> str:
+    """The flags to type where all the records make few steps; empty if there are enough, or the user has said when to
+    stop."""
+    if args.max_steps is not None or args.steps(n_records) >= ENOUGH_STEPS / 2:
+        return ""
+    # a few epochs will do, or smaller steps, too
+    epochs = math.ceil(ENOUGH_STEPS / args.steps_per_epoch(n_records))
+    if epochs <= 5 or args.global_batch_size <= 4:
+        return f"--train.epochs {epochs}"
+    epochs = math.ceil(ENOUGH_STEPS / math.ceil(n_records / 4))
+    return f"--train.global_batch_size 4 --train.epochs {epochs}"
 
 
 def obstacle_to_sharing(model: nn.Module) -> str | None:

@@ -102,19 +102,19 @@ def closure(start: Iterable[str]) -> set[str]:
 # several in one row know the same, and not each other unless it says so. tutorials/architecture.md draws it
 MAY_KNOW = {
     "errors packages files download name_patterns replace_modules": "errors",
-    "cli failures": "errors files failures",
+    "cli failures interruption": "errors files failures",
     "config families": "errors files families",
     "model": "config",
     "lora adapter full quantize": "model errors packages name_patterns replace_modules",  # no surgeon knows another one
     "display": "errors files packages",
     "data": "model.packing config display errors files packages",
     "checkpoint": "model lora quantize config families errors files download name_patterns",
-    "device sharding distributed make_optimizer": "device sharding failures errors packages",
+    "device sharding distributed make_optimizer": "device sharding interruption failures errors packages",
     "generate": "model data errors",
-    "runs": "checkpoint data model lora adapter full quantize config device sharding distributed display cli errors"
-    " files packages",
+    "runs": "checkpoint data model lora adapter full quantize config device sharding distributed display cli"
+    " failures errors files packages",
     # no method, no tokenizer, no file format
-    "train": "data.dataset make_optimizer device sharding runs.log runs.resume errors",
+    "train": "data.dataset make_optimizer device sharding runs.log runs.resume interruption failures errors",
     "recipe": "make_optimizer runs data model quantize config device sharding distributed",
     "adapter_recipe": "recipe train runs generate checkpoint data quantize config device sharding",
     "memory": "train make_optimizer runs checkpoint data model quantize config device sharding display errors",

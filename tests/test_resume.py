@@ -1,20 +1,25 @@
-"""Killed and resumed is never killed, bit for bit; whose folder is whose: `pytest tests/test_resume.py`, about 2 min
+"""Killed or stopped, and resumed, is never killed, bit for bit; whose folder is whose: `pytest tests/test_resume.py`,
+about 3 min
 
-Every run is the real finetune/lora.py in a process of its own, which dies by SIGKILL at a chosen call: read
+Every run is the real finetune/lora.py in a process of its own, which gets a signal at a chosen call: read
 helpers/killable.py. The processes are forked by helpers/shell.py.
 """
 
 import json
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import yaml
 from conftest import make_tiny
 from helpers.shell import python
 from safetensors import safe_open
@@ -39,9 +44,10 @@ FLAGS = {  # 9 steps; dropout has to be the same, too
     "train.keep_steps": "true",
     "n_answers": 0,
 }
+TRIALS = 3  # optimizer steps before the first one of the run: one of `check_optimizer`, two of the memory plan
 MOMENTS = [  # what is called, which time, and whether the process dies before it, after it or half-way
     ("backward", 8, "before"),
-    ("optimizer.step", 9, "after"),  # the first is `check_optimizer`'s
+    ("optimizer.step", TRIALS + 8, "after"),
     ("row", 6, "half"),
     ("save .best.partial/lora.safetensors", 2, "half"),
     ("save .step-000006.partial/lora.safetensors", 1, "half"),
@@ -59,11 +65,32 @@ MOMENTS = [  # what is called, which time, and whether the process dies before i
 ]
 
 
+MOMENTS_TO_STOP = [  # for Ctrl-C and SIGTERM, which let the run finish what it is at
+    ("row", 1, "after"),  # the validation before the first step
+    ("backward", 1, "before"),
+    ("backward", 8, "after"),
+    ("optimizer.step", TRIALS + 1, "before"),
+    ("optimizer.step", TRIALS + 8, "after"),
+    ("row", 6, "before"),
+    ("save .best.partial/lora.safetensors", 2, "before"),
+    ("save .last.partial/state.safetensors", 1, "after"),
+    ("rename last .last.old", 1, "before"),
+    ("rename .last.partial last", 3, "after"),  # of the last step: there is nothing left to stop
+]
+
+
 class Outcome(NamedTuple):
     status: int
     stderr: str
     calls: dict[str, int]
     """How often each kill point was passed."""
+
+    def go_on(self) -> subprocess.CompletedProcess[str]:
+        """Types the command that the run printed, the last one if there are several."""
+        command = re.findall("goes on with: (.+)", self.stderr)[-1]
+        words = shlex.split(command)
+        assert words[0] == "python"
+        return python(*words[1:])
 
 
 class Lora:
@@ -79,7 +106,7 @@ class Lora:
             env = {"KILL": json.dumps(kill), "CALLS": calls.name} | ({"LIMIT": str(limit)} if limit else {})
             result = python(KILLABLE, *words, env=os.environ | env)
             outcome = Outcome(result.returncode, result.stderr, json.loads(calls.read() or "{}"))
-        assert outcome.status in (0, 2, -signal.SIGKILL), outcome.stderr
+        assert outcome.status in (0, 2, 130, 143, -signal.SIGTERM, -signal.SIGKILL), outcome.stderr
         return outcome
 
 
@@ -105,6 +132,11 @@ def never_killed(lora: Lora, tmp_path_factory) -> tuple[Path, Outcome]:
     return out_dir, lora.run(out_dir)
 
 
+def parsed(metadata: dict[str, str]) -> dict[str, Any]:
+    """With its JSON as values: a number that has been through a YAML file is 16.0 where it was 16."""
+    return {key: json.loads(value) if value.startswith("{") else value for key, value in metadata.items()}
+
+
 def contents(out_dir: Path) -> dict[str, Any]:
     """All that a run leaves, but for what the clock and the memory say."""
     found: dict[str, Any] = {}
@@ -114,11 +146,11 @@ def contents(out_dir: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 tensors = {key: (str(tensor.dtype), tensor.tolist()) for key, tensor in load_file(path).items()}
-                found[name] = tensors, file.metadata()
+                found[name] = tensors, parsed(file.metadata())
         elif name == "metrics.csv":
             found[name] = [line.split(",")[:-2] for line in path.read_text().splitlines()]
         elif name == "hyperparameters.yaml":
-            found[name] = [line for line in path.read_text().splitlines() if not line.startswith(("#", "out_dir"))]
+            found[name] = yaml.safe_load(path.read_text()) | {"out_dir": None}
     return found
 
 
@@ -128,7 +160,7 @@ def contents(out_dir: Path) -> dict[str, Any]:
 def test_every_moment_is_in_the_run(never_killed) -> None:
     """Otherwise nothing below would be killed."""
     calls = never_killed[1].calls
-    assert never_killed[1].status == 0 and calls["optimizer.step"] == 1 + 9 and calls["backward"] == 18
+    assert never_killed[1].status == 0 and calls["optimizer.step"] == TRIALS + 9 and calls["backward"] == 18
     assert all(calls[called] >= nth for called, nth, _ in MOMENTS), calls
     losses = [float(line[3]) for line in contents(never_killed[0])["metrics.csv"][1:] if line[3]]
     assert min(losses) == losses[1] < losses[2] <= losses[3], "of steps 0, 4, 8 and 9: the best has to be remembered"
@@ -136,8 +168,37 @@ def test_every_moment_is_in_the_run(never_killed) -> None:
 
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: f"{moment[2]}-{moment[0]}-{moment[1]}")
 def test_killed_and_resumed_is_never_killed(moment: tuple, lora: Lora, never_killed, tmp_path) -> None:
-    assert lora.run(tmp_path / "run", kill=moment).status == -signal.SIGKILL
-    assert lora.run(tmp_path / "run", resume="true").status == 0
+    killed = lora.run(tmp_path / "run", kill=moment)
+    assert killed.status == -signal.SIGKILL
+    assert killed.go_on().returncode == 0
+    assert contents(tmp_path / "run") == contents(never_killed[0])
+
+
+@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize("moment", MOMENTS_TO_STOP, ids=lambda moment: f"{moment[2]}-{moment[0]}-{moment[1]}")
+def test_stopped_and_resumed_is_never_stopped(
+    moment: tuple, name: str, status: int, lora: Lora, never_killed, tmp_path
+) -> None:
+    """The step is finished and saved: where the run goes on, none is trained twice."""
+    stopped = lora.run(tmp_path / "run", kill=(*moment, name))
+    assert stopped.status == status and "Traceback" not in stopped.stderr
+    promise, last_line = stopped.stderr.strip().splitlines()[-2:]
+    said = re.match(r"Stopped after step (\d) of 9, which is saved. It goes on with: ", last_line)
+    rows = contents(tmp_path / "run")["metrics.csv"]
+    assert said and int(said[1]) == int(rows[-1][0]) and stopped.calls["optimizer.step"] == TRIALS + int(said[1])
+
+    assert stopped.go_on().returncode == 0
+    assert contents(tmp_path / "run") == contents(never_killed[0])
+
+
+@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", -signal.SIGTERM)])
+def test_stopped_outside_of_the_loop_ends_at_once(name: str, status: int, lora: Lora, never_killed, tmp_path) -> None:
+    """When all is trained and saved, and only the report is missing."""
+    stopped = lora.run(tmp_path / "run", kill=("write report.md", 1, "before", name))
+    assert stopped.status == status
+    if status > 0:
+        assert stopped.stderr.splitlines()[-1].startswith("error: Interrupted. It goes on with: python ")
+    assert stopped.go_on().returncode == 0
     assert contents(tmp_path / "run") == contents(never_killed[0])
 
 
@@ -183,7 +244,7 @@ def test_full_disk(limit: int, what: str, lora: Lora, never_killed, tmp_path) ->
 def stopped(lora: Lora, tmp_path_factory) -> Path:
     """A run that was killed between its sixth and its ninth step. To be copied."""
     out_dir = tmp_path_factory.mktemp("stopped") / "run"
-    assert lora.run(out_dir, kill=("optimizer.step", 8, "before")).status == -signal.SIGKILL
+    assert lora.run(out_dir, kill=("optimizer.step", TRIALS + 7, "before")).status == -signal.SIGKILL
     return out_dir
 
 

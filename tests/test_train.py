@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ from lit_gpt.model.gpt import GPT
 from lit_gpt.model.packing import Segment
 from lit_gpt.runs.resume import data_fingerprint
 from lit_gpt.runs.saves import Checkpoints
-from lit_gpt.train import TrainArgs, learning_rate
+from lit_gpt.train import TrainArgs, flags_for_more_steps, learning_rate
 
 ROOT = Path(__file__).parents[1]
 EVERYWHERE = LoRA(r=4, alpha=8, query=True, key=True, value=True, projection=True, mlp=True, head=True)
@@ -321,11 +322,13 @@ def trace(tiny_dir: Path, data_dir: Path, out_dir: Path, args: TrainArgs) -> dic
     """What a run leaves behind, and what it computed: the tokens of each pass."""
     model, passes = adapted(tiny_dir), []
     model.register_forward_pre_hook(lambda module, args: passes.append(args[0].size(1)) if module.training else None)
-    rows = run_fit(model, data_dir, out_dir, args)
+    with mock.patch.object(Checkpoints, "save_state", autospec=True, side_effect=Checkpoints.save_state) as saves:
+        rows = run_fit(model, data_dir, out_dir, args)
     files = sorted(path.relative_to(out_dir).as_posix() for path in out_dir.rglob("*"))
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     weights = {key: value.tolist() for key, value in load_file(out_dir / "last/lora.safetensors").items()}
-    return columns | {"weights": weights, "files": files, "passes": len(passes), "computed": sum(passes)}
+    counts = {"passes": len(passes), "computed": sum(passes), "saves": saves.call_count}
+    return columns | counts | {"weights": weights, "files": files}
 
 
 BASE = dataclasses.replace(
@@ -348,10 +351,11 @@ FLIPS: dict[str, tuple[Any, set[str]]] = {  # field -> another value, and all th
     "share_prefixes": (False, {"computed"}),
     "epochs": (1, LENGTH),
     "max_steps": (5, LENGTH),
-    "max_hours": (1e-9, LENGTH),
+    "max_hours": (1e-9, LENGTH | {"saves"}),
     "eval_interval": (2, {"val_loss"}),
     "eval_records": (2, {"val_loss"}),
-    "patience": (1, LENGTH - {"weights"}),
+    "patience": (1, LENGTH - {"weights"} | {"saves"}),
+    "save_minutes": (1e-9, {"saves"}),
     "save_interval": (3, {"files"}),
     "keep_steps": (False, {"files"}),
     "seed": (7, LEARNED | {"tokens", "trained_tokens", "computed"}),
@@ -439,6 +443,30 @@ def test_out_of_time_saves_and_can_go_on(tiny_dir, data_dir, tmp_path) -> None:
     run_fit(adapted(tiny_dir), data_dir, tmp_path / "one", TRAIN)
     assert column(tmp_path / "two", "loss") == column(tmp_path / "one", "loss")
     assert equal(*(load_file(tmp_path / name / "last/lora.safetensors") for name in ("one", "two")))
+
+
+def test_about_ten_validations_by_default(tiny_dir, data_dir, tmp_path) -> None:
+    args = TrainArgs()
+    for steps, between in ((4, 5), (50, 5), (242, 25), (10_000, 1_000)):
+        assert args.steps_between_evals(steps) == between
+    assert dataclasses.replace(args, eval_interval=7).steps_between_evals(242) == 7
+    rows = run_fit(adapted(tiny_dir), data_dir, tmp_path, dataclasses.replace(TRAIN, max_steps=6, eval_interval=None))
+    assert [row["step"] for row in rows if row["val_loss"] is not None] == [0, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "n_records, settings, flags",
+    [
+        (57, {}, "--train.global_batch_size 4 --train.epochs 4"),
+        (320, {}, "--train.epochs 3"),
+        (57, {"global_batch_size": 4}, "--train.epochs 4"),
+        (400, {}, ""),
+        (57, {"max_steps": 3}, ""),  # as the user wants it
+        (57, {"epochs": 7}, ""),
+    ],
+)
+def test_too_few_steps_say_what_to_type(n_records: int, settings: dict, flags: str) -> None:
+    assert flags_for_more_steps(n_records, TrainArgs(**settings)) == flags
 
 
 def test_keep_steps(tiny_dir, data_dir, tmp_path) -> None:

@@ -29,7 +29,7 @@ Row = dict[str, Any]  # a number for each column, or None
 
 SHOWN = {  # what a line or the bar says of a step, as far as it is known
     "loss": "loss {:.4f}",
-    "val_loss": "val loss {:.4f}",
+    "val_loss": "val loss {}",
     "learning_rate": "learning rate {:.2e}",
     "speed": "{:,.0f} tokens/s",
     "memory_gb": "{:.2f} GB",
@@ -78,9 +78,11 @@ class Log:
 
         # what is shown: the last step, the last validation, the time
         self.val_loss: float | None = None
+        self.val_step = 0
         for row in self.rows:
             if row["val_loss"] is not None:
                 self.val_loss = row["val_loss"]
+                self.val_step = row["step"]
         self.shown: Row = dict.fromkeys(COLUMNS) | {"step": first_step}
         self.printed_step = first_step
         self.began = time.monotonic()
@@ -119,6 +121,7 @@ class Log:
         if not self.main_process:
             return
         self.val_loss = self.write_figures(step, {"val_loss": val_loss})["val_loss"]
+        self.val_step = step
         if self.live is None:
             self.note(f"step {step:,}/{self.total_steps:,}  val loss {self.val_loss:.4f}")
 
@@ -215,9 +218,18 @@ class Log:
         speed = None
         if self.shown["tokens"] is not None and self.shown["seconds"]:
             speed = self.shown["tokens"] / self.shown["seconds"]
-        figures = self.shown | {"val_loss": self.val_loss, "speed": speed}
+        figures = self.shown | {"val_loss": self.val_loss_text(), "speed": speed}
         texts = [text.format(figures[name]) for name, text in SHOWN.items() if figures[name] is not None]
         return "  ".join(texts)
+
+    def val_loss_text(self) -> str | None:
+        """The last validation loss, with its step if that is an earlier one; None if there was no validation."""
+        if self.val_loss is None:
+            return None
+        text = f"{self.val_loss:.4f}"
+        if self.val_step != self.shown["step"]:
+            text += f" (step {self.val_step:,})"
+        return text
 
     def times_text(self) -> str:
         """The time since the beginning, and after the first step the time left."""

@@ -1,12 +1,16 @@
 """The out_dir of a run: whether it is free, what in it belongs to runs, and its hyperparameters.yaml."""
 
 import os
+import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_gpt import failures
 from lit_gpt.cli import plain, read_hyperparameters, save_hyperparameters
 from lit_gpt.errors import InputError
+from lit_gpt.failures import is_supervised
 from lit_gpt.files import recover
 
 if TYPE_CHECKING:
@@ -51,6 +55,7 @@ MAY_CHANGE = (
     "train.max_hours",
     "train.patience",
     "train.save_interval",
+    "train.save_minutes",
     "train.keep_steps",
     "sweep_seeds",
     # what is shown of it
@@ -89,11 +94,14 @@ def check_out_dir(out_dir: Path, resume: bool, overwrite: bool) -> None:
 def start_run(fabric: "Fabric", out_dir: Path, settings: dict[str, Any]) -> None:
     """Readies `out_dir` in the first process, once all that can be found wrong has been looked for.
 
-    Deletes the run that `overwrite` replaces, and writes hyperparameters.yaml; a run that goes on keeps its own.
+    Deletes the run that `overwrite` replaces, and writes hyperparameters.yaml; a run that goes on keeps its own. Says
+    how to go on with this one if it is stopped or killed.
 
     Raises:
         InputError: a run is to go on with settings that are not its own.
     """
+    command = command_to_go_on(out_dir)
+    failures.HOW_TO_GO_ON[:] = [command]
     if not fabric.is_global_zero:
         return
     if settings["overwrite"]:
@@ -106,6 +114,15 @@ def start_run(fabric: "Fabric", out_dir: Path, settings: dict[str, Any]) -> None
         check_same_settings(hyperparameters, settings)
     else:
         save_hyperparameters(hyperparameters, settings)
+    print(f"If this run is stopped or killed, it goes on with: {command}", file=sys.stderr)
+
+
+def command_to_go_on(out_dir: Path) -> str:
+    """The command that continues the run in `out_dir`."""
+    launcher = "torchrun ..." if "TORCHELASTIC_RUN_ID" in os.environ and not is_supervised() else "python"
+    script = os.path.relpath(sys.argv[0])
+    flags = shlex.join(["--config", str(out_dir / "hyperparameters.yaml"), "--resume"])
+    return f"{launcher} {shlex.quote(script)} {flags}"
 
 
 def delete_run(out_dir: Path) -> None:

@@ -1,7 +1,7 @@
-"""finetune/lora.py as a process that dies by SIGKILL at a chosen call: `killable.py --flags`, with in the environment
+"""finetune/lora.py as a process that gets a signal at a chosen call: `killable.py --flags`, with in the environment
 
-KILL    ["optimizer.step", 9, "after"], or null: what is called, which time, and whether the process dies before
-        it, after it or half-way through what it writes
+KILL    ["optimizer.step", 9, "after", "SIGKILL"], or null: what is called, which time, whether the signal comes before
+        it, after it or half-way through what it writes, and which signal it is; SIGKILL if it is left out
 CALLS   the file for how often each such call was passed, written at the end of a run that was not killed
 LIMIT   bytes beyond which no file may grow, as on a full disk; optional
 """
@@ -35,13 +35,14 @@ def main() -> None:
 
 
 def watch_calls(kill: list | None) -> Counter[str]:
-    """Makes the process count the calls it could be killed at, and kill itself at the one that is asked for."""
+    """Makes the process count the calls it could be killed at, and send itself the signal at the one asked for."""
     import safetensors.torch
     import torch
     from lightning_fabric import Fabric
 
     from lit_gpt.runs.log import Log
 
+    number = getattr(signal, kill[3]) if kill and len(kill) > 3 else signal.SIGKILL
     calls: Counter[str] = Counter()
 
     def watch(
@@ -60,12 +61,12 @@ def watch_calls(kill: list | None) -> Counter[str]:
                 calls[called] += 1
             moment = kill[2] if kill and called == kill[0] and calls[called] == kill[1] else None
             if moment == "before":
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), number)
             result = None if moment == "half" and attribute == "rmtree" else original(*args, **kwargs)
             if moment == "half":
                 half(*args)
-            if moment:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if moment in ("half", "after"):
+                os.kill(os.getpid(), number)
             return result
 
         setattr(owner, attribute, watched)

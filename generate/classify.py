@@ -3,8 +3,9 @@
     python generate/classify.py --finetuned out/classifier --texts mails.csv > labelled.csv
     echo "You have won a prize" | python generate/classify.py --finetuned out/classifier
 
-Writes a line per text, comma-separated: the label, and the probability of each class. A blank text gets a line of
-nothing but commas, so that line n always belongs to text n.
+Writes a heading and a line per text, comma-separated: the label, the probability of each class, and the text itself,
+whose line ends and tabs become a space. So `cut -d, -f1` gives the labels, and the lines stay those of the texts; a
+blank text gets one of nothing but commas.
 """
 
 import csv
@@ -63,16 +64,16 @@ def main(
     probabilities = logits.softmax(1)
 
     # a line per text
-    blank = [""] * (1 + len(trained.names))
+    blank = [""] * (2 + len(trained.names))
     lines = [blank] * len(all_texts)
     for i, row in zip(numbers, probabilities, strict=True):
         label = trained.names[row.argmax()]
         cells = [f"{probability:.4f}" for probability in row.tolist()]
-        lines[i] = [label, *cells]
+        lines[i] = [label, *cells, " ".join(all_texts[i].split())]
 
     # write
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["label", *trained.names])
+    writer.writerow(["label", *trained.names, "text"])
     writer.writerows(lines)
 
 

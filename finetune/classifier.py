@@ -15,23 +15,22 @@ from lit_gpt.classifier.head import ClassifierArgs, resolve_quantize
 from lit_gpt.classifier.scores import write_classifier_report
 from lit_gpt.classifier.sweep import check_sweep, run_sweep, steps_of
 from lit_gpt.classifier.texts import TextArgs, load_texts
-from lit_gpt.classifier.training import train_classifier
+from lit_gpt.classifier.training import ClassifierTrainArgs, train_classifier
 from lit_gpt.cli import Flags, command, run
 from lit_gpt.lora import LoRA
 from lit_gpt.quantize import Quantize
 from lit_gpt.recipe import LaunchArgs, start_processes
 from lit_gpt.runs.out_dir import check_out_dir, start_run
 from lit_gpt.sharding import is_sharded
-from lit_gpt.train import TrainArgs
 
 
 def main(
     source: Flags[TextArgs],
     args: Flags[LaunchArgs] = LaunchArgs(out_dir=Path("out/classifier")),
     classifier: Flags[ClassifierArgs] = ClassifierArgs(),
-    lora: LoRA = LoRA(r=8, alpha=16, query=True, value=True),
+    lora: LoRA = LoRA(r=8, alpha=16),
     quantize: Quantize | None = None,
-    train: TrainArgs = TrainArgs(learning_rate=3e-4, warmup_steps=10, global_batch_size=16, epochs=3),
+    train: ClassifierTrainArgs = ClassifierTrainArgs(warmup_steps=10, global_batch_size=16, epochs=3),
     sweep: bool = False,
     sweep_seeds: int = 3,
 ) -> None:
@@ -44,8 +43,9 @@ def main(
         lora: For the methods lora and qlora: the rank, and which matrices of which layers.
         quantize: For the method qlora: the 4 or 8 bits of the frozen linears, None is bnb.nf4; see
             lit_gpt/quantize.py.
-        train: The optimizer, the batch and the intervals; see lit_gpt/train.py.
-        sweep: Try everything between the output layer and all blocks, and draw accuracy against minutes.
+        train: The optimizer, the batch and the intervals; see lit_gpt/train.py. The learning rate is the method's own,
+            if none is named.
+        sweep: Try everything between the output layer and all blocks, and draw what each gives and costs.
         sweep_seeds: How often a sweep tries everything, each time with other texts for validation.
     """
     # settings: all of them, for hyperparameters.yaml
@@ -58,12 +58,14 @@ def main(
     if sweep or classifier.method == "features":
         require_scikit_learn()
 
-    # one classifier; or all those of a sweep, for each seed
+    # one classifier, whose learning rate is known now; or all those of a sweep, for each seed
     tokenizer = Tokenizer(args.checkpoint_dir)
     config = Config.from_checkpoint(args.checkpoint_dir)
     steps: dict[str, ClassifierArgs] = {classifier.method: classifier}
     if sweep:
         steps = steps_of(classifier, config.n_layer)
+    else:
+        settings["train"] = train = train.for_method(classifier, config)
     seeds = range(sweep_seeds) if sweep else [args.seed]
     depths = {step.first_trained_block(config.n_layer) for step in steps.values()} - {0}
 
@@ -100,7 +102,14 @@ def main(
 
     # report
     if fabric.is_global_zero:
-        write_classifier_report(scores, data.labelled.names, args.out_dir, command(), settings)
+        write_classifier_report(
+            scores,
+            names=data.labelled.names,
+            out_dir=args.out_dir,
+            command=command(),
+            settings=settings,
+            scored=data.describe_scored(args.seed),
+        )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -24,18 +25,31 @@ from lit_gpt.classifier.features import (
     compute_features,
     compute_logits,
     fit_logistic_regression,
+    fit_standardize,
     in_batches,
     require_scikit_learn,
 )
-from lit_gpt.classifier.head import Classifier, ClassifierArgs, class_weights, mark_trainable
-from lit_gpt.classifier.scores import score_predictions, write_classifier_report
+from lit_gpt.classifier.head import (
+    Classifier,
+    ClassifierArgs,
+    ClassifierMethod,
+    class_weights,
+    default_learning_rate,
+    mark_trainable,
+)
+from lit_gpt.classifier.scores import (
+    confusion_markdown,
+    confusion_text,
+    score_predictions,
+    write_classifier_report,
+)
 from lit_gpt.classifier.sweep import check_sweep, saturation, steps_of, summarize
-from lit_gpt.classifier.texts import Texts, read_labelled, split_texts, tokenize_texts
-from lit_gpt.cli import save_hyperparameters
+from lit_gpt.classifier.texts import TextArgs, Texts, load_texts, read_labelled, split_texts, tokenize_texts
+from lit_gpt.classifier.training import ClassifierTrainArgs
+from lit_gpt.cli import read_hyperparameters, save_hyperparameters
 from lit_gpt.distributed import launch
 from lit_gpt.model.packing import Layout
 from lit_gpt.runs.out_dir import start_run
-from lit_gpt.train import TrainArgs
 
 WORDS = {
     "up": "raise higher above climb over top",
@@ -73,6 +87,7 @@ def classifier(tiny_dir: Path, dtype: torch.dtype = torch.float64, **args) -> Cl
     torch.manual_seed(0)
     args = ClassifierArgs(**args)
     model = Classifier(load_model(tiny_dir, dtype), 2, args).to(dtype)
+    torch.nn.init.normal_(model.output_layer.weight)  # it begins with zeros, through which no gradient goes down
     mark_trainable(model, args)
     return model
 
@@ -172,6 +187,7 @@ def test_logistic_regression_is_that_of_scikit_learn(tiny_dir, texts) -> None:
         labels = [i % n_classes for i in range(len(texts))]
         data = Texts([texts[i][0][:-1].numpy() for i in range(len(texts))], labels, np.arange(len(texts)))
         model = Classifier(load_model(tiny_dir), n_classes, ClassifierArgs(method="features"))
+        fit_standardize(model, data, 16)
         fit_logistic_regression(model, data, 16)
         features = StandardScaler().fit_transform(compute_features(model, data, 16).astype(np.float64))
         expected = LogisticRegression(max_iter=2000).fit(features, labels).predict_proba(features)
@@ -198,16 +214,37 @@ def test_scores_without_a_class(tmp_path) -> None:
     found = score_predictions(labels, predicted, 3)
     expected = f1_score(labels, predicted, labels=[0, 1, 2], average="macro", zero_division=0)
     assert found.confusion.shape == (3, 3) and found.f1.mean() == pytest.approx(expected)
-    write_classifier_report(found, ["a", "b", "c"], tmp_path, "command", {})
+    write_classifier_report(found, ["a", "b", "c"], tmp_path, "command", {}, "4 test texts")
     assert "| F1 of c | 0.0000 |" in (tmp_path / "report.md").read_text()
+
+
+def test_confusion_is_text_and_markdown() -> None:
+    """Aligned, with long names cut; of many classes the most frequent mistakes."""
+    confusion = np.array([[10, 2], [0, 1234]])
+    assert confusion_text(confusion, ["ham", "spam of a long name"]) == (
+        "true \\ predicted  ham  spam of a l…\n"
+        "ham                10             2\n"
+        "spam of a l…        0         1,234"
+    )  # fmt: skip
+    markdown = confusion_markdown(confusion, ["ham", "a|b"])
+    assert markdown.splitlines()[2:] == ["| ham | 10 | 2 |", r"| a\|b | 0 | 1,234 |"]
+    many = 5 * np.eye(12, dtype=np.int64)
+    many[3, 7], many[11, 0] = 2, 9
+    names = [f"class {i}" for i in range(12)]
+    lines = confusion_text(many, names).splitlines()
+    assert [line.split() for line in lines[2:]] == [
+        ["class", "11", "class", "0", "9"],
+        ["class", "3", "class", "7", "2"],
+    ]
+    assert "| class 11 | class 0 | 9 |" in confusion_markdown(many, names)
 
 
 def test_split_keeps_equal_texts_together(csv_path) -> None:
     data = read_labelled(csv_path, "text", "label")
     doubled = data._replace(texts=data.texts * 2, labels=data.labels * 2, splits=data.splits * 2)
     sides = split_texts(doubled, 0.3, seed=1)
-    train, val = ({doubled.texts[i] for i in side} for side in sides)
-    assert train.isdisjoint(val) and sum(map(len, sides)) == 120 and 30 <= len(sides[1]) <= 42
+    train, val, _ = ({doubled.texts[i] for i in side} for side in sides)
+    assert train.isdisjoint(val) and sum(map(len, sides[:2])) == 120 and 30 <= len(sides[1]) <= 42
     assert split_texts(doubled, 0.3, seed=2)[1].tolist() != sides[1].tolist()
     named = data._replace(splits=["val", None, "train"] * 20)
     assert split_texts(named, 0.3, 0)[1].tolist() == list(range(0, 60, 3))
@@ -292,7 +329,7 @@ def test_what_cannot_be_labelled(flags, message, tmp_path, monkeypatch) -> None:
         ("text,kind\na,x\n", "record 1 has no label; it has text, kind"),
         ("text,label\n,x\n", "record 1 has no text"),
         ("text,label,split\na,x,fest\nb,y,\n", "record 1 says split 'fest', expected train, val or test"),
-        ("text,label,split\na,x,test\nb,y,\n", "1 kinds of label"),
+        ("text,label,split\na,,test\nb,y,\n", "1 kinds of label"),
     ],
 )
 def test_bad_texts(content, message, tmp_path) -> None:
@@ -302,20 +339,48 @@ def test_bad_texts(content, message, tmp_path) -> None:
 
 
 def test_texts_of_validation_and_test_are_not_trained_on(tmp_path, capsys) -> None:
-    """A text is on one side only, a record that says test on none; in every file that holds records."""
+    """A text is on one side only, the last of train, val and test; in every file that holds records."""
     import pyarrow
     from pyarrow import parquet
 
     rows = [("a", "x", "train"), ("b", "y", "train"), ("a", "y", "val"), ("c", "x", "validation"), ("d", None, "test")]
-    rows += [("c", "x", None), ("e", "x", None), ("a", "x", "train")]
+    rows += [("c", "x", None), ("e", "x", None), ("a", "x", "train"), ("f", "y", "test"), ("f", "y", "val")]
+    rows += [("f", "y", "train"), ("g", "-1", "test")]
     records = [dict(zip(("text", "label", "split"), row, strict=True)) for row in rows]
     (tmp_path / "texts.json").write_text(json.dumps(records))
     parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "texts.parquet")
     for name in ("texts.json", "texts.parquet"):
         data = read_labelled(tmp_path / name, "text", "label")
-        assert "Left out: 3 training texts that are validation texts too; 1 records of" in capsys.readouterr().err
+        assert "Left out: 5 training or validation texts that are" in (said := capsys.readouterr().err)
+        assert "2 records of split test without a label" in said
         sides = [[data.texts[i] for i in side] for side in split_texts(data, 0.5, 0)]
-        assert sides == [["b", "e"], ["a", "c"]] and data.names == ["x", "y"]
+        assert sides == [["b", "e"], ["a", "c"], ["f"]] and data.names == ["x", "y"]
+
+
+def test_scores_are_those_of_the_test_texts(tmp_path, tiny_dir, capsys) -> None:
+    """If there are any: their labels are the wrong ones here. They have no part in the draw of the others."""
+    with write_texts(tmp_path / "texts.csv", 60).open() as file:
+        records = list(csv.DictReader(file))
+    other = {"up": "down", "down": "up"}
+    tests = [{"text": f"{r['text']} so", "label": other[r["label"]], "split": "test"} for r in records[:20]]
+    (tmp_path / "texts.json").write_text(json.dumps(records + tests))
+    data = load_texts(TextArgs(data_path=tmp_path / "texts.json"), Tokenizer(tiny_dir), 64)
+    without = load_texts(TextArgs(data_path=tmp_path / "texts.csv"), Tokenizer(tiny_dir), 64)
+    for seed in (0, 1):
+        sides, sides_without = data.split(seed), without.split(seed)
+        assert [side.records.tolist() for side in sides[:2]] == [s.records.tolist() for s in sides_without[:2]]
+        assert sides[2].records.tolist() == list(range(60, 80))
+        assert sides_without[2].records.tolist() == sides_without[1].records.tolist()
+    main = script("finetune/classifier.py").main
+    train = ClassifierTrainArgs(learning_rate=0.01, epochs=10)
+    shared = dict(checkpoint_dir=tiny_dir, method="last_k", k=2, pooling="mean", train=train)
+    accuracies = []
+    for file in ("texts.csv", "texts.json"):
+        main(data_path=tmp_path / file, out_dir=tmp_path / Path(file).suffix[1:], **shared)
+        report = capsys.readouterr().out
+        accuracies.append(float(report.split("Accuracy ")[1].split(" %")[0]))
+    assert "Scored on 20 test texts" in report and "F1 of down" in report
+    assert accuracies[0] > 70 and accuracies[1] < 30
 
 
 def test_cut_texts_are_counted(tiny_dir, capsys) -> None:
@@ -329,7 +394,7 @@ def test_cut_texts_are_counted(tiny_dir, capsys) -> None:
 def test_a_classifier_goes_on_as_if_it_had_not_stopped(method, csv_path, tiny_dir, tmp_path) -> None:
     """Stopped after each step, bit for bit."""
     main = script("finetune/classifier.py").main
-    train = TrainArgs(learning_rate=0.01, global_batch_size=8, max_steps=3, warmup_steps=1)
+    train = ClassifierTrainArgs(learning_rate=0.01, global_batch_size=8, max_steps=3, warmup_steps=1)
     shared = dict(checkpoint_dir=tiny_dir, data_path=csv_path, method=method)
     main(out_dir=tmp_path / "whole", train=train, **shared)
     for resume in (False, True, True):
@@ -363,7 +428,10 @@ def test_a_classifier_learns_and_labels(method, least, turns, more, tiny_dir, tm
     flags += ["--k", 2, "--pooling", "mean", *more]
     output = run(ROOT / "finetune/classifier.py", *flags)
     assert float(output.split("Accuracy ")[1].split(" %")[0]) >= least
-    assert (tmp_path / "out/report.md").is_file() and (tmp_path / "out/confusion.png").is_file()
+    report = (tmp_path / "out/report.md").read_text()
+    assert "| true \\ predicted | down |" in report and "(confusion.png)" in report
+    assert (tmp_path / "out/confusion.png").is_file() and "true \\ predicted  down" in output
+    assert f"python generate/classify.py --finetuned {tmp_path / 'out'} --texts FILE" in output.splitlines()[-1]
     with open(csv_path) as file:
         records = list(csv.DictReader(file))
     label = (ROOT / "generate/classify.py", "--finetuned", tmp_path / "out")
@@ -374,6 +442,7 @@ def test_a_classifier_learns_and_labels(method, least, turns, more, tiny_dir, tm
         found = list(csv.DictReader(io.StringIO(run(*label, "--texts", csv_path))))
     right = [row["label"] == record["label"] for row, record in zip(found, records, strict=True)]
     assert np.mean(right) >= (0.85 if method != "head" else 0.7)
+    assert [row["text"] for row in found] == [record["text"] for record in records]
     assert all(abs(sum(float(row[name]) for name in set(turns)) - 1) < 3e-4 for row in found)
     if method != "lora":
         return
@@ -382,13 +451,46 @@ def test_a_classifier_learns_and_labels(method, least, turns, more, tiny_dir, tm
     assert "generate/classify.py" in refused.stderr.splitlines()[-1]  # bitsandbytes may say more before
 
 
+def test_each_method_has_a_learning_rate(csv_path, tiny_dir, tmp_path) -> None:
+    """Unless one is named; hyperparameters.yaml has the one that was used."""
+    main = script("finetune/classifier.py").main
+    short = ClassifierTrainArgs(max_steps=2, warmup_steps=1)
+    for method, train, rate in (
+        ("features", short, None),
+        ("head", short, 0.035),  # 1.7 / 48
+        ("last_k", short, 0.0021),  # 3e-3 / sqrt(2)
+        ("lora", short, 0.002),
+        ("lora", replace(short, learning_rate=0.25), 0.25),
+    ):
+        out_dir = tmp_path / f"{method}-{train.learning_rate}"
+        main(checkpoint_dir=tiny_dir, data_path=csv_path, out_dir=out_dir, method=method, k=2, train=train)
+        assert read_hyperparameters(out_dir / "hyperparameters.yaml")["train"]["learning_rate"] == rate
+        if rate is not None:
+            assert max(row["learning_rate"] for row in rows_of(out_dir) if row["learning_rate"]) == rate
+    rates = [default_learning_rate(ClassifierArgs(method=method), 576) for method in get_args(ClassifierMethod)]
+    assert rates == [None, 0.003, 0.003, 0.002, 0.002, 0.0003]  # as --help says
+
+
+def test_a_head_is_as_good_as_a_logistic_regression(tiny_dir, tmp_path, capsys) -> None:
+    """By default, on the same features."""
+    main = script("finetune/classifier.py").main
+    csv_path = write_texts(tmp_path / "texts.csv", 800, ("up", "side", "down"))
+    accuracies = {}
+    for method in ("features", "head"):
+        main(checkpoint_dir=tiny_dir, data_path=csv_path, method=method, pooling="mean", out_dir=tmp_path / method)
+        accuracies[method] = float(capsys.readouterr().out.split("Accuracy ")[1].split(" %")[0])
+    assert accuracies["head"] > accuracies["features"] - 5 and accuracies["features"] > 60
+
+
 def test_sweep(csv_path, tiny_dir, tmp_path) -> None:
     """Every step once per seed, and nothing twice."""
     flags = ["--checkpoint_dir", tiny_dir, "--data_path", csv_path, "--out_dir", tmp_path / "out", "--sweep", "true"]
     flags += ["--train.learning_rate", 0.01, "--sweep_seeds", 2]
-    output = run(ROOT / "finetune/classifier.py", *flags)
+    done = python(ROOT / "finetune/classifier.py", *flags, check=True)
+    output, said = done.stdout, done.stderr
     rows = (tmp_path / "out/sweep.csv").read_text()
     steps = ["TF-IDF", "features", "head", "last 1", "last 2"]
+    assert "seed 2 of 2, last 1 block\n" in said and f"--finetuned {tmp_path / 'out'}/seed-0-" in output
     assert [line.split(",")[0] for line in rows.splitlines()[1:]] == steps * 2
     assert (tmp_path / "out/sweep.png").read_bytes().startswith(b"\x89PNG") and "Enough: " in output
     kept = rows.splitlines(keepends=True)

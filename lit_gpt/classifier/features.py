@@ -1,11 +1,12 @@
 """The outputs of a classifier for all records of a dataset, and the logistic regression that is fitted to them."""
 
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import numpy as np
 import torch
 
-from lit_gpt.classifier.head import Classifier
+from lit_gpt.classifier.head import Classifier, Standardize
 from lit_gpt.classifier.texts import Texts
 from lit_gpt.data.dataset import Dataset
 from lit_gpt.model.packing import Layout
@@ -28,6 +29,12 @@ def in_batches(dataset: Dataset, batch_size: int) -> Iterator[tuple[np.ndarray, 
 def compute_features(model: Classifier, dataset: Texts, batch_size: int) -> np.ndarray:
     """The hidden state of each record, (len(dataset), C) float32."""
     return compute_each(model.features, model, dataset, batch_size)
+
+
+def fit_standardize(model: Classifier, train_data: Texts, batch_size: int) -> None:
+    """Standardizes features by those of these texts, before any head is trained on them."""
+    features = compute_features(model, train_data, batch_size)
+    cast(Standardize, model.standardize).fit(torch.from_numpy(features))
 
 
 def compute_logits(model: Classifier, dataset: Texts, batch_size: int) -> np.ndarray:
@@ -65,17 +72,15 @@ def fit_logistic_regression(model: Classifier, train_data: Texts, batch_size: in
     """Sets the head to a logistic regression on the standardized features of these texts."""
     from sklearn.linear_model import LogisticRegression
 
-    # fit to standardized features, (n, C)
-    features = compute_features(model, train_data, batch_size).astype(np.float64)
-    mean = features.mean(0)
-    std = features.std(0) + 1e-6
+    # standardized features, (n, C)
+    features = torch.from_numpy(compute_features(model, train_data, batch_size))
+    features = model.standardize(features.to(model.output_layer.weight))
     class_weight = None if model.class_weights is None else "balanced"
     regression = LogisticRegression(max_iter=2000, class_weight=class_weight)
-    regression.fit((features - mean) / std, train_data.labels)
+    regression.fit(features.double().cpu().numpy(), train_data.labels)
 
-    # the same function of the features as they are: w (x - mean) / std + b = (w / std) x + (b - w mean / std)
-    weight = regression.coef_ / std
-    bias = regression.intercept_ - regression.coef_ @ (mean / std)
+    weight = regression.coef_
+    bias = regression.intercept_
     if len(weight) == 1:  # of two classes scikit-learn keeps one row, the logit of the second; the first is 0
         weight = np.concatenate([0 * weight, weight])
         bias = np.concatenate([0 * bias, bias])

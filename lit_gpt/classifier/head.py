@@ -12,6 +12,7 @@ So texts with labels are batched, laid end to end and counted by the code that d
 is computed, too, but no other token attends to it, since attention is causal.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -63,6 +64,11 @@ class ClassifierArgs:
         return self.method in ("lora", "qlora")
 
     @property
+    def trains_blocks(self) -> bool:
+        """Whether anything below the head changes in training."""
+        return self.method not in ("features", "head")
+
+    @property
     def trains_base(self) -> bool:
         """Whether weights of the GPT itself are trained, which float16 does not allow."""
         return self.method in ("last_k", "full")
@@ -74,11 +80,29 @@ class ClassifierArgs:
         """
         if self.k > n_layer:
             raise InputError(f"--k is {self.k}, but the model has {n_layer} blocks.")
-        if self.method in ("features", "head"):
+        if not self.trains_blocks:
             return n_layer
         if self.method == "last_k":
             return n_layer - self.k
         return 0
+
+
+def default_learning_rate(args: ClassifierArgs, n_embd: int) -> float | None:
+    """The peak of the learning rate, if the user names none. The measurements are in tutorials/classifier.md.
+
+    The head is new, and has far to go: what suits pretrained weights leaves it near where it began.
+    """
+    rates = {
+        # the step of an output is that of a weight times their number; 3.0e-3 for the sample model
+        "head": 1.7 / n_embd,
+        # the more blocks change together, the shorter the steps of each
+        "last_k": 3e-3 / math.sqrt(args.k),
+        "lora": 2e-3,
+        "qlora": 2e-3,
+        "full": 3e-4,
+    }
+    rate = rates.get(args.method)  # none for features: they are fitted at once
+    return None if rate is None else float(f"{rate:.1e}")  # two digits, for who reads it
 
 
 @dataclass(frozen=True)
@@ -95,6 +119,28 @@ class TrainedClassifier:
     """Longer texts were cut to their first tokens."""
 
 
+class Standardize(nn.Module):
+    """(x - mean) / std of each feature, over the training texts. It is not trained, but saved with what is.
+
+    Some features of a GPT are twenty times as large as most: steps that suit most of them are too long for these.
+    """
+
+    def __init__(self, n_embd: int) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(n_embd), requires_grad=False)
+        self.std = nn.Parameter(torch.ones(n_embd), requires_grad=False)
+
+    @torch.no_grad()
+    def fit(self, features: torch.Tensor) -> None:
+        """Takes mean and standard deviation of `features` (N, C)."""
+        features = features.double()
+        self.mean.copy_(features.mean(0))
+        self.std.copy_(features.std(0, correction=0) + 1e-6)  # a feature that never changes stays 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - self.mean) / self.std
+
+
 class Classifier(nn.Module):
     """A GPT without its language model head, and a head of classes in float32.
 
@@ -104,6 +150,8 @@ class Classifier(nn.Module):
         tokens                      embedding -> blocks -> final norm -> pooling -> head
         inputs of block i           blocks from i on    -> final norm -> pooling -> head
         features                                                                    head
+
+    Where no block trains, features stay as they are, and are standardized before the head.
     """
 
     def __init__(
@@ -123,7 +171,12 @@ class Classifier(nn.Module):
                 layers.append(nn.Linear(n_embd, n_embd))
                 layers.append(nn.GELU())
             layers.append(nn.Linear(n_embd, n_classes))
+            self.standardize = nn.Identity() if args.trains_blocks else Standardize(n_embd)
         self.head = nn.Sequential(*layers)
+
+        # all classes begin alike: a short run would else end with much of what a random output layer says
+        nn.init.zeros_(self.output_layer.weight)
+        nn.init.zeros_(self.output_layer.bias)
 
         # buffers, so that they move with the model; not persistent, so that no file holds them
         self.register_buffer("class_weights", class_weights, persistent=False)
@@ -170,8 +223,8 @@ class Classifier(nn.Module):
 
     def logits(self, idx: torch.Tensor, layout: Layout) -> torch.Tensor:
         """(N, n_classes), in the order of the layout's targets."""
-        features = self.features(idx, layout)
-        return self.head(features.to(self.output_layer.weight.dtype))
+        features = self.features(idx, layout).to(self.output_layer.weight.dtype)
+        return self.head(self.standardize(features))
 
     def forward(self, idx: torch.Tensor, layout: Layout) -> torch.Tensor:
         """The summed loss of the records, a scalar, in which each counts as much as its class weighs."""

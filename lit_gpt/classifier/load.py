@@ -32,10 +32,10 @@ def as_classifier(model: GPT, trained: TrainedClassifier) -> Classifier:
     return classifier
 
 
-def requires_grad(key: str, value: torch.Tensor) -> bool:
-    """Whether a parameter is saved: a classifier keeps those that its own method trains."""
-    # not by its name, as in runs/methods.py: which names train depends on --method and --k
-    return value.requires_grad
+def is_saved(key: str, value: torch.Tensor) -> bool:
+    """Whether a parameter is saved: a classifier keeps those that its own method trains, and how it standardizes."""
+    # not by its name alone, as in runs/methods.py: which names train depends on --method and --k
+    return value.requires_grad or key.startswith("standardize.")
 
 
 CLASSIFIER = Method(
@@ -44,7 +44,7 @@ CLASSIFIER = Method(
     settings=TrainedClassifier,
     flag="classifier",
     apply=as_classifier,
-    filter=requires_grad,
+    filter=is_saved,
 )
 
 

@@ -12,6 +12,8 @@ sweep.csv as soon as it is done, so that an interrupted sweep goes on where it e
 
 import csv
 import io
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +25,7 @@ import numpy as np
 
 from lit_gpt.classifier.head import ClassifierArgs
 from lit_gpt.classifier.scores import Scores, score_predictions
-from lit_gpt.classifier.texts import ClassifierData, LabelledTexts, split_texts
+from lit_gpt.classifier.texts import ClassifierData, LabelledTexts, Sides, split_texts
 from lit_gpt.display.figures import new_row, require_drawing, save_figure
 from lit_gpt.display.tables import markdown_table
 from lit_gpt.errors import InputError
@@ -86,29 +88,50 @@ def run_sweep(
     path = out_dir / "sweep.csv"
     rows = read_sweep_csv(path)
     done = {(row["setting"], row["seed"]) for row in rows}
-    for seed in seeds:
+    for number, seed in enumerate(seeds, 1):
         for name in (BASELINE, *steps):
             if (name, str(seed)) in done:
                 continue
+            print(f"\nseed {number} of {len(seeds)}, {heading_of(name)}", file=sys.stderr, flush=True)
             if name == BASELINE:
-                train, val = split_texts(data.labelled, data.val_fraction, seed)
-                scores = word_baseline(data.labelled, train, val)
+                sides = split_texts(data.labelled, data.val_fraction, seed)
+                scores = word_baseline(data.labelled, sides)
             else:
-                folder = out_dir / f"seed-{seed}-{name.replace(' ', '-')}"
-                scores = train_one(steps[name], seed, folder)
+                scores = train_one(steps[name], seed, folder_of(out_dir, seed, name))
             rows.append(row_of(name, seed, scores))
             write_sweep_csv(path, rows)  # after each one, for a sweep that is interrupted
-    report_sweep(summarize(rows), out_dir)
+            print(f"accuracy {100 * scores.accuracy:.1f} %", file=sys.stderr, flush=True)
+    report_sweep(summarize(rows), seeds, out_dir)
 
 
-def report_sweep(settings: Sequence[Setting], out_dir: Path) -> None:
-    """Prints the table of a sweep, and writes it to sweep.md and its figure to sweep.png."""
+def heading_of(name: str) -> str:
+    """What a setting trains, for people: last 4 blocks."""
+    if name == BASELINE:
+        return f"{name}: words alone"
+    if name == "features":
+        return f"{name}: a logistic regression"
+    if name == "head":
+        return f"{name}: the output layer"
+    return f"{name} block" if name == "last 1" else f"{name} blocks"
+
+
+def folder_of(out_dir: Path, seed: int, name: str) -> Path:
+    """Where the classifier of a setting and a seed is."""
+    return out_dir / f"seed-{seed}-{name.replace(' ', '-')}"
+
+
+def report_sweep(settings: Sequence[Setting], seeds: Sequence[int], out_dir: Path) -> None:
+    """Prints the table of a sweep, writes it to sweep.md and its figure to sweep.png, and says where everything is."""
     table = sweep_table(settings)
     plot = out_dir / "sweep.png"
-    write_whole(out_dir / "sweep.md", f"{table}\n")
+    table_path = out_dir / "sweep.md"
+    write_whole(table_path, f"{table}\n")
     save_figure(sweep_figure(settings), plot)
     trained = [setting for setting in settings if setting.name != BASELINE]
-    print(f"{table}\n\nEnough: {saturation(trained).name}. Plot: {plot}")
+    enough = saturation(trained).name
+    print(f"\n{table}\n\nEnough: {enough}. Table: {table_path}. Plot: {plot}")
+    finetuned = shlex.quote(str(folder_of(out_dir, seeds[0], enough)))
+    print(f"Label texts: python generate/classify.py --finetuned {finetuned} --texts FILE")
 
 
 # ---- sweep.csv
@@ -194,59 +217,56 @@ def sweep_table(settings: Sequence[Setting]) -> str:
 
 
 def sweep_figure(settings: Sequence[Setting]) -> "Figure":
-    """Accuracy against minutes and against trained parameters; the ring is where it saturates."""
-    from matplotlib.ticker import LogFormatter
+    """A row for each setting: its accuracy, its minutes, and its trained parameters, side by side."""
+    figure, (accuracies, minutes, parameters) = new_row(10, 1.2 + 0.35 * len(settings), n_plots=3)
+    trained = [setting for setting in settings if setting.name != BASELINE]
+    enough = saturation(trained)
 
-    # the two plots
-    figure, (minutes, parameters) = new_row(10, 4.5, n_plots=2)
-    draw_sweep(minutes, settings, cost_of=lambda setting: setting.minutes)
-    draw_sweep(parameters, settings, cost_of=lambda setting: setting.trained)
+    # accuracies with their spread, the one that is enough in a ring; a line at the baseline
+    for row, setting in enumerate(settings):
+        color = "tab:gray" if setting.name == BASELINE else "tab:blue"
+        accuracy = 100 * setting.accuracy
+        accuracies.errorbar(accuracy, row, xerr=100 * setting.spread, marker="o", capsize=3, linewidth=1, color=color)
+        if setting.name == BASELINE:
+            accuracies.axvline(accuracy, color=color, linestyle="--", linewidth=1, label=f"{BASELINE}: words alone")
+        if setting.name == enough.name:
+            accuracies.plot(
+                accuracy,
+                row,
+                marker="o",
+                markersize=13,
+                linestyle="none",
+                fillstyle="none",
+                color="tab:red",
+                label="enough: the cheapest within the spread of the best",
+            )
+
+    # what they cost
+    draw_costs(minutes, [setting.minutes for setting in settings], "{:.2f}")
+    draw_costs(parameters, [setting.trained / 1e6 for setting in settings], "{:,.3f}")
 
     # their axes
-    minutes.set(xlabel="minutes, logarithmic")
-    minutes.xaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())  # 2, not 2 x 10^0
-    minutes.set_ylabel("accuracy on held-out texts, %")
-    parameters.set(xlabel="parameters, logarithmic")
-    parameters.legend(frameon=False, loc="lower right")
+    accuracies.set_yticks(range(len(settings)), [setting.name for setting in settings])
+    accuracies.invert_yaxis()  # all three: they share it
+    accuracies.grid(alpha=0.3)
+    accuracies.set_xlabel("accuracy and its spread, %")
+    minutes.set_xlabel("minutes")
+    parameters.set_xlabel("trained parameters, millions")
+    figure.legend(loc="outside upper left", ncols=2, frameon=False)
     return figure
 
 
-def draw_sweep(axes: "Axes", settings: Sequence[Setting], cost_of: Callable[[Setting], float]) -> None:
-    """Draws the accuracy of settings over what they cost, with the baseline as a horizontal line."""
-    trained = [setting for setting in settings if setting.name != BASELINE]
-    shown = [setting for setting in trained if cost_of(setting) > 0]  # the axis is logarithmic
-
-    # a line from the head to all blocks; `features` is another way to train the head, and no point of it
-    line = [setting for setting in shown if setting.name != "features"]
-    costs = [cost_of(setting) for setting in line]
-    percents = [100 * setting.accuracy for setting in line]
-    axes.plot(costs, percents, color="tab:blue", linewidth=1)
-
-    # every setting, with its name and its spread
-    for setting in shown:
-        x = cost_of(setting)
-        y = 100 * setting.accuracy
-        spread = 100 * setting.spread
-        axes.errorbar(x, y, spread, marker="o", capsize=3, linewidth=1, color="tab:blue")
-        axes.annotate(setting.name, (x, y), xytext=(4, -12), textcoords="offset points", fontsize="small")
-
-    # the ring, and the baseline
-    enough = saturation(trained)
-    x = cost_of(enough)
-    y = 100 * enough.accuracy
-    axes.plot(x, y, "o", markersize=15, fillstyle="none", color="tab:red")
-    for setting in settings:
-        if setting.name == BASELINE:
-            y = 100 * setting.accuracy
-            axes.axhline(y, color="tab:gray", linestyle="--", linewidth=1, label=BASELINE)
-    axes.set(xscale="log")
-    axes.grid(alpha=0.3)
+def draw_costs(axes: "Axes", costs: Sequence[float], form: str) -> None:
+    """Draws a bar for each row, with its number beside it."""
+    bars = axes.barh(range(len(costs)), costs, color="tab:blue", alpha=0.35)
+    axes.bar_label(bars, labels=[form.format(cost) for cost in costs], padding=3, fontsize="small")
+    axes.margins(x=0.3)  # room for the number of the longest
 
 
 # ---- what needs no model
 
 
-def word_baseline(data: LabelledTexts, train: np.ndarray, val: np.ndarray) -> Scores:
+def word_baseline(data: LabelledTexts, sides: Sides) -> Scores:
     """The scores of a logistic regression on the TF-IDF weights of words and pairs of words."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -255,14 +275,14 @@ def word_baseline(data: LabelledTexts, train: np.ndarray, val: np.ndarray) -> Sc
     began = time.perf_counter()
     words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2)
     model = make_pipeline(words, LogisticRegression(C=10, max_iter=2000))
-    train_texts = [data.texts[i] for i in train]
-    train_labels = [data.labels[i] for i in train]
-    val_texts = [data.texts[i] for i in val]
+    train_texts = [data.texts[i] for i in sides.train]
+    train_labels = [data.labels[i] for i in sides.train]
+    scored_texts = [data.texts[i] for i in sides.scored]
     model.fit(train_texts, train_labels)
-    predicted = model.predict(val_texts)
+    predicted = model.predict(scored_texts)
     regression = model[-1]
     return score_predictions(
-        labels=np.array(data.labels)[val],
+        labels=np.array(data.labels)[sides.scored],
         predicted=predicted,
         n_classes=len(data.names),
         trained=regression.coef_.size + regression.intercept_.size,

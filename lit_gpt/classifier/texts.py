@@ -22,8 +22,8 @@ class TextArgs:
     """Where the texts and labels are."""
 
     data_path: Path
-    """Texts and labels: a .csv, .json, .jsonl or .parquet file, or org/name of the hub. A column `split` may say train
-    or val; records that say test are left out."""
+    """Texts and labels: a .csv, .json, .jsonl or .parquet file, or org/name of the hub. A column `split` may say train,
+    val or test. If records say test, the scores are theirs: no training and no choice has seen them."""
     text_key: str = "text"
     """The column of the texts."""
     label_key: str = "label"
@@ -31,8 +31,9 @@ class TextArgs:
     max_seq_length: int = 512
     """Longer texts are cut to their first tokens."""
     val_fraction: float = 0.2
-    """Share of the distinct texts that is set aside for validation, if no record says val. The scores are those of
-    these texts; since the first eval_records of them also choose `best`, they are a little optimistic."""
+    """Share of the distinct texts that is set aside for validation, if no record says val. If no record says test, the
+    scores are those of these texts; since the first eval_records of them also choose `best`, they are a little
+    optimistic."""
 
     def __post_init__(self) -> None:
         if self.max_seq_length < 1:
@@ -58,7 +59,17 @@ class LabelledTexts(NamedTuple):
     names: list[str]
     """The names of the classes: a label is an index here."""
     splits: list[str | None]
-    """train, val, or None: the file leaves it to chance."""
+    """train, val, test, or None: the file leaves it to chance."""
+
+
+class Sides(NamedTuple):
+    """The numbers of the records of each side of a split."""
+
+    train: np.ndarray
+    val: np.ndarray
+    """They choose `best`."""
+    scored: np.ndarray
+    """Those that say test. If none does, the validation records."""
 
 
 class Texts(Dataset):
@@ -117,10 +128,16 @@ class ClassifierData:
     """Longer texts were cut to their first tokens."""
     val_fraction: float
 
-    def split(self, seed: int) -> tuple[Texts, Texts]:
-        """The records to train on and those to validate with. Raises InputError: see `split_texts`."""
-        train, val = split_texts(self.labelled, self.val_fraction, seed)
-        return self.texts.choose(train), self.texts.choose(val)
+    def split(self, seed: int) -> tuple[Texts, Texts, Texts]:
+        """The records to train on, to validate with, and to score by. Raises InputError: see `split_texts`."""
+        sides = split_texts(self.labelled, self.val_fraction, seed)
+        return self.texts.choose(sides.train), self.texts.choose(sides.val), self.texts.choose(sides.scored)
+
+    def describe_scored(self, seed: int) -> str:
+        """Which texts a classifier is scored by: 80 test texts."""
+        n_scored = len(self.split(seed)[2])
+        side = "test" if "test" in self.labelled.splits else "validation"
+        return f"{n_scored:,} {side} texts"
 
 
 def load_texts(args: TextArgs, tokenizer: Tokenizer, block_size: int) -> ClassifierData:
@@ -142,22 +159,26 @@ def load_texts(args: TextArgs, tokenizer: Tokenizer, block_size: int) -> Classif
 
 
 def read_labelled(path: Path, text_key: str, label_key: str) -> LabelledTexts:
-    """Texts and labels of a file or data set; a column `split` may say train or val.
+    """Texts and labels of a file or data set; a column `split` may say train, val or test.
 
-    Left out are records that say test, and training texts that are validation texts too.
+    Left out are records of the split test that have no label, and texts that are on a later side, too: training texts
+    that are validation or test texts, and validation texts that are test texts.
 
     Raises:
         InputError: unreadable, a record without these keys or without text, or fewer than two classes.
     """
-    # every record but those of the split test
+    # every record, but those of the split test whose labels are kept secret
     rows: list[TextRecord] = []
-    n_test = 0
+    n_unlabelled = 0
     for number, record in enumerate(read_records(path), 1):
         split = read_split(record.get("split"), f"{path}, record {number}")
         if split == "other":
-            n_test += 1
-            continue
+            split = "test"
         missing = [key for key in (text_key, label_key) if record.get(key) in (None, "")]
+        # -1 is what data sets of the hub have for a secret label
+        if split == "test" and (label_key in missing or str(record.get(label_key)) == "-1"):
+            n_unlabelled += 1
+            continue
         if missing:
             raise InputError(
                 f"{path}, record {number} has no {' and no '.join(missing)}; it has {', '.join(map(str, record))}."
@@ -166,12 +187,14 @@ def read_labelled(path: Path, text_key: str, label_key: str) -> LabelledTexts:
         row = TextRecord(str(record[text_key]), str(record[label_key]), split)
         rows.append(row)
 
-    # a text that is scored is not trained on
+    # a text that chooses `best` is not trained on, and one that is scored does neither
+    test_texts = {row.text for row in rows if row.split == "test"}
     val_texts = {row.text for row in rows if row.split == "val"}
-    kept = [row for row in rows if row.split == "val" or row.text not in val_texts]
-    if n_test or len(kept) < len(rows):
-        twice = f"{len(rows) - len(kept):,} training texts that are validation texts too"
-        print_on_first(f"Left out: {twice}; {n_test:,} records of split test.")
+    seen_later: dict[str | None, set[str]] = {"test": set(), "val": test_texts}
+    kept = [row for row in rows if row.text not in seen_later.get(row.split, test_texts | val_texts)]
+    if n_unlabelled or len(kept) < len(rows):
+        twice = f"{len(rows) - len(kept):,} training or validation texts that are validation or test texts too"
+        print_on_first(f"Left out: {twice}; {n_unlabelled:,} records of split test without a label.")
 
     # classes are numbered in the order of their names
     names = sorted({row.label for row in kept})
@@ -213,30 +236,38 @@ def print_on_first(line: str) -> None:
         print(line, file=sys.stderr)
 
 
-def split_texts(data: LabelledTexts, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of the (training, validation) records: by their column, else at random. Equal texts stay together.
+def split_texts(data: LabelledTexts, val_fraction: float, seed: int) -> Sides:
+    """The sides of the records: by their column, else at random. Equal texts stay together.
 
     Raises:
         InputError: a side is empty, or there is nothing to learn a class from.
     """
-    # which side
-    if "val" in data.splits:
-        is_val = np.array([split == "val" for split in data.splits])
-    else:
-        is_val = draw_validation(data.texts, val_fraction, seed)
-    if is_val.all() or not is_val.any():
-        raise InputError("All texts are on one side of the split. Change --val_fraction or the column split.")
+    # which side: what says test is no part of a draw
+    splits = np.array(data.splits, dtype=object)
+    is_test = splits == "test"
+    is_val = splits == "val"
+    others = np.flatnonzero(~is_test)
+    if not is_val.any() and len(others):
+        is_val[others] = draw_validation([data.texts[i] for i in others], val_fraction, seed)
+    is_train = ~is_val & ~is_test
+    if not is_train.any() or not is_val.any():
+        raise InputError(
+            "All texts are on one side of the split, or none is left to train or to validate with. Change"
+            " --val_fraction or the column split."
+        )
 
     # a class that is in none of the training texts cannot be learned
-    train = np.flatnonzero(~is_val)
+    train = np.flatnonzero(is_train)
+    val = np.flatnonzero(is_val)
     trained_labels = {data.labels[i] for i in train}
     unseen = set(data.labels) - trained_labels
     if unseen:
         raise InputError(
-            f"All texts labelled {data.names[min(unseen)]!r} are set aside for validation. Change --val_fraction,"
-            " --seed or the column split, or leave them out."
+            f"All texts labelled {data.names[min(unseen)]!r} are set aside for validation or test. Change"
+            " --val_fraction, --seed or the column split, or leave them out."
         )
-    return train, np.flatnonzero(is_val)
+    scored = np.flatnonzero(is_test) if is_test.any() else val
+    return Sides(train, val, scored)
 
 
 def draw_validation(texts: Sequence[str], val_fraction: float, seed: int) -> np.ndarray:

@@ -2,14 +2,21 @@
 
 import time
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_gpt.checkpoint.load import build_model, load_weights
 from lit_gpt.classifier.cached_states import cached_rows
-from lit_gpt.classifier.features import fit_logistic_regression
-from lit_gpt.classifier.head import Classifier, ClassifierArgs, TrainedClassifier, class_weights, mark_trainable
+from lit_gpt.classifier.features import fit_logistic_regression, fit_standardize
+from lit_gpt.classifier.head import (
+    Classifier,
+    ClassifierArgs,
+    TrainedClassifier,
+    class_weights,
+    default_learning_rate,
+    mark_trainable,
+)
 from lit_gpt.classifier.load import new_classifier_checkpoints
 from lit_gpt.classifier.scores import Scores, score_classifier
 from lit_gpt.classifier.texts import ClassifierData
@@ -26,6 +33,22 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
+@dataclass(frozen=True)
+class ClassifierTrainArgs(TrainArgs):
+    """The optimizer, the schedule, the batch and the intervals; without a learning rate, that of the method."""
+
+    learning_rate: float | None = None  # type: ignore[assignment] # a number by the time that `fit` reads it
+    """Peak of the schedule: linear warmup, then half a cosine down to min_learning_rate at the last step. None is the
+    method's own: 1.7 / width for head (3e-3 for the sample model), 3e-3 / sqrt(k) for last_k, 2e-3 for lora and qlora,
+    3e-4 for full."""
+
+    def for_method(self, classifier: ClassifierArgs, config: Config) -> "ClassifierTrainArgs":
+        """The same with a learning rate: the method's own, unless there is one."""
+        if self.learning_rate is not None:
+            return self
+        return replace(self, learning_rate=default_learning_rate(classifier, config.n_embd))
+
+
 def train_classifier(
     classifier: ClassifierArgs,
     seed: int,
@@ -39,14 +62,16 @@ def train_classifier(
     args: LaunchArgs,
     lora: LoRA,
     quantize: Quantize | None,
-    train: TrainArgs,
+    train: ClassifierTrainArgs,
 ) -> Scores:
-    """Trains a classifier, saves it in `folder`, and returns its scores on the texts that this seed sets aside.
+    """Trains a classifier, saves it in `folder`, and returns its scores on the test texts, or on those that this seed
+    sets aside if there are none.
 
     `depths` are the blocks whose inputs are computed once for all classifiers of the run; see `cached_rows`.
     """
     began = time.perf_counter()
-    train_data, val_data = data.split(seed)
+    train = train.for_method(classifier, config)
+    train_data, val_data, scored_data = data.split(seed)
 
     # build, quantize, load, adapt
     gpt = build_model(config)
@@ -81,6 +106,9 @@ def train_classifier(
         pooled = first_block == config.n_layer
         train_data = train_data.as_row_numbers(pooled)
         val_data = val_data.as_row_numbers(pooled)
+        scored_data = scored_data.as_row_numbers(pooled)
+    if not classifier.trains_blocks:
+        fit_standardize(model, train_data, train.micro_batch_size)
 
     # what it writes: `last` and `best`, with all that is needed to build the classifier again
     trained = TrainedClassifier(
@@ -110,4 +138,4 @@ def train_classifier(
 
     # score
     seconds += time.perf_counter() - began
-    return score_classifier(model, val_data, train.micro_batch_size, seconds)
+    return score_classifier(model, scored_data, train.micro_batch_size, seconds)

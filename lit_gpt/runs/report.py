@@ -131,13 +131,24 @@ def loss_limits(losses: "np.ndarray", val_losses: "np.ndarray") -> tuple[float, 
 
 
 def write_report(
-    out_dir: Path, *, title: str, command: str, settings: dict, facts: dict[str, str], answers: Sequence[AnswerPair]
+    out_dir: Path,
+    *,
+    title: str,
+    command: str,
+    settings: dict,
+    facts: dict[str, str],
+    answers: Sequence[AnswerPair],
+    sections: Sequence[str] = (),
 ) -> Path:
-    """Writes `out_dir/report.md`, and `loss.png` from `metrics.csv`: what was run, and what came out of it."""
+    """Writes `out_dir/report.md`, and `loss.png` from `metrics.csv`: what was run, and what came out of it.
+
+    `sections` are Markdown, and come between the facts and the loss.
+    """
     parts = [
         f"# {escape_markdown(title)}",
         code_block(command, "sh"),
         facts_table(facts),
+        *sections,
         "## Loss",
         draw_loss(out_dir),
     ]

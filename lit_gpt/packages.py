@@ -1,7 +1,6 @@
 """Packages that only some scripts need: one check, and one sentence that says how to install them."""
 
 import importlib
-import sys
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -52,17 +51,17 @@ def import_optional(package: str, extra: str | None, purpose: str) -> ModuleType
 def import_fabric() -> None:
     """Imports lightning_fabric without torchmetrics, so that an import statement after this one takes no time.
 
-    lightning_fabric 2.6 imports torchmetrics to learn its version, and torchmetrics imports scipy, matplotlib and
-    transformers: three to six seconds of each start. Nothing here uses the one class that needs it, a detector of
-    spikes. An import of torchmetrics afterwards works as usual.
+    lightning_fabric 2.6 imports torchmetrics to compare its version, and torchmetrics imports scipy, matplotlib and
+    transformers: three to six seconds of each start. The answer is for a detector of spikes, which nothing here uses.
     """
-    if "lightning_fabric" in sys.modules or "torchmetrics" in sys.modules:
-        return
-    sys.modules["torchmetrics"] = None  # type: ignore[assignment] # Python's way to say: it cannot be imported
+    from lightning_utilities.core import imports
+
+    compare_version = imports.compare_version
+    imports.compare_version = lambda name, *args: name != "torchmetrics" and compare_version(name, *args)
     try:
         importlib.import_module("lightning_fabric")
     finally:
-        del sys.modules["torchmetrics"]
+        imports.compare_version = compare_version
 
 
 def how_to_install(package: str, extra: str | None) -> str:

@@ -21,7 +21,7 @@ def main(
     Args:
         csv_path: A table with a header line, its columns in any order. Everything is text: NA stays NA.
         val_path: Another such file, for validation.
-        delimiter: What stands between two columns.
+        delimiter: The character between two columns.
         args: How records become tokens, and where they go; see lit_gpt/data/prepare.py.
     """
     prepare_files(partial(csv_records, delimiter=delimiter), csv_path, val_path, args)

@@ -226,7 +226,8 @@ def test_every_package_is_declared() -> None:
     requirements = project["dependencies"] + [r for extra in project["optional-dependencies"].values() for r in extra]
     declared = {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in requirements}
     distributions = importlib.metadata.packages_distributions()
-    distributions["lightning_fabric"] = ["lightning"]  # in its requirement pytorch-lightning; see pyproject.toml
+    # both come with requirements of lightning; see pyproject.toml
+    distributions |= {"lightning_fabric": ["lightning"], "lightning_utilities": ["lightning"]}
     for path in CODE:
         for package in others(path):
             assert declared & {d.lower() for d in distributions.get(package, [package])}, f"{name(path)}: {package}"

@@ -1,19 +1,20 @@
 """What each method costs and gives, on your model and data.
 
-    python scripts/compare_methods.py
-    python scripts/compare_methods.py --minutes 5 --methods '["full", "LoRA, r 8"]'
-    python scripts/compare_methods.py --steps 100 --flags '[--precision, bf16-true]'
-    python scripts/compare_methods.py --tokens 1000000
+python scripts/compare_methods.py
+python scripts/compare_methods.py --minutes 5 --methods '["full", "LoRA, r 8, all linears"]'
+python scripts/compare_methods.py --steps 100 --precision bf16-true
+python scripts/compare_methods.py --tokens 1000000
 
 Interrupted, the same command goes on.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
 from lit_gpt import InputError
-from lit_gpt.cli import run
+from lit_gpt.cli import PassedOn, flags_of, run
 from lit_gpt.config import SAMPLE
 from lit_gpt.data.read_files import open_text
 from lit_gpt.studies.compare_methods import (
@@ -21,8 +22,8 @@ from lit_gpt.studies.compare_methods import (
     Budget,
     check_comparison,
     compare,
-    seconds_per_step,
     steps_for,
+    steps_within,
     stored_budget,
     text_fingerprint,
     write_budget,
@@ -40,25 +41,28 @@ def main(
     steps: int | None = None,
     tokens: int | None = None,
     general_text: Path | None = None,
-    flags: list[str] | None = None,
+    flags: PassedOn = (),
 ) -> None:
     """Train with each method on the same records, and compare what it cost and gave.
+
+    All flags that are not listed here go to the scripts in finetune/, such as --precision: only those that all of them
+    have can be given.
 
     Args:
         checkpoint_dir: The base model.
         data_dir: The folder that one of scripts/prepare_*.py wrote.
         out_dir: Where the runs, compare.md and compare.png go.
         methods: Names in CANDIDATES of lit_gpt/studies/compare_methods.py. None is all.
-        minutes: For all together, about. The steps that fit are found by a few of full fine-tuning. None is what
-            out_dir was begun with, else 30.
+        minutes: For all of it, about: starting, loading and validating each method, too. The steps that fit are found
+            by a few of full fine-tuning; each method takes one at the least. None is what out_dir was begun with, else
+            30.
         steps: In place of minutes, the optimizer steps of 16 records that each method takes.
         tokens: In place of minutes, about how many tokens each method reads, those of prompts too.
         general_text: A text that has nothing to do with the data, on which forgetting is measured. None is
             lit_gpt/studies/general_text.txt.
-        flags: More flags for the scripts in finetune/.
+        flags: Flags for the scripts in finetune/.
     """
     methods = list(CANDIDATES) if methods is None else methods
-    flags = flags or []
     check_methods(methods)
     check_end(minutes, steps, tokens, flags)
 
@@ -71,10 +75,10 @@ def main(
         data_dir=str(data_dir),
         general_text=text_fingerprint(text),
         steps=steps or 0,
-        flags=flags,
+        flags=list(flags),
         minutes=minutes,
     )
-    check_comparison(methods, SCRIPTS, budget, text)
+    check_comparison(methods, SCRIPTS, budget, text, own_flags=flags_of(main))
 
     # the steps of each method: those that were asked for, those of the run that is continued, or as many as fit
     if tokens is not None:
@@ -82,9 +86,8 @@ def main(
     budget = stored_budget(budget, out_dir)
     if not budget.steps:
         minutes = minutes or 30
-        seconds_of_each = minutes * 60 / len(methods)
-        fitting = round(seconds_of_each / seconds_per_step(SCRIPTS, budget, out_dir))
-        budget = replace(budget, steps=max(1, fitting), minutes=minutes)
+        steps = steps_within(minutes, methods, SCRIPTS, budget, out_dir)
+        budget = replace(budget, steps=steps, minutes=minutes)
     write_budget(budget, out_dir)
 
     # train, measure, show
@@ -103,7 +106,7 @@ def check_methods(methods: list[str]) -> None:
         raise InputError(f"--methods is empty. Known are: {names}.")
 
 
-def check_end(minutes: float | None, steps: int | None, tokens: int | None, flags: list[str]) -> None:
+def check_end(minutes: float | None, steps: int | None, tokens: int | None, flags: Sequence[str]) -> None:
     """Raises InputError if the flags that say when to stop are not above 0, or contradict each other."""
     for name, value in (("minutes", minutes), ("steps", steps), ("tokens", tokens)):
         if value is not None and value <= 0:

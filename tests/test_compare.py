@@ -4,6 +4,7 @@ import json
 import runpy
 import shutil
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,15 @@ from lit_gpt.studies.compare_methods import (
     write_budget,
 )
 
-FOUR = ["full", "LoRA, r 8", "QLoRA, r 8", "adapter"]
+LORA, QLORA = "LoRA, r 8, query and value", "QLoRA, r 8, query and value"
+FOUR = ["full", LORA, QLORA, "adapter"]
+RATE = ("--train.learning_rate", "0.01", "--train.share_prefixes")  # flags of the scripts that are compared
 
 
-def compare(folder: Path, **flags: Any) -> subprocess.CompletedProcess:
+def compare(folder: Path, *words: Any, **flags: Any) -> subprocess.CompletedProcess:
     flags = {"checkpoint_dir": folder / "base", "data_dir": folder / "data", "out_dir": folder / "out"} | flags
     parts = [part for flag, value in flags.items() for part in (f"--{flag}", value)]
-    return python(ROOT / "scripts/compare_methods.py", *parts)
+    return python(ROOT / "scripts/compare_methods.py", *words, *parts)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def folder(tmp_path_factory, sample_dir) -> Path:
     folder = tmp_path_factory.mktemp("compare")
     make_tiny(folder / "base", sample_dir, num_hidden_layers=5)
     write_data(folder / "data", folder / "base")
-    result = compare(folder, steps=4, methods=json.dumps(FOUR), flags="[--train.learning_rate, '0.01']")
+    result = compare(folder, *RATE, steps=4, methods=json.dumps(FOUR))
     assert result.returncode == 0, result.stderr
     assert (folder / "out/compare.md").read_text() in result.stdout
     return folder
@@ -72,21 +75,32 @@ def test_methods_stand_side_by_side(folder) -> None:
     assert len({tuple(row["tokens"] for row in run) for run in rows}) == 1 and len(rows) == 4
     model = load_model(folder / "base")
     assert found["full"]["trained"] == sum(param.numel() for param in model.parameters())
-    assert found["LoRA, r 8"]["trained"] == found["QLoRA, r 8"]["trained"] == 5 * 8 * (48 + 48 + 48 + 16)
+    assert found[LORA]["trained"] == found[QLORA]["trained"] == 5 * 8 * (48 + 48 + 48 + 16)
     assert found["adapter"]["trained"] == 3 * (10 * 48 + 6)
     text = (ROOT / "lit_gpt/studies/general_text.txt").read_text()
-    tuned, _ = load_finetuned(None, folder / "out/full/last")
+    tuned, _ = load_finetuned(None, folder / "out/full/best")  # the validation after the last step is the best
     tokenizer = Tokenizer(folder / "base")
     gap = text_loss(tuned, tokenizer, text) - text_loss(model, tokenizer, text)
     assert found["full"]["forgotten"] == pytest.approx(gap, rel=1e-6) and gap != 0
     assert (folder / "out/compare.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_was_trained_is_kept_and_nothing_else(folder) -> None:
+    for name in ("full", "LoRA-r-8-query-and-value", "QLoRA-r-8-query-and-value", "adapter"):
+        assert (folder / "out" / name / "best").is_dir() and not (folder / "out" / name / "last").exists()
+    assert len([path for path in (folder / "out").iterdir() if path.is_dir()]) == 4
+
+
 @pytest.mark.parametrize("name", CANDIDATES)
-def test_flags_of_a_method_are_those_of_its_script(name: str) -> None:
+def test_a_method_says_what_it_is_whatever_the_defaults_are(name: str) -> None:
     main = runpy.run_path(str(ROOT / "finetune" / CANDIDATES[name].script))["main"]
-    usual, settings = parse(main, []), parse(main, CANDIDATES[name].flags.split())
-    assert (settings != usual) == bool(CANDIDATES[name].flags)
+    settings = parse(main, CANDIDATES[name].flags.split())
+    if "LoRA" in name:
+        others = "key", "projection", "mlp"
+        lora = settings["lora"]
+        assert [getattr(lora, other) for other in others] == [name.endswith("all linears")] * 3
+        assert lora.query and lora.value and not lora.head and f"r {lora.r}," in name and lora.alpha == 2 * lora.r
+        assert (settings["quantize"] == "bnb.nf4") == name.startswith("QLoRA")
 
 
 def test_methods_train_as_much_as_their_names_say() -> None:
@@ -118,20 +132,35 @@ def test_it_goes_on_where_it_stopped(folder, tmp_path) -> None:
     """What is done is not repeated; a run that was killed goes on."""
     shutil.copytree(folder / "out", tmp_path / "out")
     before = outcomes(tmp_path)
+    # as if it had been killed before it was measured: by a run of the script alone, which leaves `last`
     (tmp_path / "out/adapter/outcome.json").unlink()
-    flags = dict(methods=json.dumps(FOUR), flags="[--train.learning_rate, '0.01']")
-    result = compare(folder, out_dir=tmp_path / "out", **flags)
+    budget = json.loads((tmp_path / "out/compare.json").read_text())
+    flags = [*Budget(**budget).common_flags, "--overwrite", "--out_dir", tmp_path / "out/adapter"]
+    python(ROOT / "finetune/adapter.py", *flags, check=True)
+
+    result = compare(folder, *RATE, out_dir=tmp_path / "out", methods=json.dumps(FOUR))
     assert result.returncode == 0 and "Continuing after step 4" in result.stderr
     assert [line for line in result.stderr.splitlines() if line in CANDIDATES] == ["adapter"]
     assert outcomes(tmp_path)["adapter"]["val_loss"] == before["adapter"]["val_loss"]
 
 
 def test_the_budget_is_found_by_a_few_steps(folder, tmp_path) -> None:
-    result = compare(folder, out_dir=tmp_path / "out", minutes=0.005, methods='["LoRA, r 8"]')
+    result = compare(folder, out_dir=tmp_path / "out", minutes=0.005, methods=json.dumps([LORA]))
     steps = json.loads((tmp_path / "out/compare.json").read_text())["steps"]
     assert result.returncode == 0 and steps >= 1
-    rows = read_metrics(tmp_path / "out/LoRA-r-8/metrics.csv")
+    rows = read_metrics(tmp_path / "out/LoRA-r-8-query-and-value/metrics.csv")
     assert rows[-1]["step"] == steps
+    assert "0.005 minutes are too few: a step of each method takes about" in result.stderr
+    assert not (tmp_path / "out/probe").exists()
+
+
+def test_minutes_are_for_all_of_it(folder, tmp_path) -> None:
+    """Starting, loading and validating are in them: the same minutes are for less steps of more methods."""
+    began = time.perf_counter()
+    result = compare(folder, out_dir=tmp_path / "out", minutes=0.4, methods=json.dumps([LORA, "adapter"]))
+    minutes = (time.perf_counter() - began) / 60
+    steps = json.loads((tmp_path / "out/compare.json").read_text())["steps"]
+    assert result.returncode == 0 and steps > 1 and minutes < 0.8, (steps, minutes)
 
 
 def test_what_cannot_be_is_refused(folder, tmp_path) -> None:
@@ -139,8 +168,8 @@ def test_what_cannot_be_is_refused(folder, tmp_path) -> None:
     assert result.returncode == 2 and result.stderr.startswith("error: No method is called 'lora'. Known are: full;")
     with pytest.raises(InputError, match="holds another comparison"):
         stored_budget(Budget("elsewhere", "data", "", 0, []), folder / "out")
-    flags = "[--train.learning_rate, '1e30', --train.max_norm, 'null']"
-    result = compare(folder, out_dir=tmp_path / "out", steps=2, methods="[full]", flags=flags)
+    flags = "--train.learning_rate", "1e30", "--train.max_norm", "null"
+    result = compare(folder, *flags, out_dir=tmp_path / "out", steps=2, methods="[full]")
     assert result.returncode == 2 and "full.py failed, for the reason above" in result.stderr.splitlines()[-1]
 
 
@@ -154,9 +183,14 @@ def test_what_cannot_be_is_refused(folder, tmp_path) -> None:
         ({"tokens": 1, "steps": 1}, "choose one"),
         ({"minutes": 1, "steps": 1}, "choose one"),
         ({}, "last 4 blocks: train_only is 4, but the model has 2 blocks"),
-        ({"methods": ["full", "LoRA, r 8"], "flags": ["--quantize", "bnb.nf4"]}, "full: .*--quantize bnb.nf4"),
-        ({"methods": ["full"], "flags": ["--train.max_steps", "1"]}, "full: --flags says when to stop"),
-        ({"methods": ["LoRA, r 8", "full"], "flags": ["--precision", "16-true"]}, "full: .*float16 cannot be trained"),
+        ({"methods": ["full", LORA], "flags": ["--step", "1"]}, "full: There is no flag --step. Did you mean --steps?"),
+        ({"methods": ["full", LORA], "flags": ["--lr", "1"]}, "full: .* Did you mean --train.learning_rate?"),
+        ({"methods": ["full", LORA], "flags": ["--quantize", "bnb.nf4"]}, "full: There is no flag --quantize"),
+        (
+            {"methods": ["full"], "flags": ["--train.max_steps", "1"]},
+            "full: --train.max_steps or --train.epochs says when",
+        ),
+        ({"methods": [LORA, "full"], "flags": ["--precision", "16-true"]}, "full: .*float16 cannot be trained"),
         ({"methods": ["full"], "flags": ["--optimizer", "torch.optim.LBFGS"]}, "full: .*LBFGS cannot step"),
         ({"tokens": 1, "flags": ["--train.global_batch_size", "4"]}, "16 records a step"),
         ({"checkpoint_dir": Path("nowhere")}, "nowhere"),
@@ -206,9 +240,9 @@ def test_tokens_are_steps_of_mean_records(data_dir) -> None:
 
 
 def test_the_loss_before_training_is_that_of_the_original_weights(tmp_path) -> None:
-    for name, loss in (("QLoRA-r-8", 3.5), ("adapter", 3.0), ("full", 3.25)):
+    for name, loss in (("QLoRA-r-8-query-and-value", 3.5), ("adapter", 3.0), ("full", 3.25)):
         (tmp_path / name).mkdir()
         row = dict.fromkeys(HEADER.split(","), "") | {"step": "0", "val_loss": str(loss)}
         (tmp_path / name / "metrics.csv").write_text(f"{HEADER}\n{','.join(row.values())}\n")
-    assert loss_before(["QLoRA, r 8", "adapter", "full"], tmp_path) == 3.0
-    assert loss_before(["QLoRA, r 8"], tmp_path) == 3.5
+    assert loss_before([QLORA, "adapter", "full"], tmp_path) == 3.0
+    assert loss_before([QLORA], tmp_path) == 3.5

@@ -22,6 +22,7 @@ from lit_gpt.data.prepare import DataArgs, prepare
 from lit_gpt.data.print_report import length_figure, print_lengths, show_record
 from lit_gpt.data.too_long import CUT, DROPPED
 from lit_gpt.model.gpt import GPT
+from lit_gpt.studies import cost
 from lit_gpt.studies.cost import add_cost
 from lit_gpt.train import TrainArgs
 
@@ -247,6 +248,33 @@ def test_cost_grows_with_the_model_and_the_batch() -> None:
     # a block keeps at least its two norms' inputs, q, k, v, what attention gives and three hidden layers of the MLP
     assert 101 * 10**4 * 4 * (6 * 128 + 3 * 512) / 1e9 < tokens < 3 * 101 * 10**4 * 4 * (6 * 128 + 3 * 512) / 1e9
     assert minutes[1] == pytest.approx(2 * minutes[0], abs=0.02) and minutes[0] > 10 * costs[1][0][0] > 0
+
+
+@pytest.mark.parametrize(
+    ("three_blocks", "minutes"),
+    [
+        (0.003, 0.001 + 9 * 0.001),
+        (0.0008, 0.001 + 9 * 0.0008 / 3),  # faster than one, since the machine was busy
+    ],
+)
+def test_a_busy_machine_costs_more_than_nothing(three_blocks: float, minutes: float, monkeypatch) -> None:
+    """The fastest step of each model counts, and more blocks never make an epoch shorter."""
+    steps = {1: [0.9, 0.001, 0.8], 3: [0.5, three_blocks, 0.7]}
+    taken = []
+
+    def step(model: cost.TrialModel) -> float:
+        n_layer = model.model.config.n_layer
+        taken.append(n_layer)
+        return steps[n_layer][(len(taken) - 1) // 2 % 3]
+
+    monkeypatch.setattr(cost, "SECONDS", 0)
+    monkeypatch.setattr(cost.TrialModel, "step", step)
+    found = DataReport(tokens={"train": 2}, trained_tokens={"train": 1})
+    found.cutoffs.append({"tokens_per_epoch": 256 * 60 * 1000, "largest_batch": 256})
+    config = Config(n_layer=10, n_embd=32, n_head=4, intermediate_size=64, vocab_size=100, block_size=256)
+    add_cost(found, config, "32-true")
+    assert found.cutoffs[0]["minutes_per_epoch"] == pytest.approx(1000 * minutes, abs=0.01)
+    assert taken[:4] == [1, 3, 1, 3]
 
 
 def inspect(*args: object) -> subprocess.CompletedProcess:

@@ -5,17 +5,20 @@ records in the same order. How much a model forgot is how much its loss rose on 
 data.
 
     out_dir/compare.json               the budget: what all runs have in common
-    out_dir/LoRA-r-8/                  a run, with its metrics.csv, last/ and best/
-    out_dir/LoRA-r-8/outcome.json      its row of the table; a method that has one is done
+    out_dir/adapter/                   a run, with its metrics.csv and best/; last/ is deleted when it is done
+    out_dir/adapter/outcome.json       its row of the table; a method that has one is done
     out_dir/compare.md, compare.png    the table and the figure, of all that are done
 """
 
 import gc
 import hashlib
 import json
+import math
 import runpy
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
 
 
 PROBE_STEPS = 4  # of full fine-tuning, to find out how many fit into the minutes
+FROZEN_SHARE = 2 / 3  # of the time of such a step, if weights are frozen: their gradients are a third of the arithmetic
 RECORDS_PER_STEP = 16  # the global batch size that all scripts have by default
 
 
@@ -62,16 +66,23 @@ class Candidate:
         return self.script.removesuffix(".py")
 
 
+QUERY_AND_VALUE = (
+    "--lora.query true --lora.key false --lora.value true --lora.projection false --lora.mlp false --lora.head false"
+)
+ALL_LINEARS = (
+    "--lora.query true --lora.key true --lora.value true --lora.projection true --lora.mlp true --lora.head false"
+)
+
 # learning rates are those of the scripts
 CANDIDATES = {
     "full": Candidate("full.py"),
     "last 4 blocks": Candidate("full.py", "--train_only 4"),
-    "LoRA, r 8": Candidate("lora.py"),
-    "LoRA, r 8, all linears": Candidate("lora.py", "--lora.key true --lora.projection true --lora.mlp true"),
-    "LoRA, r 64, all linears": Candidate(
-        "lora.py", "--lora.r 64 --lora.alpha 128 --lora.key true --lora.projection true --lora.mlp true"
+    "LoRA, r 8, query and value": Candidate("lora.py", f"--lora.r 8 --lora.alpha 16 {QUERY_AND_VALUE}"),
+    "LoRA, r 8, all linears": Candidate("lora.py", f"--lora.r 8 --lora.alpha 16 {ALL_LINEARS}"),
+    "LoRA, r 64, all linears": Candidate("lora.py", f"--lora.r 64 --lora.alpha 128 {ALL_LINEARS}"),
+    "QLoRA, r 8, query and value": Candidate(
+        "lora.py", f"--quantize bnb.nf4 --lora.r 8 --lora.alpha 16 {QUERY_AND_VALUE}"
     ),
-    "QLoRA, r 8": Candidate("lora.py", "--quantize bnb.nf4"),
     "adapter": Candidate("adapter.py"),
     "adapter v2": Candidate("adapter_v2.py"),
 }
@@ -113,7 +124,7 @@ class Budget:
     flags: list[str]
     """More flags for the scripts."""
     minutes: float | None = None
-    """Minutes for all methods. None if steps or tokens were asked for."""
+    """Minutes that all of it may take. None if steps or tokens were asked for."""
 
     @property
     def common_flags(self) -> list[str]:
@@ -139,8 +150,12 @@ def text_fingerprint(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_comparison(names: Sequence[str], scripts: Path, budget: Budget, text: str) -> None:
+def check_comparison(
+    names: Sequence[str], scripts: Path, budget: Budget, text: str, own_flags: Sequence[str] = ()
+) -> None:
     """Finds everything that can be found wrong before the first run is launched.
+
+    `own_flags` are those of the comparison itself, for "Did you mean".
 
     Raises:
         InputError: no matplotlib, no checkpoint, data or text, or they do not fit each other; or a method cannot be
@@ -164,22 +179,26 @@ def check_comparison(names: Sequence[str], scripts: Path, budget: Budget, text: 
         budget = replace(budget, steps=PROBE_STEPS)
     for name in names:
         try:
-            check_candidate(CANDIDATES[name], scripts, budget, config)
+            check_candidate(CANDIDATES[name], scripts, budget, config, own_flags)
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
 
 
-def check_candidate(candidate: Candidate, scripts: Path, budget: Budget, config: Config) -> None:
+def check_candidate(
+    candidate: Candidate, scripts: Path, budget: Budget, config: Config, own_flags: Sequence[str]
+) -> None:
     """Parses the flags of a run, and applies its method to a model without weights.
 
     Raises:
         InputError: the script has no such flags, the flags say when to stop, or see `setup_of_script` and `adapt`.
     """
     main = runpy.run_path(str(scripts / candidate.script))["main"]
-    settings = parse(main, [*budget.common_flags, *candidate.flags.split()])
+    settings = parse(main, [*budget.common_flags, *candidate.flags.split()], also=own_flags)
     train = settings["train"]
     if train.max_steps != budget.steps or train.epochs != budget.steps:
-        raise InputError("--flags says when to stop. That is for --steps, --tokens or --minutes.")
+        raise InputError(
+            "--train.max_steps or --train.epochs says when to stop. Say it by --steps, --tokens or --minutes."
+        )
     setup = setup_of_script(candidate.method, settings, config, tokens=1)
     adapt(build_model(config), setup)
 
@@ -215,16 +234,37 @@ def write_budget(budget: Budget, out_dir: Path) -> None:
     write_whole(out_dir / "compare.json", json.dumps(asdict(budget), indent=2) + "\n")
 
 
-def seconds_per_step(scripts: Path, budget: Budget, out_dir: Path) -> float:
-    """Seconds that a step of full fine-tuning takes, the slowest method, in its first steps, the heaviest ones."""
+def steps_within(minutes: float, names: Sequence[str], scripts: Path, budget: Budget, out_dir: Path) -> int:
+    """How many steps each method can take so that all of it takes about so many minutes; 1 at the least.
+
+    A few steps of full fine-tuning, the slowest method, tell what a step takes, and what comes with a run: starting,
+    loading, validating before and after, saving.
+    """
+    # a run of a few steps
+    began = time.perf_counter()
     budget = replace(budget, steps=PROBE_STEPS)
     probe = out_dir / "probe"
-    run_script(scripts / "full.py", [*budget.common_flags, "--overwrite", "true", "--out_dir", str(probe)])
+    run_script(scripts / "full.py", [*budget.common_flags, "--overwrite", "--out_dir", str(probe)])
     rows = read_metrics(probe / "metrics.csv")
+    shutil.rmtree(probe)  # a model and its optimizer
+    probe_seconds = time.perf_counter() - began
+
+    # a step, and the rest of a run. The first step also warms up; the flags may end the run after it
     seconds = [row["seconds"] for row in rows if row["seconds"] is not None]
-    # the first step also warms up; the flags may end the run after it
+    rest_of_run = probe_seconds - sum(seconds)
     seconds = seconds[1:] or seconds
-    return sum(seconds) / len(seconds)
+    step = sum(seconds) / len(seconds)
+
+    # a step of each method, and the rest of all runs
+    left = minutes * 60 - probe_seconds - len(names) * rest_of_run
+    step_of_all = 0.0
+    for name in names:
+        step_of_all += step if METHODS[CANDIDATES[name].method].trains_base else step * FROZEN_SHARE
+    steps = math.floor(left / step_of_all)
+    if steps < 1:
+        least = (minutes * 60 - left + step_of_all) / 60
+        print(f"{minutes:g} minutes are too few: a step of each method takes about {least:.1f}.", file=sys.stderr)
+    return max(1, steps)
 
 
 def run_script(script: Path, flags: Sequence[str]) -> None:
@@ -246,7 +286,6 @@ def train_candidate(name: str, scripts: Path, budget: Budget, folder: Path) -> N
         *budget.common_flags,
         *candidate.flags.split(),
         "--resume" if begun else "--overwrite",
-        "true",
         "--out_dir",
         str(folder),
     ]
@@ -327,6 +366,7 @@ def compare(names: Sequence[str], scripts: Path, budget: Budget, text: str, out_
             outcome = measure_outcome(name, folder, text, base_loss)
             write_whole(file, json.dumps(asdict(outcome), indent=2) + "\n")
             gc.collect()  # the measured model, before the next process needs the memory
+        shutil.rmtree(folder / "last", ignore_errors=True)  # it is for going on; what was trained is in `best`
         outcomes.append(Outcome(**json.loads(file.read_text(encoding="utf-8"))))
 
         # table and figure of all that are done
@@ -337,7 +377,7 @@ def compare(names: Sequence[str], scripts: Path, budget: Budget, text: str, out_
 
 
 def folder_of(name: str, out_dir: Path) -> Path:
-    """The folder of a run: for "LoRA, r 8" it is out_dir/LoRA-r-8."""
+    """The folder of a run: for "LoRA, r 8, all linears" it is out_dir/LoRA-r-8-all-linears."""
     return out_dir / name.replace(",", "").replace(" ", "-")
 
 
@@ -387,6 +427,7 @@ def outcomes_figure(outcomes: Sequence[Outcome], first: float) -> "Figure":
             axes.plot(getattr(outcome, key), outcome.val_loss, "o", markersize=9, color=f"C{i}", label=outcome.method)
         axes.set(xlabel=label)
         axes.margins(x=0.15, y=0.15)
+        axes.locator_params(axis="x", nbins=4)  # the labels of more would overlap
         axes.grid(alpha=0.3)
     plots[0].set_ylabel(f"validation loss ({first:.2f} before)")
     plots[2].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

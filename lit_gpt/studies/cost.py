@@ -3,7 +3,6 @@
 import time
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from lit_gpt.config import Config
@@ -24,6 +23,10 @@ class StepCost(NamedTuple):
     """Weights, gradients and the optimizer's state."""
 
 
+ROUNDS = 8  # steps of each model at the least, of which the fastest counts
+SECONDS = 3  # of measuring at the least
+
+
 def add_cost(report: DataReport, config: Config, precision: Precision) -> None:
     """Adds to each cut-off the minutes of an epoch and the GB of its largest batch, with LoRA, on this machine.
 
@@ -31,16 +34,16 @@ def add_cost(report: DataReport, config: Config, precision: Precision) -> None:
     estimate: attention, which grows with the square of the length, is that of 256 tokens, and no prefix is shared.
     """
     trained_share = report.trained_tokens["train"] / report.tokens["train"]
-    costs = []
-    for n_layer in (1, 3):
-        cost = measure_step(config.replace(n_layer=n_layer), precision, trained_share)
-        costs.append(np.array(cost))
-    one_block, three_blocks = costs
+    small = TrialModel(config.replace(n_layer=1), precision, trained_share)
+    large = TrialModel(config.replace(n_layer=3), precision, trained_share)
+    one_block, three_blocks = measure(small, large)
 
-    # two blocks lie between them
-    per_block = (three_blocks - one_block) / 2
-    all_blocks = one_block + (config.n_layer - 1) * per_block
-    step = StepCost(*all_blocks.tolist())
+    # two blocks lie between them. Where the machine is so busy that they seem to cost nothing, a third of three does
+    costs = []
+    for one, three in zip(one_block, three_blocks):
+        per_block = (three - one) / 2 if three > one else three / 3
+        costs.append(one + (config.n_layer - 1) * per_block)
+    step = StepCost(*costs)
 
     for row in report.cutoffs:
         seconds = row["tokens_per_epoch"] * step.seconds_per_token
@@ -49,50 +52,71 @@ def add_cost(report: DataReport, config: Config, precision: Precision) -> None:
         row["memory_gb"] = round(memory / 1e9, 2)
 
 
-def measure_step(config: Config, precision: Precision, trained_share: float) -> StepCost:
-    """Measures a step of a model with random weights. `trained_share` is the share of tokens that the loss counts."""
-    # a record whose last tokens are trained
-    T = min(256, config.block_size)
-    tokens = torch.zeros(T, dtype=torch.int64)
-    trained = torch.arange(T) >= (1 - trained_share) * T
-    idx, layout = Layout.end_to_end([(tokens, trained)])
+def measure(*models: "TrialModel") -> list[StepCost]:
+    """What a step of each model costs. They take turns, so that other work of the machine slows all of them alike.
 
-    # the model
-    device = default_device()
-    idx = idx.to(device)
-    layout = layout.to(device)
-    with torch.device(device):
-        model = GPT(config).to(weight_dtype(precision))
-    apply_lora(model, LoRA())
-    mark_only_lora_as_trainable(model)
+    The fastest step of each counts, since other work makes a step only slower.
+    """
+    seconds: list[list[float]] = [[] for _ in models]
+    began = time.perf_counter()
+    while len(seconds[0]) < ROUNDS or time.perf_counter() - began < SECONDS:
+        for model, of_model in zip(models, seconds):
+            of_model.append(model.step())
+    return [model.cost(min(of_model)) for model, of_model in zip(models, seconds)]
 
-    # autograd tells what it saves for backward; weights, which it saves too, are there anyway
-    weights = {param.untyped_storage().data_ptr() for param in model.parameters()}
-    saved: dict[int, int] = {}
 
-    def count(x: torch.Tensor) -> torch.Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return x
+class TrialModel:
+    """A model with random weights and LoRA, and a record for it whose last tokens are trained."""
 
-    # steps for at least a second
-    seconds: list[float] = []
-    while sum(seconds) < 1 or len(seconds) < 3:
-        saved.clear()
-        start = time.perf_counter()
+    def __init__(self, config: Config, precision: Precision, trained_share: float) -> None:
+        """`trained_share` is the share of tokens that the loss counts."""
+        self.T = min(256, config.block_size)
+        tokens = torch.zeros(self.T, dtype=torch.int64)
+        trained = torch.arange(self.T) >= (1 - trained_share) * self.T
+        idx, layout = Layout.end_to_end([(tokens, trained)])
+
+        device = default_device()
+        self.idx = idx.to(device)
+        self.layout = layout.to(device)
+        with torch.device(device):
+            self.model = GPT(config).to(weight_dtype(precision))
+        apply_lora(self.model, LoRA())
+        mark_only_lora_as_trainable(self.model)
+
+        self.weights = {param.untyped_storage().data_ptr() for param in self.model.parameters()}
+        self.saved: dict[int, int] = {}  # the bytes of each storage that a step kept for backward
+
+    def step(self) -> float:
+        """Forward and backward; returns the seconds that they took.
+
+        On a CPU they are those in which this thread was running: it takes part in all that the others compute, and
+        does not run while other programs have the core, or while it waits for a thread that has lost its own to them.
+        """
+
+        # autograd tells what it saves for backward; weights, which it saves too, are there anyway
+        def count(x: torch.Tensor) -> torch.Tensor:
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in self.weights:
+                self.saved[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        self.saved.clear()
+        clock = time.thread_time if self.idx.device.type == "cpu" else time.perf_counter
+        start = clock()
         with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-            loss = model(idx, layout=layout)
+            loss = self.model(self.idx, layout=self.layout)
         loss.backward()
         loss.item()  # waits for the device
-        seconds.append(time.perf_counter() - start)
+        return clock() - start
 
-    fixed = 0
-    for param in model.parameters():
-        copies = 4 if param.requires_grad else 1  # beside the weight its gradient and AdamW's two averages
-        fixed += copies * param.nbytes
-    return StepCost(
-        seconds_per_token=min(seconds) / T,
-        saved_bytes_per_token=sum(saved.values()) / T,
-        fixed_bytes=fixed,
-    )
+    def cost(self, seconds: float) -> StepCost:
+        """The cost of a step that took so long."""
+        fixed = 0
+        for param in self.model.parameters():
+            copies = 4 if param.requires_grad else 1  # beside the weight its gradient and AdamW's two averages
+            fixed += copies * param.nbytes
+        return StepCost(
+            seconds_per_token=seconds / self.T,
+            saved_bytes_per_token=sum(self.saved.values()) / self.T,
+            fixed_bytes=fixed,
+        )

@@ -1,7 +1,7 @@
 """Fine-tune with LoRA; with QLoRA where the base is quantized.
 
 python finetune/lora.py --checkpoint_dir checkpoints/sample/SmolLM2-135M-Instruct-Q4_1 --data_dir data/docstrings
-python finetune/lora.py --lora.r 16 --lora.mlp true --train.learning_rate 2e-4
+python finetune/lora.py --lora.r 16 --lora.alpha 32 --train.learning_rate 2e-4
 python finetune/lora.py --quantize bnb.nf4 --devices 2
 """
 
@@ -27,7 +27,7 @@ from lit_gpt.train import TrainArgs, fit
 
 def main(
     args: Flags[RunArgs] = RunArgs(out_dir=Path("out/lora/docstrings")),
-    lora: LoRA = LoRA(r=8, alpha=16, dropout=0.0, query=True, value=True),
+    lora: LoRA = LoRA(r=8, alpha=16, dropout=0.0),
     quantize: Quantize | None = None,
     train: TrainArgs = TrainArgs(learning_rate=1e-3, warmup_steps=10, global_batch_size=16, epochs=1),
 ) -> None:
@@ -35,7 +35,7 @@ def main(
 
     Args:
         args: Each of its fields is a flag, as in every recipe: --checkpoint_dir, --data_dir ...; see lit_gpt/recipe.py.
-        lora: The rank, and which matrices of which layers; see lit_gpt/lora.py.
+        lora: The rank, and which matrices of which layers, by default all linears of all blocks; see lit_gpt/lora.py.
         quantize: Keep the frozen linears in 4 or 8 bits (QLoRA); see lit_gpt/quantize.py.
         train: The optimizer, the batch and the intervals; see lit_gpt/train.py.
     """

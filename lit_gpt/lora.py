@@ -43,13 +43,13 @@ class LoRA:
     """Dropout on the input of the low-rank branch."""
     query: bool = True
     """Adapt the query projection."""
-    key: bool = False
+    key: bool = True
     """Adapt the key projection."""
     value: bool = True
     """Adapt the value projection."""
-    projection: bool = False
+    projection: bool = True
     """Adapt the output projection of the attention."""
-    mlp: bool = False
+    mlp: bool = True
     """Adapt all linears of the MLP."""
     head: bool = False
     """Adapt the language model head."""

@@ -62,8 +62,9 @@ def main(
 
 
 def list_published() -> None:
-    for repo in families.published():
-        n = count_parameters(Config.from_name(repo))
+    """Prints the models that are known by name, the smallest first."""
+    sizes = {repo: count_parameters(Config.from_name(repo)) for repo in families.published()}
+    for repo, n in sorted(sizes.items(), key=lambda item: item[1]):
         print(f"{n / 1e9:8.2f} B parameters  {2 * n / 1e9:7.1f} GB in 16 bits   {repo}")
 
 

@@ -9,14 +9,13 @@ set -euo pipefail
 usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0; } # the comment above
 case ${1:-} in -h | --help) usage ;; ?*) echo "error: $1 found, expected no argument: see --help." >&2; exit 2 ;; esac
 cd "$(dirname "$0")/.."
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that sleep, not spin: several times faster beside a browser
 step() { echo; echo "\$ $*" >&2; "$@"; }
 
 step bash scripts/setup.sh sample,report
 export PATH="$PWD/.venv/bin:$PATH"
 step python scripts/download_sample.py
 [ -f data/docstrings/meta.json ] || step python scripts/prepare_docstrings.py
-step python finetune/lora.py --config finetune/recipes/quickstart.yaml --resume true
+step python finetune/lora.py --config finetune/recipes/quickstart.yaml --resume
 
 cat <<'END'
 
@@ -29,7 +28,7 @@ What is where
 What to try next (first: source .venv/bin/activate)
     python generate/base.py --finetuned out/lora/quickstart --prompt 'What does the function `shutil.move` do?'
     python generate/chat.py --finetuned out/lora/quickstart
-    python finetune/lora.py --out_dir out/lora/all-matrices --lora.mlp true --lora.projection true --lora.key true
+    python finetune/lora.py --out_dir out/lora/docstrings
     python scripts/merge_lora.py --finetuned out/lora/quickstart --out_dir checkpoints/mine/quickstart
     python scripts/prepare_json.py --json_path YOURS.jsonl --data_dir data/yours
 END

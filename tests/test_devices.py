@@ -44,8 +44,8 @@ OPTIMIZERS += ("bitsandbytes.optim.AdamW8bit", "bitsandbytes.optim.PagedAdamW8bi
 STRATEGIES = ("ddp", "fsdp")
 SETTINGS = {  # the flags of METHODS that the runs below need, as a command line has them
     "full": [],
-    "lora": ["--lora.mlp", "true"],
-    "lora nf4": ["--quantize", "bnb.nf4", "--lora.mlp", "true"],
+    "lora": [],
+    "lora nf4": ["--quantize", "bnb.nf4"],
 }
 
 

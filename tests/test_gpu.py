@@ -687,13 +687,13 @@ def one_step(fabric: Any, folder: Path, dtype: torch.dtype, kind: Quantize | Non
 TIMEOUT = 400 if IS_REHEARSAL else 150  # seconds; compiling takes longer than all the rest
 COMMON = "--n_answers 1 --train.learning_rate 0.02 --train.warmup_steps 1 --train.global_batch_size 4 --train.epochs 2"
 RUNS = {  # the name of a run -> its script, and flags besides those in COMMON
-    "LoRA bf16-true": "finetune/lora.py --precision bf16-true --lora.mlp true",
-    "QLoRA nf4": "finetune/lora.py --precision bf16-true --lora.mlp true --quantize bnb.nf4",
-    "LoRA 16-true": "finetune/lora.py --precision 16-true --lora.mlp true",
+    "LoRA bf16-true": "finetune/lora.py --precision bf16-true",
+    "QLoRA nf4": "finetune/lora.py --precision bf16-true --quantize bnb.nf4",
+    "LoRA 16-true": "finetune/lora.py --precision 16-true",
     "full bf16-mixed": "finetune/full.py --precision bf16-mixed",
-    "LoRA, blocks computed again": "finetune/lora.py --lora.mlp true --activation_checkpointing block",
+    "LoRA, blocks computed again": "finetune/lora.py --activation_checkpointing block",
     "adapter v2": "finetune/adapter_v2.py --adapter.start_layer 1",
-    "LoRA compiled": "finetune/lora.py --precision bf16-true --lora.mlp true --compile true --n_answers 0",
+    "LoRA compiled": "finetune/lora.py --precision bf16-true --compile true --n_answers 0",
 }
 
 

@@ -278,7 +278,7 @@ def test_small_updates_survive_over_a_bfloat16_base(untied_dir) -> None:
         (dict(modules=["("]), r"'\(' is no pattern of names"),
         (dict(rank_pattern={"attn.[": 4}), "is no pattern of names"),
         (dict(rank_pattern={"attn.qq": 4}), "a rank or an alpha for 'attn.qq', of which nothing is adapted"),
-        (dict(alpha_pattern={"mlp.fc_1": 4}), "'mlp.fc_1', of which nothing is adapted"),
+        (dict(mlp=False, alpha_pattern={"mlp.fc_1": 4}), "'mlp.fc_1', of which nothing is adapted"),
     ],
 )
 def test_settings_that_cannot_work_say_why(untied_dir, settings, message) -> None:
@@ -291,9 +291,9 @@ def test_settings_that_cannot_work_say_why(untied_dir, settings, message) -> Non
 def test_lora_is_applied_once_and_to_something(untied_dir) -> None:
     model = with_lora(load_model(untied_dir))
     with pytest.raises(InputError, match="already carries LoRA: merge it first"):
-        apply_lora(model, LoRA(key=True))
+        apply_lora(model, LoRA())
     merge_lora_weights(model)
-    assert len(apply_lora(model, LoRA(key=True))) == 9
+    assert len(apply_lora(model, LoRA())) == 3 * 7, "all linears of three blocks, and not the head"
     headless = load_model(untied_dir)
     replace_modules(headless, lambda name, module: nn.Identity() if name == "lm_head" else None)
     with pytest.raises(InputError, match="matches no linear of checkpoint"):

@@ -20,7 +20,7 @@ EVERYWHERE = LoRA(r=4, alpha=10, query=True, key=True, value=True, projection=Tr
 FAMILIES = [case for case in CASES if "," not in case]  # of what follows a comma, peft sees nothing
 SETTINGS = {
     "everywhere": EVERYWHERE,
-    "query and value": LoRA(r=4, alpha=10, layers=[0, 2]),
+    "query and value": LoRA(r=4, alpha=10, layers=[0, 2], key=False, projection=False, mlp=False),
     "patterns": LoRA(r=4, alpha=10, mlp=True, rank_pattern={"q": 2}, alpha_pattern={"v": 3.0}, rslora=True),
     "dora": replace(EVERYWHERE, dora=True),
 }
@@ -75,7 +75,7 @@ def test_what_peft_trained_is_used_here(folder, tmp_path) -> None:
 
 
 def test_dora_on_a_part_of_a_fused_linear_is_refused(tmp_path) -> None:
-    folder, lora = make(tmp_path / "base", *CASES["gpt_neox"]), LoRA(r=2, dora=True)
+    folder, lora = make(tmp_path / "base", *CASES["gpt_neox"]), LoRA(r=2, dora=True, key=False)
     model = trained(folder, lora)
     with pytest.raises(InputError, match="one magnitude for all of"):
         save_peft(weights_of(model), lora, model.config, str(folder), tmp_path)

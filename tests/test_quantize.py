@@ -355,7 +355,7 @@ def test_files_of_before_there_was_quantization_load(run_dir, tmp_path) -> None:
 
 def test_merging_takes_the_original_weights(run_dir, tiny_dir, tmp_path) -> None:
     """The change that was learned, to the values that were not rounded."""
-    script("scripts/merge_lora.py").main(run_dir, tmp_path / "merged")
+    script("scripts/merge_lora.py").main(run_dir, tmp_path / "merged", base="original")
     model, _ = load_finetuned(None, run_dir, quantize="none")
     idx = torch.arange(20)[None]
     assert torch.allclose(load_model(tmp_path / "merged")(idx), model(idx), atol=1e-4)

@@ -259,7 +259,7 @@ def refused(outcome: Outcome, *parts: str) -> bool:
         ({"train__global_batch_size": 8}, "train.global_batch_size was 4, now 8"),
         ({"train__seed": 1}, "train.seed was 1337, now 1"),
         ({"train__weight_decay": 1.0}, "train.weight_decay was 0.01, now 1.0"),
-        ({"lora__r": 4, "lora__key": "true"}, "lora.r was 8, now 4, lora.key was False, now True"),
+        ({"lora__r": 4, "lora__key": "false"}, "lora.r was 8, now 4, lora.key was True, now False"),
         ({"data_dir": 1}, "another data"),
         ({"checkpoint_dir": 1}, "another base"),
     ],

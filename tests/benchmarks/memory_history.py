@@ -8,6 +8,7 @@ A100: lit-gpt's tables of October 2023 with the longest record of Alpaca, and th
 called A10G are litgpt's config_hub with 512 tokens. The last column is of the last plan in its row.
 """
 
+import argparse
 from dataclasses import replace
 
 from lit_gpt import Config
@@ -41,10 +42,12 @@ PUBLISHED = {  # (model, method, tokens, records at once): GB for each kind
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     print("| model | method | tokens | bfloat16 | plan | nf4 | plan | nf4-dq | plan | plan, blocks recomputed |")
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for (name, method, tokens, n_records), published in PUBLISHED.items():
-        settings = LoRA() if method == "lora" else Adapter()
+        settings = LoRA(key=False, projection=False, mlp=False) if method == "lora" else Adapter()
         lengths = (tokens,) * n_records
         setup = Setup(Config.from_name(name), method, settings, lengths=lengths)
         cells = [name, method, f"{n_records} x {tokens:,}"]

@@ -168,6 +168,9 @@ def kill_after_a_save(tree: Path, out: Path, name: str, line: str) -> None:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        sys.exit()
     acts = {"run": run, "resume": resume, "compare": compare}
     if len(sys.argv) != 4 or sys.argv[1] not in acts:
         sys.exit(__doc__)

@@ -15,7 +15,7 @@ from lit_gpt.model.packing import Layout
 
 def lora(args: argparse.Namespace) -> Callable[[dict], dict]:
     model = load_model(args.checkpoint_dir, torch.float32)
-    apply_lora(model, LoRA(r=RANK, alpha=ALPHA, dropout=0.0, query=True, value=True))
+    apply_lora(model, LoRA(r=RANK, alpha=ALPHA, dropout=0.0, key=False, projection=False, mlp=False))
     mark_only_lora_as_trainable(model)
     start = load_file(args.work_dir / "lora.safetensors")
     with torch.no_grad():

@@ -84,7 +84,7 @@ def main() -> None:
     since = time.perf_counter()
     config = Config.from_name(args.name, n_layer=args.n_layer)
     model = random_model(config, args.quantize, device, dtype)
-    apply_lora(model, LoRA(r=8, alpha=16, query=True, value=True))
+    apply_lora(model, LoRA(r=8, alpha=16, key=False, projection=False, mlp=False))
     mark_only_lora_as_trainable(model)
     recompute_blocks(model, "block")
     optimizer = make_optimizer(model, TrainArgs())

@@ -45,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = Tokenizer(SAMPLE)
     model = load_model(SAMPLE, torch.float32)
-    apply_lora(model, LoRA(r=8, alpha=16, query=True, value=True))
+    apply_lora(model, LoRA(r=8, alpha=16, key=False, projection=False, mlp=False))
     mark_only_lora_as_trainable(model)
     model.train()
     system = system_prompt(tokenizer, 300)

@@ -280,13 +280,13 @@ def test_nobody_is_left(ended) -> None:
 @pytest.mark.parametrize(
     ("sent", "status", "last_line"),
     [
-        (signal.SIGTERM, -signal.SIGTERM, ""),
+        (signal.SIGTERM, 143, "error: Interrupted."),
         (signal.SIGKILL, -signal.SIGKILL, ""),
         (signal.SIGINT, 130, "error: Interrupted."),
     ],
 )
 def test_a_signal_ends_all_processes(sent, status, last_line, tmp_path) -> None:
-    """Sent to the command that the user typed; the processes that it started must not go on by themselves."""
+    """Sent to the command that the user typed, which does not train; the processes that it started must not go on."""
     script = tmp_path / "waiting.py"
     script.write_text(FAILING)
     command = [sys.executable, script, "--how", "wait"]
@@ -299,6 +299,32 @@ def test_a_signal_ends_all_processes(sent, status, last_line, tmp_path) -> None:
     lines = stderr.strip().strip("-").splitlines() or [""]
     assert (process.returncode, lines[-1]) == (status, last_line), stderr
     assert left(str(script)) == ""
+
+
+@pytest.mark.parametrize("launcher", [(), ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")])
+def test_a_signal_to_a_run_that_trains_finishes_the_step(launcher, tiny_dir, data_dir, tmp_path) -> None:
+    """All processes end after the same step, which is saved; the command that is printed goes on."""
+    finetune("lora", tiny_dir, data_dir, tmp_path / "one", replace(TRAIN, max_steps=40, epochs=4))
+    devices = [] if launcher else ["--devices", "2"]
+    settings = ["--config", tmp_path / "one/hyperparameters.yaml", "--out_dir", tmp_path / "two", *devices]
+    command = [sys.executable, *launcher, ROOT / "finetune/lora.py", *settings]
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
+    said = ""
+    while "step 2/40" not in said:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    process.send_signal(signal.SIGTERM)
+    said += process.communicate(timeout=120)[1]
+    assert process.returncode == 143 or launcher, said
+    assert "of 40, which is saved. It goes on with: " in said
+    assert "Traceback" not in said or launcher, "torchrun ends with one of its own"
+    stopped_after = len(column(tmp_path / "two", "loss"))
+    assert stopped_after < 40
+
+    settings = ["--config", tmp_path / "two/hyperparameters.yaml", "--resume"]
+    assert python(ROOT / "finetune/lora.py", *settings, "--devices", "1").returncode == 0
+    assert column(tmp_path / "one", "loss") == pytest.approx(column(tmp_path / "two", "loss"), rel=1e-5)
 
 
 def test_what_the_command_finds_wrong_is_found_once(tmp_path) -> None:

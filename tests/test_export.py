@@ -30,7 +30,9 @@ from lit_gpt.formats.verify import TEXTS, compare_logits, logits_of, verify_copy
 from lit_gpt.generate.decode import stream
 from lit_gpt.lora import LoRA, LoRALinear
 from lit_gpt.replace_modules import replace_modules
+from lit_gpt.runs.header import Header
 from lit_gpt.runs.load_finetuned import UseArgs, load_finetuned, load_for_use
+from lit_gpt.runs.saves import Checkpoints
 
 EVERYWHERE = LoRA(r=4, alpha=8, query=True, key=True, value=True, projection=True, mlp=True)
 
@@ -103,6 +105,16 @@ def test_the_style_that_was_trained_is_the_chat_template(style, tiny, tmp_path, 
         assert resolve_style("auto", tokenizer, trained_style) == "chat"
         asked = render("chat", {"messages": messages}, tokenizer)
         assert tokenizer.encode(asked.text, bos=asked.bos).tolist() == expected
+
+
+def test_a_model_that_was_trained_whole_asks_as_in_training(tiny, tmp_path) -> None:
+    header = Header(method="full", settings={}, checkpoint_dir=str(tiny), base="", tokenizer="", prompt_style="alpaca")
+    Checkpoints(tmp_path / "run", load_model(tiny), header).save("best")
+    tokenizer = Tokenizer(tmp_path / "run/best")
+    question = {"instruction": "Who is Ada?"}
+    asked = render(resolve_style("auto", tokenizer), question, tokenizer)
+    trained_so = render("alpaca", question, Tokenizer(tiny))
+    assert tokenizer.encode(asked.text, bos=asked.bos).tolist() == tokenizer.encode(trained_so.text).tolist()
 
 
 def test_a_style_that_no_template_has_is_told(tiny, tmp_path, capsys) -> None:

@@ -29,7 +29,7 @@ def main(
     args: Flags[RunArgs] = RunArgs(out_dir=Path("out/lora/docstrings")),
     lora: LoRA = LoRA(r=8, alpha=16, dropout=0.0),
     quantize: Quantize | None = None,
-    train: TrainArgs = TrainArgs(learning_rate=1e-3, warmup_steps=10, global_batch_size=16, epochs=1),
+    train: TrainArgs = TrainArgs(learning_rate=2e-3, warmup_steps=10, global_batch_size=16, epochs=1),
 ) -> None:
     """Fine-tune with LoRA.
 

@@ -9,13 +9,12 @@ The answer goes to stdout as it is made, everything else to stderr.
 import sys
 import time
 
-import torch
-
 from lit_gpt import InputError
 from lit_gpt.cli import Flags, run
 from lit_gpt.data.prompts import render, resolve_style
 from lit_gpt.device import default_device, peak_memory_gb
 from lit_gpt.generate.decode import collected, is_cut, stream
+from lit_gpt.generate.sampling import seeded_generator
 from lit_gpt.runs.load_finetuned import UseArgs, load_for_use
 
 
@@ -58,7 +57,7 @@ def main(
     style = resolve_style(prompt_style, tokenizer, trained_style)
     rendered = render(style, {"instruction": prompt, "input": input}, tokenizer)
     idx = tokenizer.encode(rendered.text, device, rendered.bos)
-    generator = torch.Generator(device).manual_seed(args.seed)
+    generator = seeded_generator(args.seed, device)
 
     # the answers; all draw from one generator, so that they differ
     for _ in range(num_samples):

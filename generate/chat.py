@@ -9,13 +9,12 @@ What you type is a question, but for /help, /new and /quit.
 
 import sys
 
-import torch
-
 from lit_gpt import InputError
 from lit_gpt.cli import Flags, run
 from lit_gpt.data.prompts import render, resolve_style
 from lit_gpt.device import default_device
 from lit_gpt.generate.decode import collected, is_cut, stream
+from lit_gpt.generate.sampling import seeded_generator
 from lit_gpt.runs.load_finetuned import UseArgs, load_for_use
 
 COMMANDS = "/new begins another conversation; /quit or Ctrl-D ends; Ctrl-C ends an answer; /help says this again."
@@ -49,7 +48,7 @@ def main(
         )
     model, tokenizer, trained_style = load_for_use(args, device)
     style = resolve_style(prompt_style, tokenizer, trained_style)
-    generator = torch.Generator(device).manual_seed(args.seed)
+    generator = seeded_generator(args.seed, device)
     if sys.stdin.isatty():
         print(COMMANDS, file=sys.stderr)
 

@@ -14,10 +14,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from lit_gpt import InputError
-from lit_gpt.classifier.features import compute_logits
+from lit_gpt.classifier.features import compute_probabilities
 from lit_gpt.classifier.load import load_classifier
 from lit_gpt.classifier.texts import Texts, tokenize_texts
 from lit_gpt.cli import run
@@ -60,8 +59,7 @@ def main(
     ids = tokenize_texts(filled_texts, tokenizer, trained.max_seq_length)
     unknown_labels = [0] * len(ids)  # a record needs one, and nothing reads it here
     dataset = Texts(ids, unknown_labels, np.arange(len(ids)))
-    logits = torch.from_numpy(compute_logits(model, dataset, batch_size))
-    probabilities = logits.softmax(1)
+    probabilities = compute_probabilities(model, dataset, batch_size)
 
     # a line per text
     blank = [""] * (2 + len(trained.names))

@@ -92,7 +92,7 @@ def sum_over_devices(fabric: "Fabric", tensor: torch.Tensor) -> torch.Tensor:
 
 
 def any_device(fabric: "Fabric", *flags: bool) -> list[bool]:
-    """Of each flag whether it is set in any process. All processes must call it."""
+    """Whether each flag is set in any process. All processes must call it."""
     if fabric.world_size == 1:
         return list(flags)
     counts = torch.tensor(flags, dtype=torch.float32, device=fabric.device)

@@ -10,9 +10,7 @@ What was written is read back and compared with the model.
 
 import functools
 from pathlib import Path
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from lit_gpt import InputError, Tokenizer
 from lit_gpt.checkpoint.load import load_model
@@ -24,6 +22,9 @@ from lit_gpt.files import must_be_empty
 from lit_gpt.formats.gguf_writer import export_gguf
 from lit_gpt.formats.merge import export_merged, export_peft, round_weights, whole_model
 from lit_gpt.formats.verify import logits_of, verify_copy
+
+if TYPE_CHECKING:
+    import torch
 
 
 def main(
@@ -87,7 +88,7 @@ def check_flags(finetuned: Path | None, format: str, dtype: str | None, max_shar
         raise InputError("--format peft needs what was trained: --finetuned.")
 
 
-def copy_checkpoint(source: Path, out_dir: Path, dtype: torch.dtype | None, *, max_shard: int, verify: bool) -> None:
+def copy_checkpoint(source: Path, out_dir: Path, dtype: "torch.dtype | None", *, max_shard: int, verify: bool) -> None:
     """Copies a checkpoint as a Hugging Face folder; with `verify`, its logits are compared before it has its name."""
     check = None
     if verify:

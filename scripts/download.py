@@ -9,8 +9,7 @@ The folder can be used as it is. HF_ENDPOINT or HF_HUB_ENDPOINT names a mirror, 
 
 import shutil
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from lit_gpt import Config, InputError, families
 from lit_gpt.checkpoint.hub import WEIGHTS, download
@@ -19,6 +18,9 @@ from lit_gpt.checkpoint.save import convert_checkpoint
 from lit_gpt.cli import run
 from lit_gpt.device import DType, as_dtype
 from lit_gpt.model.gpt import count_parameters
+
+if TYPE_CHECKING:
+    import torch
 
 
 def main(
@@ -82,7 +84,7 @@ def move_into(folder: Path, waiting: Path, converted: Path) -> None:
     shutil.rmtree(converted)
 
 
-def has_weights(folder: Path, dtype: torch.dtype) -> bool:
+def has_weights(folder: Path, dtype: "torch.dtype") -> bool:
     """Whether its weights are of this dtype; False if there are none.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Every command that README.md and the tutorials print is run: `pytest tests/test_documented_commands.py`, about 5 min
+"""Every printed command is run, of README.md and tutorials/: `pytest tests/test_documented_commands.py`, about 5 min
 
 The commands of a page run one after the other in a clone of the repository, in the form in which they are printed. In
 the clone the sample model is a tiny one under its name, with the same tokenizer and as many blocks, and the quick start

@@ -42,6 +42,12 @@ def compute_logits(model: Classifier, dataset: Texts, batch_size: int) -> np.nda
     return compute_each(model.logits, model, dataset, batch_size)
 
 
+def compute_probabilities(model: Classifier, dataset: Texts, batch_size: int) -> np.ndarray:
+    """The probability of each class for each record, (len(dataset), n_classes) float32."""
+    logits = torch.from_numpy(compute_logits(model, dataset, batch_size))
+    return logits.softmax(1).numpy()
+
+
 @torch.inference_mode()
 def compute_each(
     function: Callable[[torch.Tensor, Layout], torch.Tensor], model: Classifier, dataset: Texts, batch_size: int

@@ -31,6 +31,11 @@ def sample(
     return torch.multinomial(probabilities, 1, generator=generator)
 
 
+def seeded_generator(seed: int, device: torch.device) -> torch.Generator:
+    """The random state of a script that samples."""
+    return torch.Generator(device).manual_seed(seed)
+
+
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
     """Logits (B, V) with minus infinity for all tokens that are less likely than the k-th."""
     n = min(k, logits.size(-1))

@@ -1,7 +1,7 @@
 """The study behind the defaults of finetune/lora.py: which linears, and how fast.
 
-    python tests/benchmarks/lora_defaults.py run --out_dir out/study           # hours; goes on where it was stopped
-    python tests/benchmarks/lora_defaults.py table --out_dir out/study
+    python tests/benchmarks/lora_defaults.py run          # hours; goes on where it was stopped
+    python tests/benchmarks/lora_defaults.py table
 
 Each cell is a run of finetune/lora.py on the docstrings: targets x learning rate x steps of 16 records x seed. After
 it the loss of every validation record is written to a file. Seeds choose the records, their order and A; all cells of
@@ -52,18 +52,18 @@ def losses_file(out_dir: Path, targets: str, lr: float, steps: int, seed: int) -
     return out_dir / f"{targets.replace(', ', '-').replace(' ', '-')}_{lr:g}_{steps}_{seed}.json"
 
 
-def run(out_dir: Path) -> None:
-    """Trains every cell that has no file of losses yet."""
+def run(out_dir: Path, seeds: list[int]) -> None:
+    """Trains every cell of these seeds that has no file of losses yet."""
     lora_script = script("finetune/lora.py")
     for targets, lr, steps, seed in cells():
         file = losses_file(out_dir, targets, lr, steps, seed)
-        if file.is_file():
+        if file.is_file() or seed not in seeds:
             continue
         print(f"\n{file.stem}", flush=True)
         lora_script.main(
             checkpoint_dir=SAMPLE,
             data_dir=DATA,
-            out_dir=out_dir / "run",
+            out_dir=out_dir / f"run-{seed}",
             overwrite=True,
             n_answers=0,
             seed=seed,
@@ -78,7 +78,7 @@ def run(out_dir: Path) -> None:
                 seed=seed,
             ),
         )
-        write_whole(file, json.dumps(record_losses(out_dir / "run" / "last")))
+        write_whole(file, json.dumps(record_losses(out_dir / f"run-{seed}" / "last")))
 
 
 @torch.no_grad()
@@ -142,5 +142,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("act", choices=["run", "table"])
     parser.add_argument("--out_dir", type=Path, default=Path("out/study"))
+    parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS, help="to share the cells among processes")
     arguments = parser.parse_args()
-    {"run": run, "table": table}[arguments.act](arguments.out_dir)
+    if arguments.act == "run":
+        run(arguments.out_dir, arguments.seeds)
+    else:
+        table(arguments.out_dir)

@@ -4,9 +4,9 @@ A sweep trains every setting once per seed, each seed with other texts for valid
 sweep.csv as soon as it is done, so that an interrupted sweep goes on where it ended:
 
     setting,seed,trained,minutes,accuracy,f1
-    TF-IDF,0,4252,0.001,0.9625,0.962         words alone, without a model
-    features,0,1154,0.67,0.9,0.899
-    head,0,1154,0.67,0.7125,0.71
+    TF-IDF,0,4252,0.001,0.9375,0.937         words alone, without a model
+    features,0,1154,0.67,0.875,0.875
+    head,0,1154,0.67,0.85,0.85
     last 1,0,3541826,0.74,...
 """
 
@@ -205,11 +205,12 @@ def sweep_table(settings: Sequence[Setting]) -> str:
     """The settings as a table in Markdown."""
     rows = []
     for setting in settings:
+        spread = f" ± {100 * setting.spread:.1f}" if setting.spread else ""  # one seed has none
         row = (
             setting.name,
             f"{setting.trained:,}",
             f"{setting.minutes:.2f}",
-            f"{100 * setting.accuracy:.1f} % ± {100 * setting.spread:.1f}",
+            f"{100 * setting.accuracy:.1f} %{spread}",
             f"{setting.f1:.3f}",
         )
         rows.append(row)

@@ -2,10 +2,9 @@
 
 import os
 
-# Threads that wait for others sleep. By default they spin, which beside any other busy process makes a step or a token
-# 2 to 30 times slower, and on an idle machine gains nothing (tutorials/generate_and_chat.md has figures). OpenMP reads
-# it when torch is loaded, never again: so it is set here, and scripts import lit_gpt before torch. A value of the
-# user's own stays.
+# Threads that wait for others sleep. By default they spin, which beside other busy processes makes a token 2 to 4 times
+# slower; on an idle machine it gains 4 % (tutorials/generate_and_chat.md). OpenMP reads it when torch is loaded, and
+# never again: so it is set here, and scripts import lit_gpt before torch. A value of the user's own stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # ruff: noqa: E402

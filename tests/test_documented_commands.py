@@ -31,11 +31,13 @@ SMALLER = [  # what is printed -> what is typed here, where the printed one woul
     # machines of two cores
     (r"--devices [48]", "--devices 2"),
     (r"--nproc_per_node [48]", "--nproc_per_node 2"),
-    # a plan takes a quarter of a second a block
+    # a plan takes a quarter of a second a block, and a full card of small records minutes
     (r"--model_name \S+", "--model_name pythia-14m"),
+    (r"--card_gb 24", "--card_gb 1.3"),
     # comparisons
     (r"compare_methods\.py(?! --)", r"\g<0> --steps 1"),
     (r"--minutes \d+|--tokens \d{5,}", "--steps 1"),
+    (r"(compare_methods\.py(?!.*--methods).*)", r"""\1 --methods '["LoRA, r 8, all linears"]'"""),
 ]
 
 NOT_RUN = [  # pages, commands, why not

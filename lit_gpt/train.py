@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
     from lit_gpt.runs.saves import Checkpoints
-
-
-ENOUGH_STEPS = 50  # the quick start learns a style in so many; a run of less than half of them gets a remark
 
 
 @dataclass(frozen=True)
@@ -83,6 +80,9 @@ class TrainArgs:
     """Keep the weights of every save by save_interval in a folder of its own, step-000050 and so on."""
     seed: int = 1337
     """Seed of the order of the records, and of dropout."""
+
+    enough_steps: ClassVar[int] = 50
+    """No setting: a run of less than half as many steps gets a remark. The quick start learns a style in 50."""
 
     def __post_init__(self) -> None:
         more_than_zero = ("learning_rate", "max_norm", "max_hours", "save_minutes")
@@ -171,7 +171,7 @@ def fit(
         log.note("Nothing has been saved yet that the run could go on from: it begins at step 0.")
     for_more_steps = flags_for_more_steps(len(train_data), args)
     if for_more_steps:
-        log.note(f"So few steps teach little. {ENOUGH_STEPS} or more: {for_more_steps}")
+        log.note(f"So few steps teach little. {args.enough_steps} or more: {for_more_steps}")
     if args.share_prefixes and obstacle is not None:
         log.note(f"Prefixes are not shared: {obstacle}.")
 
@@ -393,13 +393,13 @@ def describe_run(fabric: "Fabric", model: nn.Module, train_data: Dataset, args: 
 def flags_for_more_steps(n_records: int, args: TrainArgs) -> str:
     """The flags to type where all the records make few steps; empty if there are enough, or the user has said when to
     stop."""
-    if args.max_steps is not None or args.steps(n_records) >= ENOUGH_STEPS / 2:
+    if args.max_steps is not None or args.steps(n_records) >= args.enough_steps / 2:
         return ""
     # a few epochs will do, or smaller steps, too
-    epochs = math.ceil(ENOUGH_STEPS / args.steps_per_epoch(n_records))
+    epochs = math.ceil(args.enough_steps / args.steps_per_epoch(n_records))
     if epochs <= 5 or args.global_batch_size <= 4:
         return f"--train.epochs {epochs}"
-    epochs = math.ceil(ENOUGH_STEPS / math.ceil(n_records / 4))
+    epochs = math.ceil(args.enough_steps / math.ceil(n_records / 4))
     return f"--train.global_batch_size 4 --train.epochs {epochs}"
 
 

@@ -303,8 +303,8 @@ def test_a_finished_run_keeps_its_files(lora, never_killed, tmp_path) -> None:
 
 def test_folder_in_use_is_refused(lora, stopped, tmp_path) -> None:
     out_dir = shutil.copytree(stopped, tmp_path / "run")
-    assert refused(lora.run(out_dir), str(out_dir), "--resume true", "--overwrite true")
-    assert refused(lora.run(out_dir, resume="true", overwrite="true"), "--resume true", "--overwrite true", "choose")
+    assert refused(lora.run(out_dir), str(out_dir), "--resume", "--overwrite")
+    assert refused(lora.run(out_dir, resume="true", overwrite="true"), "--resume", "--overwrite", "choose")
     (tmp_path / "file").touch()
     assert refused(lora.run(tmp_path / "file"), "is a file")
     assert contents(out_dir) == contents(stopped)

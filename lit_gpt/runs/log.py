@@ -248,7 +248,7 @@ def read_metrics(path: Path) -> list[Row]:
     header, *lines = path.read_text().split("\n")[:-1]  # what follows the last line end is empty or torn
     if header != HEADER:
         raise InputError(
-            f"{path} has other columns than this version writes: {header}. Start anew with --overwrite true."
+            f"{path} has other columns than this version writes: {header}. Start anew with --overwrite."
         )
     rows = []
     for line in lines:

@@ -16,7 +16,7 @@ from lit_gpt.files import recover
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-# What runs write into an out_dir, as patterns. `--overwrite true` deletes these and nothing else: the folder may be
+# What runs write into an out_dir, as patterns. `--overwrite` deletes these and nothing else: the folder may be
 # somebody's home. A classifier's are here, too, since every recipe may take the place of every other one's run.
 FOLDERS = (
     "last",
@@ -81,12 +81,12 @@ def check_out_dir(out_dir: Path, resume: bool, overwrite: bool) -> None:
     if int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) > 0:
         return
     if resume and overwrite:
-        raise InputError("--resume true continues the run and --overwrite true replaces it: choose one.")
+        raise InputError("--resume continues the run and --overwrite replaces it: choose one.")
     if out_dir.exists() and not out_dir.is_dir():
         raise InputError(f"{out_dir} is a file, expected a folder.")
     if not (resume or overwrite) and out_dir.is_dir() and any(out_dir.iterdir()):
         raise InputError(
-            f"{out_dir} is not empty. Continue the run in it with --resume true, replace it with --overwrite true,"
+            f"{out_dir} is not empty. Continue the run in it with --resume, replace it with --overwrite,"
             " or name another --out_dir."
         )
 
@@ -151,7 +151,7 @@ def check_same_settings(hyperparameters: Path, settings: dict[str, Any]) -> None
     if changed:
         raise InputError(
             f"{hyperparameters.parent} began with other settings: {', '.join(changed)}. Go on with"
-            f" --config {hyperparameters} --resume true, or change them there on purpose."
+            f" --config {hyperparameters} --resume, or change them there on purpose."
         )
 
 

@@ -92,7 +92,7 @@ def check_same_batches(saved: Progress, new_run: Progress) -> None:
     if changed:
         raise InputError(
             f"The saved run had another {' and another '.join(changed)}. Resume with the settings of"
-            " hyperparameters.yaml, or start anew with --overwrite true."
+            " hyperparameters.yaml, or start anew with --overwrite."
         )
 
 

@@ -71,7 +71,7 @@ class TrainArgs:
     """How many validation records to use: always the first ones."""
     patience: int | None = None
     """Stop after this many validations in a row that were no better than the best."""
-    save_minutes: float | None = 10
+    save_minutes: float | None = 10.0
     """Minutes between saves of `last`, from which a run goes on. None saves by steps alone. Ctrl-C and SIGTERM save,
     too. `best` is saved whenever the validation loss is the lowest so far."""
     save_interval: int | None = None

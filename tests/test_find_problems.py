@@ -21,6 +21,7 @@ from lit_gpt.data.find_problems import EXAMPLES, HARMLESS, PROBLEMS, DataReport
 from lit_gpt.data.prepare import DataArgs, prepare
 from lit_gpt.data.print_report import length_figure, print_lengths, show_record
 from lit_gpt.data.too_long import CUT, DROPPED
+from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
 from lit_gpt.model.gpt import GPT
 from lit_gpt.studies import cost
 from lit_gpt.studies.cost import add_cost
@@ -240,7 +241,11 @@ def test_cost_grows_with_the_model_and_the_batch() -> None:
         add_cost(found, config, "32-true")
         costs[n_layer] = [(row["minutes_per_epoch"], row["memory_gb"]) for row in found.cutoffs]
     minutes, memory = zip(*costs[101])
-    block = 4 * sum(param.numel() for param in GPT(config.replace(n_layer=1)).transformer.h.parameters())
+    one_block = GPT(config.replace(n_layer=1))
+    apply_lora(one_block, LoRA())
+    mark_only_lora_as_trainable(one_block)
+    copies = [4 if param.requires_grad else 1 for param in one_block.transformer.h.parameters()]
+    block = 4 * sum(n * param.numel() for n, param in zip(copies, one_block.transformer.h.parameters()))
     tokens = memory[1] - memory[0]  # of 10**4 tokens
     assert memory[0] - tokens == pytest.approx(101 * block / 1e9, rel=0.15) and memory[2] - memory[1] == pytest.approx(
         tokens, abs=0.02

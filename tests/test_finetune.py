@@ -206,7 +206,7 @@ def test_two_changed_lines_make_another_method(tiny_dir, data_dir, tmp_path) -> 
     source = (ROOT / "finetune/lora.py").read_text()
     schedule = "lit_gpt.train.learning_rate = lambda step, steps, args: args.learning_rate / (step + 1)\n"
     for old, new in (
-        ("query=True, value=True)", "query=False, key=True, value=False, layers=[1])"),
+        ("dropout=0.0)", "modules=['attn.k'], layers=[1])"),
         ("import TrainArgs, fit\n", "import TrainArgs, fit\nimport lit_gpt.train\n" + schedule),
     ):
         assert source.count(old) == 1
@@ -216,4 +216,4 @@ def test_two_changed_lines_make_another_method(tiny_dir, data_dir, tmp_path) -> 
     run_script("mine.py", *flags, cwd=tmp_path)
     keys = load_file(tmp_path / "out/best/lora.safetensors").keys()
     assert keys == {f"transformer.h.1.attn.k.lora_{matrix}" for matrix in "AB"}
-    assert column(tmp_path / "out", "learning_rate") == [1e-3, 1e-3 / 2, 1e-3 / 3]
+    assert column(tmp_path / "out", "learning_rate") == [2e-3, 2e-3 / 2, 2e-3 / 3]

@@ -31,6 +31,9 @@ from lit_gpt.runs.load_finetuned import load_finetuned
 KILLABLE = Path(__file__).parent / "helpers/killable.py"
 FLAGS = {  # 9 steps; dropout has to be the same, too
     "lora.r": 8,
+    "lora.key": "false",
+    "lora.projection": "false",
+    "lora.mlp": "false",
     "lora.dropout": 0.1,
     "train.learning_rate": 4.0,  # so high that the best is not the last
     "train.warmup_steps": 3,
@@ -258,7 +261,7 @@ def refused(outcome: Outcome, *parts: str) -> bool:
         ({"train__global_batch_size": 8}, "train.global_batch_size was 4, now 8"),
         ({"train__seed": 1}, "train.seed was 1337, now 1"),
         ({"train__weight_decay": 1.0}, "train.weight_decay was 0.01, now 1.0"),
-        ({"lora__r": 4, "lora__key": "false"}, "lora.r was 8, now 4, lora.key was True, now False"),
+        ({"lora__r": 4, "lora__key": "true"}, "lora.r was 8, now 4, lora.key was False, now True"),
         ({"data_dir": 1}, "another data"),
         ({"checkpoint_dir": 1}, "another base"),
     ],

@@ -35,9 +35,10 @@ class Interruption:
     Python has signals in its main thread alone: in another one nothing is taken.
     """
 
-    def __init__(self, when_asked: Callable[[], None] | None = None) -> None:
-        """`when_asked` is called once, at the first signal."""
+    def __init__(self, when_asked: Callable[[], None] | None = None, promise: bytes = PROMISE) -> None:
+        """`when_asked` is called once, at the first signal; `promise` is what is said of it, on stderr."""
         self.when_asked = when_asked
+        self.promise = promise
         self.signal: int | None = None
         self.handlers_before: dict[int, Any] = {}
 
@@ -70,7 +71,7 @@ class Interruption:
         if self.when_asked is not None:
             self.when_asked()
         if not is_supervised():  # else the supervisor has said it
-            os.write(2, PROMISE)  # not by print, which the signal may have interrupted in the midst of a line
+            os.write(2, self.promise)  # not by print, which the signal may have interrupted in the midst of a line
 
     def give_back(self) -> None:
         """Puts back the handlers that were there before."""

@@ -7,6 +7,7 @@
 """
 
 import runpy
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +78,8 @@ def main(
         f"{config.name}, {setup.method}, {weights}, {n_records} of up to {longest:,} tokens:"
         f" GB at the peak of a step{when}\n"
     )
+
+    print("Planning: a quarter of a second for each block, row and try, longer on a busy machine ...", file=sys.stderr)
 
     # the plan, each way to need less, and generating
     plans = [("as it is set", plan(setup))]

@@ -118,7 +118,8 @@ MAY_KNOW = {
     "train": "data.dataset make_optimizer device sharding runs.log runs.resume interruption failures errors",
     "recipe": "make_optimizer runs data model quantize config device sharding distributed",
     "adapter_recipe": "recipe train runs generate checkpoint data quantize config device sharding",
-    "memory": "train make_optimizer runs checkpoint data model quantize config device sharding display errors",
+    "memory": "train make_optimizer runs checkpoint data model quantize config device sharding display"
+    " interruption errors",
     "classifier": "recipe train runs checkpoint data model lora quantize config device sharding distributed display"
     " errors files packages",
     "formats": "runs checkpoint data model lora quantize config errors files packages",

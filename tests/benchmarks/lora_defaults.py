@@ -6,7 +6,8 @@
 Each cell is a run of finetune/lora.py on the docstrings: targets x learning rate x steps of 16 records x seed. After
 it the loss of every validation record is written to a file. Seeds choose the records, their order and A; all cells of
 a seed see the same records. The table compares cells over validation records: the loss of a record is the mean over
-the seeds, and the intervals are bootstrapped over records, in pairs.
+the seeds, and the intervals are bootstrapped over records, in pairs. The losses of the cells that have been run lie in
+the folder lora_defaults/ beside this file.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def run(out_dir: Path, seeds: list[int]) -> None:
         lora_script.main(
             checkpoint_dir=SAMPLE,
             data_dir=DATA,
-            out_dir=out_dir / f"run-{seed}",
+            out_dir=Path(f"out/study-{seed}"),
             overwrite=True,
             n_answers=0,
             seed=seed,
@@ -78,7 +79,8 @@ def run(out_dir: Path, seeds: list[int]) -> None:
                 seed=seed,
             ),
         )
-        write_whole(file, json.dumps(record_losses(out_dir / f"run-{seed}" / "last")))
+        losses = record_losses(Path(f"out/study-{seed}/last"))
+        write_whole(file, json.dumps(losses, separators=(",", ":")) + "\n")
 
 
 @torch.no_grad()
@@ -89,7 +91,7 @@ def record_losses(finetuned: Path | None) -> list[list[float]]:
     losses = []
     for i in range(len(data)):
         idx, layout = Layout.end_to_end([data[i]])
-        losses.append([model(idx, layout=layout).item(), layout.n_targets])
+        losses.append([round(model(idx, layout=layout).item(), 4), layout.n_targets])
     return losses
 
 
@@ -141,7 +143,7 @@ def describe(losses: np.ndarray, best: np.ndarray) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("act", choices=["run", "table"])
-    parser.add_argument("--out_dir", type=Path, default=Path("out/study"))
+    parser.add_argument("--out_dir", type=Path, default=Path(__file__).with_suffix(""))
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS, help="to share the cells among processes")
     arguments = parser.parse_args()
     if arguments.act == "run":

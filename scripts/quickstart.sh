@@ -4,7 +4,7 @@
 # Each step is a command that you can run yourself. Run it again and it reuses what is there; interrupt it and it
 # continues.
 #
-#     bash scripts/quickstart.sh            five to eight minutes on two cores of an AMD EPYC, most of them training
+#     bash scripts/quickstart.sh            five to ten minutes on two cores of an AMD EPYC, most of them training
 set -euo pipefail
 usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0; } # the comment above
 case ${1:-} in -h | --help) usage ;; ?*) echo "error: $1 found, expected no argument: see --help." >&2; exit 2 ;; esac

@@ -247,9 +247,7 @@ def read_metrics(path: Path) -> list[Row]:
     """The rows of a `metrics.csv`, None where a cell is empty. A last line torn by a killed process is left out."""
     header, *lines = path.read_text().split("\n")[:-1]  # what follows the last line end is empty or torn
     if header != HEADER:
-        raise InputError(
-            f"{path} has other columns than this version writes: {header}. Start anew with --overwrite."
-        )
+        raise InputError(f"{path} has other columns than this version writes: {header}. Start anew with --overwrite.")
     rows = []
     for line in lines:
         numbers = [parse_number(cell) for cell in line.split(",")]

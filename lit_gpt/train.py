@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -81,8 +81,7 @@ class TrainArgs:
     seed: int = 1337
     """Seed of the order of the records, and of dropout."""
 
-    enough_steps: ClassVar[int] = 50
-    """No setting: a run of less than half as many steps gets a remark. The quick start learns a style in 50."""
+    enough_steps = 50  # no setting: a run of less than half as many gets a remark. The quick start learns a style in 50
 
     def __post_init__(self) -> None:
         more_than_zero = ("learning_rate", "max_norm", "max_hours", "save_minutes")

@@ -4,7 +4,7 @@ import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from lit_gpt.checkpoint.load import build_model, load_weights
 from lit_gpt.classifier.cached_states import cached_rows
@@ -42,8 +42,7 @@ class ClassifierTrainArgs(TrainArgs):
     method's own: 1.7 / width for head (3e-3 for the sample model), 3e-3 / sqrt(k) for last_k, 2e-3 for lora and qlora,
     3e-4 for full."""
 
-    enough_steps: ClassVar[int] = 0
-    """No setting: a head learns in a few steps, and no run gets a remark."""
+    enough_steps = 0  # no setting: a head learns in a few steps, and no run gets a remark
 
     def for_method(self, classifier: ClassifierArgs, config: Config) -> "ClassifierTrainArgs":
         """The same with a learning rate: the method's own, unless there is one."""

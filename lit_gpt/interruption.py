@@ -11,7 +11,8 @@ a second (`distributed.end_with_supervisor`) and then sends itself SIGTERM:
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -83,3 +84,15 @@ class Interruption:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.give_back()
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """Around code that a KeyboardInterrupt must not end in its midst: a signal takes effect at its end."""
+    interruption = Interruption(promise=b"")
+    try:
+        with interruption:
+            yield
+    finally:
+        if interruption.signal is not None:
+            signal.raise_signal(interruption.signal)

@@ -79,10 +79,9 @@ def main(
         f" GB at the peak of a step{when}\n"
     )
 
-    print("Planning: a quarter of a second for each block, row and try, longer on a busy machine ...", file=sys.stderr)
-
     # the plan, each way to need less, and generating
     plans = [("as it is set", plan(setup))]
+    print("Planned once. Other switches and batches follow, each takes as long ...", file=sys.stderr)
     for switch, smaller in switches(setup).items():
         plans.append((f"with `{switch}`", plan(smaller)))
     plans.append(("generating 256 tokens", plan_generation(setup)))

@@ -296,18 +296,21 @@ def test_a_config_that_cannot_work_says_why(changes, message, tmp_path) -> None:
         Config.from_checkpoint(folder)
 
 
-def test_importing_the_package_imports_nothing_heavy() -> None:
-    code = "import lit_gpt, sys; print(sorted({name.split('.')[0] for name in sys.modules}))"
+def packages_loaded_by(code: str) -> set[str]:
+    """The top-level packages that a new Python has imported after this code."""
+    code += "; import sys; print(sorted({name.split('.')[0] for name in sys.modules}))"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    loaded = set(eval(out))
+    return set(eval(out))
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    loaded = packages_loaded_by("import lit_gpt")
     assert "torch" in loaded
     assert not loaded & {"lightning_fabric", "bitsandbytes", "transformers", "jsonargparse", "matplotlib", "gguf"}
 
 
 def test_fabric_comes_without_what_it_would_import() -> None:
     """torchmetrics, which is installed with Lightning, would take seconds of each start."""
-    code = "from lit_gpt.distributed import launch; import sys; launch(); print(sorted(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    loaded = set(eval(out))
+    loaded = packages_loaded_by("from lit_gpt.distributed import launch; launch()")
     assert "lightning_fabric" in loaded
     assert not loaded & {"torchmetrics", "lightning", "pytorch_lightning", "transformers", "matplotlib", "scipy"}

@@ -11,7 +11,6 @@ the allocator wastes, and where CUDA's kernels keep other things than the CPU's:
     4 bits, a few tokens                     multiplies by the codes, and makes no weight
 """
 
-import signal
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from lit_gpt.data.dataset import Dataset, heaviest_first, micro_batches, step_re
 from lit_gpt.device import autocast_dtype, peak_memory_gb, trained_dtype, weight_dtype
 from lit_gpt.display.tables import markdown_table
 from lit_gpt.errors import InputError
-from lit_gpt.interruption import Interruption
+from lit_gpt.interruption import signals_wait
 from lit_gpt.make_optimizer import TRIAL_SETTINGS, check_optimizer, make_optimizer
 from lit_gpt.memory.ledger import PARTS, Ledger, Plan, enter_model, part_of_head, quantized_params
 from lit_gpt.model.activation_checkpointing import ActivationCheckpointing, recompute_blocks
@@ -175,18 +174,14 @@ def plan(setup: Setup) -> Plan:
     model = build_model(setup.config)
     quantize_linears(model, setup.quantize)
     batches = two_batches(setup)
-    # a KeyboardInterrupt would reach torch in C++, which calls Python for each fake tensor, and abort the process: a
-    # signal waits until the plan is made
+    # a KeyboardInterrupt would reach torch in C++, which calls Python for each fake tensor, and abort the process
     try:
-        with Interruption(promise=b"") as interruption, FakeTensorMode(allow_non_fake_inputs=True):
+        with signals_wait(), FakeTensorMode(allow_non_fake_inputs=True):
             fill_with_zeros(model, setup)
             adapted = adapt(model, setup)
-            peak = watch_steps(adapted, batches, setup)
+            return watch_steps(adapted, batches, setup)
     except (DataDependentOutputException, DynamicOutputShapeException):
         raise InputError(f"--optimizer {setup.optimizer} reads values as it steps: there is no plan for it.") from None
-    if interruption.signal is not None:
-        signal.raise_signal(interruption.signal)
-    return peak
 
 
 def batch_of(lengths: Sequence[int]) -> tuple[torch.Tensor, Layout]:

@@ -1,14 +1,13 @@
 """The out_dir of a run: whether it is free, what in it belongs to runs, and its hyperparameters.yaml."""
 
 import os
-import shlex
 import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_gpt import failures
-from lit_gpt.cli import plain, read_hyperparameters, save_hyperparameters
+from lit_gpt.cli import command, plain, read_hyperparameters, save_hyperparameters
 from lit_gpt.errors import InputError
 from lit_gpt.failures import is_supervised
 from lit_gpt.files import recover
@@ -100,8 +99,8 @@ def start_run(fabric: "Fabric", out_dir: Path, settings: dict[str, Any]) -> None
     Raises:
         InputError: a run is to go on with settings that are not its own.
     """
-    command = command_to_go_on(out_dir)
-    failures.HOW_TO_GO_ON[:] = [command]
+    to_go_on = command_to_go_on(out_dir)
+    failures.HOW_TO_GO_ON[:] = [to_go_on]
     if not fabric.is_global_zero:
         return
     if settings["overwrite"]:
@@ -114,15 +113,15 @@ def start_run(fabric: "Fabric", out_dir: Path, settings: dict[str, Any]) -> None
         check_same_settings(hyperparameters, settings)
     else:
         save_hyperparameters(hyperparameters, settings)
-    print(f"If this run is stopped or killed, it goes on with: {command}", file=sys.stderr)
+    print(f"If this run is stopped or killed, it goes on with: {to_go_on}", file=sys.stderr)
 
 
 def command_to_go_on(out_dir: Path) -> str:
     """The command that continues the run in `out_dir`."""
-    launcher = "torchrun ..." if "TORCHELASTIC_RUN_ID" in os.environ and not is_supervised() else "python"
-    script = os.path.relpath(sys.argv[0])
-    flags = shlex.join(["--config", str(out_dir / "hyperparameters.yaml"), "--resume"])
-    return f"{launcher} {shlex.quote(script)} {flags}"
+    line = command(["--config", str(out_dir / "hyperparameters.yaml"), "--resume"])
+    if "TORCHELASTIC_RUN_ID" in os.environ and not is_supervised():
+        return f"torchrun ... {line.removeprefix('python ')}"
+    return line
 
 
 def delete_run(out_dir: Path) -> None:

@@ -13,7 +13,7 @@ the folder lora_defaults/ beside this file.
 import argparse
 import itertools
 import json
-import sys
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +25,9 @@ from lit_gpt.display.tables import markdown_table
 from lit_gpt.files import write_whole
 from lit_gpt.lora import LoRA
 from lit_gpt.model.packing import Layout
+from lit_gpt.recipe import RunArgs
 from lit_gpt.runs.load_finetuned import load_finetuned
 from lit_gpt.train import TrainArgs
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.helpers.scripts import script
 
 DATA = Path("data/docstrings")
 TARGETS = {
@@ -55,19 +53,21 @@ def losses_file(out_dir: Path, targets: str, lr: float, steps: int, seed: int) -
 
 def run(out_dir: Path, seeds: list[int]) -> None:
     """Trains every cell of these seeds that has no file of losses yet."""
-    lora_script = script("finetune/lora.py")
+    main = runpy.run_path("finetune/lora.py")["main"]
     for targets, lr, steps, seed in cells():
         file = losses_file(out_dir, targets, lr, steps, seed)
         if file.is_file() or seed not in seeds:
             continue
         print(f"\n{file.stem}", flush=True)
-        lora_script.main(
-            checkpoint_dir=SAMPLE,
-            data_dir=DATA,
-            out_dir=Path(f"out/study-{seed}"),
-            overwrite=True,
-            n_answers=0,
-            seed=seed,
+        main(
+            RunArgs(
+                checkpoint_dir=SAMPLE,
+                data_dir=DATA,
+                out_dir=Path(f"out/study-{seed}"),
+                overwrite=True,
+                n_answers=0,
+                seed=seed,
+            ),
             lora=LoRA(r=8, alpha=16, query=True, value=True, **TARGETS[targets]),
             train=TrainArgs(
                 learning_rate=lr,
@@ -99,24 +99,26 @@ def record_losses(finetuned: Path | None) -> list[list[float]]:
 
 
 def table(out_dir: Path) -> None:
-    """Prints the mean loss of each cell, and by how much it is above the best one of its size."""
+    """Prints the mean loss of each cell, and by how much it is above the best one of its size.
+
+    A seed counts once all cells of a size have it: cells are compared on the same records.
+    """
+    combinations = list(itertools.product(TARGETS, LEARNING_RATES))
     for steps in STEPS:
-        per_cell = {}
-        for targets, lr in itertools.product(TARGETS, LEARNING_RATES):
-            files = [losses_file(out_dir, targets, lr, steps, seed) for seed in SEEDS]
-            files = [file for file in files if file.is_file()]
-            if files:
-                per_cell[targets, lr] = np.array([json.loads(file.read_text()) for file in files])  # (seeds, n, 2)
-        if not per_cell:
+        per_seed = [[losses_file(out_dir, *cell, steps, seed) for cell in combinations] for seed in SEEDS]
+        complete = [files for files in per_seed if all(file.is_file() for file in files)]
+        if not complete:
             continue
+        per_cell = {}
+        for cell, files in zip(combinations, zip(*complete)):
+            per_cell[cell] = np.array([json.loads(file.read_text()) for file in files])  # (seeds, n, 2)
         best = min(per_cell, key=lambda cell: mean_loss(per_cell[cell]))
-        print(f"\n{steps * 16} records, {steps} steps; best: {best[0]}, {best[1]:g}\n")
+        print(f"\n{steps * 16} records, {steps} steps, {len(complete)} seeds; best: {best[0]}, {best[1]:g}\n")
         rows = []
         for targets in TARGETS:
             row = [targets]
             for lr in LEARNING_RATES:
-                losses = per_cell.get((targets, lr))
-                row.append("" if losses is None else describe(losses, per_cell[best]))
+                row.append(describe(per_cell[targets, lr], per_cell[best]))
             rows.append(row)
         heads = ["adapted", *(f"{lr:g}" for lr in LEARNING_RATES)]
         print(markdown_table(heads, rows, right=range(1, len(heads))))
@@ -130,7 +132,7 @@ def mean_loss(losses: np.ndarray) -> float:
 def describe(losses: np.ndarray, best: np.ndarray) -> str:
     """The loss of a cell, and its paired difference from the best one with a 95 % interval."""
     text = f"{mean_loss(losses):.4f}"
-    if losses is best or losses.shape != best.shape:
+    if losses is best:
         return text
     difference = (losses[..., 0] - best[..., 0]).mean(0)  # of each record, over the seeds
     tokens = best[0, :, 1]

@@ -133,7 +133,7 @@ def parse(main: Callable[..., None], args: Sequence[str], also: Sequence[str] = 
 
 def make_parser(main: Callable[..., None]) -> "ArgumentParser":
     """One flag for each parameter of `main`, in groups; `Flags` parameters give one for each of their fields."""
-    from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
+    from jsonargparse import SUPPRESS, ArgumentParser, set_loader, set_parsing_settings
     from yaml import YAMLError
 
     set_loader("text", load_text, exceptions=(YAMLError,))
@@ -168,11 +168,17 @@ def make_parser(main: Callable[..., None]) -> "ArgumentParser":
         if default is not Parameter.empty:
             parser.set_defaults(vars(default))
 
-    # a switch needs no value: --resume is --resume true
+    groups = {action.dest.split(".")[0] for action in parser._actions if "." in action.dest}
     for action in parser._actions:
+        # a switch needs no value: --resume is --resume true
         if getattr(action, "_typehint", None) is bool:
             action.nargs = "?"
             action.const = True
+
+        # two ways that --help need not teach: a file for a group alone (--lora FILE), and --lora.layers+ to append
+        if action.dest in groups:
+            action.help = SUPPRESS
+        action.option_strings = [flag for flag in action.option_strings if not flag.endswith("+")]
     return parser
 
 
@@ -238,10 +244,13 @@ def examples(main: Callable[..., None]) -> str | None:
 
 
 def help_formatter() -> type:
-    """jsonargparse's, but the examples at the end keep their lines."""
+    """jsonargparse's, but types stand there in words, and the examples at the end keep their lines."""
     from jsonargparse import DefaultHelpFormatter
 
     class Formatter(DefaultHelpFormatter):
+        def _expand_help(self, action: Any) -> str:
+            return help_in_words(super()._expand_help(action))
+
         def _fill_text(self, text: str, width: int, indent: str) -> str:
             if text.startswith("examples:"):
                 return text
@@ -256,6 +265,7 @@ TYPES = {
     "float": "a number",
     "bool": "true or false",
     "str": "a text",
+    "Path": "a path",
     "dict": "a mapping",
     "list[int]": "a list of integers",
     "list[str]": "a list of texts",
@@ -263,11 +273,45 @@ TYPES = {
 }
 
 
-def in_words(types: re.Match) -> str:
+def in_words(types: str) -> str:
     """Types, or the values of a Literal, as a user writes them: "bnb.nf4, bnb.int8 or null"."""
-    words = [TYPES.get(name, name) for name in types[1].split(", ")]
+    words = [TYPES.get(name, name) for name in types.split(", ")]
     *first, last = words
-    return f"Expected {', '.join(first)} or {last}." if first else f"Expected {last}."
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def help_in_words(text: str) -> str:
+    """The help of a flag, which ends with its type and its default, in words: "(an integer or null; default: null)"."""
+    for pattern, replacement in HELP_REWRITES:
+        text = re.sub(pattern, replacement, text, flags=re.DOTALL)
+    return text
+
+
+def type_and_default(found: re.Match) -> str:
+    """What stands at the end of a flag's help."""
+    required, types, default = found.groups()
+    parts = ["required" if required else ""]
+    if types != "bool":  # --resume [{true,false}] says it already
+        parts.append(in_words(types))
+    if default:
+        parts.append(f"default: {default}")
+    return f"({'; '.join(filter(None, parts))})"
+
+
+# jsonargparse's help -> ours, one after the other
+HELP_REWRITES: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
+    # as it is typed
+    (r"\bNone\b", "null"),
+    (r"default: (True|False)\)$", lambda switch: f"default: {switch[1].lower()})"),
+    # types: all of a Union in one row
+    (r"<class '(\w+)'>", r"\1"),
+    (r"dict\[\w+, \w+\]", "dict"),
+    (r"Optional\[(.+)\](?=[,)])", r"\1, null"),
+    (r"Union\[(.+)\](?=[,)])", r"\1"),
+    (r"Literal\[(.+?)\]", lambda values: values[1].replace("'", "")),
+    (r" \| null", ", null"),
+    (r"\((required, )?type: (.+?)(?:, default: (.*))?\)$", type_and_default),
+)
 
 
 def with_dashes(names: re.Match) -> str:
@@ -291,7 +335,7 @@ REWRITES: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
     # types in words
     (r"<class '([\w.]+)'>", r"\1"),
     (r"typing\.Literal\[(.+?)\]", lambda values: values[1].replace("'", "")),
-    (r"Expected (.+)\.(?= Got )", in_words),
+    (r"Expected (.+)\.(?= Got )", lambda types: f"Expected {in_words(types[1])}."),
     # flags that do not exist, that have no value, that are missing, or that are several
     (r"^unrecognized arguments: (--[^\s=]+).*", r"There is no flag \1"),
     (r"^unrecognized arguments: ", "Expected a flag before what is not one: "),

@@ -93,6 +93,7 @@ def launch(
         plugins=[precision_plugin(resolve_precision(precision), kind)],
         loggers=list(loggers),
     )
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces each process in a box of lines
     fabric.launch()
     prepare_device(kind)
     if fabric.world_size > 1:

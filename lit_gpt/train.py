@@ -15,11 +15,12 @@ from torch import nn
 
 from lit_gpt.data.dataset import Dataset, heaviest_first, micro_batches, step_records
 from lit_gpt.device import peak_memory_gb
+from lit_gpt.display.words import counted, duration
 from lit_gpt.errors import InputError, Interrupted
 from lit_gpt.failures import how_to_go_on
 from lit_gpt.interruption import Interruption
 from lit_gpt.make_optimizer import make_optimizer
-from lit_gpt.runs.log import Log, duration
+from lit_gpt.runs.log import Log
 from lit_gpt.runs.resume import Progress, check_finite, save_progress, start_or_resume
 from lit_gpt.sharding import any_device, full_tensor, sum_over_devices
 
@@ -305,14 +306,14 @@ def fit(
         raise Interrupted(f"{ended}{how_to_go_on()}", interruption.status)
     if progress.step < steps:
         if progress.out_of_patience(args.patience):
-            why = f"no gain in {args.patience} validations."
+            why = f"no gain in {counted(args.patience, 'validation')}."
         else:
             why = f"{args.max_hours:g} hours are over.{how_to_go_on()}"
         log.note(f"Stopped after step {progress.step:,} of {steps:,}: {why}")
     seconds = [row["seconds"] for row in log.rows if row["seconds"] is not None]
     if seconds:
         epoch = duration(sum(seconds) / len(seconds) * steps_per_epoch)
-        log.note(f"A whole epoch of {len(train_data):,} records takes {epoch} on this machine.")
+        log.note(f"A whole epoch of {counted(len(train_data), 'record')} takes {epoch} on this machine.")
     return log
 
 
@@ -380,9 +381,9 @@ def describe_run(fabric: "Fabric", model: nn.Module, train_data: Dataset, args: 
     n_trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
     steps = args.steps(len(train_data)) - progress.step
     line = (
-        f"On {fabric.device}, weights in {' and '.join(dtypes)}. {n_trained:,} trained parameters. {steps} steps of up"
-        f" to {args.global_batch_size} records; an epoch of {len(train_data):,} records is"
-        f" {args.steps_per_epoch(len(train_data))} steps."
+        f"On {fabric.device}, weights in {' and '.join(dtypes)}. {n_trained:,} trained parameters."
+        f" {counted(steps, 'step')} of up to {counted(args.global_batch_size, 'record')}; an epoch of"
+        f" {counted(len(train_data), 'record')} is {counted(args.steps_per_epoch(len(train_data)), 'step')}."
     )
     if progress.step:
         line += f" Continuing after step {progress.step}."

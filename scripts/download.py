@@ -17,6 +17,7 @@ from lit_gpt.checkpoint.load import read_tensors
 from lit_gpt.checkpoint.save import convert_checkpoint
 from lit_gpt.cli import run
 from lit_gpt.device import DType, as_dtype
+from lit_gpt.display.words import counted
 from lit_gpt.model.gpt import count_parameters
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def main(
         files = download(repo_id, waiting, revision, access_token, tokenizer_only)
         convert_checkpoint(waiting, converted, hugging_face=True, dtype=as_dtype(dtype))
         move_into(folder, waiting, converted)
-    print(f"{folder}: {len(files)} files, {sum(file.size for file in files) / 1e9:.2f} GB.")
+    print(f"{folder}: {counted(len(files), 'file')}, {sum(file.size for file in files) / 1e9:.2f} GB.")
 
 
 def list_published() -> None:

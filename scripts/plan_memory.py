@@ -15,6 +15,7 @@ from pathlib import Path
 from lit_gpt import Config, InputError
 from lit_gpt.cli import PassedOn, flags_of, parse, run
 from lit_gpt.device import resolve_precision
+from lit_gpt.display.words import counted
 from lit_gpt.distributed import is_to_split
 from lit_gpt.memory.plan import (
     OUTSIDE_GB,
@@ -71,7 +72,7 @@ def main(
     n_processes = args.devices * args.num_nodes
     split = is_to_split(args.strategy, n_processes, shard=METHODS[setup.method].trains_base)
     when = ", before it is split among the devices" if split else ""
-    n_records = f"{len(setup.lengths)} records" if len(setup.lengths) > 1 else "1 record"
+    n_records = counted(len(setup.lengths), "record")
     if precision_is_auto:
         print(why_this_precision(card_gb))
     print(

@@ -262,7 +262,7 @@ def test_help_says_what_docstrings_say(shell: Shell) -> None:
         "--number NUMBER": "How often.",
         "--path PATH": "Where.",
         "--steps.rate RATE": "How fast, in furlongs.",
-        "--steps.names+ NAMES": "Who is coming.",
+        "--steps.names NAMES": "Who is coming.",
     }.items():
         assert f"{flag} {sentence}" in text
 

@@ -115,7 +115,8 @@ MAY_KNOW = {
     "runs": "checkpoint data model lora adapter full quantize config device sharding distributed display cli"
     " failures errors files packages",
     # no method, no tokenizer, no file format
-    "train": "data.dataset make_optimizer device sharding runs.log runs.resume interruption failures errors",
+    "train": "data.dataset make_optimizer device sharding runs.log runs.resume display.words interruption failures"
+    " errors",
     "recipe": "make_optimizer runs data model quantize config device sharding distributed",
     "adapter_recipe": "recipe train runs generate checkpoint data quantize config device sharding",
     "memory": "train make_optimizer runs checkpoint data model quantize config device sharding display"

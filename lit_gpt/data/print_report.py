@@ -12,6 +12,7 @@ from lit_gpt.data.find_problems import EXAMPLES, HARMLESS, PROBLEMS, DataReport,
 from lit_gpt.data.lengths import BATCH
 from lit_gpt.data.prompts import style_label
 from lit_gpt.data.tokenizer import Tokenizer
+from lit_gpt.display.words import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +36,7 @@ def print_summary(data_dir: Path, tokenizer: Tokenizer, config: Config, samples:
     # counts
     style = style_label(data.meta["prompt_style"])
     console.print(
-        f"{data_dir}: {report.records['train']:,} training and {report.records['val']:,} validation records,"
+        f"{data_dir}: {report.records['train']:,} training and {counted(report.records['val'], 'validation record')},"
         f" {sum(report.tokens.values()):,} tokens, of which {sum(report.trained_tokens.values()):,} are trained; the"
         f" longest record has {data.meta['longest']:,}. Prompt style {style}."
     )
@@ -43,8 +44,8 @@ def print_summary(data_dir: Path, tokenizer: Tokenizer, config: Config, samples:
     console.print(f"Left out or cut: {', '.join(left_out) or 'nothing'}.")
     if report.records["train"] < FEW:
         console.print(
-            f"These are few: a model soon knows {report.records['train']} records by heart, and a validation loss over"
-            f" {report.records['val']:,} says little. Some hundreds are a beginning."
+            f"These are few: a model soon knows {counted(report.records['train'], 'record')} by heart, and a validation"
+            f" loss over {report.records['val']:,} says little. Some hundreds are a beginning."
         )
 
     # problems
@@ -55,7 +56,7 @@ def print_summary(data_dir: Path, tokenizer: Tokenizer, config: Config, samples:
         if count > EXAMPLES:
             numbers += ", ..."
         colour = "yellow" if name in HARMLESS else "bold red"
-        console.print(f"{name}: {count:,} records ({numbers}): {PROBLEMS[name]}", style=colour)
+        console.print(f"{name}: {counted(count, 'record')} ({numbers}): {PROBLEMS[name]}", style=colour)
 
     # records
     for name in report.serious():

@@ -199,7 +199,8 @@ def check_suffix(path: Path, expected: Sequence[str]) -> None:
     command = COMMANDS.get(path.suffix)
     if command is not None and path.suffix not in expected:
         raise InputError(
-            f"{path} is no {' or '.join(expected)} file. `python scripts/{command.format(path)}` reads it."
+            f"{path} is no {' or '.join(expected)} file. `python scripts/{command.format(path)}` reads it; your other"
+            " flags stay."
         )
 
 

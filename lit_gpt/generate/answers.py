@@ -1,5 +1,6 @@
 """Answers: what a model says to the prompts of a dataset, next to what the dataset expects."""
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -28,8 +29,12 @@ def answers(model: GPT, tokenizer: Tokenizer, dataset: Dataset, n: int, max_new_
     device = model.transformer.wte.weight.device
     model.eval()
 
+    n = min(n, len(dataset))
+    if n > 1:
+        print(f"Answering {n} validation records ...", file=sys.stderr)
+
     answered = []
-    for i in range(min(n, len(dataset))):
+    for i in range(n):
         prompt, expected = dataset.question(i)
         # an answer that would not fit into what the model can read ends there
         max_length = min(len(prompt) + max_new_tokens, model.config.block_size)

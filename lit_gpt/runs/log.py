@@ -20,6 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
+from lit_gpt.display.words import duration
 from lit_gpt.errors import InputError
 from lit_gpt.files import write_whole
 
@@ -267,15 +268,3 @@ def parse_number(cell: str) -> int | float | None:
 def csv_line(row: Row) -> str:
     """A row as it stands in the file. repr() is the shortest text that reads back as the same float."""
     return ",".join("" if row[name] is None else repr(row[name]) for name in COLUMNS)
-
-
-def duration(seconds: float) -> str:
-    """A time span for people: `4.2 s`, `3 min 05 s`, `2 h 07 min`."""
-    whole = round(seconds)
-    if whole < 10:
-        return f"{seconds:.1f} s"
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"

@@ -120,8 +120,15 @@ def command_to_go_on(out_dir: Path) -> str:
     """The command that continues the run in `out_dir`."""
     line = command(["--config", str(out_dir / "hyperparameters.yaml"), "--resume"])
     if "TORCHELASTIC_RUN_ID" in os.environ and not is_supervised():
-        return f"torchrun ... {line.removeprefix('python ')}"
+        return f"{torchrun()} {line.removeprefix('python ')}"
     return line
+
+
+def torchrun() -> str:
+    """torchrun as it was typed, as far as its processes know: several machines need more flags, for their addresses."""
+    n_machines = int(os.environ["GROUP_WORLD_SIZE"])
+    machines = "--standalone" if n_machines == 1 else f"--nnodes {n_machines} ..."
+    return f"torchrun {machines} --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
 
 
 def delete_run(out_dir: Path) -> None:

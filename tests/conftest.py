@@ -17,6 +17,18 @@ torch.set_num_threads(1)  # tiny models; several workers share the cores
 settings.register_profile("fixed", derandomize=True, database=None)  # a change is judged by the same examples each time
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))  # default: others each time
 
+SLOWEST = "documented_commands resume devices methods memory compare".split()  # files of minutes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest files come first, so that at the end no worker waits for another one that has just begun with one."""
+
+    def order(item: pytest.Item) -> int:
+        name = item.path.stem.removeprefix("test_")
+        return SLOWEST.index(name) if name in SLOWEST else len(SLOWEST)
+
+    items.sort(key=order)
+
 
 @pytest.fixture(scope="session")
 def sample_dir() -> Path:

@@ -301,7 +301,7 @@ def test_the_script_guards_a_pipeline(checkpoint, tmp_path: Path) -> None:
     records[3]["instruction"] = "twice"
     prepare(records, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "bad"))
     bad = inspect("--data_dir", tmp_path / "bad", "--cost", "false", "--samples", 0)
-    assert bad.returncode == 1 and "double_bos: 1 records (3): the record begins with two BOS" in bad.stdout
+    assert bad.returncode == 1 and "double_bos: 1 record (3): the record begins with two BOS" in bad.stdout
     assert "Record 3, double_bos; " in bad.stdout and "<s><s>Q twice A →It is é.</s>←" in bad.stdout
     assert bad.stdout.count("Record ") == 1 and "estimates" not in bad.stdout
     nothing = inspect("--data_dir", tmp_path)

@@ -45,7 +45,7 @@ from lit_gpt.device import accelerator, default_device, precision_plugin, resolv
 from lit_gpt.distributed import launch
 from lit_gpt.lora import LoRA, apply_lora, lora_filter, mark_only_lora_as_trainable
 from lit_gpt.make_optimizer import make_optimizer
-from lit_gpt.memory.plan import Setup, adapt, batch_of, plan, two_batches, watch_steps
+from lit_gpt.memory.plan import Setup, adapt, batch_of, plan, watch_step
 from lit_gpt.model.attention import compute_attention, has_flash_attention
 from lit_gpt.model.packing import Layout
 from lit_gpt.quantize import Quantize, QuantizedLinear, quantize_linears
@@ -563,7 +563,7 @@ def peak_of_a_step(setup: Setup) -> float:
     adapted = adapt(model, setup)
     idx, layout = batch_of(setup.lengths)
     if DEVICE.type != "cuda":
-        return watch_steps(adapted, two_batches(setup), setup).gb
+        return watch_step(adapted, batch_of(setup.lengths), setup).gb
 
     # the second step has the optimizer's memory from its beginning
     optimizer = make_optimizer(adapted, TrainArgs())

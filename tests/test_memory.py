@@ -30,8 +30,7 @@ from lit_gpt.memory.plan import (
     plan,
     plan_generation,
     switches,
-    two_batches,
-    watch_steps,
+    watch_step,
 )
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantize import QuantizedLinear, quantize_linears
@@ -75,8 +74,8 @@ def prepared(setup: Setup) -> GPT:
 
 
 def real(setup: Setup) -> Plan:
-    """The same two steps with tensors that are there."""
-    return watch_steps(prepared(setup), two_batches(setup), setup)
+    """The same with tensors that are there."""
+    return watch_step(prepared(setup), batch_of(setup.lengths), setup)
 
 
 @pytest.mark.parametrize("name", SETUPS)

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers.models import make_checkpoint
 
 from lit_gpt import Config, InputError, Tokenizer
 from lit_gpt.checkpoint.load import load_model, weight_files
@@ -12,7 +13,6 @@ from lit_gpt.data.dataset import Dataset
 from lit_gpt.files import CLONE
 from lit_gpt.runs.header import read_header
 from lit_gpt.runs.load_finetuned import load_finetuned
-from tests.helpers.models import make_checkpoint
 
 READERS = (Tokenizer, Config.from_checkpoint, load_model, weight_files)
 

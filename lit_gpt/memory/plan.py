@@ -1,6 +1,6 @@
 """How much memory a training step takes, found by running it on tensors without contents.
 
-The real code builds the model, changes it and trains it for two steps, on PyTorch's fake tensors: shapes and dtypes
+The real code builds the model, changes it and trains it for a step, on PyTorch's fake tensors: shapes and dtypes
 without storage. A dispatch mode keeps the books: which storage is born in which part of the step, and when it dies.
 Nothing is estimated, except what no dispatcher sees: memory inside a kernel, the CUDA context (0.3 to 0.5 GB), what
 the allocator wastes, and where CUDA's kernels keep other things than the CPU's:
@@ -173,13 +173,13 @@ def plan(setup: Setup) -> Plan:
         raise InputError("A mixture of experts decides as it runs what is computed: there is no plan for it.")
     model = build_model(setup.config)
     quantize_linears(model, setup.quantize)
-    batches = two_batches(setup)
+    batch = batch_of(setup.lengths)
     # a KeyboardInterrupt would reach torch in C++, which calls Python for each fake tensor, and abort the process
     try:
         with signals_wait(), FakeTensorMode(allow_non_fake_inputs=True):
             fill_with_zeros(model, setup)
             adapted = adapt(model, setup)
-            return watch_steps(adapted, batches, setup)
+            return watch_step(adapted, batch, setup)
     except (DataDependentOutputException, DynamicOutputShapeException):
         raise InputError(f"--optimizer {setup.optimizer} reads values as it steps: there is no plan for it.") from None
 
@@ -192,14 +192,6 @@ def batch_of(lengths: Sequence[int]) -> tuple[torch.Tensor, Layout]:
         trained = torch.ones(length)
         records.append((ids, trained))
     return Layout.end_to_end(records)
-
-
-def two_batches(setup: Setup) -> list[tuple[torch.Tensor, Layout]]:
-    """The batches of the two steps that are watched.
-
-    The first step is there to give the optimizer its memory: two tokens will do, and the plan takes half the time.
-    """
-    return [batch_of([2]), batch_of(setup.lengths)]
 
 
 def fill_with_zeros(model: GPT, setup: Setup) -> None:
@@ -230,8 +222,8 @@ def adapt(model: GPT, setup: Setup) -> GPT:
     return adapted
 
 
-def watch_steps(model: GPT, batches: Sequence[tuple[torch.Tensor, Layout]], setup: Setup) -> Plan:
-    """Trains a model, fake or real, a step a batch: the second one has the optimizer's memory from its beginning."""
+def watch_step(model: GPT, batch: tuple[torch.Tensor, Layout], setup: Setup) -> Plan:
+    """Trains a model, fake or real, for one step, at the beginning of which the optimizer has its memory already."""
     params = [param for param in model.parameters() if param.requires_grad]
     if setup.optimizer in EIGHT_BITS:
         optimizer = Adam8bitMemory(params)
@@ -240,26 +232,33 @@ def watch_steps(model: GPT, batches: Sequence[tuple[torch.Tensor, Layout]], setu
     ledger = Ledger()
     enter_model(model, ledger)
 
+    def step() -> None:
+        for param in params:
+            ledger.enter(param.grad, "gradients")
+        optimizer.step()
+        for tensor in tree_leaves(list(optimizer.state.values())):
+            if isinstance(tensor, torch.Tensor):
+                ledger.enter(tensor, "optimizer")
+        optimizer.zero_grad()
+
     with ledger, part_of_head(model, ledger):
-        for idx, layout in batches:
-            # forward; from the final norm on, `part_of_head` says logits
-            ledger.part = "activations"
-            with torch.autocast(idx.device.type, setup.autocast, enabled=setup.autocast is not None):
-                loss = model(idx, layout=layout)
+        # an optimizer takes its memory in its first step: one with gradients out of nowhere, since a forward and a
+        # backward pass would double the time of a plan
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        step()
 
-            # backward
-            ledger.part = "workspace"
-            loss.backward()
-            del loss
-            for param in params:
-                ledger.enter(param.grad, "gradients")
+        # forward; from the final norm on, `part_of_head` says logits
+        idx, layout = batch
+        ledger.part = "activations"
+        with torch.autocast(idx.device.type, setup.autocast, enabled=setup.autocast is not None):
+            loss = model(idx, layout=layout)
 
-            # step
-            optimizer.step()
-            for tensor in tree_leaves(list(optimizer.state.values())):
-                if isinstance(tensor, torch.Tensor):
-                    ledger.enter(tensor, "optimizer")
-            optimizer.zero_grad()
+        # backward and step
+        ledger.part = "workspace"
+        loss.backward()
+        del loss
+        step()
     return peak_of(ledger)
 
 

@@ -13,7 +13,7 @@ from lit_gpt.cli import Flags, run
 from lit_gpt.data.dataset import open_splits
 from lit_gpt.device import weight_dtype
 from lit_gpt.generate.answers import answers
-from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
+from lit_gpt.lora import LoRA, apply_lora, lora_learning_rate, mark_only_lora_as_trainable
 from lit_gpt.memory.plan import print_plan
 from lit_gpt.quantize import Quantize, quantize_linears
 from lit_gpt.recipe import RunArgs, new_checkpoints, number_of_answers, recompute_or_compile_blocks, start_processes
@@ -29,7 +29,7 @@ def main(
     args: Flags[RunArgs] = RunArgs(out_dir=Path("out/lora/docstrings")),
     lora: LoRA = LoRA(r=8, alpha=16, dropout=0.0),
     quantize: Quantize | None = None,
-    train: TrainArgs = TrainArgs(learning_rate=2e-3, warmup_steps=10, global_batch_size=16, epochs=1),
+    train: TrainArgs = TrainArgs(learning_rate=None, warmup_steps=10, global_batch_size=16, epochs=1),
 ) -> None:
     """Fine-tune with LoRA.
 
@@ -37,15 +37,19 @@ def main(
         args: Each of its fields is a flag, as in every recipe: --checkpoint_dir, --data_dir ...; see lit_gpt/recipe.py.
         lora: The rank, and which matrices of which layers, by default all linears of all blocks; see lit_gpt/lora.py.
         quantize: Keep the frozen linears in 4 or 8 bits (QLoRA); see lit_gpt/quantize.py.
-        train: The optimizer, the batch and the intervals; see lit_gpt/train.py.
+        train: The optimizer, the batch and the intervals; see lit_gpt/train.py. Without a learning rate it is 2e-3 for
+            the sample model, and less for wider ones; see lit_gpt/lora.py.
     """
+    # the model's shape, on which the learning rate depends, unless --train.learning_rate names one
+    config = Config.from_checkpoint(args.checkpoint_dir)
+    train = train.or_learning_rate(lora_learning_rate(config.n_embd))
+
     # settings: all flags, for hyperparameters.yaml and the report
     settings = vars(args) | {"lora": lora, "quantize": quantize, "train": train}
     check_out_dir(args.out_dir, args.resume, args.overwrite)  # one in use is refused, unless a flag says what to do
 
     # data: prepared for this model and its tokenizer, and mapped into memory
     tokenizer = Tokenizer(args.checkpoint_dir)
-    config = Config.from_checkpoint(args.checkpoint_dir)
     train_data, val_data = open_splits(args.data_dir, tokenizer, config)
 
     # devices: with --devices 2 two processes of this command are started here, and this one only waits for them

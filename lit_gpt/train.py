@@ -7,8 +7,8 @@ they are spread over micro-batches and devices, so that accumulation and more de
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 class TrainArgs:
     """The optimizer, the schedule, the batch and the intervals."""
 
-    learning_rate: float = 3e-4
-    """Peak of the schedule: linear warmup, then half a cosine down to min_learning_rate at the last step."""
+    learning_rate: float | None = 3e-4
+    """Peak of the schedule: linear warmup, then half a cosine down to min_learning_rate at the last step. None is the
+    method's own; LoRA and classifiers have one."""
     min_learning_rate: float = 0.0
     """Where the schedule ends."""
     warmup_steps: int = 10
@@ -103,6 +104,10 @@ class TrainArgs:
         if self.keep_steps and self.save_interval is None:
             raise InputError("train.keep_steps keeps what train.save_interval saves, and there is none. Set it, too.")
 
+    def or_learning_rate(self, own: float | None) -> Self:
+        """The same with the method's own learning rate, if it has none yet."""
+        return self if self.learning_rate is not None else replace(self, learning_rate=own)
+
     def steps(self, n_records: int) -> int:
         """Optimizer steps of the whole run."""
         steps = self.epochs * self.steps_per_epoch(n_records)
@@ -147,7 +152,7 @@ def fit(
         InputError: no data, a loss that is not finite, or not enough GPU memory.
         Interrupted: Ctrl-C or SIGTERM came, and the run is saved.
     """
-    check_data(train_data, val_data, args)
+    check_run(train_data, val_data, args)
     steps = args.steps(len(train_data))
     steps_per_epoch = args.steps_per_epoch(len(train_data))
 
@@ -324,6 +329,7 @@ def learning_rate(step: int, steps: int, args: TrainArgs) -> float:
     """
     low = args.min_learning_rate
     high = args.learning_rate
+    assert high is not None, "`fit` has asked for one"
     warmup = min(args.warmup_steps, steps // 2)
     warmup = max(1, warmup)  # without warmup the first step, which may be the only one, has the peak
     if step < warmup:
@@ -365,8 +371,10 @@ def evaluate(fabric: "Fabric", model: nn.Module, dataset: Dataset, args: TrainAr
     return loss / n_targets
 
 
-def check_data(train_data: Dataset, val_data: Dataset, args: TrainArgs) -> None:
-    """Raises InputError where there is nothing to train on, or nothing to be patient by."""
+def check_run(train_data: Dataset, val_data: Dataset, args: TrainArgs) -> None:
+    """Raises InputError where there is no learning rate, nothing to train on, or nothing to be patient by."""
+    if args.learning_rate is None:
+        raise InputError("train.learning_rate is null, expected a number: this method has none of its own.")
     if args.patience is not None and not len(val_data):
         raise InputError("train.patience needs validation records, and there are none. Prepare the data with some.")
     if not len(train_data):

@@ -18,14 +18,14 @@ from helpers.shell import python
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lit_gpt import Tokenizer, cli
+from lit_gpt import InputError, Tokenizer, cli
 from lit_gpt.checkpoint.load import build_model, load_model, load_weights
 from lit_gpt.config import Config
 from lit_gpt.data.dataset import Dataset
 from lit_gpt.device import weight_dtype
 from lit_gpt.distributed import launch
 from lit_gpt.generate.decode import generate
-from lit_gpt.lora import LoRA
+from lit_gpt.lora import LoRA, lora_learning_rate
 from lit_gpt.runs.load_finetuned import load_finetuned
 from lit_gpt.train import TrainArgs
 
@@ -196,6 +196,24 @@ def test_bf16_is_right_at_far_positions(tmp_path_factory, sample_dir) -> None:
     assert ours.dtype == theirs.dtype == torch.bfloat16
     errors = [((logits.float() - exact).square().mean() / exact.square().mean()).sqrt() for logits in (ours, theirs)]
     assert 0 < errors[0] < 1.1 * errors[1] < 0.05
+
+
+def test_a_wider_model_learns_slower_and_the_rate_is_written_down(tiny_dir, data_dir, tmp_path) -> None:
+    rates = [lora_learning_rate(width) for width in (48, 576, 2048, 4096)]
+    assert rates == [2e-3, 2e-3, 7.4e-4, 4.3e-4]
+
+    for given, rate in ((None, 2e-3), (0.25, 0.25)):
+        out_dir = tmp_path / str(given)
+        finetune(tiny_dir, data_dir, out_dir, train=replace(SHORT, learning_rate=given, max_steps=1), n_answers=0)
+        assert cli.read_hyperparameters(out_dir / "hyperparameters.yaml")["train"]["learning_rate"] == rate
+        assert column(out_dir, "learning_rate") == [rate]
+
+    # a method that has none of its own
+    with pytest.raises(InputError, match="train.learning_rate is null, expected a number"):
+        train = replace(SHORT, learning_rate=None)
+        script("finetune/full.py").main(
+            checkpoint_dir=tiny_dir, data_dir=data_dir, out_dir=tmp_path / "full", train=train
+        )
 
 
 # ---- it is hackable

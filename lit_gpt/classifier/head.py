@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from lit_gpt.classifier.pooling import POOLINGS, pool_last
 from lit_gpt.errors import InputError
-from lit_gpt.lora import lora_filter
+from lit_gpt.lora import lora_filter, lora_learning_rate
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.packing import Layout
 from lit_gpt.quantize import Quantize
@@ -97,8 +97,8 @@ def default_learning_rate(args: ClassifierArgs, n_embd: int) -> float | None:
         "head": 1.7 / n_embd,
         # the more blocks change together, the shorter the steps of each
         "last_k": 3e-3 / math.sqrt(args.k),
-        "lora": 2e-3,
-        "qlora": 2e-3,
+        "lora": lora_learning_rate(n_embd),
+        "qlora": lora_learning_rate(n_embd),
         "full": 3e-4,
     }
     rate = rates.get(args.method)  # none for features: they are fitted at once

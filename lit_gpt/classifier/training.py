@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,18 +37,16 @@ if TYPE_CHECKING:
 class ClassifierTrainArgs(TrainArgs):
     """The optimizer, the schedule, the batch and the intervals; without a learning rate, that of the method."""
 
-    learning_rate: float | None = None  # type: ignore[assignment] # a number by the time that `fit` reads it
+    learning_rate: float | None = None
     """Peak of the schedule: linear warmup, then half a cosine down to min_learning_rate at the last step. None is the
-    method's own: 1.7 / width for head (3e-3 for the sample model), 3e-3 / sqrt(k) for last_k, 2e-3 for lora and qlora,
-    3e-4 for full."""
+    method's own: 1.7 / width for head (3e-3 for the sample model), 3e-3 / sqrt(k) for last_k, LoRA's for lora and
+    qlora, 3e-4 for full."""
 
     enough_steps = 0  # no setting: a head learns in a few steps, and no run gets a remark
 
     def for_method(self, classifier: ClassifierArgs, config: Config) -> "ClassifierTrainArgs":
         """The same with a learning rate: the method's own, unless there is one."""
-        if self.learning_rate is not None:
-            return self
-        return replace(self, learning_rate=default_learning_rate(classifier, config.n_embd))
+        return self.or_learning_rate(default_learning_rate(classifier, config.n_embd))
 
 
 def train_classifier(

@@ -68,6 +68,9 @@ def main(
             print(COMMANDS, file=sys.stderr)
         if question in ("", "/new", "/help"):
             continue
+        if question.startswith("/") and " " not in question:
+            print(f"There is no command {question}. {COMMANDS}", file=sys.stderr)
+            continue
 
         # the whole conversation so far is the prompt, each time
         messages.append({"role": "user", "content": question})

@@ -11,17 +11,21 @@ blank text gets one of nothing but commas.
 import csv
 import io
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from lit_gpt import InputError
 from lit_gpt.classifier.features import compute_probabilities
+from lit_gpt.classifier.head import Classifier
 from lit_gpt.classifier.load import load_classifier
 from lit_gpt.classifier.texts import Texts, tokenize_texts
 from lit_gpt.cli import run
 from lit_gpt.data.read_files import open_text, read_records
 from lit_gpt.device import Precision, default_device, inference_dtype
+from lit_gpt.display.words import counted
 
 
 def main(
@@ -52,27 +56,39 @@ def main(
     if not numbers:
         raise InputError(f"There is no text in {texts or 'the standard input'}: nothing to label.")
 
-    # the classifier, and the probabilities that it gives, (len(numbers), n_classes)
+    # the classifier, and the texts as it reads them
     dtype = inference_dtype(precision)
     model, tokenizer, trained = load_classifier(checkpoint_dir, finetuned, dtype, default_device())
     filled_texts = [all_texts[i] for i in numbers]
     ids = tokenize_texts(filled_texts, tokenizer, trained.max_seq_length)
     unknown_labels = [0] * len(ids)  # a record needs one, and nothing reads it here
     dataset = Texts(ids, unknown_labels, np.arange(len(ids)))
-    probabilities = compute_probabilities(model, dataset, batch_size)
 
-    # a line per text
-    blank = [""] * (2 + len(trained.names))
-    lines = [blank] * len(all_texts)
-    for i, row in zip(numbers, probabilities, strict=True):
-        label = trained.names[row.argmax()]
-        cells = [f"{probability:.4f}" for probability in row.tolist()]
-        lines[i] = [label, *cells, " ".join(all_texts[i].split())]
-
-    # write
+    # a line per text, written as soon as its probabilities are there
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["label", *trained.names, "text"])
-    writer.writerows(lines)
+    blank = [""] * (2 + len(trained.names))
+    rows = probabilities_in_order(model, dataset, batch_size)
+    for text in all_texts:
+        if not text.strip():
+            writer.writerow(blank)
+            continue
+        row = next(rows)
+        label = trained.names[row.argmax()]
+        cells = [f"{probability:.4f}" for probability in row.tolist()]
+        writer.writerow([label, *cells, " ".join(text.split())])
+
+
+def probabilities_in_order(model: Classifier, dataset: Texts, batch_size: int) -> Iterator[np.ndarray]:
+    """The probabilities (n_classes,) of each text. Every ten seconds a line on stderr says how many are done."""
+    said_at = time.monotonic()
+    for start in range(0, len(dataset), batch_size):
+        numbers = dataset.records[start : start + batch_size]
+        yield from compute_probabilities(model, dataset.choose(numbers), batch_size)
+        sys.stdout.flush()
+        if time.monotonic() - said_at > 10:
+            said_at = time.monotonic()
+            print(f"{start + len(numbers):,} of {counted(len(dataset), 'text')}", file=sys.stderr)
 
 
 def read_texts(path: Path | None, text_key: str) -> list[str]:

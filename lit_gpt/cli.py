@@ -338,7 +338,7 @@ REWRITES: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
     (r"Expected (.+)\.(?= Got )", lambda types: f"Expected {in_words(types[1])}."),
     # flags that do not exist, that have no value, that are missing, or that are several
     (r"^unrecognized arguments: (--[^\s=]+).*", r"There is no flag \1"),
-    (r"^unrecognized arguments: ", "Expected a flag before what is not one: "),
+    (r"^unrecognized arguments: (.+)", r"No flag stands before: \1"),
     (r"^argument (--\S+): expected one argument", r"\1: Expected a value behind it"),
     (r"^the following arguments are required: (.+)", with_dashes),
     (r"^--(\w+): Unable to load config .*", r"--\1 is a group of flags. Expected one of them, such as --\1.FIELD"),

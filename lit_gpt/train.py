@@ -176,7 +176,7 @@ def fit(
         log.note("Nothing has been saved yet that the run could go on from: it begins at step 0.")
     for_more_steps = flags_for_more_steps(len(train_data), args)
     if for_more_steps:
-        log.note(f"So few steps teach little. {args.enough_steps} or more: {for_more_steps}")
+        log.note(f"So few steps teach little. {args.enough_steps} or more: {for_more_steps} --overwrite")
     if args.share_prefixes and obstacle is not None:
         log.note(f"Prefixes are not shared: {obstacle}.")
 
@@ -307,13 +307,13 @@ def fit(
     # the end
     (interrupted,) = any_device(fabric, interruption.asked)
     if interrupted:
-        ended = f"Stopped after step {progress.step:,} of {steps:,}, which is saved."
+        ended = f"Stopped after step {progress.step:,} of {steps:,}, which is saved{describe_best(log, progress)}."
         raise Interrupted(f"{ended}{how_to_go_on()}", interruption.status)
     if progress.step < steps:
         if progress.out_of_patience(args.patience):
             why = f"no gain in {counted(args.patience, 'validation')}."
         else:
-            why = f"{args.max_hours:g} hours are over.{how_to_go_on()}"
+            why = f"{args.max_hours:g} hours are over{describe_best(log, progress)}.{how_to_go_on()}"
         log.note(f"Stopped after step {progress.step:,} of {steps:,}: {why}")
     seconds = [row["seconds"] for row in log.rows if row["seconds"] is not None]
     if seconds:
@@ -388,6 +388,8 @@ def describe_run(fabric: "Fabric", model: nn.Module, train_data: Dataset, args: 
     dtypes = sorted({str(param.dtype).removeprefix("torch.") for param in model.parameters()})
     n_trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
     steps = args.steps(len(train_data)) - progress.step
+    if steps == 0:
+        return f"The run is finished: {counted(progress.step, 'step')} of {progress.step:,} are done."
     line = (
         f"On {fabric.device}, weights in {' and '.join(dtypes)}. {n_trained:,} trained parameters."
         f" {counted(steps, 'step')} of up to {counted(args.global_batch_size, 'record')}; an epoch of"
@@ -396,6 +398,14 @@ def describe_run(fabric: "Fabric", model: nn.Module, train_data: Dataset, args: 
     if progress.step:
         line += f" Continuing after step {progress.step}."
     return line
+
+
+def describe_best(log: Log, progress: Progress) -> str:
+    """Which step `best` is of, if it is not the last one, for the end of a sentence."""
+    step = log.best_step()
+    if step is None or step == progress.step:
+        return ""
+    return f"; `best` is of step {step:,}" + (", before any training" if step == 0 else "")
 
 
 def flags_for_more_steps(n_records: int, args: TrainArgs) -> str:

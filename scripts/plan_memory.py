@@ -18,6 +18,7 @@ from lit_gpt.device import resolve_precision
 from lit_gpt.display.words import counted
 from lit_gpt.distributed import is_to_split
 from lit_gpt.memory.plan import (
+    MOST_RECORDS,
     OUTSIDE_GB,
     check_method,
     largest_batch,
@@ -76,7 +77,7 @@ def main(
     if precision_is_auto:
         print(why_this_precision(card_gb))
     print(
-        f"{config.name}, {setup.method}, {weights}, {n_records} of up to {longest:,} tokens:"
+        f"{config.name}, {setup.method}, {weights}, a batch of {n_records} of up to {longest:,} tokens:"
         f" GB at the peak of a step{when}\n"
     )
 
@@ -92,7 +93,8 @@ def main(
     if card_gb is not None:
         usable = card_gb - OUTSIDE_GB
         most = largest_batch(replace(setup, lengths=(longest,)), usable)
-        print(f"\nOn a card of {card_gb:g} GB, of which {usable:.3g} are usable, --train.micro_batch_size {most} fits.")
+        size = f"{most} or more" if most == MOST_RECORDS else most
+        print(f"\nOn a card of {card_gb:g} GB, of which {usable:.3g} are usable, --train.micro_batch_size {size} fits.")
 
 
 def split_script(words: Sequence[str]) -> tuple[Path, Sequence[str]]:

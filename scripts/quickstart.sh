@@ -28,7 +28,7 @@ What is where
 What to try next (first: source .venv/bin/activate)
     python generate/base.py --finetuned out/lora/quickstart --prompt 'What does the function `shutil.move` do?'
     python generate/chat.py --finetuned out/lora/quickstart
-    python finetune/lora.py --out_dir out/lora/docstrings
+    python finetune/lora.py --out_dir out/lora/epoch
     python scripts/merge_lora.py --finetuned out/lora/quickstart --out_dir checkpoints/mine/quickstart
     python scripts/prepare_json.py --json_path YOURS.jsonl --data_dir data/yours
 END

@@ -120,7 +120,7 @@ def shell(folder: Path) -> Shell:
         (["--steps.rat=2"], "Did you mean --steps.rate?"),
         (["--rate", "2"], "There is no flag --rate. Did you mean --steps.rate?"),
         (["--zzz", "2"], "There is no flag --zzz. See --help."),
-        (["zzz"], "Expected a flag before what is not one: zzz. See --help."),
+        (["zzz"], "No flag stands before: zzz. See --help."),
         (["--number", "many"], "--number: Expected an integer. Got many. See --help."),
         (["--most", "many"], "--most: Expected an integer or null. Got many. See --help."),
         (["--kind", "nf4"], "--kind: Expected bnb.nf4, bnb.int8 or null. Got nf4. Did you mean bnb.nf4?"),

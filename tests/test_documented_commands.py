@@ -182,6 +182,19 @@ def test_every_command_runs(page: str, sample_clone: Path, tmp_path: Path) -> No
             run(command, clone)
 
 
+def test_no_page_is_in_the_way_of_another() -> None:
+    """Whoever reads several pages one after the other finds no folder that a page before has filled."""
+    pages_of: dict[str, set[str]] = {}
+    for page in PAGES:
+        for command in printed_commands(page):
+            flag = "--data_dir" if "prepare_json" in command else "--out_dir"
+            written = re.search(rf"{flag} (\S+)", command)
+            if written:
+                pages_of.setdefault(written[1], set()).add(page)
+    shared = {folder: pages for folder, pages in pages_of.items() if len(pages) > 1}
+    assert not shared
+
+
 def test_the_list_of_exceptions_is_short_and_used() -> None:
     """Each row leaves something out, and most commands are run."""
     commands = [(page, command) for page in PAGES for command in printed_commands(page)]

@@ -135,7 +135,7 @@ def test_both_bases_of_a_quantized_one(tiny, tmp_path, capsys) -> None:
         export_merged(adapter, None, tmp_path / base, base=base)
         output = capsys.readouterr().out
         assert "Nearer to what was trained: the dequantized weights" in output and f"Written: the {base} ones" in output
-        assert ("scripts/merge_lora.py --base dequantized chooses it" in output) == (base == "original")
+        assert ("scripts/merge_lora.py --base dequantized writes the others" in output) == (base == "original")
     models = (load_model(tmp_path / base) for base in ("original", "dequantized"))
     original, dequantized = (compare_logits(expected, logits_of(model, Tokenizer(tiny))) for model in models)
     assert dequantized.largest < 1e-4 * dequantized.scale and dequantized.largest < 0.01 * original.largest

@@ -255,7 +255,7 @@ def test_a_recipe_is_planned(tmp_path: Path) -> None:
         ("--model_nam pythia-14m", "There is no flag --model_nam. Did you mean --model_name?"),
         ("--quantise bnb.nf4 --tokens 8", "There is no flag --quantise. Did you mean --quantize?"),
         ("--tokens many", "--tokens: Expected an integer or null. Got many."),
-        ("--tokens 8 finetune/full.py", "Expected a flag before what is not one: finetune/full.py"),
+        ("--tokens 8 finetune/full.py", "No flag stands before: finetune/full.py"),
     ],
 )
 def test_what_has_no_plan(words: str, message: str) -> None:

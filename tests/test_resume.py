@@ -185,7 +185,9 @@ def test_stopped_and_resumed_is_never_stopped(
     stopped = lora.run(tmp_path / "run", kill=(*moment, name))
     assert stopped.status == status and "Traceback" not in stopped.stderr
     promise, last_line = stopped.stderr.strip().splitlines()[-2:]
-    said = re.match(r"Stopped after step (\d) of 9, which is saved. It goes on with: ", last_line)
+    said = re.match(
+        r"Stopped after step (\d) of 9, which is saved(; `best` is of step \d.*)?\. It goes on with: ", last_line
+    )
     rows = contents(tmp_path / "run")["metrics.csv"]
     assert said and int(said[1]) == int(rows[-1][0]) and stopped.calls["optimizer.step"] == TRIALS + int(said[1])
 

@@ -138,7 +138,9 @@ def print_lengths(report: DataReport) -> None:
         console.print(f"{low:>7,} to {high:>7,} {count:>9,} {bar}")
 
     if "memory_gb" in report.cutoffs[0]:
-        console.print(f"Minutes and memory are estimates: LoRA, {BATCH} records at a time, on this machine.")
+        console.print(
+            f"Minutes and memory are estimates: LoRA, {BATCH} records at a time, no prefixes shared, on this machine."
+        )
     heads = (name.replace("_", " ") for name in report.cutoffs[0])
     table = Table(*heads, box=None)
     for row in report.cutoffs:

@@ -208,7 +208,7 @@ def check_suffix(path: Path, expected: Sequence[str]) -> None:
 def open_text(path: Path, newline: str | None = None) -> Iterator[io.TextIOBase]:
     """Opens a UTF-8 file. Raises InputError if there is none, or if bytes that are read are not UTF-8."""
     if not path.exists():
-        raise InputError(f"{path} is missing.")
+        raise InputError(f"{path} is missing, as seen from {Path.cwd()}.")
     if not path.is_file():
         raise InputError(f"{path} is no file.")
     # csv's default refuses fields of over 128 KiB, and documents are longer

@@ -186,6 +186,6 @@ def merge_into(
     check_merge(differences["dequantized"], stored_dtype)
 
     nearer = min(differences, key=lambda name: differences[name].mean)
-    advice = "" if nearer == base else f" scripts/merge_lora.py --base {nearer} chooses it."
+    advice = "" if nearer == base else f" scripts/merge_lora.py --base {nearer} writes the others."
     print(f"Nearer to what was trained: the {nearer} weights. Written: the {base} ones.{advice}")
     return model

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 OUTSIDE_GB = 1.0  # of a card: the CUDA context, and what the allocator cannot use
+MOST_RECORDS = 128  # of the search for the largest batch: more than a step takes, and a plan of more takes minutes
 EIGHT_BITS = ("bitsandbytes.optim.AdamW8bit", "bitsandbytes.optim.PagedAdamW8bit")
 
 
@@ -315,7 +316,7 @@ def plan_generation(setup: Setup, n_prompt: int = 64, n_total: int = 256) -> Pla
     return peak_of(ledger)
 
 
-def largest_batch(setup: Setup, gb: float, limit: int = 512) -> int:
+def largest_batch(setup: Setup, gb: float, limit: int = MOST_RECORDS) -> int:
     """How many records of the first one's length fit into `gb`, up to `limit`; 0 if none does.
 
     Peaks grow by about as much with each record: a line through two of them says which to try next.

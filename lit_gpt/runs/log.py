@@ -133,6 +133,13 @@ class Log:
         elif self.main_process:
             print(text, file=sys.stderr, flush=True)
 
+    def best_step(self) -> int | None:
+        """The step with the lowest validation loss, the first of several; None if there was no validation."""
+        validations = [row for row in self.rows if row["val_loss"] is not None]
+        if not validations:
+            return None
+        return min(validations, key=lambda row: row["val_loss"])["step"]
+
     def facts(self) -> dict[str, str]:
         """The run in a few figures, for the report."""
         steps = [row for row in self.rows if row["loss"] is not None]

@@ -157,7 +157,7 @@ def check_same_settings(hyperparameters: Path, settings: dict[str, Any]) -> None
     if changed:
         raise InputError(
             f"{hyperparameters.parent} began with other settings: {', '.join(changed)}. Go on with"
-            f" --config {hyperparameters} --resume, or change them there on purpose."
+            f" --config {hyperparameters} --resume, or begin anew with --overwrite."
         )
 
 

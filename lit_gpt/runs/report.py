@@ -260,6 +260,9 @@ def report_run(
         facts=facts,
         answers=answers,
     )
-    has_val_loss = "Validation loss" in facts
-    reason = "lowest validation loss" if has_val_loss else "as last: nothing was set aside to judge by"
+    best_step = log.best_step()
+    if best_step is None:
+        reason = "as last: nothing was set aside to judge by"
+    else:
+        reason = f"lowest validation loss, of step {best_step:,}"
     print(f"Report: {path}. Weights: {out_dir / 'best'} ({reason}), {out_dir / 'last'}.")

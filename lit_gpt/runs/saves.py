@@ -125,7 +125,10 @@ class Checkpoints:
             del header["checkpoint_dir"]
         changed = [key for key in saved if saved[key] != now[key]]
         if changed:
-            raise InputError(f"{last} was trained with another {' and '.join(changed)}. Use the settings of that run.")
+            others = " and another ".join(changed)
+            raise InputError(
+                f"{last} was trained with another {others}. Go on with that run's, or begin anew with --overwrite."
+            )
 
 
 def name_state(state: dict[Any, Any], prefix: str = "") -> dict[str, torch.Tensor]:

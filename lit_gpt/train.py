@@ -388,8 +388,8 @@ def describe_run(fabric: "Fabric", model: nn.Module, train_data: Dataset, args: 
     dtypes = sorted({str(param.dtype).removeprefix("torch.") for param in model.parameters()})
     n_trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
     steps = args.steps(len(train_data)) - progress.step
-    if steps == 0:
-        return f"The run is finished: {counted(progress.step, 'step')} of {progress.step:,} are done."
+    if steps <= 0:
+        return f"The run is finished: it has done {counted(progress.step, 'step')}."
     line = (
         f"On {fabric.device}, weights in {' and '.join(dtypes)}. {n_trained:,} trained parameters."
         f" {counted(steps, 'step')} of up to {counted(args.global_batch_size, 'record')}; an epoch of"

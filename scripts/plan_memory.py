@@ -77,7 +77,7 @@ def main(
     if precision_is_auto:
         print(why_this_precision(card_gb))
     print(
-        f"{config.name}, {setup.method}, {weights}, a batch of {n_records} of up to {longest:,} tokens:"
+        f"{config.name}, {setup.method}, {weights}, {n_records} of up to {longest:,} tokens:"
         f" GB at the peak of a step{when}\n"
     )
 

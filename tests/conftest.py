@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,9 @@ ROOT = Path(__file__).parents[1]
 SAMPLE_DIR = ROOT / "checkpoints/sample/SmolLM2-135M-Instruct-Q4_1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask the hub for anything
 torch.set_num_threads(1)  # tiny models; several workers share the cores
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # the tests run in the background of a script: the commands that they start would not hear a Ctrl-C either
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("fixed", derandomize=True, database=None)  # a change is judged by the same examples each time
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))  # default: others each time
 

@@ -139,7 +139,7 @@ def test_it_goes_on_where_it_stopped(folder, tmp_path) -> None:
     python(ROOT / "finetune/adapter.py", *flags, check=True)
 
     result = compare(folder, *RATE, out_dir=tmp_path / "out", methods=json.dumps(FOUR))
-    assert result.returncode == 0 and "Continuing after step 4" in result.stderr
+    assert result.returncode == 0 and "The run is finished: it has done 4 steps" in result.stderr
     assert [line for line in result.stderr.splitlines() if line in CANDIDATES] == ["adapter"]
     assert outcomes(tmp_path)["adapter"]["val_loss"] == before["adapter"]["val_loss"]
 

@@ -83,7 +83,7 @@ def main(
 
     # the plan, each way to need less, and generating
     plans = [("as it is set", plan(setup))]
-    print("Planned once. Other switches and batches follow, each takes as long ...", file=sys.stderr)
+    print(f"As it is set: {plans[0][1]}. Other switches and batches follow, each takes as long ...", file=sys.stderr)
     for switch, smaller in switches(setup).items():
         plans.append((f"with `{switch}`", plan(smaller)))
     plans.append(("generating 256 tokens", plan_generation(setup)))

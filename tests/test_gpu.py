@@ -686,6 +686,7 @@ def one_step(fabric: Any, folder: Path, dtype: torch.dtype, kind: Quantize | Non
 
 TIMEOUT = 400 if IS_REHEARSAL else 150  # seconds; compiling takes longer than all the rest
 COMMON = "--n_answers 1 --train.learning_rate 0.02 --train.warmup_steps 1 --train.global_batch_size 4 --train.epochs 2"
+CLASSIFIERS = ("last_k", "lora", "qlora")
 RUNS = {  # the name of a run -> its script, and flags besides those in COMMON
     "LoRA bf16-true": "finetune/lora.py --precision bf16-true",
     "QLoRA nf4": "finetune/lora.py --precision bf16-true --quantize bnb.nf4",
@@ -693,26 +694,40 @@ RUNS = {  # the name of a run -> its script, and flags besides those in COMMON
     "full bf16-mixed": "finetune/full.py --precision bf16-mixed",
     "LoRA, blocks computed again": "finetune/lora.py --activation_checkpointing block",
     "adapter v2": "finetune/adapter_v2.py --adapter.start_layer 1",
+    "LoRA, experts": "finetune/lora.py --precision bf16-true",
+    "LoRA, paged optimizer": "finetune/lora.py --optimizer bitsandbytes.optim.PagedAdamW8bit",
     "LoRA compiled": "finetune/lora.py --precision bf16-true --compile true --n_answers 0",
 }
 
 
 class Runs:
-    """The scripts of RUNS, each in a process, side by side; and their folders."""
+    """The scripts of RUNS, each in a process, side by side; their folders, and what is done with their weights."""
 
-    def __init__(self, tiny_dir: Path, data_dir: Path, out_dir: Path) -> None:
+    def __init__(self, tiny_dir: Path, experts_dir: Path, data_dir: Path, out_dir: Path) -> None:
         self.tiny_dir = tiny_dir
+        self.experts_dir = experts_dir
         self.data_dir = data_dir
         self.out_dir = out_dir
         self.pool = ThreadPoolExecutor(os.cpu_count())
         self.env = environment()
         self.futures: dict[str, Future[str]] = {name: self.pool.submit(self.train, name) for name in RUNS}
+        for method in CLASSIFIERS:
+            self.futures[f"classifier, {method}"] = self.pool.submit(self.train_classifier, method)
         self.futures["answer"] = self.pool.submit(self.answer)
+        self.futures["chat"] = self.pool.submit(self.chat)
 
     def train(self, name: str) -> str:
-        folders = ["--checkpoint_dir", self.tiny_dir, "--data_dir", self.data_dir, "--out_dir", self.out_dir / name]
+        checkpoint_dir = self.experts_dir if "experts" in name else self.tiny_dir
+        folders = ["--checkpoint_dir", checkpoint_dir, "--data_dir", self.data_dir, "--out_dir", self.out_dir / name]
         script, *flags = RUNS[name].split()
         return self.python([script, *COMMON.split(), *flags, *folders])
+
+    def train_classifier(self, method: str) -> str:
+        """What generate/classify.py makes of two texts with a classifier, after it has been trained."""
+        out_dir = self.out_dir / f"classifier, {method}"
+        folders = ["--checkpoint_dir", self.tiny_dir, "--out_dir", out_dir, "--data_path", write_texts(out_dir)]
+        self.python(["finetune/classifier.py", "--method", method, "--train.epochs", "2", *folders])
+        return self.python(["generate/classify.py", "--finetuned", out_dir], stdin="up up up up\ndown down down\n")
 
     def answer(self) -> str:
         """What generate/base.py says with the weights of a run, when that is over."""
@@ -720,12 +735,33 @@ class Runs:
         prompt = ["--prompt", "What does str.upper do?", "--max_new_tokens", "30"]
         return self.python(["generate/base.py", "--finetuned", self.out_dir / "LoRA bf16-true", *prompt])
 
-    def python(self, command: list[Any]) -> str:
+    def chat(self) -> str:
+        """What generate/chat.py says to two questions."""
+        self.futures["QLoRA nf4"].result()
+        command = ["generate/chat.py", "--finetuned", self.out_dir / "QLoRA nf4", "--max_new_tokens", "30"]
+        return self.python(command, stdin="What does str.upper do?\nAnd str.lower?\n")
+
+    def python(self, command: list[Any], stdin: str = "") -> str:
         """Runs a script, and returns what it prints on stdout and stderr."""
         argv = [sys.executable, *map(str, command)]
-        result = subprocess.run(argv, cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=TIMEOUT)
+        result = subprocess.run(
+            argv, cwd=ROOT, env=self.env, input=stdin, capture_output=True, text=True, timeout=TIMEOUT
+        )
         assert result.returncode == 0, result.stderr[-3000:]
         return result.stdout + result.stderr
+
+
+def write_texts(folder: Path) -> Path:
+    """60 texts of up or down, with that as their label."""
+    folder = folder.with_name(f"{folder.name} texts")
+    folder.mkdir()
+    lines = ["text,label"]
+    for i in range(60):
+        word = ("up", "down")[i % 2]
+        lines.append(f"{' '.join([word] * (3 + i // 2))},{word}")
+    path = folder / "texts.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
 
 
 def environment() -> dict[str, str]:
@@ -753,8 +789,22 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path, data_dir: Path) -> Iterator[Runs]:
-    runs = Runs(tiny_dir, data_dir, tmp_path_factory.mktemp("runs"))
+def experts_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Mixtral with the same tokenizer."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    folder = tmp_path_factory.mktemp("experts") / "checkpoint"
+    sizes = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
+    experts = dict(num_local_experts=4, num_experts_per_tok=2, num_hidden_layers=2, max_position_embeddings=512)
+    torch.manual_seed(0)
+    config = MixtralConfig(vocab_size=300, bos_token_id=0, eos_token_id=1, **sizes, **experts)
+    MixtralForCausalLM(config).save_pretrained(folder)
+    return write(folder, tokenizer_json=byte_level(), tokenizer_config_json=SPECIAL)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path, experts_dir: Path, data_dir: Path) -> Iterator[Runs]:
+    runs = Runs(tiny_dir, experts_dir, data_dir, tmp_path_factory.mktemp("runs"))
     yield runs
     runs.pool.shutdown(cancel_futures=True)
 
@@ -785,6 +835,21 @@ def test_a_run_is_used(runs: Runs) -> None:
     *_, last_line = runs.futures["answer"].result().strip().splitlines()
     say(f"generate: {last_line}")
     assert "tokens/s" in last_line
+
+
+def test_a_chat(runs: Runs) -> None:
+    """generate/chat.py --finetuned, with quantized weights and two questions."""
+    said = runs.futures["chat"].result()
+    say(f"chat: {len(said)} characters in answer to two questions")
+    assert said.strip()
+
+
+@pytest.mark.parametrize("method", CLASSIFIERS)
+def test_a_classifier(method: str, runs: Runs) -> None:
+    """finetune/classifier.py, then generate/classify.py."""
+    said = runs.futures[f"classifier, {method}"].result()
+    say(f"classifier, {method}: {said.strip().splitlines()[-1]}")
+    assert "up" in said and "down" in said
 
 
 class Stopped(Exception):

@@ -682,6 +682,9 @@ def profiles(bench: Bench) -> None:
     """10: where the time of a micro-batch goes."""
     bench.attempt("8B ours, profile", profile, "8B")
     bench.attempt("1B ours, profile", profile, "1B")
+    with variant("rms", "chunk", "gate", "rope"):
+        bench.attempt("8B ours rms+chunk+gate+rope, profile", profile, "8B")
+        bench.attempt("1B ours rms+chunk+gate+rope, profile", profile, "1B")
 
 
 def profile(bench: Bench, what: str, model: str) -> None:
@@ -718,7 +721,8 @@ def profile(bench: Bench, what: str, model: str) -> None:
         name = row.key.replace("at::native::", "").removeprefix("void ")
         lines.append(f"{microseconds / 1000:9.2f} ms {microseconds / busy / 1e6:6.1%} {row.count:6} x  {name[:140]}")
     text = "\n".join(lines)
-    (bench.out_dir / f"profile_{model}.txt").write_text(text + "\n")
+    name = what.replace(",", "").replace(" ", "-")
+    (bench.out_dir / f"{name}.txt").write_text(text + "\n")
     print(text, flush=True)
     bench.table += [line[:110] for line in lines[1:8]]
 
@@ -880,7 +884,7 @@ SECTIONS: dict[int, tuple[Callable[[Bench], None], float]] = {
     7: (one_b, 45),
     8: (eight_b, 75),
     14: (variants, 95),
-    10: (profiles, 10),
+    10: (profiles, 25),
     6: (cudnn, 15),
     9: (quantized, 50),
     11: (decoding, 90),

@@ -601,7 +601,8 @@ def test_a_step_of_one_process_in_a_group(
     folder = make_model(tmp_path / "model", "Llama")
     alone = launch(1, "32-true")
     in_group = group_of_one(strategy)
-    tolerances = {torch.float64: 1e-10, torch.bfloat16: 1e-2}
+    # in float64 they are the same; in bfloat16 a card adds in any order, and 1.2e-2 has been seen
+    tolerances = {torch.float64: 1e-10, torch.bfloat16: 3e-2}
     errors = {}
     for dtype in tolerances:
         expected = one_step(alone, folder, dtype, kind)

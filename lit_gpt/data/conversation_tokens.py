@@ -20,6 +20,7 @@ Some tokenizers cannot encode the rest of a text: sentencepiece puts a space bef
 break, which is taken away; if the tokens say another text even so, it stays as it was, and is counted.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -89,18 +90,23 @@ class ConversationEncoder:
         Only the end of the prompt is encoded for this, from its last line or special token on. No token reaches over
         the beginning of a line, and if the tokens from there on are the same, so are those before it.
         """
-        last_line = max(start, text.rfind("\n", start, start + len(text[start:begin].rstrip())) + 1)
-        n_prompt = first_token_at(encoded, begin, after=0, trimmed=True)
-        if lies_across(encoded, n_prompt, begin):
+        offsets = encoded.offsets
+        n_prompt = bisect_left(offsets, (begin,))
+        # a token reaches over the beginning; or, if the offsets leave spaces out, it may
+        if offsets[n_prompt - 1][1] != begin:
             return False
+        end_of_words = begin
+        while text[end_of_words - 1].isspace() and end_of_words > start:
+            end_of_words -= 1
+        last_line = max(start, text.rfind("\n", start, end_of_words) + 1)
         first = n_prompt
-        while first > 0 and encoded.offsets[first - 1][0] >= last_line:
+        while first > 0 and offsets[first - 1][0] >= last_line:
             first -= 1
             if encoded.ids[first] in self.tokenizer.special_ids:
                 break
         if first == n_prompt:
             return False
-        end = text[encoded.offsets[first][0] : begin]
+        end = text[offsets[first][0] : begin]
         ids = self.end_ids.get(end)
         if ids is None:
             ids = self.tokenizer.encode_batch([end], False)[0].ids

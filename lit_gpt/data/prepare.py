@@ -269,7 +269,7 @@ def render_records(
     records: Records, style: str, tokenizer: Tokenizer, args: DataArgs, counts: Counter[str]
 ) -> Iterator[RecordText]:
     """Records as texts. Those from which nothing is to be learned are counted and left out."""
-    stop_tokens = [tokenizer.id_to_token(stop) for stop in tokenizer.stop_ids]
+    stop_tokens = tokenizer.stop_tokens
     for number, record in enumerate(check_named_keys(records, args), 1):
         record = in_our_form(record, number, args)
         remove_final_stop_tokens(record, stop_tokens)

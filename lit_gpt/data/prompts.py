@@ -343,11 +343,9 @@ def render_template(source: str, messages: Messages, tools: Any, tokenizer: Toke
         messages = with_texts
         whole = Rendering(fill, messages, asks)
 
-    stop_tokens = [tokenizer.id_to_token(stop_id) for stop_id in tokenizer.stop_ids]
-    answers = find_answers(whole, are_answers(messages), stop_tokens)
-    trained = [
-        answer for answer, is_trained in zip(answers.found, are_trained(messages)) if answer is not None and is_trained
-    ]
+    answers = find_answers(whole, are_answers(messages), tokenizer.stop_tokens)
+    is_trained = are_trained(messages)
+    trained = [answer for i, answer in enumerate(answers.found) if answer is not None and is_trained[i]]
 
     # what is to be counted
     remarks = answers.remarks

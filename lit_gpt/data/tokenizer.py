@@ -78,6 +78,11 @@ class Tokenizer:
         return self.named_stop_ids if turn_end is None else self.named_stop_ids | {specials[turn_end]}
 
     @cached_property
+    def stop_tokens(self) -> list[str]:
+        """How the stop tokens are spelled."""
+        return [self.id_to_token(stop_id) for stop_id in sorted(self.stop_ids)]
+
+    @cached_property
     def special_ids(self) -> frozenset[int]:
         """The tokens that no other token reaches over in a text."""
         return frozenset(self.library.special_tokens().values())

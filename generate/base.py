@@ -11,6 +11,7 @@ import time
 
 from lit_gpt import InputError
 from lit_gpt.cli import Flags, run
+from lit_gpt.data.conversation_tokens import encode_question
 from lit_gpt.data.prompts import render, resolve_style
 from lit_gpt.device import default_device, peak_memory_gb
 from lit_gpt.generate.decode import collected, is_cut, stream
@@ -56,7 +57,7 @@ def main(
     # the prompt, as it was written in training
     style = resolve_style(prompt_style, tokenizer, trained_style)
     rendered = render(style, {"instruction": prompt, "input": input}, tokenizer)
-    idx = tokenizer.encode(rendered.text, device, rendered.bos)
+    idx = encode_question(rendered, tokenizer, device)
     generator = seeded_generator(args.seed, device)
 
     # the answers; all draw from one generator, so that they differ

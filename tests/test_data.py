@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_gpt import Config, InputError, Tokenizer
+from lit_gpt.data.conversation_tokens import SPLIT
 from lit_gpt.data.dataset import ANSWER, NEITHER, OTHER, TRAIN, VAL, Dataset, micro_batches
 from lit_gpt.data.find_problems import find_problems
 from lit_gpt.data.prepare import DataArgs, prepare
@@ -38,11 +39,6 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(checkpoint: Path) -> Tokenizer:
     return Tokenizer(checkpoint)
-
-
-def n_bytes(ids: list[int], tokenizer: Tokenizer) -> int:
-    """How much of the text these tokens are. In this vocabulary a token's letters stand for bytes."""
-    return sum(len(tokenizer.id_to_token(i)) for i in ids)
 
 
 CHARACTERS = st.characters(exclude_categories=["Cs"])
@@ -85,9 +81,13 @@ def test_tokens_are_the_text_and_trained_is_the_answer(
         # what a template says after its stop token is left out; where there is none, one is added
         bare = rendered.text.rstrip("\n")
         text = bare if bare.endswith("</s>") else rendered.text + "</s>"
-        full = tokenizer.encode(text, bos=False if style == "chat" else None).tolist()
-        prompt = len(rendered.text[: rendered.answer_spans[0][0]].encode()) + len("<s>") * (style != "chat")
-        n_prompt = next(n for n in range(len(full)) if n_bytes(full[:n], tokenizer) >= prompt)
+        # the prompt's tokens are those that generation asks with
+        bos = False if style == "chat" else None
+        begin = rendered.answer_spans[0][0]
+        asked_with = tokenizer.encode(text[:begin], bos=bos).tolist()
+        full = [*asked_with, *tokenizer.encode(text[begin:], bos=False).tolist()]
+        is_split = full != tokenizer.encode(text, bos=bos).tolist()
+        n_prompt = len(asked_with)
         excess = len(full) - min(limit or BLOCK_SIZE, BLOCK_SIZE)
         head = int(full[0] == tokenizer.bos_id)
         if excess > 0:
@@ -96,6 +96,7 @@ def test_tokens_are_the_text_and_trained_is_the_answer(
             if not possible:
                 continue
             n_prompt, full = n_prompt - excess, full[:head] + full[head + excess :]
+        counts.update([SPLIT] * is_split)
         expected.append((full, [0 if mask_prompt else OTHER] * n_prompt + [ANSWER] * (len(full) - n_prompt)))
 
     shutil.rmtree(tmp_path / "data", ignore_errors=True)
@@ -158,8 +159,8 @@ def test_an_error_of_a_template_names_the_record(checkpoint, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("trim_offsets", [False, True])
-def test_a_token_across_the_boundary_is_not_trained(sample_dir: Path, tmp_path: Path, trim_offsets: bool) -> None:
-    """Not even if it holds the whole answer, or the tokenizer hides its space; and nothing is lost."""
+def test_a_token_across_the_boundary_is_split(sample_dir: Path, tmp_path: Path, trim_offsets: bool) -> None:
+    """Also if it holds the whole answer, or the tokenizer hides its space; the prompt is what generation asks with."""
     files = {name: json.loads((sample_dir / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json")}
     if trim_offsets:
         post = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -169,11 +170,17 @@ def test_a_token_across_the_boundary_is_not_trained(sample_dir: Path, tmp_path: 
     ends = [("Hello worl", "d"), ("Hello worl", "d and moon"), ("Hello ", "world"), ("Hello", " world")]
     records = [{"instruction": instruction, "output": output} for instruction, output in ends]
     train, _ = prepared(records, folder, tmp_path / "data", prompt_style="none", val_fraction=0.0)
-    tokenizer, hello = Tokenizer(folder), ["Hello", " world", "<|im_end|>"]
+    tokenizer = Tokenizer(folder)
     spelled = [[tokenizer.decode_with_special([i]) for i in ids] for ids, _ in stored(train)]
-    assert train.meta["left_out"] == {}
-    assert spelled == [hello, ["Hello", " world", " and", " moon", "<|im_end|>"], hello, hello]
-    assert [marks for _, marks in stored(train)] == [[0, 0, 1], [0, 0, 1, 1, 1], [0, 0, 1], [0, 1, 1]]
+    assert train.meta["left_out"] == {SPLIT: 3}
+    assert spelled == [
+        ["Hello", " wor", "l", "d", "<|im_end|>"],
+        ["Hello", " wor", "l", "d", " and", " moon", "<|im_end|>"],
+        ["Hello", " ", "world", "<|im_end|>"],
+        ["Hello", " world", "<|im_end|>"],
+    ]
+    for (prompt, _), (ids, marks) in zip(ends, stored(train), strict=True):
+        assert ids[: marks.index(1)] == tokenizer.encode(prompt).tolist()
 
 
 def test_a_cut_prompt_keeps_bos_and_at_least_a_token(checkpoint, tokenizer, tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ import pytest
 from helpers.tiny_tokenizers import byte_level, write
 
 from lit_gpt import InputError, Tokenizer
+from lit_gpt.data.conversation_tokens import SPLIT, ConversationEncoder
 from lit_gpt.data.loss_mask import mark_trained
 from lit_gpt.data.prompts import (
     ALPACA_TEMPLATE,
+    ASKED_OTHERWISE,
     as_chat_template,
     render,
     render_template,
@@ -106,8 +108,12 @@ def test_chat_is_what_transformers_makes_of_it(load, name: str, conversation: st
     options = dict(add_generation_prompt=asked, return_dict=False)
     assert rendered.text == reference.apply_chat_template(messages, tokenize=False, **options)
     ids = reference.apply_chat_template(messages, tokenize=True, **options)
-    encoded = tokenizer.encode_batch([rendered.text], rendered.bos)[0]
-    assert encoded.ids == tokenizer.encode(rendered.text, bos=rendered.bos).tolist() == ids
+    encoded, remarks = ConversationEncoder(tokenizer).encode_batch([rendered])[0]
+    whole = tokenizer.encode_batch([rendered.text], rendered.bos)[0].ids
+    assert whole == tokenizer.encode(rendered.text, bos=rendered.bos).tolist() == ids
+    # to the sample, a line break and the spaces after it are one token: it would begin before the answer does
+    is_split = name == "sample" and conversation in ("code answered with code", "turns answered")
+    assert (encoded.ids != ids) == is_split and list(remarks) == [SPLIT] * is_split
 
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     assert len(rendered.answer_spans) == len(answers)
@@ -118,11 +124,8 @@ def test_chat_is_what_transformers_makes_of_it(load, name: str, conversation: st
     assert tokenizer.decode_with_special(ids) == rendered.text.removesuffix(case.after)
     runs = itertools.groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1])
     spoken = [tokenizer.decode_with_special([token for token, _ in run]) for on, run in runs if on]
-    for said, answer, (start, _) in zip(spoken, answers, rendered.answer_spans, strict=True):
-        wanted = case.answer.replace("...", answer.strip() if case.trims else answer)
-        # to the sample, a line break and the spaces after it are one token: it begins before the answer does
-        across = max((end - start for begin, end in encoded.offsets if begin < start < end), default=0)
-        assert said == wanted[across:]
+    for said, answer in zip(spoken, answers, strict=True):
+        assert said == case.answer.replace("...", answer.strip() if case.trims else answer)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -202,11 +205,12 @@ def test_special_tokens_reach_the_template(load) -> None:
     assert text == reference.apply_chat_template([USER], tokenize=False)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(load) -> None:
+def test_a_template_that_asks_otherwise_is_counted(load) -> None:
     source = "{{ messages | length }}{% for message in messages %}{{ message.content }}{% endfor %}"
     tokenizer, _ = load("counting", source)
-    with pytest.raises(InputError, match="--prompt_style alpaca"):
-        render("chat", {"messages": [USER, ANSWER]}, tokenizer)
+    rendered = render("chat", {"messages": [USER, ANSWER]}, tokenizer)
+    assert rendered.text == "2What is 2 + 2?4." and rendered.text[slice(*rendered.answer_spans[0])] == "4."
+    assert rendered.remarks == [ASKED_OTHERWISE]
 
 
 def test_alpaca_to_the_letter(load) -> None:
@@ -222,17 +226,17 @@ def test_alpaca_to_the_letter(load) -> None:
         "### Instruction:\nAdd.\n\n### Input:\n2 and 2\n\n### Response:\n"
     )
     for record in ({"instruction": "Add 2 and 2."}, {"instruction": "Add 2 and 2.", "input": ""}):
-        assert alpaca(record, tokenizer) == (bare, [], None)
-        assert alpaca(record | {"output": "4"}, tokenizer) == (bare + "4", [(len(bare), len(bare) + 1)], None)
+        assert alpaca(record, tokenizer)[:3] == (bare, [], None)
+        assert alpaca(record | {"output": "4"}, tokenizer)[:3] == (bare + "4", [(len(bare), len(bare) + 1)], None)
     record = {"instruction": "Add.", "input": "2 and 2"}
     assert alpaca(record, tokenizer).text == whole
-    assert alpaca(record | {"output": "4\n"}, tokenizer) == (whole + "4\n", [(len(whole), len(whole) + 2)], None)
+    assert alpaca(record | {"output": "4\n"}, tokenizer)[:3] == (whole + "4\n", [(len(whole), len(whole) + 2)], None)
 
 
 def test_the_bare_style_and_auto(load, tmp_path: Path) -> None:
     tokenizer, _ = load("chatml")
     record = {"instruction": "Once ", "input": "upon", "output": " a time"}
-    assert render("none", record, tokenizer) == ("Once upon a time", [(9, 16)], None)
+    assert render("none", record, tokenizer)[:3] == ("Once upon a time", [(9, 16)], None)
     without = write(tmp_path, tokenizer_json=byte_level(), tokenizer_config_json={"eos_token": "</s>"})
     assert resolve_style("auto", tokenizer) == "chat" and resolve_style("auto", Tokenizer(without)) == "alpaca"
     assert (

@@ -111,7 +111,7 @@ class Dataset:
                 f"The longest record has {self.meta['longest']} tokens, but the model reads {config.block_size}."
                 " Prepare the data again with this --checkpoint_dir."
             )
-        if self.meta["prompt_style"] == "chat" and tokenizer.chat_template is None:
+        if self.meta["prompt_style"] == "chat" and not tokenizer.chat_templates:
             raise InputError(
                 "The data were prepared with a chat template, and this checkpoint has none. Prepare them again with it."
             )

@@ -14,6 +14,7 @@ from lit_gpt.errors import InputError
 
 OTHER_SPLIT = "of another split"
 STOPPED = "stop token inside an answer"
+UNPRINTED = "without an answer that the template prints"
 UNWRITTEN = "stored without characters the tokenizer cannot write"
 VISIBLE = re.compile(r"[\S\x1c-\x1f]")  # to Python, these four are spaces; to tokenizers they are not
 DAMAGED = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to that are no character

@@ -10,7 +10,7 @@ say which tokens these are:
 """
 
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from lit_gpt.data.dataset import ANSWER, OTHER
@@ -38,12 +38,12 @@ def mark_trained(rendered: Rendered, encoded: Encoded, tokenizer: Tokenizer) -> 
     for first_character, last_character in rendered.answer_spans:
         begin = first_token_at(encoded, first_character, after=end, trimmed=True)
         end = first_token_at(encoded, last_character, after=begin, trimmed=False)
-        end = end_with_stop_token(ids, begin, end, tokenizer.stop_ids)
+        end = end_with_stop_token(ids, begin, end, tokenizer)
         marks[begin:end] = bytes([ANSWER]) * (end - begin)
 
     ids = ids[:end]
     marks = marks[:end]
-    if not ids or ids[-1] not in tokenizer.stop_ids:
+    if not ids or ids[-1] not in tokenizer.named_stop_ids:
         ids.append(tokenizer.eos_id)
         marks.append(ANSWER)
     return Marked(ids, marks)
@@ -68,8 +68,15 @@ def first_token_at(encoded: Encoded, character: int, after: int, trimmed: bool) 
     return bisect_left(range(len(encoded.ids)), character, lo=after, key=start_of)
 
 
-def end_with_stop_token(ids: Sequence[int], begin: int, end: int, stop_ids: Collection[int]) -> int:
-    """The end of the answer ids[begin:end]: after its first stop token, if it has one."""
+def end_with_stop_token(ids: Sequence[int], begin: int, end: int, tokenizer: Tokenizer) -> int:
+    """The end of the answer ids[begin:end]: after its first stop token, if it has one.
+
+    One that the checkpoint names comes before the one with which its template ends a turn: behind the last answer Phi-3
+    writes <|end|> and <|endoftext|>, and other programs may know the second alone.
+    """
     answer = ids[begin:end]
-    lengths = [answer.index(stop) + 1 for stop in stop_ids if stop in answer]
-    return begin + min(lengths) if lengths else end
+    for stop_ids in (tokenizer.named_stop_ids, tokenizer.stop_ids):
+        lengths = [answer.index(stop) + 1 for stop in stop_ids if stop in answer]
+        if lengths:
+            return begin + min(lengths)
+    return end

@@ -2,7 +2,7 @@
 
     records         mappings in one of the forms that records.py reads
       -> texts      by a prompt style                                            prompts.py
-      -> tokens     with marks that say what is trained                          loss_mask.py
+      -> tokens     as generation asks, with marks that say what is trained      conversation_tokens.py, loss_mask.py
       -> pieces     of at most max_seq_length tokens                             too_long.py
       -> files      and a split into training and validation records             writer.py, split.py
 
@@ -21,8 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lit_gpt.config import SAMPLE, Config, read_json
+from lit_gpt.data.conversation_tokens import ConversationEncoder
 from lit_gpt.data.dataset import FILES, TRAIN, VAL, Dataset
 from lit_gpt.data.leave_out import (
+    UNPRINTED,
     UNWRITTEN,
     check_named_keys,
     loses_characters,
@@ -267,7 +269,7 @@ def render_records(
     records: Records, style: str, tokenizer: Tokenizer, args: DataArgs, counts: Counter[str]
 ) -> Iterator[RecordText]:
     """Records as texts. Those from which nothing is to be learned are counted and left out."""
-    stop_tokens = [tokenizer.id_to_token(stop) for stop in tokenizer.stop_ids]
+    stop_tokens = tokenizer.stop_tokens
     for number, record in enumerate(check_named_keys(records, args), 1):
         record = in_our_form(record, number, args)
         remove_final_stop_tokens(record, stop_tokens)
@@ -281,6 +283,9 @@ def render_records(
             rendered = render(style, record, tokenizer)
         except InputError as error:
             raise InputError(f"Record {number}: {error}") from None
+        if not rendered.answer_spans:
+            counts[UNPRINTED] += 1
+            continue
 
         # the key by which it is split
         is_text = "text" in record
@@ -299,11 +304,13 @@ def tokenize(
     texts: Iterable[RecordText], tokenizer: Tokenizer, limit: int, args: DataArgs, counts: Counter[str]
 ) -> Iterator[tuple[RecordText, list[Marked]]]:
     """Each text, and its tokens and marks: an empty list if it is dropped, several pieces of a long text."""
+    encoder = ConversationEncoder(tokenizer)
     for chunk in chunks(texts):
-        strings = [text.rendered.text for text in chunk]
-        encoded = tokenizer.encode_batch(strings, [text.rendered.bos for text in chunk])
-        for text, tokens in zip(chunk, encoded, strict=True):
+        encodings = encoder.encode_batch([text.rendered for text in chunk])
+        for text, (tokens, remarks) in zip(chunk, encodings, strict=True):
             pieces = pieces_of(text, tokens, tokenizer, limit, args, counts)
+            if pieces:
+                counts.update([*text.rendered.remarks, *remarks])
             if pieces and loses_characters(text.rendered.text, tokens, tokenizer):
                 counts[UNWRITTEN] += 1
             yield text, pieces

@@ -7,8 +7,8 @@ A record is one of
     {"text": ...}                                           no prompt: all of it is trained
 
 A style renders it to the whole text and says which characters are the model's. If the model has not answered yet, the
-text ends at the place where its answer would begin. A model is given this text to continue, so training and generation
-cannot differ.
+text ends at the place where its answer would begin. A model is given this text to continue. Where a template asks
+otherwise than it shows what was answered, or leaves something out, the text says so: see `Rendered.remarks`.
 
 Styles are alpaca, none (the bare texts), chat (the checkpoint's own template), the files in lit_gpt/data/styles/, and
 template files of your own. A style is stored, with the data and with the weights trained on them, as its name or as the
@@ -16,21 +16,20 @@ template's source: this is all it takes to render again.
 """
 
 import difflib
-import functools
 import json
+import shutil
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lit_gpt.data.answer_spans import Rendering, find_answers, unprinted
+from lit_gpt.data.chat_template import Messages, choose_template, fill_template, name_reasoning
 from lit_gpt.data.records import are_trained, question_message
 from lit_gpt.data.tokenizer import Tokenizer, read_if_there
 from lit_gpt.errors import InputError
 
 STYLES = Path(__file__).parent / "styles"
-Messages = Sequence[Mapping[str, Any]]
-PLACEHOLDER = "\ue000"  # a character for private use, which is in no text
+ASKED_OTHERWISE = "asked otherwise by the template than it shows what is answered"
 
 
 class Rendered(NamedTuple):
@@ -41,6 +40,12 @@ class Rendered(NamedTuple):
     """(begin, end) in characters of each answer that is to be learned. In the tokens each ends with its stop token."""
     bos: bool | None = None
     """Whether a BOS token is put before the text. None lets the tokenizer decide."""
+    answer_begins: Sequence[int] = ()
+    """Where each answer begins, be it learned or not, but for what is said before a question. No token lies across, see
+    conversation_tokens.py."""
+    remarks: Sequence[str] = ()
+    """What the template does otherwise than one would think, in words by which records are counted: what it does not
+    print, and whether a model is asked otherwise than it was trained."""
 
 
 def render(style: str, record: Mapping[str, Any], tokenizer: Tokenizer) -> Rendered:
@@ -58,26 +63,20 @@ def render(style: str, record: Mapping[str, Any], tokenizer: Tokenizer) -> Rende
     messages = messages_of(record)
     tools = record.get("tools")
     if style == "alpaca":
-        rendered = join_pieces(alpaca_pieces(messages), tokenizer)
-    elif style == "none":
-        rendered = join_pieces(bare_pieces(messages), tokenizer)
-    elif style != "chat":
-        rendered = render_template(template_source(style), messages, tools, tokenizer)
-    elif tokenizer.chat_template is None:
-        raise InputError("This checkpoint has no chat template. Use --prompt_style alpaca.")
-    else:
-        rendered = render_template(tokenizer.chat_template, messages, tools, tokenizer)
-        rendered = rendered._replace(bos=False)  # the template spells BOS, or wants none
-    return rendered._replace(answer_spans=trained_spans(rendered.answer_spans, messages))
+        return join_pieces(alpaca_pieces(messages), messages, tokenizer)
+    if style == "none":
+        return join_pieces(bare_pieces(messages), messages, tokenizer)
+    if style != "chat":
+        return render_template(template_source(style), messages, tools, tokenizer)
+    template = choose_template(tokenizer.chat_templates, tools)
+    rendered = render_template(template, messages, tools, tokenizer)
+    return rendered._replace(bos=False)  # the template spells BOS, or wants none
 
 
-def trained_spans(answer_spans: list[tuple[int, int]], messages: Messages) -> list[tuple[int, int]]:
-    """The spans of those answers that are to be learned."""
-    # spans are of the assistant's messages alone
-    trained = [
-        is_to_learn for message, is_to_learn in zip(messages, are_trained(messages)) if message["role"] == "assistant"
-    ]
-    return [span for span, is_to_learn in zip(answer_spans, trained, strict=True) if is_to_learn]
+def are_answers(messages: Messages) -> list[bool]:
+    """For each message whether it is an answer, be it learned or not. What is said before a question is none."""
+    # these would all be learned: nothing in them says that they are not
+    return are_trained([{"role": message["role"], "content": message["content"]} for message in messages])
 
 
 def messages_of(record: Mapping[str, Any]) -> Messages:
@@ -103,7 +102,7 @@ def resolve_style(name: str, tokenizer: Tokenizer, trained: str | None = None) -
         InputError: no style, and no file, of this name.
     """
     if name == "auto":
-        default = "chat" if tokenizer.chat_template else "alpaca"
+        default = "chat" if tokenizer.chat_templates else "alpaca"
         return trained or default
     if name in style_names() or is_source(name):
         return name
@@ -189,18 +188,31 @@ def bare_pieces(messages: Messages) -> Pieces:
     return pieces
 
 
-def join_pieces(pieces: Pieces, tokenizer: Tokenizer) -> Rendered:
+def join_pieces(pieces: Pieces, messages: Messages, tokenizer: Tokenizer) -> Rendered:
     """One text. Every answer ends with a stop token but the last piece, which gets it when it is encoded."""
     stop_token = tokenizer.id_to_token(tokenizer.eos_id)
     text = ""
-    spans = []
+    all_spans = []
     for i, (piece, is_answer) in enumerate(pieces, 1):
         start = len(text)
         text += piece
         if is_answer:
             text += stop_token if i < len(pieces) else ""
-            spans.append((start, len(text)))
-    return Rendered(text, spans)
+            all_spans.append((start, len(text)))
+
+    # pieces know no roles: each span is the next message of the assistant
+    of_assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    is_answer = are_answers(messages)
+    is_trained = are_trained(messages)
+    spans = [span for i, span in zip(of_assistant, all_spans, strict=True) if is_trained[i]]
+    begins = [begin for i, (begin, _) in zip(of_assistant, all_spans, strict=True) if is_answer[i]]
+    return Rendered(text, spans, answer_begins=begins, remarks=unspoken(messages))
+
+
+def unspoken(messages: Messages) -> list[str]:
+    """What a style of bare texts has no words for."""
+    keys = {key for message in messages for key in ("tool_calls", "reasoning_content") if message.get(key)}
+    return [unprinted(key) for key in sorted(keys)]
 
 
 # ---- a style as the chat template of a checkpoint
@@ -271,6 +283,9 @@ def write_style(style: str, folder: Path) -> str:
     settings = read_if_there(settings_file)
     if settings.pop("chat_template", None) is not None:  # where transformers 4 had it
         settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # and those of the base for tools, or of a processor: they would be taken in its place
+    shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
+    (folder / "chat_template.json").unlink(missing_ok=True)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     return f"It was trained in the style {style_label(style)}, which is its chat template now."
 
@@ -298,7 +313,7 @@ def as_chat_template(style: str, tokenizer: Tokenizer) -> str | None:
 
 
 def render_template(source: str, messages: Messages, tools: Any, tokenizer: Tokenizer) -> Rendered:
-    """A conversation rendered by a jinja template, as transformers renders it.
+    """A conversation rendered by a jinja template, as transformers renders it, and where its answers are.
 
     An answer begins where a prompt without it would end, so that training and generation agree:
 
@@ -307,116 +322,71 @@ def render_template(source: str, messages: Messages, tools: Any, tokenizer: Toke
                                                      |      |       the span of the answer
 
     Some templates show an earlier answer otherwise than the last one, as without its thoughts. Such an answer is
-    trained as it is shown, from its first character to its stop token.
+    trained as it is shown, from its first character to its stop token. answer_spans.py says how it is found.
+
+    Raises:
+        InputError: the template refuses the conversation, or an answer cannot be found.
     """
-    fill = partial(fill_template, source, tools=tools, tokenizer=tokenizer)
-    last = len(messages) - 1
-    is_question = messages[last]["role"] != "assistant"
-    text = fill(messages, is_question)
 
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = fill(messages[:i], True)
-        answered = text if i == last else fill(messages[: i + 1], False)
-        # the answer is what it adds to its prompt
-        if text.startswith(answered) and answered.startswith(prompt):
-            spans.append((len(prompt), len(answered)))
-        elif i == last:
-            raise InputError(
-                "This chat template changes the question when its answer is added, so that a model would be asked"
-                " otherwise than it was trained. Use --prompt_style alpaca."
-            )
-        else:
-            # later messages have changed how this one is shown: find it by what stands around it
-            placeholder = {**message, "content": PLACEHOLDER}
-            marked = fill([*messages[:i], placeholder, *messages[i + 1 :]], is_question)
-            spans.append(span_of_placeholder(marked, text, i, tokenizer))
-    return Rendered(text, spans)
+    def fill(messages: Messages, asks: bool) -> str:
+        return fill_template(source, messages, asks, tools, tokenizer.special_tokens)
+
+    messages = [name_reasoning(message) for message in messages]
+    asks = messages[-1]["role"] != "assistant"
+    try:
+        whole = Rendering(fill, messages, asks)
+    except InputError:
+        # a template that joins the arguments of a tool call to a text, as DeepSeek's does, needs them as one
+        with_texts = [with_arguments_as_text(message) for message in messages]
+        if with_texts == messages:
+            raise
+        messages = with_texts
+        whole = Rendering(fill, messages, asks)
+
+    answers = find_answers(whole, are_answers(messages), tokenizer.stop_tokens)
+    is_trained = are_trained(messages)
+    trained = [answer for i, answer in enumerate(answers.found) if answer is not None and is_trained[i]]
+
+    # what is to be counted
+    remarks = answers.remarks
+    if tools and not prints_tools(source, whole, tokenizer):
+        remarks.append(unprinted("tools"))
+    if not all(answer.asked_alike for answer in trained):
+        remarks.append(ASKED_OTHERWISE)
+    return Rendered(
+        whole.text,
+        [(answer.begin, answer.end) for answer in trained],
+        answer_begins=[answer.begin for answer in answers.found if answer is not None],
+        remarks=remarks,
+    )
 
 
-def span_of_placeholder(marked: str, text: str, i: int, tokenizer: Tokenizer) -> tuple[int, int]:
-    """The span of answer `i` in `text`. `marked` is the same conversation with a placeholder for this answer."""
-    before, _, after = marked.partition(PLACEHOLDER)
-    if not (text.startswith(before) and text.endswith(after)):
-        raise InputError(f"Message {i + 1} cannot be found in what the chat template makes of it.")
+def prints_tools(source: str, whole: Rendering, tokenizer: Tokenizer) -> bool:
+    """Whether a template writes another text if there are no tools."""
+    try:
+        without = fill_template(source, whole.messages, whole.asks, None, tokenizer.special_tokens)
+    except InputError:
+        return True
+    return whole.text != without
 
-    # the stop token comes after the answer
-    answer_end = len(text) - len(after)
-    span_ends = []
-    for stop_id in tokenizer.stop_ids:
-        stop_token = tokenizer.id_to_token(stop_id)
-        place = text.find(stop_token, answer_end)
-        span_end = place + len(stop_token)
-        if span_end > answer_end:
-            span_ends.append(span_end)
-    return len(before), min(span_ends, default=answer_end)
+
+def with_arguments_as_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose tool calls have their arguments as JSON text."""
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [call_as_text(call) for call in calls]} if calls else message
+
+
+def call_as_text(call: Any) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    if "function" in call:
+        return {**call, "function": call_as_text(call["function"])}
+    arguments = call.get("arguments")
+    if arguments is None or isinstance(arguments, str):
+        return call
+    return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
 
 
 def template_source(style: str) -> str:
     """The source of a stored style, which is one, or the name of a file in lit_gpt/data/styles/."""
     return style if is_source(style) else (STYLES / f"{style}.jinja").read_text(encoding="utf-8")
-
-
-def fill_template(
-    source: str, messages: Messages, add_generation_prompt: bool, tools: Any, tokenizer: Tokenizer
-) -> str:
-    """The text that a template makes of messages, given the variables that transformers gives.
-
-    Raises:
-        InputError: whatever goes wrong in the template, which is a program of somebody else.
-    """
-    from jinja2 import TemplateError
-
-    mistakes = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
-    variables = {
-        "messages": messages,
-        "add_generation_prompt": add_generation_prompt,
-        "tools": tools,
-        "documents": None,
-    }
-    try:
-        return compile_template(source).render(variables | tokenizer.special_tokens)
-    except mistakes as error:
-        raise InputError(f"The chat template says: {error}") from None
-
-
-@functools.cache
-def compile_template(source: str) -> Any:
-    """A template as transformers compiles it: sandboxed, since it comes from somebody else's file."""
-    from jinja2 import TemplateError
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """Accepts {% generation %} ... {% endgeneration %}, by which transformers notes where the answer is."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | str | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        # transformers replaces jinja's own filter, which escapes <, > and &
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals |= {
-        "raise_exception": raise_exception,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-    }
-    return environment.from_string(source)

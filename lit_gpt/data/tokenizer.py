@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from lit_gpt.config import check_is_checkpoint, read_json
+from lit_gpt.data.answer_spans import find_turn_end
+from lit_gpt.data.chat_template import read_chat_templates
 from lit_gpt.data.tokenizer_backends import Backend, Encoded, SentencePieceBackend, TokenizersBackend
 from lit_gpt.errors import InputError, reading
 
@@ -36,8 +38,8 @@ class Tokenizer:
             self.eos_id = self.special_id(settings.get("eos_token"), generation.get("eos_token_id"))
             if self.eos_id is None:
                 raise InputError("neither names an eos_token.")
-            self.stop_ids = read_stop_ids(self.eos_id, generation.get("eos_token_id"))
-            self.chat_template = read_chat_template(folder, settings)
+            self.named_stop_ids = read_stop_ids(self.eos_id, generation.get("eos_token_id"))
+            self.chat_templates = read_chat_templates(folder, settings)
             named = {name: spelling(settings[name]) for name in SPECIAL_TOKENS if settings.get(name)}
 
         # does it add a BOS token? Some files have an add_bos_token that is null
@@ -60,6 +62,35 @@ class Tokenizer:
         if isinstance(fallback, list):
             return fallback[0]
         return fallback
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end an answer: those that the checkpoint names, and the one that ends a turn in its template.
+
+        Many templates end a turn with <|end|>, where the files name <|endoftext|> alone: those of base models, and of
+        repositories that lack generation_config.json. A model that was trained with the template says the first.
+        """
+        if self.chat_template is None:
+            return self.named_stop_ids
+        named = [self.id_to_token(stop_id) for stop_id in self.named_stop_ids]
+        specials = self.library.special_tokens()
+        turn_end = find_turn_end(self.chat_template, self.special_tokens, named, list(specials))
+        return self.named_stop_ids if turn_end is None else self.named_stop_ids | {specials[turn_end]}
+
+    @cached_property
+    def stop_tokens(self) -> list[str]:
+        """How the stop tokens are spelled."""
+        return [self.id_to_token(stop_id) for stop_id in sorted(self.stop_ids)]
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The tokens that no other token reaches over in a text."""
+        return frozenset(self.library.special_tokens().values())
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template for conversations without tools. None if there is none."""
+        return self.chat_templates.get("default")
 
     @property
     def backend(self) -> str:
@@ -167,7 +198,7 @@ class Tokenizer:
     def behaviour(self) -> str:
         """sha256 over all that decides which tokens a conversation becomes."""
         rules = self.library.rules() or self.fingerprint
-        special = (self.use_bos, self.special_tokens, sorted(self.stop_ids), self.chat_template)
+        special = (self.use_bos, self.special_tokens, sorted(self.stop_ids), self.chat_templates)
         return hashlib.sha256(f"{rules} {special}".encode()).hexdigest()
 
     @cached_property
@@ -211,17 +242,3 @@ def spelling(token: str | dict[str, Any]) -> str:
 def read_if_there(path: Path) -> dict[str, Any]:
     """The content of a JSON file, or nothing if there is no file."""
     return read_json(path) if path.is_file() else {}
-
-
-def read_chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """The jinja source, from one of the places to which versions 4 and 5 of transformers write it."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8 ({error}). Download it again.") from None
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template

@@ -43,6 +43,9 @@ class Backend(Protocol):
     def decode_with_special(self, ids: list[int]) -> str:
         """Text with special tokens spelled out."""
 
+    def special_tokens(self) -> dict[str, int]:
+        """The tokens that steer a model, by their spelling, such as </s>: no other token reaches over one in a text."""
+
     @property
     def unk_id(self) -> int | None:
         """The token for a character that is not in the vocabulary. None if all are."""
@@ -90,6 +93,10 @@ class TokenizersBackend:
 
     def decode_with_special(self, ids: list[int]) -> str:
         return self.processor.decode(ids, skip_special_tokens=False)
+
+    def special_tokens(self) -> dict[str, int]:
+        added = self.processor.get_added_tokens_decoder()
+        return {token.content: token_id for token_id, token in added.items() if token.special}
 
     @property
     def unk_id(self) -> int | None:
@@ -174,6 +181,10 @@ class SentencePieceBackend:
             else:
                 text += self.decode(list(run))
         return text
+
+    def special_tokens(self) -> dict[str, int]:
+        control_ids = [i for i in range(self.vocab_size) if self.processor.is_control(i)]
+        return {self.processor.id_to_piece(i): i for i in control_ids}
 
     @property
     def unk_id(self) -> int | None:

@@ -24,7 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_gpt.data.records import are_trained, question_message
+from lit_gpt.data.messages import are_trained, with_names_of_reasoning
+from lit_gpt.data.records import question_message
 from lit_gpt.data.tokenizer import Tokenizer, read_if_there
 from lit_gpt.errors import InputError
 
@@ -371,7 +372,7 @@ def fill_template(
 
     mistakes = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
     variables = {
-        "messages": messages,
+        "messages": with_names_of_reasoning(messages),
         "add_generation_prompt": add_generation_prompt,
         "tools": tools,
         "documents": None,

@@ -102,13 +102,16 @@ def test_flags_that_cannot_be_obeyed(flags: dict, said: str) -> None:
 
 
 def test_an_answer_that_is_not_to_be_learned_is_not_trained(checkpoint, tokenizer, tmp_path: Path, capsys) -> None:
-    talk = [USER | {"train": True}, EVE | {"train": False}, USER, ANSWER]
+    talk = [USER | {"train": True, "weight": 1}, EVE | {"train": False}, USER, ANSWER]
     train, _ = prepared([{"messages": talk}], checkpoint, tmp_path / "data", prompt_style="chatml", val_fraction=0.0)
     ((ids, marks),) = stored(train)
     said = tokenizer.decode([token for token, mark in zip(ids, marks) if mark])
     assert said.startswith("Ada.") and "Eve." not in said and "Eve." in tokenizer.decode(ids)
     # there is nothing here that trains what the user says
-    assert "though other programs give it a meaning: train of messages (1)." in capsys.readouterr().out
+    assert (
+        "though other programs give it a meaning: train of messages (1), weight of messages (1)."
+        in capsys.readouterr().out
+    )
 
 
 def test_records_that_are_not_to_be_learned(checkpoint, tmp_path: Path) -> None:
@@ -129,6 +132,12 @@ def test_records_that_are_not_to_be_learned(checkpoint, tmp_path: Path) -> None:
     assert train.meta["not_read"] == {"label": 3, "weight": 1}
 
 
+def test_an_answer_that_is_not_to_be_learned_where_all_is_trained(checkpoint, tmp_path: Path) -> None:
+    args = DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data", mask_prompt=False)
+    with pytest.raises(InputError, match="Record 1 has an answer that is not to be learned .* --mask_prompt false"):
+        prepare([{"messages": [USER, EVE | {"train": False}, USER, ANSWER]}], args)
+
+
 # ---- thoughts
 
 
@@ -145,9 +154,10 @@ def test_thoughts_under_all_their_names(key: str, tokenizer) -> None:
 
 def test_thoughts_as_parts_of_a_content(tokenizer) -> None:
     for thought in ("Hm.", [{"type": "text", "text": "Hm."}]):
-        parts = [{"type": "thinking", "thinking": thought}, {"type": "text", "text": "Ada."}]
-        record = {"messages": [USER, {"role": "assistant", "content": parts}]}
-        assert text_of(record, tokenizer) == "<user>Who?<assistant>(Hm.)Ada.</s>"
+        part = {"type": "thinking", "thinking": thought}
+        for parts, thoughts in (([part], "Hm."), ([part, part], "Hm.\nHm.")):
+            record = {"messages": [USER, {"role": "assistant", "content": [*parts, {"type": "text", "text": "Ada."}]}]}
+            assert text_of(record, tokenizer) == f"<user>Who?<assistant>({thoughts})Ada.</s>"
 
 
 def test_two_different_thoughts(checkpoint, tmp_path: Path) -> None:
@@ -177,6 +187,7 @@ TOOLS = {
     "a list of JSON texts": [TEXT(TOOL)],
     "JSON text of JSON texts": TEXT([TEXT(TOOL)]),
     "parameters as JSON text": [{"type": "function", "function": TOOL["function"] | {"parameters": TEXT(PARAMETERS)}}],
+    "JSON text, encoded twice": TEXT(TEXT([TOOL])),
     "Arrow's nulls": [
         TOOL | {"name": None, "function": TOOL["function"] | {"strict": None, "parameters": PARAMETERS | {"x": None}}}
     ],
@@ -221,6 +232,7 @@ CALLS = {
     "tool_calls": {"tool_calls": [CALL]},
     "tool_calls as JSON text": {"tool_calls": TEXT([CALL])},
     "arguments as JSON text": {"tool_calls": [function(arguments=TEXT({"town": "Lugo"}))]},
+    "arguments encoded twice": {"tool_calls": [function(arguments=TEXT(TEXT({"town": "Lugo"})))]},
     "Arrow's nulls": {"tool_calls": [function(arguments={"town": "Lugo", "unit": None})], "function_call": None},
     "function_call": {"function_call": {"name": "get_rain", "arguments": TEXT({"town": "Lugo"})}},
     "the role of a call": {"role": "function_call", "content": TEXT(CALL["function"])},
@@ -241,6 +253,19 @@ def test_functions_of_before_there_were_tools(tokenizer) -> None:
     talk += [{"role": "function", "name": "get_rain", "content": "12"}, ANSWER]
     text = text_of({"messages": talk, "functions": [TOOL["function"]]}, tokenizer)
     assert text == f"{TEXT(TOOL)}<user>Who?<assistant>get_rain{{}}</s><tool>12<assistant>Ada.</s>"
+
+
+def test_calls_of_their_own_for_a_style_without_calls(checkpoint, tokenizer, tmp_path: Path) -> None:
+    """They are trained as the text that they are."""
+    call = {"from": "function_call", "value": TEXT(CALL["function"])}
+    talk = [{"from": "human", "value": "Rain?"}, call, {"from": "observation", "value": "12"}, EVE]
+    style = tmp_path / "all.jinja"
+    style.write_text(SHOWS_ALL)
+    for name, said in (("chatml", TEXT(CALL["function"])), (str(style), 'get_rain{"town": "Lugo"}')):
+        data_dir = tmp_path / Path(name).stem
+        train, _ = prepared([{"conversations": talk}], checkpoint, data_dir, prompt_style=name, val_fraction=0.0)
+        ((ids, marks),) = stored(train)
+        assert tokenizer.decode([token for token, mark in zip(ids, marks) if mark]).startswith(said)
 
 
 def test_calls_after_a_text_of_the_same_answer(tokenizer) -> None:
@@ -319,6 +344,34 @@ def test_tables_give_the_same_text(tokenizer, tmp_path: Path) -> None:
     datasets.Dataset.from_list(records).save_to_disk(tmp_path / "saved")
     for source in ("a.parquet", "saved"):
         assert [text_of(record, tokenizer) for record in read_records(tmp_path / source)] == expected
+
+
+# ---- contents
+
+
+def test_parts_of_a_content(tokenizer) -> None:
+    """OpenAI's, and torchtune's."""
+    for part in ({"type": "text", "text": "Who?"}, {"type": "text", "content": "Who?"}, {"text": "Who?"}, "Who?"):
+        talk = [{"role": "user", "content": [part]}, ANSWER]
+        assert text_of({"messages": talk}, tokenizer) == "<user>Who?<assistant>Ada.</s>"
+
+
+@pytest.mark.parametrize(
+    "message, said",
+    [
+        ({"role": "user", "text": "Who?"}, "has a message without content; it has role, text"),
+        ({"role": "assistant"}, "has a message without content; it has role"),
+        ({"role": "user", "content": 3.5}, "content of user is a float, expected text"),
+        ({"role": "user", "content": False}, "content of user is a bool, expected text"),
+        ({"role": "tool", "content": {"rain": 12}}, "content of tool is a dict, expected text"),
+        ({"from": "human", "value": ["a", 3]}, "a part of type 'int': only text can be read"),
+        ({"role": "user", "content": [{"type": "tool_use", "id": 1}]}, "a part of type 'tool_use': only text"),
+        ({"role": 1, "content": "a"}, "a message without a role; it has role, content"),
+    ],
+)
+def test_what_is_no_content(message: dict, said: str) -> None:
+    with pytest.raises(InputError, match=f"Record 7.*{said}"):
+        read({"messages": [message, ANSWER]})
 
 
 # ---- history
@@ -415,6 +468,8 @@ def test_input_and_output_alone_are_a_question_and_its_answer(keys: dict, tmp_pa
     (tmp_path / "a.csv").write_text("input,output\nWho?,Ada.\n")
     for record in ({"input": "Who?", "output": "Ada."}, next(csv_records(tmp_path / "a.csv"))):
         assert read(record, **keys)["messages"] == [USER | {"instruction": "Who?", "input": ""}, ANSWER]
+    capitals = {"input_key": "Input", "output_key": "Output"}
+    assert read({"Input": "Who?", "Output": "Ada."}, **capitals)["messages"][1] == ANSWER
     with pytest.raises(InputError, match="it has input, output, question. Did you mean --instruction_key input?"):
         read({"input": "Who?", "output": "Ada.", "question": "What?"})
 
@@ -464,6 +519,8 @@ def test_a_flag_that_names_the_question_of_another_form(flag: str) -> None:
 
 def test_a_text_in_a_table_of_questions() -> None:
     """Columns that are empty in a row do not decide its form."""
-    assert read({"prompt": None, "completion": None, "text": "Once."})["text"] == "Once."
+    for nothing in (None, ""):
+        assert read({"prompt": nothing, "completion": nothing, "text": "Once."})["text"] == "Once."
+        assert read({"instruction": nothing, "output": nothing, "text": "Once."})["text"] == "Once."
     assert read({"prompt": "Who?", "completion": "Ada.", "text": None})["messages"][1] == ANSWER
     assert read({"prompt": "Who?", "completion": "Ada.", "text": "Who? Ada."})["not_read"] == ["text"]

@@ -191,8 +191,10 @@ def read_labelled(path: Path, text_key: str, label_key: str) -> LabelledTexts:
                 f"{path}, record {number} has no {' and no '.join(missing)}; it has {list_keys(record)}."
                 " Name the columns with --text_key and --label_key."
             )
-        row = TextRecord(str(record[text_key]), str(record[label_key]), split)
-        rows.append(row)
+        where = f"{path}, record {number}"
+        text = as_text(str(record[text_key]), f"{where}: {text_key}")
+        label = as_text(str(record[label_key]), f"{where}: {label_key}")
+        rows.append(TextRecord(text, label, split))
 
     # a text that chooses `best` is not trained on, and one that is scored does neither
     test_texts = {row.text for row in rows if row.split == "test"}

@@ -2,7 +2,8 @@
 
 Ours have role (user, assistant, system, tool, or what else a template knows) and content, both texts. Some also have
 reasoning_content, a text; tool_calls, as tool_calls.py has them; weight 0, by which OpenAI says that an answer is not
-to be learned. Any other key is kept for the chat template.
+to be learned. Any other key is kept for the chat template. Calls that a data set has as a message of their own have
+as_text, too, which is that message, for styles that have no calls: see `choose_calls`.
 """
 
 import json
@@ -87,9 +88,9 @@ def read_messages(messages: Any, where: str) -> list[dict[str, Any]]:
         answer = read_message(message, where)
         before: dict[str, Any] = result[-1] if result else {"role": None}
         # calls that come as a message of their own belong to the answer before them
-        is_call_alone = role_name(message, where) in CALLING_ROLES and is_blank(answer | {"tool_calls": None})
-        if is_call_alone and before["role"] == "assistant" and before.get("weight") == answer.get("weight"):
-            before["tool_calls"] = [*before.get("tool_calls", []), *answer.get("tool_calls", [])]
+        if "as_text" in answer and before["role"] == "assistant" and before.get("weight") == answer.get("weight"):
+            before["as_text"] = f"{before.get('as_text', before['content'])}\n{answer['as_text']}".strip()
+            before["tool_calls"] = [*before.get("tool_calls", []), *answer["tool_calls"]]
         else:
             result.append(answer)
     return result
@@ -102,36 +103,29 @@ def read_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     name = role_name(rest, where)
     role = ROLES.get(name) or as_text(rest.get("role", rest.get("from")), f"{where}: a role")
     content = rest.get("content", rest.get("value"))
+    if not {"content", "value", "tool_calls", "function_call"} & message.keys():
+        raise InputError(f"{where} has a message without content; it has {list_keys(message)}.")
     for key in ("role", "from", "content", "value"):
         rest.pop(key, None)
     for key in MEDIA:
         if rest.pop(key, None):
             raise InputError(f"{where} has a message with {key}: only text can be read.")
 
-    # its text, and what the model thought
-    thoughts = [rest[key] for key in REASONING if isinstance(rest.get(key), str)]
-    if isinstance(content, list):  # the parts of OpenAI's messages
-        thoughts += [text_of_part(part, where) for part in content if is_thought(part)]
-        content = "".join(text_of_part(part, where) for part in content if not is_thought(part))
-    result: dict[str, Any] = {"role": role, "content": as_text(content, f"{where}: content of {role}")}
-    reasoning = next(filter(None, thoughts), "")
+    # what it says, thinks and calls
+    thoughts, text = split_content(content, f"{where}: content of {role}")
+    result: dict[str, Any] = {"role": role, "content": text}
+    reasoning = pop_reasoning(rest, thoughts, f"{where}: reasoning of {role}")
     if reasoning:
-        result["reasoning_content"] = as_text(reasoning, f"{where}: reasoning of {role}")
-    for key in REASONING:
-        if rest.get(key) in (reasoning, ""):
-            del rest[key]
-
-    # calls
-    calls = read_calls(rest.pop("tool_calls", None), where)
-    function_call = rest.pop("function_call", None)
-    if function_call and not calls:
-        calls = [read_function_call(function_call, where)]
+        result["reasoning_content"] = reasoning
+    calls = pop_calls(rest, where)
+    calls_as_text = None
     if name in CALLING_ROLES and not calls:
-        calls = calls_in_text(result["content"], where)
-        if calls:
-            result["content"] = ""
+        calls = calls_in_text(text, where) or []
+        calls_as_text = text if calls else None
     if calls:
         result["tool_calls"] = calls
+    if calls_as_text is not None:
+        result["content"] = ""
 
     # is it to be learned?
     flags = pop_flags(rest, role, where)
@@ -143,9 +137,43 @@ def read_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     # whatever else it holds is for the chat template
     result |= rest
+    result.pop("as_text", None)
+    if calls_as_text is not None:
+        result["as_text"] = calls_as_text
     if len(result) > 2:
         check_is_unicode(result, where)
     return result
+
+
+def split_content(content: Any, name: str) -> tuple[str, str]:
+    """What the model thought and what it said, of a content that is a text, or a list of parts as OpenAI has them."""
+    if not isinstance(content, list):
+        return "", as_text(content, name)
+    thoughts = [text_of_part(part, name) for part in content if is_thought(part)]
+    texts = [text_of_part(part, name) for part in content if not is_thought(part)]
+    return as_text("\n".join(thoughts), name), as_text("".join(texts), name)
+
+
+def pop_reasoning(message: dict[str, Any], thoughts: str, name: str) -> str:
+    """Takes what the model thought out of a message, under any of its names; `thoughts` are those in its content.
+
+    Where several names have different texts, the first one counts, and the others stay in the message.
+    """
+    texts = [thoughts, *(message[key] for key in REASONING if isinstance(message.get(key), str))]
+    reasoning = as_text(next(filter(None, texts), ""), name)
+    for key in REASONING:
+        if message.get(key) in (reasoning, ""):
+            del message[key]
+    return reasoning
+
+
+def pop_calls(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """Takes the calls out of a message."""
+    calls = read_calls(message.pop("tool_calls", None), where)
+    function_call = message.pop("function_call", None)
+    if function_call and not calls:
+        calls = [read_function_call(function_call, where)]
+    return calls
 
 
 def role_name(message: Mapping[str, Any], where: str) -> str:
@@ -199,14 +227,18 @@ def is_thought(part: Any) -> bool:
 def text_of_part(part: Any, where: str) -> str:
     """The text of one part of a message's content."""
     text = part
-    if isinstance(part, Mapping):
-        text = part.get("thinking", part.get("text")) if is_thought(part) else part.get("text")
-    if is_thought(part) and isinstance(text, list):
-        return "".join(text_of_part(inner, where) for inner in text)
+    if is_thought(part):
+        text = part.get("thinking", part.get("text"))
+        if isinstance(text, list):
+            return "".join(text_of_part(inner, where) for inner in text)
+    elif isinstance(part, Mapping):
+        text = part.get("text")
+        if text is None and part.get("type") == "text":  # torchtune's
+            text = part.get("content")
     if isinstance(text, str):
         return text
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise InputError(f"{where} has a message with a part of type {kind!r}: only text can be read.")
+    raise InputError(f"{where} has a part of type {kind!r}: only text can be read.")
 
 
 def as_text(value: Any, name: str) -> str:
@@ -275,6 +307,18 @@ def with_names_of_reasoning(messages: Iterable[Mapping[str, Any]]) -> list[Mappi
         if reasoning:
             message = {**dict.fromkeys(REASONING, reasoning), **message}
         result.append(message)
+    return result
+
+
+def choose_calls(messages: Iterable[Mapping[str, Any]], as_text: bool) -> list[dict[str, Any]]:
+    """The messages without as_text: if `as_text`, those that have it say it, and make no calls."""
+    result = []
+    for message in messages:
+        plain = {key: value for key, value in message.items() if key != "as_text"}
+        if as_text and "as_text" in message:
+            del plain["tool_calls"]
+            plain["content"] = message["as_text"]
+        result.append(plain)
     return result
 
 

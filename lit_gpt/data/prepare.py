@@ -33,7 +33,7 @@ from lit_gpt.data.leave_out import (
     remove_final_stop_tokens,
 )
 from lit_gpt.data.loss_mask import Marked, mark_trained
-from lit_gpt.data.messages import join_consecutive
+from lit_gpt.data.messages import choose_calls, join_consecutive
 from lit_gpt.data.print_report import print_summary
 from lit_gpt.data.prompts import Rendered, render, resolve_style, template_source
 from lit_gpt.data.records import Keys, in_our_form, with_validation
@@ -290,14 +290,19 @@ def render_records(
 ) -> Iterator[RecordText]:
     """Records as texts. Those from which nothing is to be learned are counted and left out, as are bad ones."""
     stop_tokens = [tokenizer.id_to_token(stop) for stop in tokenizer.stop_ids]
+    has_calls = knows_calls(style, tokenizer)
     for number, raw_record in enumerate(check_named_keys(records, args), 1):
         bad.n_records = number
         # is it to be learned?
         try:
             record = in_our_form(raw_record, number, args)
+            check_can_be_masked(record, number, args.mask_prompt)
+            if "messages" in record:
+                record["messages"] = choose_calls(record["messages"], as_text=not has_calls)
         except InputError as error:
             bad.add(error, number)
             continue
+        unread.add(record)
         remove_final_stop_tokens(record, stop_tokens)
         reason = reason_to_leave_out(record, stop_tokens)
         if reason:
@@ -310,7 +315,6 @@ def render_records(
         except InputError as error:
             bad.add(InputError(f"Record {number}: {error}"), number)
             continue
-        unread.add(record)
 
         # the key by which it is split
         is_text = "text" in record
@@ -323,6 +327,23 @@ def render_records(
             prompt = rendered.text[:answer_start]
         is_repeat = record.get("is_repeat", False)
         yield RecordText(number, record["split"], rendered, is_text, prompt, is_repeat)
+
+
+def knows_calls(style: str, tokenizer: Tokenizer) -> bool:
+    """Whether a style is a template that has a place for calls of tools."""
+    if style in ("alpaca", "none"):
+        return False
+    source = tokenizer.chat_template if style == "chat" else template_source(style)
+    return "tool_calls" in str(source)
+
+
+def check_can_be_masked(record: dict[str, Any], number: int, mask_prompt: bool) -> None:
+    """Raises InputError if an answer is not to be learned where everything is trained."""
+    if not mask_prompt and any(message.get("weight") == 0 for message in record.get("messages", ())):
+        raise InputError(
+            f"Record {number} has an answer that is not to be learned (weight 0, or train false), and --mask_prompt"
+            " false trains on all of a record."
+        )
 
 
 def render_or_join(

@@ -123,14 +123,14 @@ def key_of_each_part(keys: Keys) -> dict[str, str | None]:
 class Parts:
     """A record, and which of its keys have been read.
 
-    What is None counts as absent, since tables have every column in every row.
+    What is None or "" counts as absent where it is asked for a form: tables have every column in every row.
     """
 
     def __init__(self, record: Mapping[str, Any], keys: Keys) -> None:
         self.record = record
         self.key_of = key_of_each_part(keys)
         self.given = given_flags(keys)
-        self.filled = {key for key, value in record.items() if value is not None}
+        self.filled = {key for key, value in record.items() if value is not None and value != ""}
         self.read: set[Any] = set()
 
     def take(self, key: str | None) -> Any:
@@ -272,16 +272,19 @@ def read_message_pair(prompt: list[Any], completion: Any, where: str) -> list[di
 
 def read_question_and_answer(parts: Parts, is_pair: bool, where: str) -> list[dict[str, Any]]:
     """The messages of a record that has its question and its answer as texts, and earlier ones as history."""
+    is_bare_pair = not is_pair and is_input_and_output(parts)
     if is_pair:
         question_key, output_key = "prompt", "completion"
-    elif is_input_and_output(parts):
+    elif is_bare_pair:
         question_key, output_key = str(parts.key_of["input_key"]), str(parts.key_of["output_key"])
     else:
         question_key, output_key = str(parts.key_of["instruction_key"]), str(parts.key_of["output_key"])
         check_has_question_and_answer(parts, where)
     instruction = as_text(parts.take(question_key), f"{where}: {question_key}")
     output = as_text(parts.take(output_key), f"{where}: {output_key}")
-    context = as_text(parts.take_part("input_key"), f"{where}: {parts.key_of['input_key']}")
+    context = ""
+    if not is_bare_pair:
+        context = as_text(parts.take_part("input_key"), f"{where}: {parts.key_of['input_key']}")
     history = read_history(parts.take("history"), where)
     return [*history, question_message(instruction, context), {"role": "assistant", "content": output}]
 

@@ -128,7 +128,10 @@ def parse_if_text(value: Any, name: str) -> Any:
     if not value.strip():
         return None
     try:
-        return json.loads(value)
+        parsed = json.loads(value)
+        if isinstance(parsed, str) and parsed.lstrip().startswith(("[", "{")):  # it was encoded twice
+            parsed = json.loads(parsed)
+        return parsed
     except (ValueError, RecursionError):
         shown = value if len(value) <= 40 else f"{value[:40]}..."
         raise InputError(f"{name} is the text {shown!r}, which is no JSON.") from None

@@ -21,7 +21,7 @@ MEANT = frozenset(  # keys to which other programs give a meaning, which a recor
     # tokens
     " input_ids labels attention_mask completion_mask assistant_masks".split()
 ) | {"name of messages"}
-KEPT = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "weight", "instruction", "input"}
+KEPT = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "instruction", "input"}
 """Keys of a message that are read here, or are for the order of the calls alone."""
 
 
@@ -43,9 +43,10 @@ class UnreadKeys:
         """Counts the keys of a record in the form of `in_our_form` that are not read."""
         names = [list_keys({key: None}) for key in record.get("not_read", ())]
         for message in record.get("messages", ()):
-            for key in message.keys() - KEPT:
+            for key in sorted(message.keys() - KEPT, key=str):
                 is_name_of_tool = key == "name" and message["role"] == "tool"
-                if not is_name_of_tool and not self.prints(record, key):
+                is_flag = key == "weight" and message["role"] == "assistant"
+                if not is_name_of_tool and not is_flag and not self.prints(record, key):
                     names.append(f"{list_keys({key: None})} of messages")
         for name in dict.fromkeys(names):
             if name in self.counts or len(self.counts) < MOST_NAMES:

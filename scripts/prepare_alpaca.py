@@ -33,7 +33,7 @@ def main(
         args: How records become tokens, and where they go; see lit_gpt/data/prepare.py.
     """
     file = fetch(url or URLS[variant])
-    prepare(lambda: read_records(file), args, source=url or variant)
+    prepare(lambda: read_records(file, strict=args.strict), args, source=url or variant)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def main(
         delimiter: The character between two columns.
         args: How records become tokens, and where they go; see lit_gpt/data/prepare.py.
     """
-    prepare_files(partial(csv_records, delimiter=delimiter), csv_path, val_path, args)
+    prepare_files(partial(csv_records, delimiter=delimiter, strict=args.strict), csv_path, val_path, args)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def main(
         args: How records become tokens, and where they go; see lit_gpt/data/prepare.py.
     """
     file = fetch(url)
-    prepare(lambda: json_records(file), args, source=url)
+    prepare(lambda: json_records(file, strict=args.strict), args, source=url)
 
 
 if __name__ == "__main__":

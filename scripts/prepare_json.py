@@ -4,6 +4,7 @@ python scripts/prepare_json.py --json_path mine.jsonl --data_dir data/mine
 python scripts/prepare_json.py --json_path qa.jsonl --data_dir data/qa --instruction_key question --output_key answer
 """
 
+from functools import partial
 from pathlib import Path
 
 from lit_gpt.cli import Flags, run
@@ -20,7 +21,7 @@ def main(json_path: Path, val_path: Path | None = None, args: Flags[DataArgs] = 
         val_path: Another such file, for validation.
         args: How records become tokens, and where they go; see lit_gpt/data/prepare.py.
     """
-    prepare_files(json_records, json_path, val_path, args)
+    prepare_files(partial(json_records, strict=args.strict), json_path, val_path, args)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def main(sources: dict[str, float], val_source: str | None = None, args: Flags[D
         args: How records become tokens, and where they go; see lit_gpt/data/prepare.py.
     """
     validation = {val_source: 1.0} if val_source else None
-    prepare_files(partial(mix, split_key=args.split_key), sources, validation, args)
+    prepare_files(partial(mix, split_key=args.split_key, strict=args.strict), sources, validation, args)
 
 
 if __name__ == "__main__":

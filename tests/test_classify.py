@@ -292,6 +292,8 @@ def test_a_sweep_that_cannot_end_does_not_begin(monkeypatch) -> None:
         ({"val_fraction": 2.0}, "--val_fraction is 2.0, expected more than 0 and less than 1"),
         ({"val_fraction": 0.0}, "--val_fraction is 0.0"),
         ({"max_seq_length": 0}, "--max_seq_length is 0, expected 1 or more"),
+        ({"text_key": "label"}, "--text_key and --label_key both name label: a column is one of the two"),
+        ({"label_key": "split"}, "--label_key names split, the column that says train, val or test"),
         ({"method": "lora", "quantize": "bnb.nf4"}, "--quantize is for --method qlora"),
         ({"precision": "16-true"}, "weights in float16 cannot be trained"),
         ({"optimizer": "torch.optim.LBFGS"}, "LBFGS cannot step"),

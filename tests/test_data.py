@@ -154,7 +154,7 @@ def test_an_error_of_a_template_names_the_record(checkpoint, tmp_path: Path) -> 
         "{% for m in messages %}{{ m.content }}{% if m.content == 'c' %}{{ 1 / 0 }}{% endif %}{% endfor %}"
     )
     with pytest.raises(InputError, match="Record 41: The chat template says: division by zero"):
-        args = DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data", prompt_style=str(style))
+        args = DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data", prompt_style=str(style), strict=True)
         prepare([*QA, {"instruction": "c", "output": "d"}], args)
 
 

@@ -78,7 +78,7 @@ def test_the_forms_of_a_conversation() -> None:
         assert messages({"messages": nothing, "instruction": "Who?", "output": "Ada."}) == single
         assert messages({"messages": nothing, "prompt": "Who?", "completion": "Ada.", "instruction": None}) == single
         assert messages({"conversations": nothing}) == []
-        assert messages({"prompt": [USER], "completion": nothing}) == []
+        assert messages({"prompt": [USER], "completion": nothing}) == [USER]  # which has no answer
     assert in_our_form({"messages": [], "text": "Once."}, 1, Keys()) == {"text": "Once.", "split": None}
     assert in_our_form({"text": "Once.", "output": None}, 1, Keys()) == {"text": "Once.", "split": None}
     assert messages({"prompt": "no", "completion": "no", "instruction": "Who?", "output": "Ada."}) == single
@@ -90,7 +90,7 @@ def test_the_forms_of_a_conversation() -> None:
     ]
     assert in_our_form({"text": "Once."}, 1, Keys()) == {"text": "Once.", "split": None}
     tools = [{"name": "f"}]
-    called = {"role": "assistant", "content": None, "tool_calls": [1]}
+    called = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
     record = in_our_form({"messages": [USER, called, TOOL, ANSWER], "tools": tools}, 1, Keys())
     assert record["tools"] == tools and record["messages"] == [USER, called | {"content": ""}, TOOL, ANSWER]
     assert blank_part(record) is None
@@ -146,7 +146,7 @@ def test_names_of_splits(name: str, split: str | None) -> None:
     [
         ([USER, ANSWER], None),
         ([], "prompt"),
-        ([USER], "prompt"),  # a question without an answer is cut off
+        ([USER], "answer"),
         ([ANSWER], "prompt"),
         ([USER | {"content": " "}, ANSWER], "prompt"),
         ([USER, ANSWER | {"content": "\n"}], "answer"),
@@ -261,7 +261,7 @@ def test_mixing_takes_each_source_as_often_as_it_should(sizes, weights) -> None:
 
     original = records.read_records
     try:
-        records.read_records = lambda name, _: [{"id": f"{name}{i}"} for i in range(sizes[int(name)])]
+        records.read_records = lambda name, *_: [{"id": f"{name}{i}"} for i in range(sizes[int(name)])]
         taken = [record["id"] for record in mix({str(i): weight for i, weight in enumerate(weights[: len(sizes)])})]
     finally:
         records.read_records = original

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from lit_gpt.data.dataset import Dataset
+from lit_gpt.data.messages import as_text, list_keys
 from lit_gpt.data.read_files import read_records
-from lit_gpt.data.records import as_text, read_split
+from lit_gpt.data.records import read_split
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.display.words import counted
 from lit_gpt.distributed import is_first
@@ -37,6 +38,11 @@ class TextArgs:
     optimistic."""
 
     def __post_init__(self) -> None:
+        if self.text_key == self.label_key:
+            raise InputError(f"--text_key and --label_key both name {self.text_key}: a column is one of the two.")
+        for flag, key in (("text_key", self.text_key), ("label_key", self.label_key)):
+            if key == "split":
+                raise InputError(f"--{flag} names split, the column that says train, val or test. Rename it.")
         if self.max_seq_length < 1:
             raise InputError(f"--max_seq_length is {self.max_seq_length}, expected 1 or more.")
         if not 0 < self.val_fraction < 1:
@@ -182,11 +188,13 @@ def read_labelled(path: Path, text_key: str, label_key: str) -> LabelledTexts:
             continue
         if missing:
             raise InputError(
-                f"{path}, record {number} has no {' and no '.join(missing)}; it has {', '.join(map(str, record))}."
+                f"{path}, record {number} has no {' and no '.join(missing)}; it has {list_keys(record)}."
                 " Name the columns with --text_key and --label_key."
             )
-        row = TextRecord(str(record[text_key]), str(record[label_key]), split)
-        rows.append(row)
+        where = f"{path}, record {number}"
+        text = as_text(str(record[text_key]), f"{where}: {text_key}")
+        label = as_text(str(record[label_key]), f"{where}: {label_key}")
+        rows.append(TextRecord(text, label, split))
 
     # a text that chooses `best` is not trained on, and one that is scored does neither
     test_texts = {row.text for row in rows if row.split == "test"}

@@ -32,7 +32,8 @@ from functools import cached_property
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
-from lit_gpt.data.chat_template import REASONING, Messages, fill_template
+from lit_gpt.data.chat_template import Messages, fill_template
+from lit_gpt.data.messages import REASONING
 from lit_gpt.errors import InputError
 
 Fill = Callable[[Messages, bool], str]

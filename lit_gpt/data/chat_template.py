@@ -11,14 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lit_gpt.config import read_json
+from lit_gpt.data.messages import REASONING
 from lit_gpt.errors import InputError
 
 Messages = Sequence[Mapping[str, Any]]
-REASONING = (
-    "reasoning_content",
-    "thinking",
-    "reasoning",
-)  # the names that data sets have for the thoughts of an answer
 
 
 # ---- where they are

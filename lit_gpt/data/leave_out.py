@@ -5,16 +5,18 @@ The keys of the counts are what users read: "12 empty answer".
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import fields
 from typing import Any
 
-from lit_gpt.data.records import Keys, blank_part, flags_of_near_keys
+from lit_gpt.data.bad_records import UNREADABLE
+from lit_gpt.data.messages import are_trained, list_keys
+from lit_gpt.data.records import Keys, blank_part, flags_of_near_keys, given_flags, key_of_each_part
 from lit_gpt.data.tokenizer import Encoded, Tokenizer
 from lit_gpt.errors import InputError
 
 OTHER_SPLIT = "of another split"
 STOPPED = "stop token inside an answer"
 UNPRINTED = "without an answer that the template prints"
+JOINED = "with messages of one role in a row joined, as the template asks"
 UNWRITTEN = "stored without characters the tokenizer cannot write"
 VISIBLE = re.compile(r"[\S\x1c-\x1f]")  # to Python, these four are spaces; to tokenizers they are not
 DAMAGED = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to that are no character
@@ -24,27 +26,44 @@ def reason_to_leave_out(record: Mapping[str, Any], stop_tokens: Collection[str])
     """Why nothing is to be learned from a record in the form of `in_our_form`; None if it is fine."""
     if record["split"] == "other":
         return OTHER_SPLIT
+    if "not_learned" in record:
+        return f"not to be learned ({record['not_learned']})"
+    if "text" in record and not without_final_stop_tokens(record["text"], stop_tokens).strip():
+        return "empty text"
+    messages = record.get("messages", ())
     blank = blank_part(record)
+    if blank == "answer" and not any(are_trained(messages)) and any("weight" in message for message in messages):
+        return "without an answer that is to be learned"
     if blank:
         return f"empty {blank}"
-    for message in record.get("messages", ()):
+    for message in messages:
         # what follows a stop token in an answer would not be trained; tool calls are searched, too
         if message["role"] == "assistant" and any(stop in str(message) for stop in stop_tokens):
             return STOPPED
     return None
 
 
-def remove_final_stop_tokens(record: Mapping[str, Any], stop_tokens: Iterable[str]) -> None:
-    """Takes stop tokens from the ends of the answers, in place.
+def remove_final_stop_tokens(record: dict[str, Any], stop_tokens: Collection[str]) -> None:
+    """Takes stop tokens from the ends of the answers, in place; of a text, the space behind its last one.
 
-    Some data sets end their answers so; the template adds a stop token anyway.
+    Some data sets end their answers so; the template adds a stop token anyway. A text that ends with one gets no other.
     """
+    if "text" in record and without_final_stop_tokens(record["text"], stop_tokens) != record["text"]:
+        record["text"] = record["text"].rstrip()
     for message in record.get("messages", ()):
         if message["role"] != "assistant":
             continue
-        for stop in stop_tokens:
-            if message["content"].rstrip().endswith(stop):
-                message["content"] = message["content"].rstrip().removesuffix(stop)
+        message["content"] = without_final_stop_tokens(message["content"], stop_tokens)
+
+
+def without_final_stop_tokens(text: str, stop_tokens: Collection[str]) -> str:
+    """A text without the stop tokens at its end, and without the space behind them."""
+    while True:
+        bare = text.rstrip()
+        final = [stop for stop in stop_tokens if bare.endswith(stop)]
+        if not final:
+            return text
+        text = bare.removesuffix(max(final, key=len))
 
 
 def loses_characters(text: str, encoded: Encoded, tokenizer: Tokenizer) -> bool:
@@ -70,26 +89,23 @@ def check_named_keys(records: Iterable[dict[str, Any]], keys: Keys) -> Iterator[
     Raises:
         InputError: after the last one, if none of them has a key that a flag names.
     """
-    unseen = {}
-    for field in fields(Keys):
-        name = getattr(keys, field.name)
-        if name != field.default:
-            unseen[field.name] = name
-
-    record: dict[str, Any] = {}
-    for number, record in enumerate(records):
-        if number == 0:
-            tell_near_keys(record, keys)
-        if unseen:
+    unseen = dict(given_flags(keys))
+    last: dict[str, Any] = {}
+    for record in records:
+        if UNREADABLE not in record:
+            if not last:
+                tell_near_keys(record, keys)
+            last = record
             unseen = {flag: name for flag, name in unseen.items() if name not in record}
         yield record
-    if unseen and record:
+    if unseen and last:
         flags = ", ".join(f"--{flag} {name}" for flag, name in unseen.items())
-        raise InputError(f"No record has what {flags} names. The last one has {', '.join(map(str, record))}.")
+        raise InputError(f"No record has what {flags} names. The last one has {list_keys(last)}.")
 
 
 def tell_near_keys(record: Mapping[str, Any], keys: Keys) -> None:
     """Prints which flags would have a record's optional keys read, such as Input, whose names differ a little."""
-    flags = flags_of_near_keys(record, {"input_key": keys.input_key, "system_key": keys.system_key})
+    key_of = key_of_each_part(keys)
+    flags = flags_of_near_keys(record, {flag: key_of[flag] for flag in ("input_key", "system_key")})
     if flags and {keys.instruction_key, keys.output_key} <= record.keys():
         print(f"A key of these records is not read. If it should be: {flags}.")

@@ -6,7 +6,8 @@
       -> pieces     of at most max_seq_length tokens                             too_long.py
       -> files      and a split into training and validation records             writer.py, split.py
 
-What is left out on the way is counted (leave_out.py), and the end is a look at what was written (find_problems.py).
+What is left out on the way is counted (leave_out.py, bad_records.py, unread_keys.py), and the end is a look at what was
+written (find_problems.py).
 """
 
 import hashlib
@@ -21,9 +22,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lit_gpt.config import SAMPLE, Config, read_json
+from lit_gpt.data.bad_records import BAD, BadRecords
 from lit_gpt.data.conversation_tokens import ConversationEncoder
 from lit_gpt.data.dataset import FILES, TRAIN, VAL, Dataset
 from lit_gpt.data.leave_out import (
+    JOINED,
     UNPRINTED,
     UNWRITTEN,
     check_named_keys,
@@ -32,12 +35,14 @@ from lit_gpt.data.leave_out import (
     remove_final_stop_tokens,
 )
 from lit_gpt.data.loss_mask import Marked, mark_trained
+from lit_gpt.data.messages import choose_calls, join_consecutive
 from lit_gpt.data.print_report import print_summary
 from lit_gpt.data.prompts import Rendered, render, resolve_style, template_source
 from lit_gpt.data.records import Keys, in_our_form, with_validation
 from lit_gpt.data.split import LEAKED, Split
 from lit_gpt.data.tokenizer import Encoded, Tokenizer
 from lit_gpt.data.too_long import TooLong, cut_text, fit_conversation
+from lit_gpt.data.unread_keys import UnreadKeys
 from lit_gpt.data.writer import RecordWriter
 from lit_gpt.errors import InputError
 from lit_gpt.files import new_folder
@@ -68,10 +73,14 @@ class DataArgs(Keys):
     """The share of the distinct prompts that is set aside for validation, if the records name no split themselves."""
     seed: int = 42
     """Decides which prompts are set aside."""
+    strict: bool = False
+    """Stop at the first record that cannot be used, such as a line that is no JSON, or a conversation that the chat
+    template refuses. Without it, such records are left out and counted, and only more than 5 percent of them stop."""
     overwrite: bool = False
     """Replace what was prepared from another source in data_dir. From the same source it is replaced anyway."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.val_fraction <= 1:
             raise InputError(f"--val_fraction is {self.val_fraction}, expected 0 to 1.")
         if self.max_seq_length is not None and self.max_seq_length < 2:
@@ -116,7 +125,7 @@ def prepare(records: Records | Callable[[], Records], args: DataArgs, source: st
     `source` is what the records are from, for people: what is prepared from another one is not replaced.
 
     Raises:
-        InputError: a record of no known form, no usable record, or a `data_dir` that holds something else.
+        InputError: too many bad records, no usable record, or a `data_dir` that holds something else.
     """
     # settings
     tokenizer = Tokenizer(args.checkpoint_dir)
@@ -139,14 +148,19 @@ def prepare(records: Records | Callable[[], Records], args: DataArgs, source: st
     fits_16_bits = tokenizer.vocab_size <= 2**16
     tokens_dtype = np.dtype(np.uint16 if fits_16_bits else np.uint32)
     counts: Counter[str] = Counter()
+    bad = BadRecords(args.strict)
+    unread = UnreadKeys(style, tokenizer)
     digest = hashlib.sha256(recipe.encode())
     with new_folder(args.data_dir) as folder:
         # tokens
         with RecordWriter(folder, tokens_dtype, args.seed) as writer, progress_bar() as show:
-            texts = render_records(hashed(records, digest), style, tokenizer, args, counts)
-            for text, pieces in tokenize(texts, tokenizer, limit, args, counts):
+            texts = render_records(hashed(records, digest), style, tokenizer, args, counts, bad, unread)
+            for text, pieces in tokenize(texts, tokenizer, limit, args, counts, bad):
                 writer.add(pieces, text.prompt, text.split, text.is_repeat)
                 show(text.number, writer.n_tokens)
+        bad.check_share()
+        if bad.n_bad:
+            counts[BAD] = bad.n_bad
         if not writer.ends:
             raise InputError(f"No record is left to train on: {list_counts(counts) or 'there was none'}.")
 
@@ -162,6 +176,8 @@ def prepare(records: Records | Callable[[], Records], args: DataArgs, source: st
             split,
             source=source,
             left_out=dict(counts),
+            first_bad=bad.first,
+            not_read=dict(unread.counts),
             prompt_style=style,
             tokenizer=tokenizer.fingerprint,
             checkpoint=str(args.checkpoint_dir),
@@ -266,12 +282,29 @@ class RecordText(NamedTuple):
 
 
 def render_records(
-    records: Records, style: str, tokenizer: Tokenizer, args: DataArgs, counts: Counter[str]
+    records: Records,
+    style: str,
+    tokenizer: Tokenizer,
+    args: DataArgs,
+    counts: Counter[str],
+    bad: BadRecords,
+    unread: UnreadKeys,
 ) -> Iterator[RecordText]:
-    """Records as texts. Those from which nothing is to be learned are counted and left out."""
+    """Records as texts. Those from which nothing is to be learned are counted and left out, as are bad ones."""
     stop_tokens = tokenizer.stop_tokens
-    for number, record in enumerate(check_named_keys(records, args), 1):
-        record = in_our_form(record, number, args)
+    has_calls = knows_calls(style, tokenizer)
+    for number, raw_record in enumerate(check_named_keys(records, args), 1):
+        bad.n_records = number
+        # is it to be learned?
+        try:
+            record = in_our_form(raw_record, number, args)
+            check_can_be_masked(record, number, args.mask_prompt)
+            if "messages" in record:
+                record["messages"] = choose_calls(record["messages"], as_text=not has_calls)
+        except InputError as error:
+            bad.add(error, number)
+            continue
+        unread.add(record)
         remove_final_stop_tokens(record, stop_tokens)
         reason = reason_to_leave_out(record, stop_tokens)
         if reason:
@@ -280,9 +313,10 @@ def render_records(
 
         # its text
         try:
-            rendered = render(style, record, tokenizer)
+            rendered, record = render_or_join(style, record, tokenizer, counts)
         except InputError as error:
-            raise InputError(f"Record {number}: {error}") from None
+            bad.add(InputError(f"Record {number}: {error}"), number)
+            continue
         if not rendered.answer_spans:
             counts[UNPRINTED] += 1
             continue
@@ -300,15 +334,67 @@ def render_records(
         yield RecordText(number, record["split"], rendered, is_text, prompt, is_repeat)
 
 
+def knows_calls(style: str, tokenizer: Tokenizer) -> bool:
+    """Whether a style is a template that has a place for calls of tools."""
+    if style in ("alpaca", "none"):
+        return False
+    sources = tokenizer.chat_templates.values() if style == "chat" else [template_source(style)]
+    return any("tool_calls" in source for source in sources)
+
+
+def check_can_be_masked(record: dict[str, Any], number: int, mask_prompt: bool) -> None:
+    """Raises InputError if an answer is not to be learned where everything is trained."""
+    if not mask_prompt and any(message.get("weight") == 0 for message in record.get("messages", ())):
+        raise InputError(
+            f"Record {number} has an answer that is not to be learned (weight 0, or train false), and --mask_prompt"
+            " false trains on all of a record."
+        )
+
+
+def render_or_join(
+    style: str, record: dict[str, Any], tokenizer: Tokenizer, counts: Counter[str]
+) -> tuple[Rendered, dict[str, Any]]:
+    """The text of a record, and the record; for a template that wants the roles to alternate, as one where they do.
+
+    Raises:
+        InputError: the template refuses it both ways.
+    """
+    try:
+        return render(style, record, tokenizer), record
+    except InputError as error:
+        messages = record.get("messages", [])
+        joined = join_consecutive(messages)
+        if len(joined) == len(messages):
+            raise
+        record = record | {"messages": joined}
+        try:
+            rendered = render(style, record, tokenizer)
+        except InputError:
+            raise error from None
+        counts[JOINED] += 1
+        return rendered, record
+
+
 def tokenize(
-    texts: Iterable[RecordText], tokenizer: Tokenizer, limit: int, args: DataArgs, counts: Counter[str]
+    texts: Iterable[RecordText],
+    tokenizer: Tokenizer,
+    limit: int,
+    args: DataArgs,
+    counts: Counter[str],
+    bad: BadRecords,
 ) -> Iterator[tuple[RecordText, list[Marked]]]:
     """Each text, and its tokens and marks: an empty list if it is dropped, several pieces of a long text."""
     encoder = ConversationEncoder(tokenizer)
     for chunk in chunks(texts):
         encodings = encoder.encode_batch([text.rendered for text in chunk])
         for text, (tokens, remarks) in zip(chunk, encodings, strict=True):
-            pieces = pieces_of(text, tokens, tokenizer, limit, args, counts)
+            try:
+                pieces = pieces_of(text, tokens, tokenizer, limit, args, counts)
+            except InputError as error:
+                if args.too_long == "error" and len(tokens.ids) > limit:
+                    raise
+                bad.add(error, text.number)
+                continue
             if pieces:
                 counts.update([*text.rendered.remarks, *remarks])
             if pieces and loses_characters(text.rendered.text, tokens, tokenizer):
@@ -321,7 +407,10 @@ def pieces_of(
 ) -> list[Marked]:
     """The tokens and marks of one text, in records of at most `limit` tokens."""
     if text.is_text:
-        return cut_text([*encoded.ids, tokenizer.eos_id], limit)
+        ids = encoded.ids
+        if not ids or ids[-1] not in tokenizer.stop_ids:
+            ids = [*ids, tokenizer.eos_id]
+        return cut_text(ids, limit)
     marked = mark_trained(text.rendered, encoded, tokenizer)
     has_bos = marked.ids[0] == tokenizer.bos_id
     return fit_conversation(

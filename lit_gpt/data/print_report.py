@@ -12,6 +12,7 @@ from lit_gpt.data.find_problems import EXAMPLES, HARMLESS, PROBLEMS, DataReport,
 from lit_gpt.data.lengths import BATCH
 from lit_gpt.data.prompts import style_label
 from lit_gpt.data.tokenizer import Tokenizer
+from lit_gpt.data.unread_keys import describe_unread
 from lit_gpt.display.words import counted
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ def print_summary(data_dir: Path, tokenizer: Tokenizer, config: Config, samples:
     )
     left_out = [f"{count:,} {reason}" for reason, count in report.left_out.items()]
     console.print(f"Left out or cut: {', '.join(left_out) or 'nothing'}.")
+    for sentence in data.meta.get("first_bad", ()):
+        console.print(f"    {one_line(sentence)}")
+    for sentence in describe_unread(data.meta.get("not_read", {})):
+        console.print(one_line(sentence))
     if report.records["train"] < FEW:
         console.print(
             f"These are few: a model soon knows {counted(report.records['train'], 'record')} by heart, and a validation"
@@ -108,6 +113,12 @@ def show_record(data: Dataset, number: int, tokenizer: Tokenizer, colours: bool)
             string = f"→{string}←"
         text.append(string, style=COLOURS[int(kind)])
     return text
+
+
+def one_line(sentence: str) -> str:
+    """A sentence that names something of the data, as it can be printed anywhere."""
+    spelled = "".join(spell_control(letter) for letter in sentence.replace("\n", "\\n"))
+    return spelled.encode("utf-8", "backslashreplace").decode()
 
 
 def spell_control(letter: str) -> str:

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 
 from lit_gpt.data.answer_spans import Rendering, find_answers, unprinted
 from lit_gpt.data.chat_template import Messages, choose_template, fill_template, name_reasoning
-from lit_gpt.data.records import are_trained, question_message
+from lit_gpt.data.messages import are_trained
+from lit_gpt.data.records import question_message
 from lit_gpt.data.tokenizer import Tokenizer, read_if_there
 from lit_gpt.errors import InputError
 

@@ -8,9 +8,11 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from lit_gpt.data.bad_records import UNREADABLE
 from lit_gpt.errors import InputError
 from lit_gpt.packages import import_optional
 
@@ -25,7 +27,7 @@ COMMANDS = {  # by the end of a file's name the script that prepares it
 }
 
 
-def mix(sources: Mapping[str, float], split_key: str = "split") -> Iterator[dict[str, Any]]:
+def mix(sources: Mapping[str, float], split_key: str = "split", strict: bool = True) -> Iterator[dict[str, Any]]:
     """Records of several sources, one source after the other; each record as often as its source's weight says.
 
     A weight of 0.5 takes every second record, 2 takes each one twice, 1.5 every second one twice and the others once.
@@ -37,7 +39,7 @@ def mix(sources: Mapping[str, float], split_key: str = "split") -> Iterator[dict
     for source, weight in sources.items():
         if not 0 < weight < math.inf:
             raise InputError(f"{source} has the weight {weight}, expected a number above 0.")
-        for i, record in enumerate(read_records(source, split_key)):
+        for i, record in enumerate(read_records(source, split_key, strict)):
             # so the first i + 1 records have been taken (i + 1) * weight times in all, rounded down
             times = int((i + 1) * weight) - int(i * weight)
             if times > 0:
@@ -45,16 +47,20 @@ def mix(sources: Mapping[str, float], split_key: str = "split") -> Iterator[dict
                 yield from [record | {"is_repeat": True}] * (times - 1)
 
 
-def read_records(source: str | Path, split_key: str = "split") -> Iterator[dict[str, Any]]:
+def read_records(source: str | Path, split_key: str = "split", strict: bool = True) -> Iterator[dict[str, Any]]:
     """Records of a .json, .jsonl, .csv, .parquet, .txt or .md file, of a folder of .txt files, or of a data set.
 
     A data set is named as on the Hugging Face hub, org/name or org/name:config, or is a folder that
     `Dataset.save_to_disk` wrote. The names of its splits become what its records hold under `split_key`.
 
+    Without `strict`, a line or a row that cannot be read is a record that says so (UNREADABLE), and no error.
+
     Raises:
         InputError: no such thing, or it cannot be read.
     """
     path = Path(source)
+    if path.suffix in READERS_BY_RECORD:
+        return READERS_BY_RECORD[path.suffix](path, strict=strict)
     if path.suffix in READERS:
         return READERS[path.suffix](path)
     texts = sorted(path.rglob("*.txt")) if path.is_dir() else []
@@ -110,8 +116,10 @@ def text_records(path: Path) -> Iterator[dict[str, Any]]:
             yield {"text": text, "part_of_file": True}
 
 
-def json_records(path: Path) -> Iterator[dict[str, Any]]:
+def json_records(path: Path, strict: bool = True) -> Iterator[dict[str, Any]]:
     """Records of a .json file (a list of objects) or a .jsonl file (an object per line).
+
+    Without `strict`, a record that cannot be read says so (UNREADABLE), and is no error.
 
     Raises:
         InputError: another kind of file; or not UTF-8, not JSON, or not objects, with the line.
@@ -119,16 +127,30 @@ def json_records(path: Path) -> Iterator[dict[str, Any]]:
     with open_text(path) as file:
         check_suffix(path, (".json", ".jsonl"))
         if path.suffix == ".jsonl":
-            for number, line in enumerate(file, 1):
-                line = line.rstrip()
-                if line:
-                    yield check_is_object(parse_json(line, path, number), path, number)
+            lines = enumerate(map(str.rstrip, file), 1)
+            reads = (partial(object_in_line, line, path, number) for number, line in lines if line)
         else:
             records = parse_json(file.read(), path)
             if not isinstance(records, list):
                 raise InputError(f"{path} holds a {type(records).__name__}, expected a list of records.")
-            for number, record in enumerate(records, 1):
-                yield check_is_object(record, path, number)
+            reads = (partial(check_is_object, record, path, number) for number, record in enumerate(records, 1))
+        for read in reads:
+            yield read_or_say_why(read, strict)
+
+
+def read_or_say_why(read: Callable[[], dict[str, Any]], strict: bool) -> dict[str, Any]:
+    """The record that `read` returns. If it cannot be read: a record that says why, or with `strict` an InputError."""
+    try:
+        return read()
+    except InputError as error:
+        if strict:
+            raise
+        return {UNREADABLE: str(error)}
+
+
+def object_in_line(line: str, path: Path, number: int) -> dict[str, Any]:
+    """The record in a line of a .jsonl file. Raises InputError if there is none."""
+    return check_is_object(parse_json(line, path, number), path, number)
 
 
 def check_is_object(record: Any, path: Path, number: int) -> dict[str, Any]:
@@ -153,8 +175,10 @@ def parse_json(text: str, path: Path, first_line: int = 1) -> Any:
         raise InputError(f"{path}{where} cannot be read: {error}.") from None
 
 
-def csv_records(path: Path, delimiter: Delimiter = "comma") -> Iterator[dict[str, str]]:
+def csv_records(path: Path, delimiter: Delimiter = "comma", strict: bool = True) -> Iterator[dict[str, str]]:
     """Records of a CSV file with a header line. Everything is text: 'NA' stays 'NA'.
+
+    Without `strict`, a row with more or fewer fields than the header is a record that says so (UNREADABLE).
 
     Raises:
         InputError: another kind of file; or not UTF-8, no header, another delimiter, or a row with more or fewer fields
@@ -174,9 +198,11 @@ def csv_records(path: Path, delimiter: Delimiter = "comma") -> Iterator[dict[str
                 if not row:  # an empty line
                     continue
                 if len(row) != len(header):
-                    raise InputError(
-                        f"{path}, line {reader.line_num}: {len(row)} fields, but the header names {len(header)}."
-                    )
+                    fault = f"{path}, line {reader.line_num}: {len(row)} fields, but the header names {len(header)}."
+                    if strict:
+                        raise InputError(fault)
+                    yield {UNREADABLE: fault}
+                    continue
                 yield dict(zip(header, row, strict=True))
         except csv.Error as error:
             raise InputError(
@@ -228,10 +254,12 @@ def first_line_not_utf8(path: Path) -> int:
         return next(number for number, line in enumerate(lines, 1) if re.search("[\udc80-\udcff]", line))
 
 
-READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
+READERS_BY_RECORD: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {  # which go on after a record that is none
     ".json": json_records,
     ".jsonl": json_records,
     ".csv": csv_records,
+}
+READERS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = READERS_BY_RECORD | {
     ".parquet": parquet_records,
     ".txt": text_records,
     ".md": text_records,

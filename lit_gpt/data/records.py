@@ -1,34 +1,40 @@
 """Records in the many forms in which data sets write them, and the one form that the rest of the package reads.
 
     {"instruction": ..., "input": ..., "output": ...}     the keys can be others, see `Keys`
+    {"input": ..., "output": ...}                         NeMo, torchtune: the input is the question
     {"prompt": ..., "completion": ...}                    texts, or lists of messages
     {"messages": [{"role": ..., "content": ...}, ...]}    OpenAI
     {"conversations": [{"from": ..., "value": ...}]}      ShareGPT
     {"text": ...}
 
-all become {"split": ..., "messages": [...]} or {"split": ..., "text": ...}.
+all become {"split": ..., "messages": [...]} or {"split": ..., "text": ...}. messages.py reads the messages,
+tool_calls.py the tools.
 """
 
 import difflib
+import functools
 import re
 import shlex
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
+from lit_gpt.data.bad_records import UNREADABLE
+from lit_gpt.data.messages import (
+    LEARN_KEYS,
+    MEDIA,
+    are_trained,
+    as_text,
+    check_is_unicode,
+    flag_of,
+    is_blank,
+    list_keys,
+    read_conversation,
+    read_messages,
+)
+from lit_gpt.data.tool_calls import parse_if_text, read_functions, read_tools
 from lit_gpt.errors import InputError
 
-ROLES = {  # names that ShareGPT and its kin have for the roles
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-    "developer": "system",
-}
 SPLITS = {
     "train": "train",
     "training": "train",
@@ -41,6 +47,10 @@ SPLITS = {
     "test": "other",
     "testing": "other",
 }
+OURS = ("is_repeat", "part_of_file")  # keys that are put into records by read_files.py
+BESIDE_INPUT_AND_OUTPUT = ("tools", "functions", "history", "id", *OURS)
+"""Keys beside which an input and an output alone are a question and its answer."""
+LABELS = ("label", "kto_tag")  # whether an answer is a good one, for TRL's and LLaMA-Factory's KTO
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,8 @@ class Keys:
     instruction_key: str = "instruction"
     """The key of JSON, or the column of a table, that holds the instruction."""
     input_key: str = "input"
-    """The key of the text that the instruction is to work on. Records may lack it."""
+    """The key of the text that the instruction is to work on. Records may lack it. If another flag names this key,
+    records have no such text."""
     output_key: str = "output"
     """The key of the answer."""
     system_key: str = "system"
@@ -64,60 +75,190 @@ class Keys:
     """The key of a value that is train or val, or begins so (train_sft). Records may lack it; those that say test are
     left out."""
 
+    def __post_init__(self) -> None:
+        key_of_each_part(self)
+
+
+NEEDED = {"instruction_key", "output_key"}
+STAND_ALONE = {"messages_key", "text_key"}  # what is read under these needs neither of the two
+
+
+@functools.cache
+def given_flags(keys: Keys) -> dict[str, str]:
+    """The flags that name another key than their default does."""
+    return {
+        field.name: getattr(keys, field.name) for field in fields(Keys) if getattr(keys, field.name) != field.default
+    }
+
+
+@functools.cache
+def key_of_each_part(keys: Keys) -> dict[str, str | None]:
+    """The key of each part of a record, by the name of its flag: no key is read twice.
+
+    A default gives way to a flag: with --instruction_key input, records have no other input.
+
+    Raises:
+        InputError: two flags name the same key; or a part that records need would have to give way.
+    """
+    given = given_flags(keys)
+    flag_of_key: dict[str, str] = {}
+    for flag, key in given.items():
+        if key in flag_of_key:
+            raise InputError(f"--{flag_of_key[key]} and --{flag} both name {key}: a key is one part of a record.")
+        flag_of_key[key] = flag
+
+    parts: dict[str, str | None] = {}
+    for field in fields(Keys):
+        key = getattr(keys, field.name)
+        taker = flag_of_key.get(key, field.name)
+        if taker != field.name and field.name in NEEDED and taker not in STAND_ALONE:
+            raise InputError(
+                f"--{taker} {key} takes the key of the {field.name.removesuffix('_key')}, which records need. Name its"
+                f" key, too: --{field.name}."
+            )
+        parts[field.name] = key if taker == field.name else None
+    return parts
+
+
+class Parts:
+    """A record, and which of its keys have been read.
+
+    What is None or "" counts as absent where it is asked for a form: tables have every column in every row.
+    """
+
+    def __init__(self, record: Mapping[str, Any], keys: Keys) -> None:
+        self.record = record
+        self.key_of = key_of_each_part(keys)
+        self.given = given_flags(keys)
+        self.filled = {key for key, value in record.items() if value is not None and value != ""}
+        self.read: set[Any] = set()
+
+    def take(self, key: str | None) -> Any:
+        """The value of a key. It is read now. None if the record does not have it, or it was read before."""
+        if key is None or key in self.read:
+            return None
+        self.read.add(key)
+        return self.record.get(key)
+
+    def take_part(self, flag: str) -> Any:
+        """The value of the part of which the flag of this name says the key.
+
+        Raises:
+            InputError: the flag was given, and what it names has been read as another part.
+        """
+        key = self.key_of[flag]
+        if key in self.read and flag in self.given:
+            raise InputError(f"--{flag} names {key}, which is another part of these records.")
+        return self.take(key)
+
+    def not_read(self) -> list[Any]:
+        """The keys that hold something and have not been read."""
+        unread = []
+        for key in self.record:
+            is_empty = self.record[key] is None or self.record[key] in ("", [], {})
+            if key not in self.read and key not in OURS and not is_empty:
+                unread.append(key)
+        return unread
+
 
 def in_our_form(record: Mapping[str, Any], number: int, keys: Keys) -> dict[str, Any]:
     """A record as `prompts.render` reads it: "split" (train, val, other or None), and "messages", "tools" or "text".
 
     Conversations, prompt and completion, and plain text are recognized by their keys. A text with "part_of_file" is one
     of several of a file: its pieces go to training or validation one by one. One with "is_repeat" is the record before
-    once more.
+    once more. "not_read" are the keys that nothing here reads, and "not_learned" is the key that says that the record
+    is not to be learned.
 
     Raises:
         InputError: the record lacks what it needs, or something in it is no text.
     """
     where = f"Record {number}"
-    split = read_split(record.get(keys.split_key), where)
-    # tables have every column in every row: what is None is not there
-    filled = {key for key, value in record.items() if value is not None}
-    is_pair = keys.instruction_key not in filled and {"prompt", "completion"} <= record.keys()
-    conversation_key = find_conversation(record, filled, is_pair, keys)
-    result: dict[str, Any] = {"split": split}
+    if UNREADABLE in record:
+        raise InputError(f"{where}: {record[UNREADABLE]}")
+    try:
+        return read_record(record, where, keys)
+    except RecursionError:
+        raise InputError(f"{where} is nested without end.") from None
+
+
+def read_record(record: Mapping[str, Any], where: str, keys: Keys) -> dict[str, Any]:
+    """See `in_our_form`."""
+    parts = Parts(record, keys)
+    refuse_media(record, where)
+    result: dict[str, Any] = {"split": read_split(parts.take_part("split_key"), where)}
     if record.get("is_repeat"):
         result["is_repeat"] = True
 
-    # a conversation in a list, in two lists, or a text
-    if conversation_key:
-        result["messages"] = read_messages(record[conversation_key], where)
-        if record.get("tools"):
-            result["tools"] = record["tools"]
-    elif is_pair and isinstance(record["prompt"], list):
-        result["messages"] = read_message_pair(record["prompt"], record["completion"], where)
-    elif keys.text_key in record and filled.isdisjoint((keys.instruction_key, keys.output_key)):
-        result["text"] = as_text(record[keys.text_key], f"{where}: {keys.text_key}")
+    # a text
+    is_pair = is_prompt_and_completion(parts)
+    conversation_key = find_conversation(parts, is_pair)
+    others = (parts.key_of["instruction_key"], parts.key_of["output_key"])
+    is_text = parts.key_of["text_key"] in record and parts.filled.isdisjoint(others)
+    if is_text and not is_pair and not conversation_key:
+        result["text"] = as_text(parts.take_part("text_key"), f"{where}: {parts.key_of['text_key']}")
         if record.get("part_of_file"):
             result["part_of_file"] = True
-        return result
-    # or a question and an answer as texts
-    elif is_pair:
-        result["messages"] = read_instruction(record, "prompt", keys.input_key, "completion", where)
+        return result | what_is_left(parts, LEARN_KEYS)
+
+    # a conversation in a list, or in two; a question and an answer as texts
+    if conversation_key:
+        result["messages"] = read_conversation(parts.take(conversation_key), where)
+    elif is_pair and isinstance(record["prompt"], list):
+        result["messages"] = read_message_pair(parts.take("prompt"), parts.take("completion"), where)
     else:
-        result["messages"] = read_instruction(record, keys.instruction_key, keys.input_key, keys.output_key, where)
+        result["messages"] = read_question_and_answer(parts, is_pair, where)
+    if not any(message["role"] == "assistant" for message in result["messages"]):
+        refuse_preferences(record, where)
 
-    # a system prompt beside the conversation
-    system = as_text(record.get(keys.system_key), f"{where}: {keys.system_key}")
-    if system and all(message["role"] != "system" for message in result["messages"]):
-        result["messages"].insert(0, {"role": "system", "content": system})
-    return result
+    # what stands beside it: a system prompt, tools
+    has_system = any(message["role"] == "system" for message in result["messages"])
+    if not has_system:
+        system = as_text(parts.take_part("system_key"), f"{where}: {parts.key_of['system_key']}")
+        if system:
+            result["messages"].insert(0, {"role": "system", "content": system})
+    tools = read_tools(parts.take("tools"), where) or read_functions(parts.take("functions"), where)
+    if tools:
+        check_is_unicode(tools, f"{where}: tools")
+        result["tools"] = tools
+    return result | what_is_left(parts, (*LEARN_KEYS, *LABELS))
 
 
-def find_conversation(record: Mapping[str, Any], filled: Collection[str], is_pair: bool, keys: Keys) -> str | None:
+def what_is_left(parts: Parts, flag_keys: Iterable[str]) -> dict[str, Any]:
+    """The entries "not_learned" and "not_read" of a record, if it has any."""
+    left: dict[str, Any] = {}
+    for key in flag_keys:
+        if key in parts.read:
+            continue
+        value = parts.record.get(key)
+        flag = flag_of(value)
+        is_class = key in LABELS and str(value).lower() not in ("true", "false")
+        if flag is None or is_class:
+            continue
+        parts.read.add(key)
+        if not flag:
+            left["not_learned"] = f"{key} {value}".lower()
+    unread = parts.not_read()
+    if unread:
+        left["not_read"] = unread
+    return left
+
+
+def is_prompt_and_completion(parts: Parts) -> bool:
+    """Whether a record is a prompt and a completion, and no instruction, and no text with nothing in their columns."""
+    has_both = {"prompt", "completion"} <= parts.record.keys()
+    has_instruction = parts.key_of["instruction_key"] in parts.filled
+    is_empty_beside_text = "prompt" not in parts.filled and parts.key_of["text_key"] in parts.filled
+    return has_both and not has_instruction and not is_empty_beside_text
+
+
+def find_conversation(parts: Parts, is_pair: bool) -> str | None:
     """The key of the record's conversation, if it has one. An empty one counts if nothing stands in its place."""
-    candidates = [key for key in (keys.messages_key, "conversations") if key in record]
+    candidates = [key for key in (parts.key_of["messages_key"], "conversations") if key in parts.record]
     for key in candidates:
-        if record[key]:
+        if parts.record[key]:
             return key
-    others = {keys.instruction_key, keys.output_key, keys.text_key}
-    if candidates and not is_pair and others.isdisjoint(filled):
+    others = {parts.key_of[flag] for flag in ("instruction_key", "output_key", "text_key")}
+    if candidates and not is_pair and others.isdisjoint(parts.filled):
         return candidates[0]
     return None
 
@@ -126,29 +267,78 @@ def read_message_pair(prompt: list[Any], completion: Any, where: str) -> list[di
     """The messages of a prompt that is a list of messages, and of its completion."""
     answer = completion or []
     # what is no list is refused there
-    return read_messages(prompt + answer if isinstance(answer, list) else answer, where)
+    return read_conversation(prompt + answer if isinstance(answer, list) else answer, where)
 
 
-def read_instruction(
-    record: Mapping[str, Any], instruction_key: str, input_key: str, output_key: str, where: str
-) -> list[dict[str, Any]]:
-    """The question and the answer of a record that has both as texts."""
-    missing = [key for key in (instruction_key, output_key) if key not in record]
-    if missing:
-        wanted = {"instruction_key": instruction_key, "input_key": input_key, "output_key": output_key}
-        flags = flags_of_near_keys(record, wanted)
-        advice = "Name its keys: --instruction_key and --output_key, or --messages_key, or --text_key."
-        raise InputError(
-            f"{where} has no {' and no '.join(missing)}; it has {', '.join(map(str, record)) or 'nothing'}."
-            f" {f'Did you mean {flags}?' if flags else advice}"
-        )
-    instruction = as_text(record.get(instruction_key), f"{where}: {instruction_key}")
-    context = as_text(record.get(input_key), f"{where}: {input_key}")
-    output = as_text(record.get(output_key), f"{where}: {output_key}")
-    return [question_message(instruction, context), {"role": "assistant", "content": output}]
+def read_question_and_answer(parts: Parts, is_pair: bool, where: str) -> list[dict[str, Any]]:
+    """The messages of a record that has its question and its answer as texts, and earlier ones as history."""
+    is_bare_pair = not is_pair and is_input_and_output(parts)
+    if is_pair:
+        question_key, output_key = "prompt", "completion"
+    elif is_bare_pair:
+        question_key, output_key = str(parts.key_of["input_key"]), str(parts.key_of["output_key"])
+    else:
+        question_key, output_key = str(parts.key_of["instruction_key"]), str(parts.key_of["output_key"])
+        check_has_question_and_answer(parts, where)
+    instruction = as_text(parts.take(question_key), f"{where}: {question_key}")
+    output = as_text(parts.take(output_key), f"{where}: {output_key}")
+    context = ""
+    if not is_bare_pair:
+        context = as_text(parts.take_part("input_key"), f"{where}: {parts.key_of['input_key']}")
+    history = read_history(parts.take("history"), where)
+    return [*history, question_message(instruction, context), {"role": "assistant", "content": output}]
 
 
-def flags_of_near_keys(record: Mapping[str, Any], wanted: Mapping[str, str]) -> str:
+def is_input_and_output(parts: Parts) -> bool:
+    """Whether the record is an input and an output alone, as NeMo and torchtune have a question and its answer."""
+    input_key = parts.key_of["input_key"]
+    output_key = parts.key_of["output_key"]
+    known = {input_key, output_key, parts.key_of["system_key"], parts.key_of["split_key"], *BESIDE_INPUT_AND_OUTPUT}
+    has_both = input_key in parts.record and output_key in parts.record
+    is_default = parts.key_of["instruction_key"] == Keys.instruction_key
+    return has_both and is_default and known.issuperset(parts.filled) and Keys.instruction_key not in parts.record
+
+
+def check_has_question_and_answer(parts: Parts, where: str) -> None:
+    """Raises InputError if the record lacks its instruction or its output, with the flags that may be meant."""
+    record = parts.record
+    needed = [parts.key_of["instruction_key"], parts.key_of["output_key"]]
+    missing = [str(key) for key in needed if key not in record]
+    if not missing:
+        return
+    refuse_preferences(record, where)
+    wanted = ("instruction_key", "input_key", "output_key")
+    flags = flags_of_near_keys(record, {flag: parts.key_of[flag] for flag in wanted})
+    if not flags and missing == [parts.key_of["instruction_key"]] and parts.key_of["input_key"] in record:
+        flags = f"--instruction_key {shlex.quote(str(parts.key_of['input_key']))}"
+    advice = "Name its keys: --instruction_key and --output_key, or --messages_key, or --text_key."
+    raise InputError(
+        f"{where} has no {' and no '.join(missing)}; it has {list_keys(record) or 'nothing'}."
+        f" {f'Did you mean {flags}?' if flags else advice}"
+    )
+
+
+def read_history(history: Any, where: str) -> list[dict[str, Any]]:
+    """The earlier questions and answers of LLaMA-Factory's and ms-swift's `history`: pairs of texts, or messages.
+
+    Raises:
+        InputError: it is neither.
+    """
+    turns = parse_if_text(history, f"{where}: history") or []
+    if not isinstance(turns, list | tuple):
+        raise InputError(f"{where}: history is a {type(turns).__name__}, expected a list of [question, answer].")
+    if all(isinstance(turn, Mapping) for turn in turns):
+        return read_messages(turns, where)
+    messages: list[dict[str, Any]] = []
+    for turn in turns:
+        if not isinstance(turn, list | tuple) or len(turn) != 2:
+            raise InputError(f"{where}: history holds {str(turn)[:40]!r}, expected [question, answer].")
+        for role, text in zip(("user", "assistant"), turn):
+            messages.append({"role": role, "content": as_text(text, f"{where}: history")})
+    return messages
+
+
+def flags_of_near_keys(record: Mapping[str, Any], wanted: Mapping[str, str | None]) -> str:
     """The flags that name the keys a record has in place of those it lacks, such as --input_key Input.
 
     `wanted` are the keys by the flags' names. A key may be meant that differs in capitals, spaces, or a letter or two.
@@ -156,8 +346,10 @@ def flags_of_near_keys(record: Mapping[str, Any], wanted: Mapping[str, str]) -> 
     by_plain_name = {str(key).strip().casefold(): str(key) for key in record}
     flags = []
     for flag, key in wanted.items():
+        if key is None or key in record:
+            continue
         near = difflib.get_close_matches(key.casefold(), by_plain_name, n=1, cutoff=0.8)
-        if key not in record and near:
+        if near:
             flags.append(f"--{flag} {shlex.quote(by_plain_name[near[0]])}")
     return " ".join(flags)
 
@@ -184,60 +376,36 @@ def read_split(value: Any, where: str) -> str | None:
     return SPLITS[word]
 
 
-def read_messages(messages: Any, where: str) -> list[dict[str, Any]]:
-    """A conversation as messages with role and content. Whatever else they hold is kept.
-
-    What follows the last answer is left out, since nothing can be learned from it.
-    """
-    if messages is None:
-        return []
-    if not isinstance(messages, list | tuple) or not all(isinstance(message, Mapping) for message in messages):
-        raise InputError(f"{where}: its conversation is no list of messages with role and content.")
-    result = [read_message(message, where) for message in messages]
-    while result and result[-1]["role"] != "assistant":
-        result.pop()
-    return result
+# ---- what is not for this toolkit
 
 
-def read_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
-    # rows of tables have every key of any message: what is None is not there
-    message = {key: value for key, value in message.items() if value is not None}
-    role = message.get("role", message.get("from"))
-    content = message.get("content", message.get("value"))
-    if not isinstance(role, str):
-        raise InputError(f"{where} has a message without a role; it has {', '.join(map(str, message)) or 'nothing'}.")
-    if isinstance(content, list):  # the parts of OpenAI's messages
-        content = "".join(text_of_part(part, where) for part in content)
-
-    # whatever else it holds, such as tool_calls, is for the chat template
-    result = {key: value for key, value in message.items() if key not in ("from", "value")}
-    result["role"] = ROLES.get(role, role)
-    result["content"] = as_text(content, f"{where}: content of {role}")
-    return result
+def refuse_media(record: Mapping[str, Any], where: str) -> None:
+    """Raises InputError if the record holds pictures, films or sounds, without which its texts are something else."""
+    for key in MEDIA:
+        if record.get(key):
+            raise InputError(f"{where} has {key}: only text can be read. Without that key, its texts are.")
 
 
-def text_of_part(part: Any, where: str) -> str:
-    """The text of one part of a message's content."""
-    text = part.get("text") if isinstance(part, Mapping) else part
-    if isinstance(text, str):
-        return text
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise InputError(f"{where} has a message with a part of type {kind!r}: only text can be read.")
+def refuse_preferences(record: Mapping[str, Any], where: str) -> None:
+    """Raises InputError if the record is a better and a worse answer, which are compared and not learned."""
+    pairs = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
+    for chosen, rejected in pairs:
+        if not record.get(chosen) or not record.get(rejected):
+            continue
+        if isinstance(record[chosen], str):
+            question = next((key for key in ("prompt", "instruction") if isinstance(record.get(key), str)), None)
+            flags = f"--instruction_key {question} --output_key {chosen}" if question else f"--text_key {chosen}"
+            advice = f"{flags} learns the better one"
+        elif isinstance(record.get("prompt"), list):
+            advice = f"Call {chosen} completion to learn the better one"
+        else:
+            advice = f"--messages_key {chosen} learns the better one, if it is the whole conversation"
+        raise InputError(
+            f"{where} has {chosen} and {rejected}, answers to be compared; here answers are learned. {advice}."
+        )
 
 
-def as_text(value: Any, name: str) -> str:
-    """A value that should be a text, "" for None.
-
-    Raises:
-        InputError: it is none, or cannot be written as UTF-8.
-    """
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise InputError(f"{name} is a {type(value).__name__}, expected text.")
-    if not value.isascii() and re.search("[\ud800-\udfff]", value):
-        raise InputError(f"{name} holds half a surrogate pair (\\ud83d), expected text.")
-    return value
+# ---- what is in a record
 
 
 def blank_part(record: Mapping[str, Any]) -> str | None:
@@ -251,26 +419,6 @@ def blank_part(record: Mapping[str, Any]) -> str | None:
     if not answers or any(is_blank(answer) for answer in answers):
         return "answer"
     return None
-
-
-def is_blank(message: Mapping[str, Any]) -> bool:
-    """Whether a message says nothing and calls no tool."""
-    return not message["content"].strip() and not message.get("tool_calls")
-
-
-def are_trained(messages: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """For each message whether it is trained: the assistant's are, but for two kinds.
-
-    These are a greeting, which answers nothing, and a message of weight 0, which is how OpenAI's format leaves one out.
-    """
-    is_asked = False
-    trained = []
-    for message in messages:
-        if message["role"] not in ("assistant", "system"):
-            is_asked = True
-        is_answer = is_asked and message["role"] == "assistant"
-        trained.append(is_answer and message.get("weight") != 0)
-    return trained
 
 
 def with_validation(

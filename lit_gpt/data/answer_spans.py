@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 
 from lit_gpt.data.chat_template import Messages, fill_template
 from lit_gpt.data.messages import REASONING
+from lit_gpt.data.tool_calls import JsonMapping
 from lit_gpt.errors import InputError
 
 Fill = Callable[[Messages, bool], str]
@@ -470,7 +471,8 @@ def mark_call(call: Any, mark: str) -> Any:
     if arguments:
         marked = mark_values(arguments, mark)
         if marked == arguments and isinstance(arguments, Mapping):  # numbers alone: the names are marked
-            marked = {insert(str(key), places_for_marks(str(key))[:1], mark): arguments[key] for key in arguments}
+            names = {key: insert(str(key), places_for_marks(str(key))[:1], mark) for key in arguments}
+            marked = of_same_kind(arguments, {names[key]: arguments[key] for key in arguments})
         if marked != arguments:
             return {**call, "arguments": marked}
     name = call.get("name")
@@ -483,10 +485,15 @@ def mark_values(value: Any, mark: str) -> Any:
         places = places_for_marks(value)
         return insert(value, places, mark * len(places))
     if isinstance(value, Mapping):
-        return {key: mark_values(inner, mark) for key, inner in value.items()}
+        return of_same_kind(value, {key: mark_values(inner, mark) for key, inner in value.items()})
     if isinstance(value, list | tuple):
         return [mark_values(inner, mark) for inner in value]
     return value
+
+
+def of_same_kind(mapping: Mapping[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+    """The content as a mapping that a template can use as it uses the other one, see `JsonMapping`."""
+    return JsonMapping(content) if isinstance(mapping, JsonMapping) else content
 
 
 def unescape(rendered: str, marks: Sequence[str]) -> str:

@@ -105,11 +105,15 @@ def fill_template(
 
 
 def name_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A message whose thoughts have the names that templates read, whichever its data set has; as transformers does."""
+    """A message whose thoughts have every name that templates read, whichever its data set has.
+
+    transformers fills in reasoning_content and thinking alone, so that a template that reads another name drops the
+    thoughts of most data sets without a word.
+    """
     for name in REASONING:
         thoughts = message.get(name)
         if thoughts is not None:
-            return {"thinking": thoughts, **message, "reasoning_content": thoughts}
+            return {**dict.fromkeys(REASONING, thoughts), **message, "reasoning_content": thoughts}
     return message
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from lit_gpt import families
-from lit_gpt.checkpoint.load import read_tensors
 from lit_gpt.checkpoint.save import save_tensors
 from lit_gpt.checkpoint.tensor_names import fused_rows, hf_name, name_map_of, to_lit
+from lit_gpt.checkpoint.weight_files import read_tensors
 from lit_gpt.config import Config, read_json
 from lit_gpt.errors import InputError, reading
 from lit_gpt.lora import LoRA

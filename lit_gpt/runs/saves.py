@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_gpt.checkpoint.load import read_metadata, read_tensors
 from lit_gpt.checkpoint.save import save_tensors, write_files
+from lit_gpt.checkpoint.weight_files import read_metadata, read_tensors
 from lit_gpt.data.prompts import write_style
 from lit_gpt.distributed import is_first
 from lit_gpt.errors import InputError

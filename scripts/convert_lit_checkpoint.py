@@ -20,7 +20,7 @@ from lit_gpt.config import SAMPLE
 from lit_gpt.device import DType, as_dtype
 from lit_gpt.files import must_be_empty
 from lit_gpt.formats.gguf_writer import export_gguf
-from lit_gpt.formats.merge import export_merged, export_peft, round_weights, whole_model
+from lit_gpt.formats.merge import export_merged, export_merged_gguf, export_peft, round_weights, whole_model
 from lit_gpt.formats.verify import logits_of, verify_copy
 
 if TYPE_CHECKING:
@@ -64,9 +64,10 @@ def main(
         finetuned = None
 
     if format == "gguf":
-        if finetuned is not None:
-            raise InputError("--format gguf takes a whole model. Merge first: scripts/merge_lora.py.")
-        export_gguf(checkpoint_dir or SAMPLE, out_dir, dtype or "float16")
+        if finetuned is None:
+            export_gguf(checkpoint_dir or SAMPLE, out_dir, dtype or "float16")
+        else:
+            export_merged_gguf(finetuned, checkpoint_dir, out_dir, dtype or "float16")
     elif format == "peft":
         export_peft(finetuned, checkpoint_dir, out_dir)
     elif finetuned is not None:
@@ -96,7 +97,8 @@ def copy_checkpoint(source: Path, out_dir: Path, dtype: "torch.dtype | None", *,
         tokenizer = Tokenizer(source)
         expected = logits_of(model, tokenizer)
         if dtype is not None:
-            expected = round_weights(model, dtype, tokenizer, expected)
+            dtypes = {name: dtype for name, _ in model.named_parameters()}
+            expected = round_weights(model, dtypes, tokenizer, expected)
         del model  # no two of them at once
         check = functools.partial(verify_copy, expected)
     convert_checkpoint(source, out_dir, hugging_face=True, dtype=dtype, max_shard=max_shard, check=check)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from lit_gpt import Config, InputError, families
 from lit_gpt.checkpoint.hub import WEIGHTS, download
-from lit_gpt.checkpoint.load import read_tensors
 from lit_gpt.checkpoint.save import convert_checkpoint
+from lit_gpt.checkpoint.weight_files import read_tensors
 from lit_gpt.cli import run
 from lit_gpt.device import DType, as_dtype
 from lit_gpt.display.words import counted

@@ -217,6 +217,7 @@ def as_bin(folder: Path, content: object = None) -> Path:
 
 
 def index(folder: Path, text: str) -> None:
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(text)
 
 
@@ -292,7 +293,6 @@ def test_what_is_wrong_with_a_checkpoint_is_said(damage, copy) -> None:
 
 def test_all_that_is_wrong_is_said_at_once(copy) -> None:
     def edit(tensors):
-        tensors["model.norm.weight"][0] = math.nan
         tensors["what"] = torch.ones(1)
         tensors[LAYER_1] = tensors[LAYER_1][:5].clone()
         del tensors["model.layers.0.input_layernorm.weight"]
@@ -300,8 +300,22 @@ def test_all_that_is_wrong_is_said_at_once(copy) -> None:
     change(copy, edit)
     with pytest.raises(InputError) as caught:
         convert_checkpoint(copy, copy.parent / "out", hugging_face=False)
-    for part in ("norm.weight holds NaN", "what is in no", f"{LAYER_1} has shape", "input_layernorm.weight is missing"):
+    for part in ("what is in no", f"{LAYER_1} has shape", "input_layernorm.weight is missing"):
         assert part in str(caught.value)
+    assert not (copy.parent / "out").exists()
+
+
+def test_all_values_that_are_not_finite_are_said_at_once(copy) -> None:
+    """Names and shapes come first: they are known before a weight is read."""
+
+    def edit(tensors):
+        tensors["model.norm.weight"][0] = math.nan
+        tensors[LAYER_1][3] = math.inf
+
+    change(copy, edit)
+    with pytest.raises(InputError) as caught:
+        convert_checkpoint(copy, copy.parent / "out", hugging_face=False)
+    assert "norm.weight holds NaN" in str(caught.value) and f"{LAYER_1} holds NaN" in str(caught.value)
     assert not (copy.parent / "out").exists()
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT
 from helpers.shell import python
+from safetensors.torch import load_file, save_file
 
 from lit_gpt import Config
 from lit_gpt.checkpoint.load import load_model
@@ -182,6 +183,49 @@ def test_what_else_a_repository_holds(hub, tiny_dir, tmp_path) -> None:
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert found == {path.name for path in tiny_dir.iterdir()} | {template}
     assert (folder / template).read_text() == "{{ messages }}"
+
+
+def in_parts(hub, n: int, index: bool = True) -> list[str]:
+    """Splits the repository's weights into parts, as save_pretrained names them; the index names these."""
+    tensors = load_file(hub.folder / "model.safetensors")
+    names = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+    weight_map = {key: names[i % n] for i, key in enumerate(tensors)}
+    for name in names:
+        save_file(
+            {key: tensors[key] for key in tensors if weight_map[key] == name}, hub.folder / name, {"format": "pt"}
+        )
+    if index:
+        content = {"metadata": {}, "weight_map": weight_map}
+        (hub.folder / "model.safetensors.index.json").write_text(json.dumps(content))
+    return names
+
+
+def test_of_two_sets_of_weights_one_is_fetched(hub, tiny_dir, tmp_path) -> None:
+    """That which transformers reads: the whole file, else what the index names, and no parts of another save."""
+    parts = in_parts(hub, 2)
+    strays = in_parts(hub, 3, index=False)
+    assert fetch(hub, tmp_path).returncode == 0
+    folder = tmp_path / "checkpoints/org/tiny"
+    assert {file.name for file in folder.glob("model*")} == {"model.safetensors"}
+    (hub.folder / "model.safetensors").unlink()
+    assert fetch(hub, tmp_path, "--checkpoint_dir", "parts").returncode == 0
+    found = {file.name for file in (tmp_path / "parts").glob("model*")}
+    assert found == {*parts, "model.safetensors.index.json"} and not found & set(strays)
+    assert torch.equal(load_model(tmp_path / "parts").lm_head.weight, load_model(tiny_dir).lm_head.weight)
+    (hub.folder / parts[1]).unlink()
+    said = line_of(fetch(hub, tmp_path, "--checkpoint_dir", "lacking"))
+    assert said == f"error: org/tiny lacks {parts[1]}, which its model.safetensors.index.json names."
+    assert not list((tmp_path / "lacking").glob("model-*"))
+
+
+def test_quantized_weights_cost_no_gigabytes(hub, tmp_path) -> None:
+    (hub.folder / "model.safetensors").unlink()
+    content = {"weight_map": {"model.layers.0.self_attn.q_proj.qweight": "model-00001-of-00001.safetensors"}}
+    (hub.folder / "model-00001-of-00001.safetensors").write_bytes(b"not wanted")
+    (hub.folder / "model.safetensors.index.json").write_text(json.dumps(content))
+    said = line_of(fetch(hub, tmp_path))
+    assert "org/tiny is quantized (GPTQ or AWQ): it holds model.layers.0.self_attn.q_proj.qweight; expected" in said
+    assert not hub.requests["GET /cdn/model-00001-of-00001.safetensors"]
 
 
 @pytest.mark.parametrize("broken", ["cut", "stalled"])

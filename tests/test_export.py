@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,19 +14,22 @@ import torch
 from conftest import ROOT, make_tiny
 from helpers.families import CASES, make, tokens, trained, weights_of
 from helpers.models import error, reference
+from helpers.runs import equal
 from helpers.shell import python
-from helpers.tiny_tokenizers import SPECIAL, metaspace, sentencepiece, write
+from helpers.tiny_tokenizers import SPECIAL, byte_level, metaspace, sentencepiece, write
 from helpers.tiny_tokenizers import TEXTS as ALL_SORTS
 from record_llama_cpp import llama_cpp_tokens
+from safetensors.torch import load_file, save_file
 
 from lit_gpt import Config, InputError, Tokenizer
 from lit_gpt.checkpoint.load import load_model
 from lit_gpt.checkpoint.save import convert_checkpoint, save_hf, save_tensors, write_files
+from lit_gpt.checkpoint.tensor_names import hf_name
 from lit_gpt.data.prompts import render, resolve_style
 from lit_gpt.formats import gguf_writer as gguf_out
 from lit_gpt.formats import merge as exporting
 from lit_gpt.formats.gguf_reader import convert_gguf, read_gguf
-from lit_gpt.formats.merge import export_merged, export_peft
+from lit_gpt.formats.merge import export_merged, export_merged_gguf, export_peft
 from lit_gpt.formats.verify import TEXTS, compare_logits, logits_of, verify_copy
 from lit_gpt.generate.decode import stream
 from lit_gpt.lora import LoRA, LoRALinear
@@ -122,6 +126,114 @@ def test_a_style_that_no_template_has_is_told(tiny, tmp_path, capsys) -> None:
     said = capsys.readouterr().out
     assert "trained in the style none, and its chat template is another: ask it with --prompt_style none." in said
     assert Tokenizer(tmp_path / "merged").chat_template == Tokenizer(tiny).chat_template
+
+
+LINEARS = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+
+
+def of_family(folder: Path, case: str) -> Path:
+    """A tiny model of a family, with a tokenizer of 300 tokens."""
+    kind, settings = CASES[case]
+    make(folder, kind, settings | dict(vocab_size=300))
+    return write(folder, tokenizer_json=byte_level(), tokenizer_config_json=SPECIAL)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "bnb.nf4", "bnb.nf4, original"])
+def test_a_merge_rounds_once(kind, tmp_path) -> None:
+    """Of a bfloat16 base and a float32 change: what is written in float32 has no rounding of bfloat16 in it."""
+    quantize, _, base = kind.partition(", ")
+    quantize = quantize if quantize.startswith("bnb") else None
+    lora = replace(EVERYWHERE, dora=kind == "dora")
+    convert_checkpoint(of_family(tmp_path / "llama", "llama"), tmp_path / "base", True, torch.bfloat16)
+    adapter = write_adapter(tmp_path / "lora", tmp_path / "base", lora, quantize)
+    written = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, None):
+        out = tmp_path / str(dtype)
+        export_merged(adapter, None, out, dtype, base or "dequantized")
+        written[dtype] = load_file(out / "model.safetensors")
+
+    # the values, in float64
+    model, _ = load_finetuned(None, adapter, torch.float64, quantize="none" if base else "auto")
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            weight = module.linear.weight if hasattr(module.linear, "weight") else module.linear.dequantize()
+            expected = module.double().changed(weight.double())
+            merged = written[torch.float32][hf_name(f"{name}.weight", model.config)[0]]
+            assert (merged - expected).abs().max() < 1e-6 * expected.abs().max(), name
+
+    # each dtype is that of float32, rounded once; None is the base's
+    changed = [name for name in written[None] if re.search(LINEARS, name)]
+    assert len(changed) == 21
+    for dtype, tensors in written.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, written[torch.float32][name].to(dtype or torch.bfloat16)), name
+
+
+MIXED = {
+    "llama": LINEARS,  # the rest of it is float32
+    "phi3": "proj",
+    "gpt_neox": "attention|embed_in",
+    "gpt2": "c_attn.weight|wte",
+    "phi": "weight",
+    "starcoder2": "embed_tokens|bias",
+}  # a case of families.py -> what of it is bfloat16
+
+
+@pytest.mark.parametrize("case", MIXED)
+@torch.no_grad()
+def test_two_dtypes_in_one_checkpoint(case, tmp_path, capsys) -> None:
+    """It is used in the wider one, and every copy keeps the dtype of each tensor."""
+    folder = of_family(tmp_path / "base", case)
+    tensors = load_file(folder / "model.safetensors")
+    mixed = {name: value.bfloat16() if re.search(MIXED[case], name) else value for name, value in tensors.items()}
+    assert {tensor.dtype for tensor in mixed.values()} == {torch.bfloat16, torch.float32}
+    save_file(mixed, folder / "model.safetensors", {"format": "pt"})
+    assert error(load_model(folder)(tokens(1, 9)), reference(folder)(tokens(1, 9)).logits) < 1e-5
+
+    # copies
+    convert_checkpoint(folder, tmp_path / "lit", False)
+    copy = runpy.run_path(str(ROOT / "scripts/convert_lit_checkpoint.py"))["main"]
+    copy(tmp_path / "hf", tmp_path / "lit")
+    copies = load_file(tmp_path / "hf/model.safetensors")
+    assert all(torch.equal(copies[name], mixed[name]) and copies[name].dtype == mixed[name].dtype for name in mixed)
+    copy(tmp_path / "half", folder, dtype="float16")
+    halves = load_file(tmp_path / "half/model.safetensors")
+    assert all(torch.equal(halves[name], mixed[name].half()) for name in mixed)
+
+    # merged: each tensor keeps its dtype, or all get another
+    capsys.readouterr()
+    adapter = write_adapter(tmp_path / "lora", folder)
+    export_merged(adapter, None, tmp_path / "merged")
+    assert "Rounded to bfloat16 and float32: " in capsys.readouterr().out
+    export_merged(adapter, None, tmp_path / "wide", torch.float32)
+    merged, wide = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "wide"))
+    assert merged.keys() == wide.keys() == mixed.keys()
+    for name, tensor in merged.items():
+        assert tensor.dtype == mixed[name].dtype and torch.equal(tensor, wide[name].to(tensor.dtype)), name
+    model, _ = load_finetuned(None, adapter)
+    assert error(load_model(tmp_path / "wide")(tokens(1, 9)), model(tokens(1, 9))) < 1e-5
+
+
+def test_a_lora_is_merged_on_its_way_to_gguf(tiny, tmp_path, capsys) -> None:
+    """In float32, and in the style that was trained."""
+    convert_checkpoint(tiny, tmp_path / "base", True, torch.bfloat16)
+    adapter = write_adapter(tmp_path / "mine", tmp_path / "base", quantize="bnb.nf4", prompt_style="alpaca")
+    main = runpy.run_path(str(ROOT / "scripts/convert_lit_checkpoint.py"))["main"]
+    main(tmp_path / "gguf", finetuned=adapter, format="gguf", dtype="float32")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "gguf", "mine"]
+    assert [path.name for path in (tmp_path / "gguf").iterdir()] == ["mine-float32.gguf"]
+    convert_gguf(tmp_path / "gguf/mine-float32.gguf", tmp_path / "again")
+    export_merged(adapter, None, tmp_path / "merged", torch.float32)
+    merged, again = load_model(tmp_path / "merged"), load_model(tmp_path / "again")
+    assert equal(again.state_dict(), merged.state_dict())
+    assert Tokenizer(tmp_path / "again").chat_template == Tokenizer(tmp_path / "merged").chat_template
+
+
+def test_gguf_is_refused_before_anything_is_merged(tiny, tmp_path) -> None:
+    folder = of_family(tmp_path / "base", "qwen3")
+    with pytest.raises(InputError, match="is no plain llama"):
+        export_merged_gguf(write_adapter(tmp_path / "lora", folder), None, tmp_path / "gguf", "float16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "lora"]
 
 
 def test_both_bases_of_a_quantized_one(tiny, tmp_path, capsys) -> None:

@@ -1,8 +1,10 @@
 """Every method from its script to answers, and what may be combined: `pytest tests/test_methods.py`, about 2 min"""
 
 import io
+import math
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -14,7 +16,7 @@ from conftest import ROOT, make_tiny
 from helpers.methods import METHODS, PROMPTS, TRAIN, exact, finetune, unmoved
 from helpers.runs import column, edited, equal, rows_of, write_data
 from helpers.scripts import script
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lit_gpt.adapter
 from lit_gpt import GPT, InputError
@@ -26,6 +28,7 @@ from lit_gpt.adapter import (
     apply_adapter_v2,
 )
 from lit_gpt.checkpoint.load import build_model, load_model, load_weights
+from lit_gpt.checkpoint.weight_files import read_metadata
 from lit_gpt.cli import parse
 from lit_gpt.config import Config
 from lit_gpt.data.dataset import Dataset, micro_batches
@@ -111,6 +114,33 @@ def test_answers_are_those_of_the_model(run, data_dir) -> None:
     with redirect_stdout(io.StringIO()) as stdout:
         script("generate/base.py").main("What does str.upper do?", finetuned=out_dir, max_new_tokens=5)
     assert stdout.getvalue().strip()
+
+
+def poison(file: Path, value: float) -> str:
+    """Puts a value into the last tensor of a file, and returns its name."""
+    tensors, metadata = load_file(file), read_metadata(file)
+    name = [key for key in sorted(tensors) if tensors[key].is_floating_point()][-1]
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, file, metadata)
+    return name
+
+
+def test_weights_that_are_not_finite_are_named(run, tiny_dir, data_dir, tmp_path) -> None:
+    """By whoever uses them, and where the run goes on: weights, and the state of the optimizer."""
+    method, out_dir = run
+    copy = shutil.copytree(out_dir, tmp_path / "out")
+    stem = "model" if method.startswith("full") else method.split()[0]
+    for part, file in (("best", f"{stem}.safetensors"), ("last", f"{stem}.safetensors"), ("last", "state.safetensors")):
+        path = copy / part / file
+        whole = path.read_bytes()
+        name = poison(path, math.nan if part == "best" else -math.inf)
+        with pytest.raises(InputError, match=rf"{part}.*{re.escape(name)}") as caught:
+            if part == "best":
+                load_finetuned(None, copy)
+            else:
+                finetune(method, tiny_dir, data_dir, copy, resume=True)
+        assert "NaN or infinite values" in str(caught.value)
+        path.write_bytes(whole)
 
 
 @pytest.fixture(scope="module")

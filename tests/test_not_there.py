@@ -7,7 +7,8 @@ import pytest
 from helpers.models import make_checkpoint
 
 from lit_gpt import Config, InputError, Tokenizer
-from lit_gpt.checkpoint.load import load_model, weight_files
+from lit_gpt.checkpoint.load import load_model
+from lit_gpt.checkpoint.weight_files import weight_files
 from lit_gpt.config import SAMPLE
 from lit_gpt.data.dataset import Dataset
 from lit_gpt.files import CLONE

@@ -1,6 +1,7 @@
 """LoRA to peft and from it, for every family: `pytest tests/test_peft.py`, about 30 s"""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,6 +127,30 @@ def test_a_tensor_that_is_missing_is_named(leaf, tmp_path) -> None:
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(InputError, match=f"lacks {name}.{leaf}"):
         load_peft(tmp_path, load_model(folder).config)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_not_finite_are_named(value, tmp_path) -> None:
+    folder = make(tmp_path / "base", *CASES["phi3"])
+    model = trained(folder, EVERYWHERE)
+    save_peft(weights_of(model), EVERYWHERE, model.config, str(folder), tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors["base_model.model.model.layers.1.self_attn.qkv_proj.lora_B.weight"][50] = value
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="holds NaN or infinite values: transformer.h.1.attn.k.lora_B"):
+        load_finetuned(folder, tmp_path)
+
+
+@pytest.mark.parametrize("case", ["llama", "phi3", "gpt2"])
+def test_an_adapter_of_another_model_is_refused(case, tmp_path) -> None:
+    """Of other sizes: peft's files have no fingerprint of their base."""
+    kind, settings = CASES[case]
+    other = dict(n_embd=60) if case == "gpt2" else dict(hidden_size=60, intermediate_size=80)
+    folder, wider = make(tmp_path / "base", kind, settings), make(tmp_path / "wider", kind, settings | other)
+    model = trained(wider, EVERYWHERE)
+    save_peft(weights_of(model), EVERYWHERE, model.config, str(wider), tmp_path)
+    with pytest.raises(InputError, match=r"lora_[AB] has shape \[\d+, \d+\], expected \[\d+, \d+\]"):
+        load_finetuned(folder, tmp_path)
 
 
 @pytest.mark.parametrize("start", [True, "gaussian", "orthogonal", "eva"])

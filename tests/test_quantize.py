@@ -26,7 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lit_gpt.quantize
 from lit_gpt import Config, InputError
-from lit_gpt.checkpoint.load import build_model, load_model, load_weights, read_metadata
+from lit_gpt.checkpoint.load import build_model, load_model, load_weights
+from lit_gpt.checkpoint.weight_files import read_metadata
 from lit_gpt.data.dataset import Dataset, micro_batches
 from lit_gpt.distributed import launch
 from lit_gpt.lora import LoRA, LoRALinear, apply_lora, mark_only_lora_as_trainable, merge_lora_weights

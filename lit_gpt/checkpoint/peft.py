@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from lit_gpt import families
-from lit_gpt.checkpoint.load import read_tensors
+from lit_gpt.checkpoint.load import parameter_shapes
 from lit_gpt.checkpoint.save import save_tensors
-from lit_gpt.checkpoint.tensor_names import fused_rows, hf_name, name_map_of, to_lit
+from lit_gpt.checkpoint.tensor_names import fused_rows, hf_name, lit_names, name_map_of, to_lit
+from lit_gpt.checkpoint.weight_files import read_tensors
 from lit_gpt.config import Config, read_json
 from lit_gpt.errors import InputError, reading
 from lit_gpt.lora import LoRA
@@ -195,10 +196,13 @@ def load_peft(folder: Path, config: Config) -> tuple[LoRA, Tensors]:
     tensors: Tensors = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
+    shapes = parameter_shapes(config)
     for hf_module, change in read_changes(folder / WEIGHTS).items():
         with reading(folder / CONFIG):
             alpha = value_by_end(hf_module, settings.get("alpha_pattern") or {}, default=settings["lora_alpha"])
         try:
+            weights = [shapes[name] for name in lit_names(f"{hf_module}.weight", config)]
+            check_change(folder / WEIGHTS, hf_module, change, weights)
             parts = split_change(hf_module, change, config)
         except KeyError:
             raise InputError(f"{folder / WEIGHTS} changes {hf_module}, which is in no {config.family} model.") from None
@@ -252,6 +256,20 @@ def read_changes(file: Path) -> dict[str, Change]:
             if leaf not in change:
                 raise InputError(f"{file} lacks {hf_module}.{leaf}. Copy or download it again.")
     return dict(changes)
+
+
+def check_change(file: Path, hf_module: str, change: Change, weights: list[list[int]]) -> None:
+    """Raises InputError for a change of other sizes than the linear, whose parts have weights of these shapes."""
+    n_rows = sum(shape[0] for shape in weights)
+    rank = change["lora_A"].size(0)
+    expected = {"lora_A": [rank, weights[0][1]], "lora_B": [n_rows, rank], "lora_magnitude": [n_rows]}
+    for leaf, tensor in change.items():
+        shape = list(tensor.shape)
+        if shape != expected[leaf]:
+            raise InputError(
+                f"{file} does not fit this model: {hf_module}.{leaf} has shape {shape}, expected {expected[leaf]}. Name"
+                " its base: --checkpoint_dir."
+            )
 
 
 def split_change(hf_module: str, change: Change, config: Config) -> dict[str, Change]:

@@ -12,8 +12,10 @@ import torch
 
 from lit_gpt import families
 from lit_gpt.checkpoint.fingerprint import FINGERPRINT_KEY, model_fingerprint, tensor_digest
-from lit_gpt.checkpoint.load import build_model, cast_without_overflow, checked_tensors, first_line, stored_fingerprint
+from lit_gpt.checkpoint.load import build_model, cast_without_overflow, checked_tensors, stored_fingerprint
+from lit_gpt.checkpoint.quantized_elsewhere import CONFIG_KEYS
 from lit_gpt.checkpoint.tensor_names import to_hf
+from lit_gpt.checkpoint.weight_files import first_line
 from lit_gpt.config import Config, read_json
 from lit_gpt.errors import InputError
 from lit_gpt.files import must_be_empty, new_folder
@@ -110,13 +112,14 @@ def convert_checkpoint(
     """
     must_be_empty(out_dir)
     model = build_model(Config.from_checkpoint(checkpoint_dir))
+    tensors = checked_tensors(model, checkpoint_dir)
     original = stored_fingerprint(checkpoint_dir)
     # of a checkpoint without one it is known after the last tensor; until then another of the same length stands here
     metadata = {FINGERPRINT_KEY: original or model_fingerprint({})}
 
     def converted_tensors() -> Iterator[tuple[str, torch.Tensor]]:
         digests = {}
-        for name, tensor in checked_tensors(model, checkpoint_dir):
+        for name, tensor in tensors:
             digests[name] = tensor_digest(name, tensor)
             yield name, cast_without_overflow(name, tensor, dtype or tensor.dtype)
         metadata[FINGERPRINT_KEY] = original or model_fingerprint(digests)
@@ -139,17 +142,23 @@ def save_hf(
     out_dir: Path,
     max_shard: int | None = None,
     check: Callable[[Path], None] | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> None:
     """Writes a model as a Hugging Face folder. `source` is the folder it came from: its tokenizer goes along.
 
     A head that no longer is the embedding (a LoRA on it was merged) is written too, and config.json says so.
-    `max_shard` and `check` are those of `convert_checkpoint`.
+    `dtypes` has one for each weight, None keeps what it has. `max_shard` and `check` are those of `convert_checkpoint`.
     """
     config = model.config
     if config.tie_embeddings and model.lm_head.weight is not model.transformer.wte.weight:
         config = config.replace(tie_embeddings=False)
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, param in model.named_parameters():
+            yield name, cast_without_overflow(name, param, dtypes[name]) if dtypes else param
+
     write_checkpoint(
-        model.named_parameters(),
+        tensors(),
         config=config,
         source=source,
         out_dir=out_dir,
@@ -276,6 +285,8 @@ def write_hf_config(source: Path, folder: Path, config: Config, dtype: str | Non
     hf = {renamed_keys.get(key, key): value for key, value in hf.items()}
     hf |= added_keys
     hf.pop("auto_map", None)  # names the checkpoint's own code, which does not go along
+    for key in (*CONFIG_KEYS, "transformers_weights"):  # describe files of before: these weights are plain
+        hf.pop(key, None)
 
     # what the weights are now
     hf["tie_word_embeddings"] = config.tie_embeddings

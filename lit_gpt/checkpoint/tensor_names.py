@@ -25,21 +25,13 @@ NUMBER = r"(?<=\.)\d+(?=\.|$)"  # a part of a name: 3 in layers.3.mlp, nothing i
 def to_lit(name: str, tensor: torch.Tensor, config: Config) -> list[Named]:
     """Translates one tensor of a checkpoint: one of ours, several for a fused one, none for what no model needs.
 
-    Not needed are the tensors in the family's IGNORED, and the head of a model whose head is its embedding.
+    A fused tensor has the rows of all its parts; whoever reads files of others has compared the shapes.
 
     Raises:
         KeyError: the family does not know the name.
     """
-    if name.endswith(families.definition(config.family, "IGNORED")):
-        return []
-
-    # some checkpoints leave out the prefix of all names
-    name_map = name_map_of(config)
-    prefix = families.definition(config.family, "PREFIX")
-    names = our_names(name, name_map) or our_names(prefix + name, name_map)
+    names = lit_names(name, config)
     if not names:
-        raise KeyError(name)
-    if config.tie_embeddings and names[0].startswith("lm_head."):
         return []
 
     # (in, out) -> (out, in), so that the rows of each part can be taken out
@@ -49,6 +41,23 @@ def to_lit(name: str, tensor: torch.Tensor, config: Config) -> list[Named]:
         return [(names[0], tensor)]
     parts = split_fused(tensor, names, config)
     return list(zip(names, parts, strict=True))
+
+
+def lit_names(name: str, config: Config) -> list[str]:
+    """Our names of what a checkpoint's tensor holds; none for what is in the family's IGNORED.
+
+    Raises:
+        KeyError: the family does not know the name.
+    """
+    if name.endswith(families.definition(config.family, "IGNORED")):
+        return []
+    # some checkpoints leave out the prefix of all names
+    name_map = name_map_of(config)
+    prefix = families.definition(config.family, "PREFIX")
+    names = our_names(name, name_map) or our_names(prefix + name, name_map)
+    if not names:
+        raise KeyError(name)
+    return names
 
 
 def to_hf(tensors: Iterable[Named], config: Config) -> Iterator[Named]:

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from lit_gpt.checkpoint.load import read_metadata, read_tensors
 from lit_gpt.checkpoint.save import save_tensors
+from lit_gpt.checkpoint.weight_files import read_metadata, read_tensors
 from lit_gpt.classifier.features import in_batches
 from lit_gpt.classifier.head import Classifier
 from lit_gpt.classifier.texts import Texts

@@ -33,7 +33,7 @@ FAMILIES = (
 
 DEFAULTS: dict[str, Any] = {  # of what a family file may leave out
     "TRANSPOSED": (),
-    "IGNORED": ("rotary_emb.inv_freq",),  # old exports saved this constant in every layer
+    "IGNORED": (".inv_freq", ".cos_cached", ".sin_cached"),  # constants that old exports saved in every layer
     "PREFIX": "",
     "EXCEPTIONS": {},
     "FORMER_MODEL_TYPES": {},

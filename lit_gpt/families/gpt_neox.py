@@ -67,7 +67,8 @@ WEIGHTS = {
     "gpt_neox.final_layer_norm": "transformer.ln_f",
     "embed_out": "lm_head",
 }  # fmt: skip
-IGNORED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")  # constants of old exports
+# constants of old exports
+IGNORED = (".inv_freq", ".cos_cached", ".sin_cached", "attention.bias", "attention.masked_bias")
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:

@@ -41,10 +41,8 @@ def export_gguf(checkpoint_dir: Path, out_dir: Path, kind: GGUFType) -> Path:
     # what can be refused before the weights are read
     must_be_empty(out_dir)
     gguf = import_gguf()
+    tokenizer, vocabulary = check_can_be_gguf(checkpoint_dir)
     config = Config.from_checkpoint(checkpoint_dir)
-    tokenizer = Tokenizer(checkpoint_dir)
-    check_plain_llama(config)
-    vocabulary = gguf_vocabulary(checkpoint_dir, config, tokenizer)
 
     model = load_model(checkpoint_dir, torch.float32)
     with new_folder(out_dir) as folder:
@@ -69,6 +67,18 @@ def export_gguf(checkpoint_dir: Path, out_dir: Path, kind: GGUFType) -> Path:
         writer.close()
         verify_gguf(path, model, tokenizer, kind)
     return out_dir / path.name
+
+
+def check_can_be_gguf(checkpoint_dir: Path) -> tuple[Tokenizer, dict[str, Any]]:
+    """The tokenizer of a checkpoint, and what of it a GGUF file holds; see `gguf_vocabulary`. No weight is read.
+
+    Raises:
+        InputError: another architecture, or a tokenizer that llama.cpp has no name for.
+    """
+    config = Config.from_checkpoint(checkpoint_dir)
+    tokenizer = Tokenizer(checkpoint_dir)
+    check_plain_llama(config)
+    return tokenizer, gguf_vocabulary(checkpoint_dir, config, tokenizer)
 
 
 def check_plain_llama(config: Config) -> None:

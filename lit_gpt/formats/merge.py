@@ -1,24 +1,28 @@
 """Exports of what was fine-tuned: a LoRA merged into its base, or kept apart as an adapter of the peft library."""
 
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from torch import nn
 
-from lit_gpt.checkpoint.load import cast_without_overflow
+from lit_gpt.checkpoint.load import EMBEDDING, HEAD, cast_without_overflow, stored_dtypes, widest
 from lit_gpt.checkpoint.peft import save_peft
 from lit_gpt.checkpoint.save import copy_companions, save_hf
+from lit_gpt.config import Config
 from lit_gpt.data.prompts import write_style
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.errors import InputError
 from lit_gpt.files import must_be_empty, new_folder
+from lit_gpt.formats.gguf_writer import GGUFType, check_can_be_gguf, export_gguf
 from lit_gpt.formats.verify import EXACT, ROUNDING, Difference, Logits, compare_logits, logits_of, verify_copy
 from lit_gpt.lora import LoRA, lora_filter, merge_lora_weights
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantize import dequantize_linears
 from lit_gpt.runs.header import Header, finetuned_file, is_peft, read_header, read_peft_header
-from lit_gpt.runs.load_finetuned import QuantizeAs, load_finetuned
+from lit_gpt.runs.load_finetuned import QuantizeAs, base_of, load_finetuned
 from lit_gpt.runs.methods import METHODS
 
 Base = Literal["original", "dequantized"]
@@ -34,6 +38,9 @@ def export_merged(
 ) -> None:
     """Merges a LoRA into its base, writes a Hugging Face folder and verifies that it holds the model.
 
+    Weights get the `dtype`, None is what each has in the base. They are merged in a dtype that holds the base and the
+    result, and rounded once.
+
     If the base was quantized in training, the change was learned for the quantized weights. Both bases are tried then:
     the original weights and those that the codes stand for. How far each is from the trained model is printed.
     The style that was trained becomes the folder's chat template.
@@ -44,36 +51,65 @@ def export_merged(
     """
     must_be_empty(out_dir)
     check_is_lora(finetuned)
+    header = header_of(finetuned)
+    source = base_of(finetuned, checkpoint_dir, header)
+    tokenizer = Tokenizer(source)
+
+    # the dtypes: of the base, of what is written, and one in which both are exact
+    stored = stored_dtypes(source, Config.from_checkpoint(source))
+    written = {name: dtype or stored_dtype for name, stored_dtype in stored.items()}
+    written.setdefault(HEAD, written[EMBEDDING])  # a head that was the embedding gets weights of its own if it changes
+    working = widest([*stored.values(), *written.values()])
 
     # the model as it was trained
-    model, header = load_finetuned(checkpoint_dir, finetuned)
-    source = Path(checkpoint_dir or header.checkpoint_dir)
-    tokenizer = Tokenizer(source)
-    stored_dtype = model.transformer.wte.weight.dtype
+    model, header = load_finetuned(checkpoint_dir, finetuned, working)
     trained_logits = logits_of(model, tokenizer)
 
     # merge
     if header.quantize is None:
-        model = merge_in_place(model, stored_dtype)
+        model = merge_in_place(model, working)
         difference = compare_logits(trained_logits, logits_of(model, tokenizer))
         print(f"Merged: {difference}, from the model as it was trained.")
-        check_merge(difference, stored_dtype)
+        check_merge(difference, working)
     else:
         del model  # no two of them at once
-        model = merge_into(base, finetuned, checkpoint_dir, trained_logits, tokenizer)
+        model = merge_into(base, finetuned, checkpoint_dir, working, trained_logits, tokenizer)
     if model.config.tie_embeddings and model.lm_head.weight is not model.transformer.wte.weight:
         print("The head was the embedding and now differs from it: the merged checkpoint holds both.")
 
     # round, write, read back
     merged_logits = logits_of(model, tokenizer)
-    if dtype not in (None, stored_dtype):
-        merged_logits = round_weights(model, dtype, tokenizer, merged_logits)
+    if set(written.values()) != {working}:
+        merged_logits = round_weights(model, written, tokenizer, merged_logits)
 
     def check(folder: Path) -> None:
         print_style(header, folder)
         verify_copy(merged_logits, folder)
 
-    save_hf(model, source, out_dir, max_shard, check=check)
+    save_hf(model, source, out_dir, max_shard, check=check, dtypes=written)
+
+
+def export_merged_gguf(
+    finetuned: Path, checkpoint_dir: Path | None, out_dir: Path, kind: GGUFType, base: Base = "dequantized"
+) -> None:
+    """Merges a LoRA into its base in float32, and writes that as a GGUF file: its weights are rounded once.
+
+    Raises:
+        InputError: see `export_merged` and `export_gguf`.
+    """
+    # what can be refused before weights are read
+    must_be_empty(out_dir)
+    check_is_lora(finetuned)
+    check_can_be_gguf(base_of(finetuned, checkpoint_dir, header_of(finetuned)))
+
+    # the name of the file is that of the folder that is merged to: the run's
+    best = finetuned.resolve()
+    name = best.parent.name if best.name in ("best", "last") else best.name
+    out_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir.absolute().parent, prefix=".merged-") as folder:
+        merged = Path(folder) / name
+        export_merged(finetuned, checkpoint_dir, merged, torch.float32, base)
+        export_gguf(merged, out_dir, kind)
 
 
 def export_peft(finetuned: Path, checkpoint_dir: Path | None, out_dir: Path) -> None:
@@ -152,11 +188,18 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
         param.data = cast_without_overflow(name, param.data, dtype)
 
 
-def round_weights(model: GPT, dtype: torch.dtype, tokenizer: Tokenizer, logits: Logits) -> Logits:
-    """Casts the weights, prints how that changed the `logits`, and returns the new ones."""
-    cast_weights(model, dtype)
+def round_weights(model: GPT, dtypes: Mapping[str, torch.dtype], tokenizer: Tokenizer, logits: Logits) -> Logits:
+    """Rounds each weight to its dtype, prints how that changed the `logits`, and returns the new ones.
+
+    The model computes in one dtype: where weights get several, the widest of them holds the rounded values.
+    """
+    params = dict(model.named_parameters())
+    computing = widest(dtypes[name] for name in params)
+    for name, param in params.items():
+        param.data = cast_without_overflow(name, param.data, dtypes[name]).to(computing)
     rounded_logits = logits_of(model, tokenizer)
-    print(f"Rounded to {str(dtype).removeprefix('torch.')}: {compare_logits(logits, rounded_logits)}.")
+    names = sorted({str(dtypes[name]).removeprefix("torch.") for name in params})
+    print(f"Rounded to {' and '.join(names)}: {compare_logits(logits, rounded_logits)}.")
     return rounded_logits
 
 
@@ -167,9 +210,14 @@ def check_merge(difference: Difference, dtype: torch.dtype) -> None:
 
 
 def merge_into(
-    base: Base, finetuned: Path, checkpoint_dir: Path | None, trained_logits: Logits, tokenizer: Tokenizer
+    base: Base,
+    finetuned: Path,
+    checkpoint_dir: Path | None,
+    dtype: torch.dtype,
+    trained_logits: Logits,
+    tokenizer: Tokenizer,
 ) -> GPT:
-    """Merges into both bases, prints which is nearer to the trained model, and returns the one on `base`.
+    """Merges into both bases in `dtype`, prints which is nearer to the trained model, and returns that on `base`.
 
     Only one of them is in memory at a time.
     """
@@ -178,12 +226,11 @@ def merge_into(
     for name in in_order:
         model = None  # frees the one before
         quantize: QuantizeAs = "none" if name == "original" else "auto"
-        model, _ = load_finetuned(checkpoint_dir, finetuned, quantize=quantize)
-        stored_dtype = model.transformer.wte.weight.dtype
-        merge_in_place(model, stored_dtype)
+        model, _ = load_finetuned(checkpoint_dir, finetuned, dtype, quantize=quantize)
+        merge_in_place(model, dtype)
         differences[name] = compare_logits(trained_logits, logits_of(model, tokenizer))
         print(f"Merged into the {name} weights: {differences[name]}, from the quantized model that was trained.")
-    check_merge(differences["dequantized"], stored_dtype)
+    check_merge(differences["dequantized"], dtype)
 
     nearer = min(differences, key=lambda name: differences[name].mean)
     advice = "" if nearer == base else f" scripts/merge_lora.py --base {nearer} writes the others."

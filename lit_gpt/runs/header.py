@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_gpt.checkpoint import peft
-from lit_gpt.checkpoint.load import read_metadata, weight_files
+from lit_gpt.checkpoint.weight_files import read_metadata, weight_files
 from lit_gpt.config import read_json
 from lit_gpt.errors import InputError
 from lit_gpt.files import list_some, not_there, partial_and_old

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from lit_gpt.checkpoint import peft
-from lit_gpt.checkpoint.load import build_model, checked_tensors, load_model, load_weights, read_tensors
+from lit_gpt.checkpoint.load import build_model, checked_tensors, is_finite, load_model, load_weights
+from lit_gpt.checkpoint.quantized_elsewhere import PLAIN
+from lit_gpt.checkpoint.weight_files import read_tensors
 from lit_gpt.config import SAMPLE, Config
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.device import Precision, inference_dtype
@@ -103,12 +105,7 @@ def load_finetuned(
         header = replace(header, checkpoint_dir=str(checkpoint_dir))
 
     # its base
-    base_dir = Path(checkpoint_dir or header.checkpoint_dir)
-    if checkpoint_dir is None and not base_dir.is_dir():
-        raise InputError(
-            f"{finetuned_dir} was trained on {base_dir}, which is not there, as seen from {Path.cwd()}. Name it:"
-            " --checkpoint_dir."
-        )
+    base_dir = base_of(finetuned_dir, checkpoint_dir, header)
     kind = choose_quantization(header, quantize, finetuned_dir)
     model = build_model(Config.from_checkpoint(base_dir))
     quantize_linears(model, kind)
@@ -129,6 +126,21 @@ def load_finetuned(
         model = method.apply(model, settings)
         load_trained(model, finetuned_dir, method)
     return model.eval(), header
+
+
+def base_of(finetuned_dir: Path, checkpoint_dir: Path | None, header: Header) -> Path:
+    """The folder of the base model: `checkpoint_dir`, or None for the one that `header` names.
+
+    Raises:
+        InputError: that one is no longer there.
+    """
+    base_dir = Path(checkpoint_dir or header.checkpoint_dir)
+    if checkpoint_dir is None and not base_dir.is_dir():
+        raise InputError(
+            f"{finetuned_dir} was trained on {base_dir}, which is not there, as seen from {Path.cwd()}. Name it:"
+            " --checkpoint_dir."
+        )
+    return base_dir
 
 
 def choose_quantization(header: Header, quantize: QuantizeAs, finetuned_dir: Path) -> Quantize | None:
@@ -172,7 +184,8 @@ def copy_parameters(
     """Copies tensors into the parameters that `keep` chooses, which have to be exactly those.
 
     Raises:
-        InputError: a tensor has no such parameter, or another shape, or a parameter has no tensor.
+        InputError: a tensor has no such parameter, or another shape, or a parameter has no tensor; a value is not
+            finite, or no plain number.
     """
     params = {}
     for name, param in model.named_parameters():
@@ -180,18 +193,36 @@ def copy_parameters(
             params[name] = param
     missing = set(params)
     unfit = []
+    not_finite = []
 
     # tensors come one at a time, so that a model that was saved whole is not in memory twice
     with torch.no_grad():
         for name, tensor in tensors:
             missing.discard(name)
             param = params.get(name)
-            if param is None or param.shape != tensor.shape:
-                unfit.append(name)
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            if param is None:
+                unfit.append(f"{name} is not in it")
+            elif param.shape != tensor.shape:
+                unfit.append(f"{name} has shape {list(tensor.shape)}, expected {list(param.shape)}")
+            elif dtype not in PLAIN:
+                unfit.append(f"{name} is {dtype}, expected float32, bfloat16 or float16")
+            elif not is_finite(tensor):
+                not_finite.append(name)
             else:
                 param.copy_(shard_like(tensor, param))
 
-    if unfit or missing:
-        names = unfit + sorted(missing)
-        some = ", ".join(names[:5])
-        raise InputError(f"{source} does not fit this model: {some}.")
+    unfit += [f"{name} is missing" for name in sorted(missing)]
+    if unfit:
+        raise InputError(f"{source} does not fit this model: {some_of(unfit)}.")
+    if not_finite:
+        raise InputError(
+            f"{source} holds NaN or infinite values: {some_of(not_finite)}. Use another save of that run, or train"
+            " again with a lower --train.learning_rate."
+        )
+
+
+def some_of(texts: list[str], most: int = 5) -> str:
+    """The first of some texts, and how many more there are."""
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return "; ".join(texts[:most]) + more

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_gpt.checkpoint.load import read_metadata, read_tensors
+from lit_gpt.checkpoint.load import is_finite
 from lit_gpt.checkpoint.save import save_tensors, write_files
+from lit_gpt.checkpoint.weight_files import read_metadata, read_tensors
 from lit_gpt.data.prompts import write_style
 from lit_gpt.distributed import is_first
 from lit_gpt.errors import InputError
@@ -92,7 +93,8 @@ class Checkpoints:
         """Loads `last` into the model and the optimizer, and returns the progress; None if no state was saved.
 
         Raises:
-            InputError: `last` was trained with another method, base, tokenizer or prompt style, or does not fit.
+            InputError: `last` was trained with another method, base, tokenizer or prompt style, does not fit, or holds
+                values that are not finite.
         """
         last = self.out_dir / "last"
         if not (last / STATE).is_file():
@@ -106,6 +108,9 @@ class Checkpoints:
             params += group["params"]
         # what it keeps for a parameter is split among the devices as that parameter is
         tensors = dict(read_tensors([last / STATE]))
+        for name, tensor in tensors.items():
+            if not is_finite(tensor):
+                raise InputError(f"{last / STATE} holds NaN or infinite values: {name}. Begin anew with --overwrite.")
         state = nest_state(tensors)
         for index, entry in state.items():
             param = params[index]

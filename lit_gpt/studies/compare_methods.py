@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lit_gpt.checkpoint.load import build_model, load_model, read_tensors
+from lit_gpt.checkpoint.load import build_model, load_model
+from lit_gpt.checkpoint.weight_files import read_tensors
 from lit_gpt.cli import parse
 from lit_gpt.config import Config
 from lit_gpt.data.dataset import Dataset

@@ -128,7 +128,10 @@ class Config:
         if self.rotary_percentage > 1 or self.rope_n_elem % 2:
             share = f"{self.rotary_percentage} of {self.head_size} elements"
             raise InputError(f"{share} of a head are to be rotated, expected an even number of them, and not more.")
-        self.check_scaling(self.rope_scaling or {})
+        scaling = self.rope_scaling or {}
+        self.check_scaling(scaling)
+        if scaling.get("rope_type") == "dynamic" and self.rope_n_elem == 2:
+            raise InputError("2 elements of a head are to be rotated, dynamically scaled ones are 4 or more.")
 
     def check_scaling(self, scaling: dict[str, Any]) -> None:
         """Raises InputError if a number of `rope_scaling` is none, or if there are too few or too many of them."""

@@ -39,7 +39,7 @@ def to_lit(name: str, tensor: torch.Tensor, config: Config) -> list[Named]:
     names = our_names(name, name_map) or our_names(prefix + name, name_map)
     if not names:
         raise KeyError(name)
-    if config.tie_embeddings and names[0].startswith("lm_head."):
+    if config.tie_embeddings and names[0] == "lm_head.weight":
         return []
 
     # (in, out) -> (out, in), so that the rows of each part can be taken out

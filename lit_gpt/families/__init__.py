@@ -5,14 +5,14 @@ A family file defines
     MODELS       published name -> arguments of Config
     WEIGHTS      the checkpoint's module name -> ours; {} stands for a number. A module that the checkpoint fuses has
                  several of ours: ("stacked" or "grouped", ours, ...), drawn in checkpoint/tensor_names.py
-    from_hf      config.json -> arguments of Config
+    from_hf      a complete config.json, see `completed` -> arguments of Config
 and, where it differs from DEFAULTS,
     TRANSPOSED   the checkpoint's modules whose weights are (in, out)
     IGNORED      ends of the names of tensors that some checkpoints carry and no model needs
     PREFIX       the beginning of all names, which some checkpoints leave out
     EXCEPTIONS   folder name -> arguments of Config that are missing in its config.json
     LEFT_OUT     model_type -> what transformers means by keys that config.json leaves out, where most families mean
-                 something else: LEFT_OUT below. `from_hf` finds all of these keys
+                 something else (LEFT_OUT below). `from_hf` finds all of these keys, of the same kind as here
     ALIASES      model_type -> other names that transformers takes for a key
     FORMER_MODEL_TYPES   former model_type -> (old key -> new key, keys to add)
 To add one, write the file and put its name into FAMILIES; see tutorials/add_a_model_family.md.
@@ -151,14 +151,16 @@ def in_todays_names(hf: dict[str, Any], family: str) -> dict[str, Any]:
     Raises:
         InputError: two names of one thing have different values.
     """
-    renamed_keys, added_keys = definition(family, "FORMER_MODEL_TYPES").get(hf["model_type"], ({}, {}))
-    hf = {renamed_keys.get(key, key): value for key, value in hf.items()} | added_keys
-    for other_name, name in definition(family, "ALIASES").get(hf["model_type"], {}).items():
+    model_type = hf["model_type"]
+    former_names, added_keys = definition(family, "FORMER_MODEL_TYPES").get(model_type, ({}, {}))
+    other_names = former_names | definition(family, "ALIASES").get(model_type, {})
+    hf = dict(hf)
+    for other_name, name in other_names.items():
         if other_name in hf:
             value = hf.pop(other_name)
             if hf.setdefault(name, value) != value:
                 raise InputError(f"{name} is {hf[name]!r} and {other_name} is {value!r}, expected the same of both.")
-    return hf
+    return hf | added_keys
 
 
 def check_kind(key: str, value: Any, default: Any) -> None:
@@ -376,9 +378,9 @@ def rope_settings(hf: dict[str, Any], rotates_part: bool = False) -> Settings:
     if "original_max_position_embeddings" in numbers:
         original = scaling.setdefault("original_max_position_embeddings", length)
         check_kind("original_max_position_embeddings", original, 1)
-    if rope_type == "longrope" or "factor" in form:  # null stands for the ratio, in Phi-3 also silence
-        if "factor" in numbers and "original_max_position_embeddings" in numbers:
-            scaling.setdefault("factor", length / scaling["original_max_position_embeddings"])
+    if rope_type == "longrope" or (rope_type == "yarn" and "factor" in form):
+        # null stands for how much longer the context has become; in longrope, so does silence
+        scaling.setdefault("factor", length / scaling["original_max_position_embeddings"])
     for key in ROPE_TYPES[rope_type]:
         scaling[key]  # a KeyError, too
     return dict(

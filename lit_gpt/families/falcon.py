@@ -89,7 +89,7 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
         block = "parallel"
     else:
         block = "shared_norm"
-    if is_new and block == "sequential" or not is_new and block == "parallel":
+    if block == ("sequential" if is_new else "parallel"):
         said = f"new_decoder_architecture is {is_new}, parallel_attn {hf['parallel_attn']}"
         raise InputError(f"{said} and num_ln_in_parallel_attn {n_norms}: there is no such Falcon.")
 

@@ -54,9 +54,8 @@ ALIASES = {
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        if hf[key]:
-            raise InputError(f"{key} is not known in a gpt2 model.")
+    if hf["add_cross_attention"]:
+        raise InputError("add_cross_attention is not known: half of a model that reads one text and writes another.")
     if hf["n_embd"] % hf["n_head"]:
         raise InputError(f"n_embd is {hf['n_embd']}, which n_head, {hf['n_head']}, does not divide.")
     return {key: GPT_2[key] for key in ("embedding", "norm", "mlp", "attn_bias", "proj_bias", "mlp_bias")} | dict(
@@ -70,5 +69,6 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
         norm_eps=hf["layer_norm_epsilon"],
         activation=activation(hf["activation_function"]),
         attn_scale=None if hf["scale_attn_weights"] else 1.0,
+        attn_scale_by_layer=hf["scale_attn_by_inverse_layer_idx"],
         tie_embeddings=hf["tie_word_embeddings"],
     )

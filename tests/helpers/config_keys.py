@@ -348,7 +348,6 @@ REFUSALS = {
     "expected the same of both": "the same, of one number or name",
     "the activation .* is not known": "no published model of these families has it",
     "alibi is not known": "Falcon RW; see the model's page",
-    "scale_attn_by_inverse_layer_idx is not known": "no published GPT-2 of OpenAI's",
     "add_cross_attention is not known": "half of a model that reads and writes",
     "use_bidirectional_attention is not known": "an encoder",
     "per_layer_config is not known": "no published model",

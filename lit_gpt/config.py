@@ -86,6 +86,8 @@ class Config:
     """Largest entry of q, k and v, if qk_norm is clip."""
     attn_scale: float | None = None
     """Factor on the attention scores. None is 1 / sqrt(head_size)."""
+    attn_scale_by_layer: bool = False
+    """Whether the scores of layer i, counted from 0, are also divided by i + 1."""
     attn_softcap: float | None = None
     """Soft cap of the attention scores."""
     final_softcap: float | None = None
@@ -128,7 +130,10 @@ class Config:
         if self.rotary_percentage > 1 or self.rope_n_elem % 2:
             share = f"{self.rotary_percentage} of {self.head_size} elements"
             raise InputError(f"{share} of a head are to be rotated, expected an even number of them, and not more.")
-        self.check_scaling(self.rope_scaling or {})
+        scaling = self.rope_scaling or {}
+        self.check_scaling(scaling)
+        if scaling.get("rope_type") == "dynamic" and self.rope_n_elem == 2:
+            raise InputError("2 elements of a head are to be rotated, dynamically scaled ones are 4 or more.")
 
     def check_scaling(self, scaling: dict[str, Any]) -> None:
         """Raises InputError if a number of `rope_scaling` is none, or if there are too few or too many of them."""
@@ -163,6 +168,14 @@ class Config:
         if self.sliding_layers is None or layer in self.sliding_layers:
             return self.sliding_window
         return None
+
+    def attn_scale_of(self, layer: int) -> float | None:
+        """The factor on the attention scores of a layer; None is 1 / sqrt(head_size)."""
+        if not self.attn_scale_by_layer:
+            return self.attn_scale
+        assert self.head_size is not None, "it follows from other sizes, see __post_init__"
+        scale = self.head_size**-0.5 if self.attn_scale is None else self.attn_scale
+        return scale / (layer + 1)
 
     def rope_of(self, layer: int) -> str:
         """Which rotation a layer uses: global, local or none."""

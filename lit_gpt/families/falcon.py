@@ -3,7 +3,7 @@
 from typing import Any
 
 from lit_gpt.errors import InputError
-from lit_gpt.families import activation, position_settings
+from lit_gpt.families import check_head_dim, common_settings
 
 MODEL_TYPES = ("falcon", "RefinedWeb", "RefinedWebModel")
 
@@ -44,6 +44,15 @@ TWO_NORMS = {
     "transformer.h.{}.post_attention_layernorm": "transformer.h.{}.ln_mlp",
 }
 
+LEFT_OUT = {
+    "falcon": dict(
+        activation="gelu", layer_norm_epsilon=1e-5, tie_word_embeddings=True, bias=False, alibi=False,
+        new_decoder_architecture=False, multi_query=True, parallel_attn=True, num_kv_heads=None,
+        num_ln_in_parallel_attn=None, ffn_hidden_size=None,
+    )
+}  # fmt: skip
+ALIASES = {"falcon": {"n_embed": "hidden_size"}}
+
 # before transformers knew Falcon, its model_type was RefinedWebModel (7B) or RefinedWeb (40B)
 RENAMED_KEYS = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_head_kv": "num_kv_heads"}
 ADDED_KEYS = {"model_type": "falcon", "architectures": ["FalconForCausalLM"]}
@@ -61,40 +70,40 @@ def weights(config: Any) -> dict[str, Any]:
 
 
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    if hf.get("alibi"):
+    if hf["alibi"]:
         raise InputError("alibi is not known: of Falcon's models only those with rotary positions can be used.")
-    hf = {"num_hidden_layers": hf.get("n_layer"), "num_attention_heads": hf.get("n_head")} | hf  # RefinedWeb's names
-    is_new = hf.get("new_decoder_architecture", hf["model_type"] == "RefinedWeb")  # that of 40B and 180B
-    bias = hf.get("bias", False)
+    check_head_dim(hf)
+    is_new = hf["new_decoder_architecture"]  # that of 40B and 180B
+    bias = hf["bias"]
 
     # how many heads of keys and values
-    heads = hf["num_attention_heads"]
+    groups = 1 if hf["multi_query"] else None
     if is_new:
-        groups = hf.get("num_kv_heads") or hf.get("n_head_kv") or heads
-    else:
-        groups = 1 if hf.get("multi_query", True) else heads
+        groups = hf["num_kv_heads"]
 
     # one norm or two, side by side or one after the other
-    block = "shared_norm"
-    if is_new and hf.get("num_ln_in_parallel_attn") != 1:
-        block = "parallel"
-    if not hf.get("parallel_attn", True):
+    n_norms = hf["num_ln_in_parallel_attn"] or (2 if is_new else 1)
+    if not hf["parallel_attn"]:
         block = "sequential"
+    elif n_norms == 2:
+        block = "parallel"
+    else:
+        block = "shared_norm"
+    if block == ("sequential" if is_new else "parallel"):
+        said = f"new_decoder_architecture is {is_new}, parallel_attn {hf['parallel_attn']}"
+        raise InputError(f"{said} and num_ln_in_parallel_attn {n_norms}: there is no such Falcon.")
 
-    return position_settings(hf, hf.get("max_position_embeddings", 2048)) | dict(
+    own_names = {
+        "num_key_value_heads": groups,
+        "head_dim": None,
+        "hidden_act": hf["activation"],
+        "intermediate_size": hf["ffn_hidden_size"],
+    }
+    return common_settings(hf | own_names, "layer_norm_epsilon") | dict(
         block=block,
         norm="LayerNorm",
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
         mlp="GptNeoxMLP",
-        activation=activation(hf.get("activation", "gelu")),
-        n_layer=hf["num_hidden_layers"],
-        n_head=heads,
-        n_query_groups=groups,
-        n_embd=hf["hidden_size"],
-        intermediate_size=hf.get("ffn_hidden_size"),
-        vocab_size=hf["vocab_size"],
         attn_bias=bias,
         proj_bias=bias,
         mlp_bias=bias,
-        tie_embeddings=hf.get("tie_word_embeddings", True),
     )

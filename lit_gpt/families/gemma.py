@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lit_gpt.errors import InputError
 from lit_gpt.families import common_settings, llama, series
 
 MODEL_TYPES = ("gemma",)
@@ -21,10 +22,22 @@ MODELS: dict[str, dict[str, Any]] = series(
 WEIGHTS = llama.WEIGHTS
 
 
+# transformers reads hidden_act here, and hidden_activation in Gemma 2 and 3
+LEFT_OUT = {
+    "gemma": dict(
+        num_key_value_heads=16, head_dim=256, hidden_act="gelu_pytorch_tanh", max_position_embeddings=8192,
+        rms_norm_eps=1e-6, tie_word_embeddings=True, attention_bias=False,
+    )
+}  # fmt: skip
+
+
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    # the first files say "gelu" and mean its approximation, as does transformers where hidden_activation is missing
-    act = hf.get("hidden_activation") or "gelu_pytorch_tanh"
-    settings = common_settings(hf | {"hidden_act": act}, tie_word_embeddings=True, rms_norm_eps=1e-6)
-    bias = hf.get("attention_bias", False)
-    settings |= dict(attn_bias=bias, proj_bias=bias, head_size=hf.get("head_dim", 256))
+    if hf.get("use_bidirectional_attention"):
+        raise InputError("use_bidirectional_attention is not known: this model reads from left to right.")
+    settings = common_settings(hf)
+    # the first files say "gelu" and mean its approximation
+    if hf["model_type"] == "gemma" and hf["hidden_act"] == "gelu":
+        settings["activation"] = "gelu_tanh"
+    bias = hf["attention_bias"]
+    settings |= dict(attn_bias=bias, proj_bias=bias)
     return settings | dict(embedding="scaled", norm="GemmaRMSNorm", embedding_scale=hf["hidden_size"] ** 0.5)

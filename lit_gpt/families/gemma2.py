@@ -3,7 +3,7 @@
 from typing import Any
 
 from lit_gpt.errors import InputError
-from lit_gpt.families import gemma, llama, position_settings, series, window_settings
+from lit_gpt.families import check_kind, gemma, llama, rope_form, series, window_settings
 
 MODEL_TYPES = ("gemma2", "gemma3_text", "gemma3")
 
@@ -55,38 +55,80 @@ WEIGHTS = llama.WEIGHTS | {
 }
 
 
+COMMON_LEFT_OUT = dict(
+    num_key_value_heads=4, head_dim=256, hidden_activation="gelu_pytorch_tanh", rms_norm_eps=1e-6,
+    tie_word_embeddings=True, attention_bias=False,
+    query_pre_attn_scalar=256, sliding_window=4096, layer_types=None,
+)  # fmt: skip
+LEFT_OUT = {
+    "gemma2": COMMON_LEFT_OUT | dict(
+        max_position_embeddings=8192, attn_logit_softcapping=50.0, final_logit_softcapping=30.0
+    ),
+    "gemma3_text": COMMON_LEFT_OUT | dict(
+        max_position_embeddings=131072, final_logit_softcapping=None, sliding_window_pattern=6, rope_theta=1000000.0,
+        rope_local_base_freq=10000.0,
+    ),
+}  # fmt: skip
+
+
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     if hf["model_type"] == "gemma3":
         raise InputError(
             "this Gemma 3 also reads images. Only those of text alone can be used: 270m, 1b, and what says model_type"
             " gemma3_text."
         )
-    if hf.get("use_bidirectional_attention"):
-        raise InputError("use_bidirectional_attention is not known: this model reads from left to right.")
     is_third = hf["model_type"] == "gemma3_text"
+    hf = hf | {"hidden_act": hf["hidden_activation"]}
+    local_base: dict[str, Any] = {}
+    if is_third:
+        global_form, local_base = rope_of_both_kinds(hf)
+        # a length at the top is not read there
+        hf |= {"rope_parameters": global_form, "rope_scaling": None, "original_max_position_embeddings": None}
 
     # which layers have a sliding window
-    every = hf.get("sliding_window_pattern", 6) if is_third else 2
-    n_layer = hf["num_hidden_layers"]
-    pattern = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(n_layer)]
-    windows = window_settings({"sliding_window": 4096} | hf | {"layer_types": hf.get("layer_types") or pattern})
+    every = hf["sliding_window_pattern"] if is_third else 2
+    pattern = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(hf["num_hidden_layers"])]
+    windows = window_settings(hf, hf["sliding_window"], pattern)
 
-    # what both have in common; the rotary parameters of the third are read below
-    without_rope = {key: value for key, value in hf.items() if key != "rope_parameters"}
-    settings = gemma.from_hf(without_rope if is_third else hf) | windows
-    settings |= dict(block="sandwich", attn_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5)
-    if not is_third:
-        return settings | dict(
-            attn_softcap=hf.get("attn_logit_softcapping", 50.0), final_softcap=hf.get("final_logit_softcapping", 30.0)
-        )
+    # attn_logit_softcapping is in the third's config.json too; transformers does not apply it there
+    settings = gemma.from_hf(hf) | windows | local_base
+    settings |= dict(
+        block="sandwich",
+        attn_scale=hf["query_pre_attn_scalar"] ** -0.5,
+        final_softcap=hf["final_logit_softcapping"],
+    )
+    if is_third:
+        return settings | dict(qk_norm="per_head")
+    return settings | dict(attn_softcap=hf["attn_logit_softcapping"])
 
-    # two rotary bases: transformers 5 has parameters for each kind of layer, 4 a second key
+
+def rope_of_both_kinds(hf: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The rotary parameters of Gemma 3's full layers, and the argument of Config for those with a window.
+
+    transformers 5 writes both into rope_parameters. Before, rope_scaling and rope_theta were for the full layers, and
+    rope_local_base_freq for the others.
+
+    Raises:
+        InputError: the parameters are of no kind of layer, contradict rope_scaling, or scale the layers with a window.
+    """
+    hf = hf | {"original_max_position_embeddings": None}  # read within the parameters alone
+    if "type" in (hf.get("rope_scaling") or {}):
+        raise InputError("rope_scaling of a gemma3_text model has the key 'type', expected 'rope_type'.")
     by_layer_type = hf.get("rope_parameters") or {}
-    if "full_attention" in by_layer_type:
-        settings |= position_settings({"rope_parameters": by_layer_type["full_attention"]}, settings["block_size"])
-        settings["rope_local_base"] = by_layer_type["sliding_attention"]["rope_theta"]
-    else:
-        settings |= position_settings({"rope_theta": 1000000.0} | hf, hf["max_position_embeddings"])
-        settings["rope_local_base"] = hf.get("rope_local_base_freq", 10000.0)
-    # attn_logit_softcapping is in its config.json too; transformers does not apply it there
-    return settings | dict(qk_norm="per_head", final_softcap=hf.get("final_logit_softcapping"))
+    if by_layer_type and not {"full_attention", "sliding_attention"} & by_layer_type.keys():
+        raise InputError("rope_parameters of a gemma3_text model has full_attention and sliding_attention; neither is.")
+
+    # the full layers; in the old place, a base may stand within the scaling
+    place = by_layer_type.get("full_attention")
+    new = rope_form(hf | {"rope_parameters": place}, "rope_parameters")
+    old = rope_form(hf, "rope_scaling")
+    if new and old and new != old:
+        raise InputError("rope_scaling and rope_parameters contradict each other. Keep one of them.")
+
+    # those with a window
+    place = by_layer_type.get("sliding_attention") or {"rope_type": "default"}
+    local = rope_form({"rope_theta": hf["rope_local_base_freq"], "rope_parameters": place}, "rope_parameters")
+    if local["rope_type"] != "default":
+        raise InputError(f"layers with a window have the rotary scaling {local['rope_type']!r}, expected none.")
+    check_kind("rope_theta", local["rope_theta"], 1.0)
+    return old or new, dict(rope_local_base=local["rope_theta"])

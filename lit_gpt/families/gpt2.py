@@ -38,20 +38,37 @@ TRANSPOSED = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 IGNORED = (".attn.bias", ".attn.masked_bias")  # the causal mask, in old exports
 
 
+LEFT_OUT = {
+    "gpt2": dict(
+        n_positions=1024, n_inner=None, activation_function="gelu_new", layer_norm_epsilon=1e-5,
+        scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False,
+        tie_word_embeddings=True,
+    )
+}  # fmt: skip
+ALIASES = {
+    "gpt2": {
+        "hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
+}  # fmt: skip
+
+
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        if hf.get(key):
-            raise InputError(f"{key} is not known in a gpt2 model.")
+    if hf["add_cross_attention"]:
+        raise InputError("add_cross_attention is not known: half of a model that reads one text and writes another.")
+    if hf["n_embd"] % hf["n_head"]:
+        raise InputError(f"n_embd is {hf['n_embd']}, which n_head, {hf['n_head']}, does not divide.")
     return {key: GPT_2[key] for key in ("embedding", "norm", "mlp", "attn_bias", "proj_bias", "mlp_bias")} | dict(
         rotary_percentage=0.0,
         n_layer=hf["n_layer"],
         n_head=hf["n_head"],
         n_embd=hf["n_embd"],
-        intermediate_size=hf.get("n_inner"),
+        intermediate_size=hf["n_inner"],
         vocab_size=hf["vocab_size"],
         block_size=hf["n_positions"],
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-        activation=activation(hf.get("activation_function", "gelu_new")),
-        attn_scale=None if hf.get("scale_attn_weights", True) else 1.0,
-        tie_embeddings=hf.get("tie_word_embeddings", True),
+        norm_eps=hf["layer_norm_epsilon"],
+        activation=activation(hf["activation_function"]),
+        attn_scale=None if hf["scale_attn_weights"] else 1.0,
+        attn_scale_by_layer=hf["scale_attn_by_inverse_layer_idx"],
+        tie_embeddings=hf["tie_word_embeddings"],
     )

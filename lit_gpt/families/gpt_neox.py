@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lit_gpt.families import activation, position_settings, series
+from lit_gpt.families import check_head_dim, common_settings, series
 
 MODEL_TYPES = ("gpt_neox",)
 
@@ -71,24 +71,25 @@ WEIGHTS = {
 IGNORED = (".inv_freq", ".cos_cached", ".sin_cached", "attention.bias", "attention.masked_bias")
 
 
+# transformers reads neither rope_theta nor partial_rotary_factor here, unless they are in rope_parameters
+LEFT_OUT = {
+    "gpt_neox": dict(
+        hidden_act="gelu", layer_norm_eps=1e-5, attention_bias=True, use_parallel_residual=True, rotary_emb_base=10000,
+        rotary_pct=0.25,
+    )
+}  # fmt: skip
+
+
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    # names of before transformers 5
-    former = {"rope_theta": hf.get("rotary_emb_base"), "partial_rotary_factor": hf.get("rotary_pct")}
-    hf = {key: value for key, value in former.items() if value} | hf
-    bias = hf.get("attention_bias", True)
-    return position_settings(hf, hf["max_position_embeddings"]) | dict(
-        block="parallel" if hf.get("use_parallel_residual", True) else "sequential",
+    base_and_share = {"rope_theta": hf["rotary_emb_base"], "partial_rotary_factor": hf["rotary_pct"]}
+    heads = {"num_key_value_heads": None, "head_dim": None}
+    check_head_dim(hf)
+    bias = hf["attention_bias"]
+    return common_settings(hf | base_and_share | heads, "layer_norm_eps", rotates_part=True) | dict(
+        block="parallel" if hf["use_parallel_residual"] else "sequential",
         norm="LayerNorm",
-        norm_eps=hf.get("layer_norm_eps", 1e-5),
         mlp="GptNeoxMLP",
-        activation=activation(hf.get("hidden_act", "gelu")),
-        n_layer=hf["num_hidden_layers"],
-        n_head=hf["num_attention_heads"],
-        n_embd=hf["hidden_size"],
-        intermediate_size=hf["intermediate_size"],
-        vocab_size=hf["vocab_size"],
         attn_bias=bias,
         proj_bias=bias,
         mlp_bias=True,
-        tie_embeddings=hf.get("tie_word_embeddings", False),
     )

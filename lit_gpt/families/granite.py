@@ -24,12 +24,20 @@ MODELS: dict[str, dict[str, Any]] = {
 WEIGHTS = llama.WEIGHTS
 
 
+LEFT_OUT = {
+    "granite": dict(
+        rms_norm_eps=1e-6, attention_bias=False, mlp_bias=False, embedding_multiplier=1.0, residual_multiplier=1.0,
+        attention_multiplier=1.0, logits_scaling=1.0,
+    )
+}  # fmt: skip
+
+
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     return llama.from_hf(hf) | dict(
         block="scaled",
         embedding="scaled",
-        embedding_scale=hf.get("embedding_multiplier", 1.0),
-        residual_scale=hf.get("residual_multiplier", 1.0),
-        attn_scale=hf.get("attention_multiplier", 1.0),
-        logit_scale=1 / hf.get("logits_scaling", 1.0),
+        embedding_scale=hf["embedding_multiplier"],
+        residual_scale=hf["residual_multiplier"],
+        attn_scale=hf["attention_multiplier"],
+        logit_scale=1 / hf["logits_scaling"],
     )

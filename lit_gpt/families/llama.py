@@ -122,6 +122,9 @@ LONGCHAT = CONDENSED_8 | dict(block_size=16384)
 EXCEPTIONS = {"longchat-7b-16k": LONGCHAT, "longchat-13b-16k": LONGCHAT}
 
 
+LEFT_OUT = {"llama": dict(rms_norm_eps=1e-6, attention_bias=False, mlp_bias=False)}
+
+
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    bias = hf.get("attention_bias", False)
-    return common_settings(hf) | dict(attn_bias=bias, proj_bias=bias, mlp_bias=hf.get("mlp_bias", False))
+    bias = hf["attention_bias"]
+    return common_settings(hf) | dict(attn_bias=bias, proj_bias=bias, mlp_bias=hf["mlp_bias"])

@@ -27,5 +27,17 @@ MODELS: dict[str, dict[str, Any]] = {
 WEIGHTS = llama.WEIGHTS
 
 
+LEFT_OUT = {
+    "mistral": dict(
+        num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-6, sliding_window=4096, layer_types=None,
+    )
+}  # fmt: skip
+
+
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    return common_settings(hf) | window_settings(hf)
+    settings = common_settings(hf)
+    window = hf["sliding_window"]
+    if hf["layer_types"] is None:
+        return settings | dict(sliding_window=window)
+    # transformers takes a Mistral with layer_types for a Ministral, whose layers differ
+    return settings | window_settings(hf, window, pattern=())

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lit_gpt.families import common_settings, llama, window_settings
+from lit_gpt.families import common_settings, llama
 
 MODEL_TYPES = ("mixtral",)
 
@@ -26,6 +26,15 @@ WEIGHTS = {name: ours for name, ours in llama.WEIGHTS.items() if ".mlp." not in 
 }
 
 
+LEFT_OUT = {
+    "mixtral": dict(
+        num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=1000000.0,
+        sliding_window=None, num_local_experts=8, num_experts_per_tok=2,
+    )
+}  # fmt: skip
+ALIASES = {"mixtral": {"num_experts": "num_local_experts"}}
+
+
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     experts = dict(n_expert=hf["num_local_experts"], n_expert_per_token=hf["num_experts_per_tok"])
-    return common_settings(hf) | window_settings(hf) | experts | dict(mlp="LLaMAMoE")
+    return common_settings(hf) | dict(sliding_window=hf["sliding_window"]) | experts | dict(mlp="LLaMAMoE")

@@ -46,10 +46,15 @@ def weights(config: Any) -> dict[str, Any]:
     return {name: ours for name, ours in WEIGHTS.items() if "layernorm" not in name} | NORMS_OF_2
 
 
+LEFT_OUT = {"olmo": dict(attention_bias=False, clip_qkv=None), "olmo2": dict(attention_bias=False, rms_norm_eps=1e-5)}
+
+
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    bias = hf.get("attention_bias", False)
-    settings = common_settings(hf) | dict(attn_bias=bias, proj_bias=bias)
+    bias = hf["attention_bias"]
+    biases = dict(attn_bias=bias, proj_bias=bias)
     if hf["model_type"] == "olmo2":
-        return settings | dict(block="post_norm", qk_norm="all_heads")
-    clip = hf.get("clip_qkv")
-    return settings | dict(norm="LayerNorm_without_weight", qk_norm="clip" if clip else None, clip_qkv=clip)
+        return common_settings(hf) | biases | dict(block="post_norm", qk_norm="all_heads")
+    clip = hf["clip_qkv"]
+    settings = common_settings(hf | {"norm_eps": OLMO["norm_eps"]}, "norm_eps")  # which is in no config.json of it
+    settings |= biases | dict(norm="LayerNorm_without_weight")
+    return settings if clip is None else settings | dict(qk_norm="clip", clip_qkv=clip)

@@ -29,10 +29,14 @@ WEIGHTS = {name: ours for name, ours in llama.WEIGHTS.items() if name.endswith(L
 }
 
 
+LEFT_OUT = {
+    "phi": dict(hidden_act="gelu_new", layer_norm_eps=1e-5, partial_rotary_factor=0.5, qk_layernorm=False)
+}  # fmt: skip
+
+
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     if "hidden_size" not in hf:
         raise InputError("this is the layout of 2023, with its own code. Download the model's current revision.")
-    settings = common_settings(hf, hidden_act="gelu_new", partial_rotary_factor=0.5)
     of_every_phi = ("block", "norm", "mlp", "attn_bias", "proj_bias", "mlp_bias", "lm_head_bias")
-    settings |= {key: PHI[key] for key in of_every_phi}
-    return settings | dict(qk_norm="per_head" if hf.get("qk_layernorm") else None)
+    settings = common_settings(hf, "layer_norm_eps", rotates_part=True) | {key: PHI[key] for key in of_every_phi}
+    return settings | dict(qk_norm="per_head" if hf["qk_layernorm"] else None)

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from lit_gpt.families import common_settings, llama, window_settings
+from lit_gpt.errors import InputError
+from lit_gpt.families import common_settings, llama
 
 MODEL_TYPES = ("phi3",)
 
@@ -47,5 +48,23 @@ WEIGHTS = {name: ours for name, ours in llama.WEIGHTS.items() if not name.endswi
 }  # fmt: skip
 
 
+LEFT_OUT = {
+    "phi3": dict(
+        rms_norm_eps=1e-5, max_position_embeddings=4096, partial_rotary_factor=1.0, sliding_window=None,
+    )
+}  # fmt: skip
+ORIGINAL_LENGTH = "original_max_position_embeddings"
+
+
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    return common_settings(hf) | window_settings(hf)
+    # transformers reads this length at the top alone. Left out, it is 4096, whatever the scaling says
+    if hf.get(ORIGINAL_LENGTH) is None:
+        for place in ("rope_scaling", "rope_parameters"):
+            form = hf.get(place)
+            if form and isinstance(form, dict):
+                hf = hf | {place: form | {ORIGINAL_LENGTH: 4096}}
+    settings = common_settings(hf, rotates_part=True) | dict(sliding_window=hf["sliding_window"])
+    scaling = settings["rope_scaling"]
+    if scaling is not None and scaling["rope_type"] != "longrope":
+        raise InputError(f"a phi3 model with the rotary scaling {scaling['rope_type']!r}; expected longrope.")
+    return settings

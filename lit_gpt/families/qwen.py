@@ -62,27 +62,48 @@ WEIGHTS = llama.WEIGHTS | {
 }
 
 
+COMMON_LEFT_OUT = dict(
+    max_position_embeddings=32768, rms_norm_eps=1e-6, use_sliding_window=False, sliding_window=4096
+)  # fmt: skip
+QWEN_2_LEFT_OUT = COMMON_LEFT_OUT | dict(num_key_value_heads=32, max_window_layers=28, layer_types=None)
+LEFT_OUT = {
+    "qwen2": QWEN_2_LEFT_OUT,
+    "qwen3": QWEN_2_LEFT_OUT | dict(head_dim=128, attention_bias=False),
+    "qwen3_moe": COMMON_LEFT_OUT | dict(
+        num_key_value_heads=4, attention_bias=False, num_experts=128, num_experts_per_tok=8,
+        moe_intermediate_size=768, norm_topk_prob=False, decoder_sparse_step=1, mlp_only_layers=None,
+    ),
+}  # fmt: skip
+ALIASES = {"qwen3_moe": {"num_local_experts": "num_experts"}}
+
+
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     settings = common_settings(hf)
-    if hf.get("use_sliding_window"):
-        # the upper layers have the window, unless layer_types says otherwise
-        first = hf.get("max_window_layers", 28)
-        pattern = ["full_attention" if i < first else "sliding_attention" for i in range(settings["n_layer"])]
-        given = {key: value for key, value in hf.items() if value is not None}
-        settings |= window_settings({"layer_types": pattern} | given)
+    n_layer = settings["n_layer"]
+    window = hf["sliding_window"] if hf["use_sliding_window"] else None
+
+    # norms on queries and keys, or biases
     if hf["model_type"] == "qwen2":
-        return settings | dict(attn_bias=True)
-    bias = hf.get("attention_bias", False)
-    settings |= dict(qk_norm="per_head", attn_bias=bias, proj_bias=bias)
-    if hf["model_type"] == "qwen3":
-        return settings | dict(head_size=hf.get("head_dim", 128))
-    every = hf.get("decoder_sparse_step", 1)
-    dense = set(hf.get("mlp_only_layers") or ())
-    return settings | dict(
-        mlp="LLaMAMoE",
-        n_expert=hf.get("num_experts") or hf["num_local_experts"],
-        n_expert_per_token=hf["num_experts_per_tok"],
-        renormalize_experts=hf.get("norm_topk_prob", False),
-        moe_intermediate_size=hf["moe_intermediate_size"],
-        dense_layers=[i for i in range(settings["n_layer"]) if i in dense or (i + 1) % every],
-    )
+        settings |= dict(attn_bias=True)
+    else:
+        bias = hf["attention_bias"]
+        settings |= dict(qk_norm="per_head", attn_bias=bias, proj_bias=bias)
+
+    # a mixture of experts; the window is that of all layers
+    if hf["model_type"] == "qwen3_moe":
+        dense = hf["mlp_only_layers"] or ()
+        every = hf["decoder_sparse_step"]
+        return settings | dict(
+            sliding_window=window,
+            mlp="LLaMAMoE",
+            n_expert=hf["num_experts"],
+            n_expert_per_token=hf["num_experts_per_tok"],
+            renormalize_experts=hf["norm_topk_prob"],
+            moe_intermediate_size=hf["moe_intermediate_size"],
+            dense_layers=[i for i in range(n_layer) if i in dense or (i + 1) % every],
+        )
+
+    # the upper layers have the window, unless layer_types says otherwise
+    first = n_layer if window is None else hf["max_window_layers"]
+    pattern = ["full_attention" if i < first else "sliding_attention" for i in range(n_layer)]
+    return settings | window_settings(hf, window, pattern)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lit_gpt.families import llama, window_settings
+from lit_gpt.families import check_length, llama, window_settings
 
 MODEL_TYPES = ("smollm3",)
 
@@ -18,13 +18,28 @@ MODELS: dict[str, dict[str, Any]] = {
 WEIGHTS = llama.WEIGHTS
 
 
+LEFT_OUT = {
+    "smollm3": dict(
+        num_key_value_heads=4, max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=2000000.0,
+        tie_word_embeddings=True, attention_bias=False, mlp_bias=False,
+        use_sliding_window=False, sliding_window=None, layer_types=None, no_rope_layers=None, no_rope_layer_interval=4,
+    )
+}  # fmt: skip
+
+
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    settings = llama.from_hf({"tie_word_embeddings": True, "rope_theta": 2000000.0} | hf)
+    settings = llama.from_hf(hf)
+    n_layer = settings["n_layer"]
+
     # its no_rope_layers says for each layer whether it has positions (1, or any number but 0) or none (0)
-    every = hf.get("no_rope_layer_interval", 4)
-    pattern = [(i + 1) % every for i in range(settings["n_layer"])]
-    has_positions = hf.get("no_rope_layers") or pattern
+    has_positions = hf["no_rope_layers"]
+    if has_positions is None:
+        has_positions = [(i + 1) % hf["no_rope_layer_interval"] for i in range(n_layer)]
+    check_length("no_rope_layers", has_positions, hf)
     settings["no_rope_layers"] = [i for i, flag in enumerate(has_positions) if not flag]
-    if hf.get("use_sliding_window"):
-        settings |= window_settings(hf)
-    return settings
+
+    # without layer_types, only layers that know no positions have a window; with them, use_sliding_window is not asked
+    window = hf["sliding_window"]
+    windows_on = hf["use_sliding_window"] and window is not None
+    pattern = ["full_attention" if flag or not windows_on else "sliding_attention" for flag in has_positions]
+    return settings | window_settings(hf, window, pattern)

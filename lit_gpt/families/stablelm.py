@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lit_gpt.families import common_settings, llama
+from lit_gpt.families import check_head_dim, common_settings, llama
 
 MODEL_TYPES = ("stablelm", "stablelm_epoch")
 
@@ -38,11 +38,19 @@ FORMER_MODEL_TYPES = {
 }
 
 
+LEFT_OUT = {
+    "stablelm": dict(
+        num_key_value_heads=32, max_position_embeddings=4096, layer_norm_eps=1e-5, partial_rotary_factor=0.25,
+        use_qkv_bias=False, qk_layernorm=False, use_parallel_residual=False,
+    )
+}  # fmt: skip
+
+
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    former = {"partial_rotary_factor": hf.get("rope_pct", 0.25), "layer_norm_eps": hf.get("norm_eps", 1e-5)}
-    return common_settings(hf, **former) | dict(
+    check_head_dim(hf)
+    return common_settings(hf, "layer_norm_eps", rotates_part=True) | dict(
         norm="LayerNorm",
-        block="shared_norm" if hf.get("use_parallel_residual") else "sequential",
-        qk_norm="each_head" if hf.get("qk_layernorm") else None,
-        attn_bias=hf.get("use_qkv_bias", False),
+        block="shared_norm" if hf["use_parallel_residual"] else "sequential",
+        qk_norm="each_head" if hf["qk_layernorm"] else None,
+        attn_bias=hf["use_qkv_bias"],
     )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lit_gpt.families import common_settings, llama, window_settings
+from lit_gpt.families import common_settings, llama
 
 MODEL_TYPES = ("starcoder2",)
 
@@ -29,8 +29,21 @@ WEIGHTS = {name: ours for name, ours in llama.WEIGHTS.items() if ".mlp." not in 
 }
 
 
+LEFT_OUT = {
+    "starcoder2": dict(
+        num_key_value_heads=2, hidden_act="gelu_pytorch_tanh", max_position_embeddings=4096, norm_epsilon=1e-5,
+        sliding_window=None, use_bias=True, tie_word_embeddings=True,
+    )
+}  # fmt: skip
+
+
 def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    bias = hf.get("use_bias", True)
-    settings = common_settings(hf, hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True) | window_settings(hf)
-    settings |= dict(norm="LayerNorm", norm_eps=hf.get("norm_epsilon", 1e-5), mlp="GptNeoxMLP")
-    return settings | dict(attn_bias=bias, proj_bias=bias, mlp_bias=bias)
+    bias = hf["use_bias"]
+    return common_settings(hf, "norm_epsilon") | dict(
+        norm="LayerNorm",
+        mlp="GptNeoxMLP",
+        sliding_window=hf["sliding_window"],
+        attn_bias=bias,
+        proj_bias=bias,
+        mlp_bias=bias,
+    )

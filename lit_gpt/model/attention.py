@@ -47,7 +47,7 @@ class CausalSelfAttention(nn.Module):
         self.norm_v = Clip(config) if config.qk_norm == "clip" else nn.Identity()
 
         self.window = config.window_of(layer)
-        self.scale = config.attn_scale
+        self.scale = config.attn_scale_of(layer)
         self.softcap = config.attn_softcap or None  # a cap of 0 in somebody's config.json means none
         # a part like the linears, for which `compile.py` puts in one that it does not compile
         self.attention_function: Kernel = compute_attention

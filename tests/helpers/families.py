@@ -98,6 +98,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # (transformers' class, what i
     )),
     "gpt2": ("GPT2", GPT2),
     "gpt2, other": ("GPT2", GPT2 | dict(n_inner=80, activation_function="relu", scale_attn_weights=False)),
+    "gpt2, scaled by layer": ("GPT2", GPT2 | dict(scale_attn_by_inverse_layer_idx=True)),
     "stablelm": ("StableLm", COMMON | dict(use_qkv_bias=True)),
     "stablelm, dynamic": ("StableLm", COMMON | dict(
         max_position_embeddings=40, rope_parameters=DYNAMIC | dict(partial_rotary_factor=0.5)

@@ -17,6 +17,7 @@ from lit_gpt import InputError
 from lit_gpt.cli import PassedOn, flags_of, run
 from lit_gpt.config import SAMPLE
 from lit_gpt.data.read_files import open_text
+from lit_gpt.lock import hold
 from lit_gpt.studies.compare_methods import (
     CANDIDATES,
     Budget,
@@ -83,6 +84,7 @@ def main(
     # the steps of each method: those that were asked for, those of the run that is continued, or as many as fit
     if tokens is not None:
         budget = replace(budget, steps=steps_for(tokens, data_dir))
+    hold(out_dir)
     budget = stored_budget(budget, out_dir)
     if not budget.steps:
         minutes = minutes or 30

@@ -22,6 +22,7 @@ from lit_gpt.files import must_be_empty
 from lit_gpt.formats.gguf_writer import export_gguf
 from lit_gpt.formats.merge import export_merged, export_peft, round_weights, whole_model
 from lit_gpt.formats.verify import logits_of, verify_copy
+from lit_gpt.lock import locks
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +89,7 @@ def check_flags(finetuned: Path | None, format: str, dtype: str | None, max_shar
         raise InputError("--format peft needs what was trained: --finetuned.")
 
 
+@locks("out_dir")
 def copy_checkpoint(source: Path, out_dir: Path, dtype: "torch.dtype | None", *, max_shard: int, verify: bool) -> None:
     """Copies a checkpoint as a Hugging Face folder; with `verify`, its logits are compared before it has its name."""
     check = None

@@ -102,18 +102,18 @@ def closure(start: Iterable[str]) -> set[str]:
 # Who may know whom, below the scripts: the whole list. A name is a wing or a file at the root, with all that is in it;
 # several in one row know the same, and not each other unless it says so. tutorials/architecture.md draws it
 MAY_KNOW = {
-    "errors packages files download name_patterns replace_modules": "errors",
-    "cli failures interruption": "errors files failures",
+    "errors packages lock files download name_patterns replace_modules": "errors lock",
+    "cli failures interruption": "errors lock files failures",
     "config families": "errors files families",
     "model": "config",
     "lora adapter full quantize": "model errors packages name_patterns replace_modules",  # no surgeon knows another one
     "display": "errors files packages",
-    "data": "model.packing config display errors files packages",
-    "checkpoint": "model lora quantize config families errors files download name_patterns",
+    "data": "model.packing config display errors lock files packages",
+    "checkpoint": "model lora quantize config families errors lock files download name_patterns",
     "device sharding distributed make_optimizer": "device sharding interruption failures errors packages",
     "generate": "model data errors",
     "runs": "checkpoint data model lora adapter full quantize config device sharding distributed display cli"
-    " failures errors files packages",
+    " failures errors lock files packages",
     # no method, no tokenizer, no file format
     "train": "data.dataset make_optimizer device sharding runs.log runs.resume display.words interruption failures"
     " errors",
@@ -123,7 +123,7 @@ MAY_KNOW = {
     " interruption errors",
     "classifier": "recipe train runs checkpoint data model lora quantize config device sharding distributed display"
     " errors files packages",
-    "formats": "runs checkpoint data model lora quantize config errors files packages",
+    "formats": "runs checkpoint data model lora quantize config errors lock files packages",
     "studies": "memory runs checkpoint data model lora full config device display cli errors files",
 }
 

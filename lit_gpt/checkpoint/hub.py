@@ -18,6 +18,7 @@ from lit_gpt.config import Config, read_json
 from lit_gpt.download import DownloadError, DownloadRefused, Expected, size_of
 from lit_gpt.download import download as download_file
 from lit_gpt.errors import InputError
+from lit_gpt.lock import locks
 
 # (weights, their index): the first pattern of weights with a match wins. Files of other libraries match none of them
 WEIGHTS = (
@@ -62,6 +63,7 @@ class Repository:
     token: str | None
 
 
+@locks("folder")
 def download(repo_id: str, folder: Path, revision: str | None, token: str | None, tokenizer_only: bool) -> list[File]:
     """Puts a repository's weights, tokenizer and settings into `folder`, and nothing else of it.
 

@@ -17,6 +17,7 @@ from lit_gpt.checkpoint.tensor_names import to_hf
 from lit_gpt.config import Config, read_json
 from lit_gpt.errors import InputError
 from lit_gpt.files import must_be_empty, new_folder
+from lit_gpt.lock import locks
 from lit_gpt.model.gpt import GPT
 
 # what belongs to a checkpoint besides its weights
@@ -92,6 +93,7 @@ class SafetensorsWriter:
         self.file.close()
 
 
+@locks("out_dir")
 def convert_checkpoint(
     checkpoint_dir: Path,
     out_dir: Path,

@@ -39,6 +39,7 @@ from lit_gpt.data.too_long import TooLong, cut_text, fit_conversation
 from lit_gpt.data.writer import RecordWriter
 from lit_gpt.errors import InputError
 from lit_gpt.files import new_folder
+from lit_gpt.lock import only_writer
 
 Records = Iterable[dict[str, Any]]
 FORMAT = 3  # of the files; data in another one are prepared anew
@@ -114,8 +115,15 @@ def prepare(records: Records | Callable[[], Records], args: DataArgs, source: st
     `source` is what the records are from, for people: what is prepared from another one is not replaced.
 
     Raises:
-        InputError: a record of no known form, no usable record, or a `data_dir` that holds something else.
+        InputError: a record of no known form, no usable record, a `data_dir` that holds something else, or another
+            process that writes it.
     """
+    with only_writer(args.data_dir):
+        write_prepared(records, args, source)
+
+
+def write_prepared(records: Records | Callable[[], Records], args: DataArgs, source: str) -> None:
+    """The work of `prepare`, by the only process that writes `args.data_dir`."""
     # settings
     tokenizer = Tokenizer(args.checkpoint_dir)
     config = Config.from_checkpoint(args.checkpoint_dir)

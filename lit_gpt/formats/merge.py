@@ -14,6 +14,7 @@ from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.errors import InputError
 from lit_gpt.files import must_be_empty, new_folder
 from lit_gpt.formats.verify import EXACT, ROUNDING, Difference, Logits, compare_logits, logits_of, verify_copy
+from lit_gpt.lock import locks
 from lit_gpt.lora import LoRA, lora_filter, merge_lora_weights
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantize import dequantize_linears
@@ -24,6 +25,7 @@ from lit_gpt.runs.methods import METHODS
 Base = Literal["original", "dequantized"]
 
 
+@locks("out_dir")
 def export_merged(
     finetuned: Path,
     checkpoint_dir: Path | None,
@@ -76,6 +78,7 @@ def export_merged(
     save_hf(model, source, out_dir, max_shard, check=check)
 
 
+@locks("out_dir")
 def export_peft(finetuned: Path, checkpoint_dir: Path | None, out_dir: Path) -> None:
     """Writes a LoRA as peft's adapter, reads it back and verifies that it is the same.
 

@@ -307,9 +307,9 @@ def test_killed_at_any_moment_of_overwriting_a_run_is_old_or_new(is_saved: bool,
         assert status in (0, 9)
 
         # what a reader finds, and what the next command makes of it
-        read = {name: overwrite.as_it_was(out_dir / name) for name in ("last", "best")}
         texts = set()
-        for name, path in read.items():
+        for name in ("last", "best"):
+            path = overwrite.as_it_was(out_dir / name)
             whole = path if path.exists() else files.partial_and_old(path)[1]
             texts.add((whole / "w").read_bytes())
         overwrite.recover_aside(out_dir)

@@ -52,9 +52,9 @@ def main(
     quantize = resolve_quantize(classifier, quantize, sweep)
     settings = vars(source) | vars(args) | vars(classifier)
     settings |= {"lora": lora, "quantize": quantize, "train": train, "sweep": sweep, "sweep_seeds": sweep_seeds}
-    claim_out_dir(args.out_dir, args.resume, args.overwrite)
     if sweep:
         check_sweep(sweep_seeds)
+    claim_out_dir(args.out_dir, args.resume, args.overwrite)
     if sweep or classifier.method == "features":
         require_scikit_learn()
 

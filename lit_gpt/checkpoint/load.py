@@ -176,12 +176,19 @@ def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
         if file.suffix == ".bin":
             yield from read_bin(file).items()
             continue
+        check_readable(file)
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.offset_keys():
                     yield name, tensors.get_tensor(name)
         except SafetensorError as error:
             raise InputError(f"{file} is damaged or incomplete ({first_line(error)}). Download it again.") from error
+
+
+def check_readable(file: Path) -> None:
+    """Raises the system's own error, which names the file; safetensors takes one that is not ours for missing."""
+    with file.open("rb"):
+        pass
 
 
 def read_bin(file: Path) -> dict[str, torch.Tensor]:
@@ -215,6 +222,7 @@ def read_metadata(file: Path) -> dict[str, str]:
 
     if file.suffix != ".safetensors":
         return {}
+    check_readable(file)
     try:
         with safe_open(file, framework="pt") as tensors:
             return tensors.metadata() or {}

@@ -40,6 +40,7 @@ from lit_gpt.data.writer import RecordWriter
 from lit_gpt.errors import InputError
 from lit_gpt.files import new_folder
 from lit_gpt.lock import only_writer
+from lit_gpt.ranges import check_range, check_seed
 
 Records = Iterable[dict[str, Any]]
 FORMAT = 3  # of the files; data in another one are prepared anew
@@ -71,10 +72,9 @@ class DataArgs(Keys):
     """Replace what was prepared from another source in data_dir. From the same source it is replaced anyway."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.val_fraction <= 1:
-            raise InputError(f"--val_fraction is {self.val_fraction}, expected 0 to 1.")
-        if self.max_seq_length is not None and self.max_seq_length < 2:
-            raise InputError(f"--max_seq_length is {self.max_seq_length}, expected 2 or more.")
+        check_range("--val_fraction", self.val_fraction, at_least=0, at_most=1)
+        check_range("--max_seq_length", self.max_seq_length, at_least=2)
+        check_seed("--seed", self.seed)
 
 
 def prepare_files(read: Callable[[Any], Records], source: Any, val_source: Any | None, args: DataArgs) -> None:

@@ -20,7 +20,7 @@ from lit_gpt.cli import Flags, command, run
 from lit_gpt.lora import LoRA
 from lit_gpt.quantize import Quantize
 from lit_gpt.recipe import LaunchArgs, start_processes
-from lit_gpt.runs.out_dir import check_out_dir, start_run
+from lit_gpt.runs.out_dir import claim_out_dir, start_run
 from lit_gpt.sharding import is_sharded
 
 
@@ -52,9 +52,9 @@ def main(
     quantize = resolve_quantize(classifier, quantize, sweep)
     settings = vars(source) | vars(args) | vars(classifier)
     settings |= {"lora": lora, "quantize": quantize, "train": train, "sweep": sweep, "sweep_seeds": sweep_seeds}
-    check_out_dir(args.out_dir, args.resume, args.overwrite)
     if sweep:
         check_sweep(sweep_seeds)
+    claim_out_dir(args.out_dir, args.resume, args.overwrite)
     if sweep or classifier.method == "features":
         require_scikit_learn()
 

@@ -18,7 +18,7 @@ from lit_gpt.memory.plan import print_plan
 from lit_gpt.quantize import Quantize, quantize_linears
 from lit_gpt.recipe import RunArgs, new_checkpoints, number_of_answers, recompute_or_compile_blocks, start_processes
 from lit_gpt.runs.methods import METHODS
-from lit_gpt.runs.out_dir import check_out_dir, start_run
+from lit_gpt.runs.out_dir import claim_out_dir, start_run
 from lit_gpt.runs.report import report_run
 from lit_gpt.runs.saves import Checkpoints
 from lit_gpt.sharding import loading_device
@@ -46,7 +46,7 @@ def main(
 
     # settings: all flags, for hyperparameters.yaml and the report
     settings = vars(args) | {"lora": lora, "quantize": quantize, "train": train}
-    check_out_dir(args.out_dir, args.resume, args.overwrite)  # one in use is refused, unless a flag says what to do
+    claim_out_dir(args.out_dir, args.resume, args.overwrite)  # refused if in use, or not empty and without a flag
 
     # data: prepared for this model and its tokenizer, and mapped into memory
     tokenizer = Tokenizer(args.checkpoint_dir)
@@ -63,8 +63,8 @@ def main(
     mark_only_lora_as_trainable(model)
     recompute_or_compile_blocks(model, args)  # if --activation_checkpointing or --compile says so
 
-    # out_dir: --overwrite deletes the old run, --resume refuses other settings than its own. Then hyperparameters.yaml
-    # is written. `fit` will save A and B to `best` and `last`, as lora.safetensors
+    # out_dir: --overwrite sets the old run aside until this one has saved, --resume refuses other settings than its
+    # own. Then hyperparameters.yaml is written. `fit` will save A and B to `best` and `last`, as lora.safetensors
     start_run(fabric, args.out_dir, settings)
     method = METHODS["lora"]  # a name and a filter, for saving: its tensors are those whose names begin with lora_
     checkpoints: Checkpoints = new_checkpoints(method, lora, args, model, base_fingerprint, tokenizer, train_data)

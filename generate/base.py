@@ -15,7 +15,8 @@ from lit_gpt.data.conversation_tokens import encode_question
 from lit_gpt.data.prompts import render, resolve_style
 from lit_gpt.device import default_device, peak_memory_gb
 from lit_gpt.generate.decode import collected, is_cut, stream
-from lit_gpt.generate.sampling import seeded_generator
+from lit_gpt.generate.sampling import check_sampling, seeded_generator
+from lit_gpt.ranges import check_range
 from lit_gpt.runs.load_finetuned import UseArgs, load_for_use
 
 
@@ -43,11 +44,15 @@ def main(
         top_k: Sample from the k likeliest tokens only.
         args: With which model, such as --finetuned, and how; see lit_gpt/runs/load_finetuned.py.
     """
-    device = default_device()
+    check_sampling(temperature, top_k, args.top_p)
+    check_range("--num_samples", num_samples, at_least=1)
+    check_range("--max_new_tokens", max_new_tokens, at_least=1)
     if temperature == 0 and (num_samples > 1 or top_k is not None or args.top_p is not None):
         raise InputError(
             "At --temperature 0 all answers are the same: --num_samples, --top_k and --top_p need a higher one."
         )
+
+    device = default_device()
 
     # the model, as it was loaded or fine-tuned
     began = time.perf_counter()

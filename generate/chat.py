@@ -10,12 +10,13 @@ What you type is a question, but for /help, /new and /quit.
 import sys
 
 from lit_gpt import InputError
-from lit_gpt.cli import Flags, run
+from lit_gpt.cli import Flags, check_text, run
 from lit_gpt.data.conversation_tokens import encode_question
 from lit_gpt.data.prompts import render, resolve_style
 from lit_gpt.device import default_device
 from lit_gpt.generate.decode import collected, is_cut, stream
-from lit_gpt.generate.sampling import seeded_generator
+from lit_gpt.generate.sampling import check_sampling, seeded_generator
+from lit_gpt.ranges import check_range
 from lit_gpt.runs.load_finetuned import UseArgs, load_for_use
 
 COMMANDS = "/new begins another conversation; /quit or Ctrl-D ends; Ctrl-C ends an answer; /help says this again."
@@ -42,11 +43,13 @@ def main(
         top_k: Sample from the k likeliest tokens only.
         args: With which model, such as --finetuned, and how; see lit_gpt/runs/load_finetuned.py.
     """
-    device = default_device()
+    check_sampling(temperature, top_k, args.top_p)
+    check_range("--max_new_tokens", max_new_tokens, at_least=1)
     if temperature == 0 and (top_k is not None or args.top_p is not None):
         raise InputError(
             "At --temperature 0 the likeliest token is taken: --top_k and --top_p need a higher one, such as 0.7."
         )
+    device = default_device()
     model, tokenizer, trained_style = load_for_use(args, device)
     style = resolve_style(prompt_style, tokenizer, trained_style)
     generator = seeded_generator(args.seed, device)
@@ -117,9 +120,17 @@ def main(
 
 
 def read_line() -> str | None:
-    """What is typed next, without space around it; None at the end of the input, or if Ctrl-C ends it."""
+    """What is typed next, without space around it; None at the end of the input, or if Ctrl-C ends it.
+
+    Raises:
+        InputError: it is not UTF-8.
+    """
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        line = input("> " if sys.stdin.isatty() else "").strip()
+        check_text("The standard input", line)
+        return line
+    except UnicodeDecodeError as error:
+        raise InputError(f"The standard input is not UTF-8 ({error.reason}). Type it as UTF-8.") from None
     except (EOFError, KeyboardInterrupt):
         if sys.stdin.isatty():
             print()

@@ -26,6 +26,7 @@ from lit_gpt.cli import run
 from lit_gpt.data.read_files import open_text, read_records
 from lit_gpt.device import Precision, default_device, inference_dtype
 from lit_gpt.display.words import counted
+from lit_gpt.ranges import check_range
 
 
 def main(
@@ -47,8 +48,7 @@ def main(
         batch_size: How many texts at once.
         precision: The dtype of the weights and of the arithmetic.
     """
-    if batch_size < 1:
-        raise InputError(f"--batch_size is {batch_size}, expected 1 or more.")
+    check_range("--batch_size", batch_size, at_least=1)
 
     # the texts, and the numbers of those that are not blank: the model sees only these
     all_texts = read_texts(texts, text_key)

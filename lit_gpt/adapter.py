@@ -22,6 +22,7 @@ from torch import nn
 from lit_gpt.errors import InputError
 from lit_gpt.model.attention import CausalSelfAttention, Mask
 from lit_gpt.model.gpt import GPT
+from lit_gpt.ranges import check_range
 from lit_gpt.replace_modules import replace_modules
 
 
@@ -35,11 +36,8 @@ class Adapter:
     """The first block that has one; the lowest blocks are better left alone."""
 
     def __post_init__(self) -> None:
-        if self.prompt_length < 1 or self.start_layer < 0:
-            raise InputError(
-                f"adapter.prompt_length is {self.prompt_length}, expected 1 or more; adapter.start_layer"
-                f" {self.start_layer}, expected 0 or more."
-            )
+        check_range("--adapter.prompt_length", self.prompt_length, at_least=1)
+        check_range("--adapter.start_layer", self.start_layer, at_least=0)
 
 
 class AdaptedAttention(CausalSelfAttention):

@@ -12,7 +12,7 @@ from lit_gpt.generate.answers import answers
 from lit_gpt.quantize import Quantize, quantize_linears
 from lit_gpt.recipe import RunArgs, new_checkpoints, number_of_answers, recompute_or_compile_blocks, start_processes
 from lit_gpt.runs.methods import Method
-from lit_gpt.runs.out_dir import check_out_dir, start_run
+from lit_gpt.runs.out_dir import claim_out_dir, start_run
 from lit_gpt.runs.report import report_run
 from lit_gpt.sharding import loading_device
 from lit_gpt.train import TrainArgs, fit
@@ -32,7 +32,7 @@ def finetune_adapter(
     """
     # settings
     settings = vars(args) | {method.flag: method_settings, "quantize": quantize, "train": train}
-    check_out_dir(args.out_dir, args.resume, args.overwrite)
+    claim_out_dir(args.out_dir, args.resume, args.overwrite)
 
     # data
     tokenizer = Tokenizer(args.checkpoint_dir)

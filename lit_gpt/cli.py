@@ -102,8 +102,10 @@ def parse(main: Callable[..., None], args: Sequence[str], also: Sequence[str] = 
     `also` are flags that exist elsewhere, for "Did you mean": those of a script that passed `args` on.
 
     Raises:
-        InputError: an unknown flag or key, or a value of another type than the parameter's.
+        InputError: an unknown flag or key, a value of another type than the parameter's, or a text that is not
+            UTF-8.
     """
+    check_words(args)
     gc.freeze()  # torch's million objects stay for good; looking through them costs --help 0.2 s
     from jsonargparse import ArgumentError
 
@@ -121,6 +123,8 @@ def parse(main: Callable[..., None], args: Sequence[str], also: Sequence[str] = 
     except UnicodeDecodeError as error:
         raise InputError(f"The file after --config is not UTF-8 ({error}). Save it as UTF-8.") from None
     values.pop("config", None)
+    for name, value in values.items():
+        check_text(f"--{name}", plain(value))
     if receiver:
         values[receiver] = tuple(passed_on)
 
@@ -129,6 +133,33 @@ def parse(main: Callable[..., None], args: Sequence[str], also: Sequence[str] = 
         fields = {field.name: values.pop(field.name) for field in dataclasses.fields(kind)}
         values[name] = kind(**fields)
     return values
+
+
+def check_words(args: Sequence[str]) -> None:
+    """Raises InputError if a word of the command line is not UTF-8."""
+    flag = "The command line"
+    for word in args:
+        if word.startswith("--"):
+            flag = word.partition("=")[0]
+        check_text(flag, word)
+
+
+def check_text(flag: str, value: Any) -> None:
+    """Raises InputError if a text, or one in a list or mapping, is not Unicode: it holds half of a surrogate pair.
+
+    Python takes a byte that is not UTF-8 for such a half.
+    """
+    if isinstance(value, dict):
+        check_text(flag, [*value.keys(), *value.values()])
+    elif isinstance(value, list):
+        for item in value:
+            check_text(flag, item)
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            shown = value.encode("utf-8", "backslashreplace").decode()
+            raise InputError(f"{flag} is not UTF-8: '{shown}'. Type it as UTF-8.") from None
 
 
 def make_parser(main: Callable[..., None]) -> "ArgumentParser":

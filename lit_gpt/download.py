@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from lit_gpt.errors import InputError
+from lit_gpt.lock import only_writer
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -85,6 +86,7 @@ def fetch(url: str, sha256: str | None = None, token: str | None = None) -> Path
     """Downloads `url` into data/downloads, unless it is there already, and returns the file's path.
 
     Raises:
+        InputError: another process fetches it.
         DownloadError: see `download`.
     """
     with explained(url):
@@ -92,10 +94,10 @@ def fetch(url: str, sha256: str | None = None, token: str | None = None) -> Path
     path = DOWNLOADS / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
     if path.is_file():
         return path
-    DOWNLOADS.mkdir(parents=True, exist_ok=True)
-    print(f"Fetching {url}", flush=True)
     headers = {"Authorization": f"Bearer {token}"} if token else None
-    download(url, path, expected=Expected(sha256=sha256), headers=headers)
+    with only_writer(path):
+        print(f"Fetching {url}", flush=True)
+        download(url, path, expected=Expected(sha256=sha256), headers=headers)
     return path
 
 

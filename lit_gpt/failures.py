@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lit_gpt.files import write_whole
+from lit_gpt.lock import release_all
 
 SUPERVISOR = "LIT_GPT_SUPERVISOR"
 """The environment variable that holds the supervisor's process id."""
@@ -66,6 +67,7 @@ def end_process(status: int) -> NoReturn:
         # https://github.com/pytorch/pytorch/issues/190489
         sys.stdout.flush()
         sys.stderr.flush()
+        release_all()
         os._exit(status)
     sys.exit(status)
 

@@ -12,10 +12,12 @@ import difflib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from lit_gpt.errors import InputError
+from lit_gpt.lock import NAME as LOCK
+from lit_gpt.lock import clear_stale, lock_beside, only_writer
 
 CLONE = Path(__file__).parent.parent  # of the repository; most commands are typed there
 
@@ -56,8 +58,13 @@ def must_be_empty(folder: Path) -> None:
     must_be_elsewhere(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file, expected a folder. Name another one.")
-    if folder.is_dir() and any(folder.iterdir()):
+    if has_content(folder):
         raise InputError(f"{folder} is not empty. Name another folder, or delete it first.")
+
+
+def has_content(folder: Path) -> bool:
+    """Whether anything is in a folder, but for the lock of a process that writes to it, or was killed."""
+    return folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
 
 
 def must_be_elsewhere(folder: Path) -> None:
@@ -67,13 +74,23 @@ def must_be_elsewhere(folder: Path) -> None:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path, lock: bool = True) -> Iterator[Path]:
     """Gives a hidden folder to write to, which takes the place of `folder` when the block ends without an error.
 
     Killed or failed at any moment, the old content of `folder` is still whole: under its name, or, for an instant,
-    under `.NAME.old`, from where `recover` brings it back.
+    under `.NAME.old`, from where `recover` brings it back. `lock` False leaves out the lock, for a run that holds its
+    whole out_dir.
+
+    Raises:
+        InputError: another process writes the folder, or it is the working directory.
     """
     must_be_elsewhere(folder)
+    with only_writer(folder) if lock else nullcontext():
+        yield from replacing_folder(folder)
+
+
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """The work of `new_folder`, by the only process that writes the folder."""
     folder = folder.resolve()  # a link stays one
     recover(folder)  # what an earlier process, which was killed, has left
     partial, old = partial_and_old(folder)
@@ -103,6 +120,7 @@ def recover(folder: Path) -> None:
         old.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(partial, ignore_errors=True)
+    clear_stale(lock_beside(folder))
 
 
 def partial_and_old(folder: Path) -> tuple[Path, Path]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from lit_gpt.errors import InputError
 from lit_gpt.model.gpt import GPT
 from lit_gpt.name_patterns import check_patterns, matches_beginning
+from lit_gpt.ranges import check_range
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,10 @@ class Full:
     train_only: int | list[str] | None = None
     """None trains all weights; 4 trains the last four blocks, the final norm and the head. Or patterns for the
     beginnings of names as in transformer.h.3.mlp.fc_1.weight: ["transformer.h.2[0-9]", lm_head]."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.train_only, int):
+            check_range("--train_only", self.train_only, at_least=1)
 
 
 def mark_chosen_as_trainable(model: GPT, full: Full) -> list[str]:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from lit_gpt.errors import InputError
 from lit_gpt.model.gpt import GPT
 from lit_gpt.name_patterns import check_patterns, matches_end, value_by_end
+from lit_gpt.ranges import check_range
 from lit_gpt.replace_modules import replace_modules
 
 # a switch of LoRA -> the ends of the names of the linears that it adapts
@@ -68,14 +69,15 @@ class LoRA:
     """Train the length of each row of the weight apart from its direction. https://arxiv.org/abs/2402.09353"""
 
     def __post_init__(self) -> None:
-        # the smallest of all ranks, and of all alphas
-        r = min([self.r, *self.rank_pattern.values()])
-        alpha = min([self.alpha, *self.alpha_pattern.values()])
-        if r < 1 or not alpha > 0 or not 0 <= self.dropout < 1:
-            raise InputError(
-                f"lora.r is {r}, expected 1 or more; lora.alpha {alpha}, expected more than 0;"
-                f" lora.dropout {self.dropout}, expected 0 to 1."
-            )
+        check_range("--lora.r", self.r, at_least=1)
+        check_range("--lora.alpha", self.alpha, above=0)
+        check_range("--lora.dropout", self.dropout, at_least=0, below=1)
+        for pattern, r in self.rank_pattern.items():
+            check_range(f"--lora.rank_pattern, {pattern}:", r, at_least=1)
+        for pattern, alpha in self.alpha_pattern.items():
+            check_range(f"--lora.alpha_pattern, {pattern}:", alpha, above=0)
+        if isinstance(self.layers, int):
+            check_range("--lora.layers", self.layers, at_least=1)
         check_patterns(self.modules or [])
         check_patterns(self.rank_pattern)
         check_patterns(self.alpha_pattern)

@@ -17,6 +17,7 @@ from lit_gpt.model.activation_checkpointing import ActivationCheckpointing, reco
 from lit_gpt.model.compile import compile_blocks
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantize import quantization
+from lit_gpt.ranges import check_range, check_seed
 from lit_gpt.runs.header import Header
 from lit_gpt.runs.loggers import LoggerName, make_loggers
 from lit_gpt.runs.methods import Method
@@ -61,6 +62,11 @@ class LaunchArgs:
     seed: int = 1337
     """Seed of the weights that start at random."""
 
+    def __post_init__(self) -> None:
+        check_range("--devices", self.devices, at_least=1)
+        check_range("--num_nodes", self.num_nodes, at_least=1)
+        check_seed("--seed", self.seed)
+
 
 @dataclass(frozen=True)
 class RunArgs(LaunchArgs):
@@ -70,6 +76,10 @@ class RunArgs(LaunchArgs):
     """The prepared data: a folder that one of scripts/prepare_*.py wrote."""
     n_answers: int = 5
     """How many validation records to answer before and after, for the report."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("--n_answers", self.n_answers, at_least=0)
 
 
 def start_processes(args: LaunchArgs, trains_base: bool = False, shard: bool = False) -> "Fabric":

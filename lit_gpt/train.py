@@ -20,6 +20,7 @@ from lit_gpt.errors import InputError, Interrupted
 from lit_gpt.failures import how_to_go_on
 from lit_gpt.interruption import Interruption
 from lit_gpt.make_optimizer import make_optimizer
+from lit_gpt.ranges import check_range, check_seed
 from lit_gpt.runs.log import Log
 from lit_gpt.runs.resume import Progress, check_finite, save_progress, start_or_resume
 from lit_gpt.sharding import any_device, full_tensor, sum_over_devices
@@ -86,21 +87,17 @@ class TrainArgs:
     enough_steps = 50  # no setting: a run of less than half as many gets a remark. The quick start learns a style in 50
 
     def __post_init__(self) -> None:
-        more_than_zero = ("learning_rate", "max_norm", "max_hours", "save_minutes")
-        zero_or_more = ("min_learning_rate", "warmup_steps", "weight_decay", "seed")
-        one_or_more = ("global_batch_size", "micro_batch_size", "micro_batch_tokens", "epochs", "max_steps")
-        one_or_more += ("eval_interval", "eval_records", "patience", "save_interval")
-        for names, is_valid, expected in (
-            (more_than_zero, lambda value: value > 0, "more than 0"),
-            (zero_or_more, lambda value: value >= 0, "more than 0, or 0"),
-            (one_or_more, lambda value: value >= 1, "1 or more"),
-        ):
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not is_valid(value):
-                    raise InputError(f"train.{name} is {value}, expected {expected}.")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise InputError(f"train.beta1 is {self.beta1} and train.beta2 {self.beta2}, expected 0 to below 1.")
+        for name in ("learning_rate", "max_norm", "max_hours", "save_minutes"):
+            check_range(f"--train.{name}", getattr(self, name), above=0)
+        for name in ("min_learning_rate", "warmup_steps", "weight_decay"):
+            check_range(f"--train.{name}", getattr(self, name), at_least=0)
+        for name in ("global_batch_size", "micro_batch_size", "micro_batch_tokens", "epochs", "max_steps"):
+            check_range(f"--train.{name}", getattr(self, name), at_least=1)
+        for name in ("eval_interval", "eval_records", "patience", "save_interval"):
+            check_range(f"--train.{name}", getattr(self, name), at_least=1)
+        for name in ("beta1", "beta2"):
+            check_range(f"--train.{name}", getattr(self, name), at_least=0, below=1)
+        check_seed("--train.seed", self.seed)
         if self.keep_steps and self.save_interval is None:
             raise InputError("train.keep_steps keeps what train.save_interval saves, and there is none. Set it, too.")
 

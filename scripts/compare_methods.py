@@ -17,6 +17,8 @@ from lit_gpt import InputError
 from lit_gpt.cli import PassedOn, flags_of, run
 from lit_gpt.config import SAMPLE
 from lit_gpt.data.read_files import open_text
+from lit_gpt.lock import hold
+from lit_gpt.ranges import check_range
 from lit_gpt.studies.compare_methods import (
     CANDIDATES,
     Budget,
@@ -83,6 +85,7 @@ def main(
     # the steps of each method: those that were asked for, those of the run that is continued, or as many as fit
     if tokens is not None:
         budget = replace(budget, steps=steps_for(tokens, data_dir))
+    hold(out_dir)
     budget = stored_budget(budget, out_dir)
     if not budget.steps:
         minutes = minutes or 30
@@ -109,8 +112,7 @@ def check_methods(methods: list[str]) -> None:
 def check_end(minutes: float | None, steps: int | None, tokens: int | None, flags: Sequence[str]) -> None:
     """Raises InputError if the flags that say when to stop are not above 0, or contradict each other."""
     for name, value in (("minutes", minutes), ("steps", steps), ("tokens", tokens)):
-        if value is not None and value <= 0:
-            raise InputError(f"--{name} is {value}, expected more than 0.")
+        check_range(f"--{name}", value, above=0)
     if (minutes, steps, tokens).count(None) < 2:
         raise InputError("--minutes, --steps and --tokens all say when to stop: choose one.")
     if tokens is not None and any("global_batch_size" in flag for flag in flags):

@@ -9,6 +9,7 @@ What was written is read back and compared with the model.
 """
 
 import functools
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +23,8 @@ from lit_gpt.files import must_be_empty
 from lit_gpt.formats.gguf_writer import export_gguf
 from lit_gpt.formats.merge import export_merged, export_merged_gguf, export_peft, round_weights, whole_model
 from lit_gpt.formats.verify import logits_of, verify_copy
+from lit_gpt.lock import locks
+from lit_gpt.ranges import check_range
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +56,7 @@ def main(
     """
     check_flags(finetuned, format, dtype, max_shard_size)
     must_be_empty(out_dir)
-    max_shard = int(max_shard_size * 1e9)
+    max_shard = math.ceil(max_shard_size * 1e9)
 
     # what was fine-tuned as a whole is a checkpoint
     whole = None
@@ -83,12 +86,12 @@ def check_flags(finetuned: Path | None, format: str, dtype: str | None, max_shar
         raise InputError("--dtype q8_0 is for --format gguf. Here: float32, bfloat16 or float16.")
     if dtype is not None and format == "peft":
         raise InputError(f"--dtype {dtype} is not for --format peft, whose weights are float32. Leave it out.")
-    if not max_shard_size > 0:
-        raise InputError(f"--max_shard_size is {max_shard_size}, expected more than 0, in GB.")
+    check_range("--max_shard_size", max_shard_size, above=0, at_most=1e6)
     if format == "peft" and finetuned is None:
         raise InputError("--format peft needs what was trained: --finetuned.")
 
 
+@locks("out_dir")
 def copy_checkpoint(source: Path, out_dir: Path, dtype: "torch.dtype | None", *, max_shard: int, verify: bool) -> None:
     """Copies a checkpoint as a Hugging Face folder; with `verify`, its logits are compared before it has its name."""
     check = None

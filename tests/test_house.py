@@ -102,28 +102,29 @@ def closure(start: Iterable[str]) -> set[str]:
 # Who may know whom, below the scripts: the whole list. A name is a wing or a file at the root, with all that is in it;
 # several in one row know the same, and not each other unless it says so. tutorials/architecture.md draws it
 MAY_KNOW = {
-    "errors packages files download name_patterns replace_modules": "errors",
-    "cli failures interruption": "errors files failures",
+    "errors packages lock ranges files download name_patterns replace_modules": "errors lock",
+    "cli failures interruption": "errors lock files failures",
     "config families": "errors files families",
     "model": "config",
-    "lora adapter full quantize": "model errors packages name_patterns replace_modules",  # no surgeon knows another one
+    # no surgeon knows another one
+    "lora adapter full quantize": "model errors ranges packages name_patterns replace_modules",
     "display": "errors files packages",
-    "data": "model.packing config display errors files packages",
-    "checkpoint": "model lora quantize config families errors files download name_patterns",
+    "data": "model.packing config display errors ranges lock files packages",
+    "checkpoint": "model lora quantize config families errors lock files download name_patterns",
     "device sharding distributed make_optimizer": "device sharding interruption failures errors packages",
-    "generate": "model data errors",
+    "generate": "model data errors ranges",
     "runs": "checkpoint data model lora adapter full quantize config device sharding distributed display cli"
-    " failures errors files packages",
+    " failures errors lock ranges files packages",
     # no method, no tokenizer, no file format
     "train": "data.dataset make_optimizer device sharding runs.log runs.resume display.words interruption failures"
-    " errors",
-    "recipe": "make_optimizer runs data model quantize config device sharding distributed",
+    " errors ranges",
+    "recipe": "make_optimizer runs data model quantize config device sharding distributed ranges",
     "adapter_recipe": "recipe train runs generate checkpoint data quantize config device sharding",
     "memory": "train make_optimizer runs checkpoint data model quantize config device sharding display"
     " interruption errors",
     "classifier": "recipe train runs checkpoint data model lora quantize config device sharding distributed display"
-    " errors files packages",
-    "formats": "runs checkpoint data model lora quantize config errors files packages",
+    " errors ranges files packages",
+    "formats": "runs checkpoint data model lora quantize config errors lock files packages",
     "studies": "memory runs checkpoint data model lora full config device display cli errors files",
 }
 

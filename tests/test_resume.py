@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from lit_gpt import InputError
 from lit_gpt.data.prepare import DataArgs, prepare
+from lit_gpt.lock import NAME as LOCK
 from lit_gpt.runs.load_finetuned import load_finetuned
 
 KILLABLE = Path(__file__).parent / "helpers/killable.py"
@@ -143,6 +144,8 @@ def contents(out_dir: Path) -> dict[str, Any]:
     """All that a run leaves, but for what the clock and the memory say."""
     found: dict[str, Any] = {}
     for path in out_dir.rglob("*"):
+        if path.name == LOCK:  # of a process that was killed
+            continue
         name = path.relative_to(out_dir).as_posix()
         found[name] = None
         if path.suffix == ".safetensors":
@@ -216,13 +219,18 @@ def test_killed_at_random_five_times_and_resumed(seed: int, lora: Lora, never_ki
         first = not (tmp_path / f"{runs}").exists()
         nth = chance.randint(1, calls[called] if first else max(1, calls[called] // 3))
         moment = (called, nth, chance.choice(["before", "after"]))
-        if lora.run(tmp_path / f"{runs}", kill=moment, resume="true").status == 0:
+        if lora.run(tmp_path / f"{runs}", kill=moment, resume=has_begun(tmp_path / f"{runs}")).status == 0:
             assert contents(tmp_path / f"{runs}") == whole
             runs += 1
         else:
             kills += 1
-    assert lora.run(tmp_path / f"{runs}", resume="true").status == 0
+    assert lora.run(tmp_path / f"{runs}", resume=has_begun(tmp_path / f"{runs}")).status == 0
     assert contents(tmp_path / f"{runs}") == whole
+
+
+def has_begun(out_dir: Path) -> str:
+    """What to say to --resume: a run that was killed at once has written nothing to go on with."""
+    return str((out_dir / "hyperparameters.yaml").exists()).lower()
 
 
 @pytest.mark.parametrize(
@@ -291,10 +299,16 @@ def test_what_may_change_on_resuming(lora, stopped, never_killed, tiny_dir, data
     assert all(torch.equal(expected[key], found[key]) for key in expected) and expected.keys() == found.keys()
 
 
-def test_nothing_to_resume_begins_at_the_beginning(lora, never_killed, tmp_path) -> None:
+def test_nothing_to_resume_is_refused(lora, tmp_path) -> None:
+    """A name that was mistyped must not begin a run. Nothing is written."""
     (tmp_path / "empty").mkdir()
-    assert lora.run(tmp_path / "empty", resume="true").status == 0
-    assert contents(tmp_path / "empty") == contents(never_killed[0])
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others/notes.txt").touch()
+    before = sorted(tmp_path.rglob("*"))
+    assert refused(lora.run(tmp_path / "empty", resume="true"), f"{tmp_path}/empty is empty", "leave out --resume")
+    assert refused(lora.run(tmp_path / "others", resume="true"), f"{tmp_path}/others holds no run")
+    assert refused(lora.run(tmp_path / "gone/deep", resume="true"), f"{tmp_path}/gone/deep is not there")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_finished_run_keeps_its_files(lora, never_killed, tmp_path) -> None:
@@ -327,6 +341,33 @@ def test_overwrite_replaces_the_run_and_nothing_else(lora, stopped, never_killed
     assert lora.run(out_dir, overwrite="true").status == 0
     assert [(out_dir / name).read_text() for name in mine] == mine
     assert contents(out_dir) == contents(never_killed[0]) | dict.fromkeys(mine)
+
+
+@pytest.mark.parametrize("limit", [300, 6_000, 12_000])
+def test_a_run_that_fails_before_it_saves_leaves_the_one_that_it_was_to_replace(limit, lora, stopped, tmp_path) -> None:
+    """The disk is full when hyperparameters.yaml, `best` or `last` are written."""
+    out_dir = shutil.copytree(stopped, tmp_path / "run")
+    assert refused(lora.run(out_dir, overwrite="true", lora__r=4, limit=limit), "Free some space")
+    assert contents(out_dir) == contents(stopped)
+
+
+def test_killed_before_it_saved_the_earlier_run_is_read_and_goes_on(lora, stopped, never_killed, tmp_path) -> None:
+    """Or the new one does, by its command."""
+    out_dir = shutil.copytree(stopped, tmp_path / "run")
+    killed = lora.run(out_dir, kill=("optimizer.step", TRIALS + 3, "before"), overwrite="true", lora__r=4)
+    assert killed.status == -signal.SIGKILL
+    assert load_finetuned(None, out_dir)[1].settings["r"] == 8
+    assert load_finetuned(None, out_dir / "last")[1].settings["r"] == 8
+    again = shutil.copytree(out_dir, tmp_path / "again")
+    assert lora.run(out_dir, resume="true").status == 0
+    assert contents(out_dir) == contents(never_killed[0])
+
+    assert refused(lora.run(again, resume="true", lora__r=16), "lora.r was 8, now 16")
+    assert contents(again) == contents(stopped)
+    assert lora.run(again, kill=("backward", 1, "before"), overwrite="true", lora__r=4).status == -signal.SIGKILL
+    assert lora.run(again, resume="true", lora__r=4).status == 0
+    assert load_finetuned(None, again)[1].settings["r"] == 4
+    assert contents(again).keys() == contents(never_killed[0]).keys()
 
 
 # ---- using what was trained

@@ -231,7 +231,7 @@ def test_the_three_places_of_a_chat_template(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "generation", "message"),
     [
-        ({}, {"eos_token_id": [[2]]}, "unhashable type: 'list'"),
+        ({}, {"eos_token_id": [[2]]}, r"the eos_token_id is \[\[2\]\], expected one number"),
         ({}, {"eos_token_id": 1.5}, "the eos_token_id is 1.5, expected one number"),
         ({"eos_token": 5}, {}, "holds a value that cannot be used"),
         ({"eos_token": {"a": 1}}, {}, "has no 'content'"),

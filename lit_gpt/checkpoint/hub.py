@@ -20,6 +20,7 @@ from lit_gpt.config import Config, read_json
 from lit_gpt.download import DownloadError, DownloadRefused, Expected, size_of
 from lit_gpt.download import download as download_file
 from lit_gpt.errors import InputError
+from lit_gpt.lock import locks
 
 # (weights, the index of several files of them): the first one that is there wins, in the order in which transformers
 # looks for them. Files of other libraries are none of them
@@ -65,6 +66,7 @@ class Repository:
     token: str | None
 
 
+@locks("folder")
 def download(repo_id: str, folder: Path, revision: str | None, token: str | None, tokenizer_only: bool) -> list[File]:
     """Puts a repository's weights, tokenizer and settings into `folder`, and nothing else of it.
 

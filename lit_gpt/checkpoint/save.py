@@ -19,6 +19,7 @@ from lit_gpt.checkpoint.weight_files import first_line
 from lit_gpt.config import Config, read_json
 from lit_gpt.errors import InputError
 from lit_gpt.files import must_be_empty, new_folder
+from lit_gpt.lock import locks
 from lit_gpt.model.gpt import GPT
 
 # what belongs to a checkpoint besides its weights
@@ -94,6 +95,7 @@ class SafetensorsWriter:
         self.file.close()
 
 
+@locks("out_dir")
 def convert_checkpoint(
     checkpoint_dir: Path,
     out_dir: Path,

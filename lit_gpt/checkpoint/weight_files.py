@@ -2,8 +2,10 @@
 
 import zipfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -120,8 +122,6 @@ def read_headers(files: Iterable[Path]) -> dict[str, TensorHeader]:
     Raises:
         InputError: a file is damaged, or a name is in two of them.
     """
-    from safetensors import SafetensorError, safe_open
-
     headers: dict[str, TensorHeader] = {}
     for file in files:
         found: dict[str, TensorHeader] = {}
@@ -130,14 +130,11 @@ def read_headers(files: Iterable[Path]) -> dict[str, TensorHeader]:
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 found[name] = TensorHeader(dtype, tuple(tensor.shape), file)
         else:
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    for name in tensors.offset_keys():
-                        part = tensors.get_slice(name)
-                        dtype = part.get_dtype()
-                        found[name] = TensorHeader(DTYPES.get(dtype, dtype), tuple(part.get_shape()), file)
-            except SafetensorError as error:
-                raise damaged(file, first_line(error)) from error
+            with open_safetensors(file) as tensors:
+                for name in tensors.offset_keys():
+                    part = tensors.get_slice(name)
+                    dtype = part.get_dtype()
+                    found[name] = TensorHeader(DTYPES.get(dtype, dtype), tuple(part.get_shape()), file)
 
         for name in found.keys() & headers.keys():
             raise InputError(f"{name} is in {headers[name].file} and in {file.name}. Download the checkpoint again.")
@@ -147,18 +144,32 @@ def read_headers(files: Iterable[Path]) -> dict[str, TensorHeader]:
 
 def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields every tensor with its name, in file order."""
-    from safetensors import SafetensorError, safe_open
-
     for file in files:
         if file.suffix == ".bin":
             yield from read_bin(file).items()
             continue
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.offset_keys():
-                    yield name, tensors.get_tensor(name)
-        except SafetensorError as error:
-            raise damaged(file, first_line(error)) from error
+        with open_safetensors(file) as tensors:
+            for name in tensors.offset_keys():
+                yield name, tensors.get_tensor(name)
+
+
+@contextmanager
+def open_safetensors(file: Path) -> Iterator[Any]:
+    """Opens a file of tensors, which are read when they are asked for.
+
+    Raises:
+        InputError: it is damaged.
+        OSError: it may not be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    with file.open("rb"):  # the system's error names the file; safetensors takes one that is not ours for missing
+        pass
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise damaged(file, first_line(error)) from error
 
 
 def read_bin(file: Path) -> dict[str, torch.Tensor]:
@@ -190,15 +201,10 @@ def read_bin(file: Path) -> dict[str, torch.Tensor]:
 
 def read_metadata(file: Path) -> dict[str, str]:
     """The text fields in the header of a safetensors file; empty for a .bin, which has none."""
-    from safetensors import SafetensorError, safe_open
-
     if file.suffix != ".safetensors":
         return {}
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return tensors.metadata() or {}
-    except SafetensorError as error:
-        raise damaged(file, first_line(error)) from error
+    with open_safetensors(file) as tensors:
+        return tensors.metadata() or {}
 
 
 def damaged(file: Path, reason: str) -> InputError:

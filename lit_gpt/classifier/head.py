@@ -28,6 +28,7 @@ from lit_gpt.lora import lora_filter, lora_learning_rate
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.packing import Layout
 from lit_gpt.quantize import Quantize
+from lit_gpt.ranges import check_range
 
 ClassifierMethod = Literal["features", "head", "last_k", "lora", "qlora", "full"]
 Pooling = Literal["last", "mean", "first"]
@@ -52,10 +53,8 @@ class ClassifierArgs:
     """Weigh each class by the inverse of how often it occurs, so that rare classes count as much."""
 
     def __post_init__(self) -> None:
-        if self.k < 1 or self.head_layers < 0:
-            raise InputError(
-                f"--k is {self.k}, expected 1 or more; --head_layers {self.head_layers}, expected 0 or more."
-            )
+        check_range("--k", self.k, at_least=1)
+        check_range("--head_layers", self.head_layers, at_least=0)
         if self.method == "features" and self.head_layers:
             raise InputError("A logistic regression on features has no hidden layers: use --method head.")
 

@@ -28,8 +28,8 @@ from lit_gpt.classifier.scores import Scores, score_predictions
 from lit_gpt.classifier.texts import ClassifierData, LabelledTexts, Sides, split_texts
 from lit_gpt.display.figures import new_row, require_drawing, save_figure
 from lit_gpt.display.tables import markdown_table
-from lit_gpt.errors import InputError
 from lit_gpt.files import write_whole
+from lit_gpt.ranges import check_range
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,8 +76,7 @@ def steps_of(classifier: ClassifierArgs, n_layer: int) -> dict[str, ClassifierAr
 
 def check_sweep(n_seeds: int) -> None:
     """Raises InputError if a sweep could not begin, or its figure not be drawn."""
-    if n_seeds < 1:
-        raise InputError(f"--sweep_seeds is {n_seeds}, expected 1 or more.")
+    check_range("--sweep_seeds", n_seeds, at_least=1)
     require_drawing()
 
 

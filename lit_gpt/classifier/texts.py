@@ -17,6 +17,7 @@ from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.display.words import counted
 from lit_gpt.distributed import is_first
 from lit_gpt.errors import InputError
+from lit_gpt.ranges import check_range
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,8 @@ class TextArgs:
         for flag, key in (("text_key", self.text_key), ("label_key", self.label_key)):
             if key == "split":
                 raise InputError(f"--{flag} names split, the column that says train, val or test. Rename it.")
-        if self.max_seq_length < 1:
-            raise InputError(f"--max_seq_length is {self.max_seq_length}, expected 1 or more.")
-        if not 0 < self.val_fraction < 1:
-            raise InputError(f"--val_fraction is {self.val_fraction}, expected more than 0 and less than 1.")
+        check_range("--max_seq_length", self.max_seq_length, at_least=1)
+        check_range("--val_fraction", self.val_fraction, above=0, below=1)
 
 
 class TextRecord(NamedTuple):

@@ -26,6 +26,7 @@ from lit_gpt.device import weight_dtype
 from lit_gpt.lora import LoRA, apply_lora
 from lit_gpt.quantize import Quantize, quantize_linears
 from lit_gpt.recipe import LaunchArgs, recompute_or_compile_blocks
+from lit_gpt.runs.overwrite import drop_earlier_run
 from lit_gpt.sharding import loading_device
 from lit_gpt.train import TrainArgs, fit
 
@@ -123,6 +124,7 @@ def train_classifier(
     if classifier.method == "features":
         fit_logistic_regression(model, train_data, train.micro_batch_size)
         checkpoints.save("best")
+        drop_earlier_run()
     else:
         fit(
             fabric,

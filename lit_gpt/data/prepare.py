@@ -46,6 +46,8 @@ from lit_gpt.data.unread_keys import UnreadKeys
 from lit_gpt.data.writer import RecordWriter
 from lit_gpt.errors import InputError
 from lit_gpt.files import new_folder
+from lit_gpt.lock import only_writer
+from lit_gpt.ranges import check_range, check_seed
 
 Records = Iterable[dict[str, Any]]
 FORMAT = 3  # of the files; data in another one are prepared anew
@@ -81,10 +83,9 @@ class DataArgs(Keys):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.val_fraction <= 1:
-            raise InputError(f"--val_fraction is {self.val_fraction}, expected 0 to 1.")
-        if self.max_seq_length is not None and self.max_seq_length < 2:
-            raise InputError(f"--max_seq_length is {self.max_seq_length}, expected 2 or more.")
+        check_range("--val_fraction", self.val_fraction, at_least=0, at_most=1)
+        check_range("--max_seq_length", self.max_seq_length, at_least=2)
+        check_seed("--seed", self.seed)
 
 
 def prepare_files(read: Callable[[Any], Records], source: Any, val_source: Any | None, args: DataArgs) -> None:
@@ -125,8 +126,15 @@ def prepare(records: Records | Callable[[], Records], args: DataArgs, source: st
     `source` is what the records are from, for people: what is prepared from another one is not replaced.
 
     Raises:
-        InputError: too many bad records, no usable record, or a `data_dir` that holds something else.
+        InputError: too many bad records, no usable record, a `data_dir` that holds something else, or another process
+            that writes it.
     """
+    with only_writer(args.data_dir):
+        write_prepared(records, args, source)
+
+
+def write_prepared(records: Records | Callable[[], Records], args: DataArgs, source: str) -> None:
+    """The work of `prepare`, by the only process that writes `args.data_dir`."""
     # settings
     tokenizer = Tokenizer(args.checkpoint_dir)
     config = Config.from_checkpoint(args.checkpoint_dir)

@@ -34,11 +34,11 @@ class Tokenizer:
         self.vocab_size = self.library.vocab_size
         # its special tokens
         with reading(f"{folder}, its tokenizer_config.json or generation_config.json"):
-            self.bos_id = self.special_id(settings.get("bos_token"), generation.get("bos_token_id"))
-            self.eos_id = self.special_id(settings.get("eos_token"), generation.get("eos_token_id"))
+            self.bos_id = self.special_id("bos_token", settings, generation)
+            self.eos_id = self.special_id("eos_token", settings, generation)
             if self.eos_id is None:
                 raise InputError("neither names an eos_token.")
-            self.named_stop_ids = read_stop_ids(self.eos_id, generation.get("eos_token_id"))
+            self.named_stop_ids = frozenset([self.eos_id, *token_ids("eos_token_id", generation)])
             self.chat_templates = read_chat_templates(folder, settings)
             named = {name: spelling(settings[name]) for name in SPECIAL_TOKENS if settings.get(name)}
 
@@ -55,13 +55,13 @@ class Tokenizer:
             special_tokens = {"bos_token": self.id_to_token(self.bos_id), **special_tokens}
         self.special_tokens = special_tokens | named
 
-    def special_id(self, token: str | dict | None, fallback: int | list[int] | None) -> int | None:
+    def special_id(self, name: str, settings: dict[str, Any], generation: dict[str, Any]) -> int | None:
         """The id of a token that tokenizer_config.json spells, else the id in generation_config.json or config.json."""
+        token = settings.get(name)
         if token is not None:
             return self.token_to_id(spelling(token))
-        if isinstance(fallback, list):
-            return fallback[0]
-        return fallback
+        ids = token_ids(f"{name}_id", generation)
+        return ids[0] if ids else None
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -223,15 +223,24 @@ def open_backend(folder: Path) -> Backend:
     raise InputError(f"{folder} has no tokenizer.json and no tokenizer.model. Download the checkpoint again.")
 
 
-def read_stop_ids(eos_id: int, eos_token_id: Any) -> frozenset[int]:
-    """The tokens that end an answer: EOS, and what generation_config.json has as eos_token_id, one or several."""
-    if eos_token_id is None:
-        return frozenset([eos_id])
-    more = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
-    stop_ids = frozenset([eos_id, *more])
-    if not all(isinstance(stop_id, int) for stop_id in stop_ids):
-        raise InputError(f"the eos_token_id is {eos_token_id!r}, expected one number or several.")
-    return stop_ids
+def token_ids(key: str, generation: dict[str, Any]) -> list[int]:
+    """What generation_config.json or config.json has as a bos_token_id or eos_token_id: no id, one or several.
+
+    Raises:
+        InputError: it is something else, such as -1.
+    """
+    value = generation.get(key)
+    if value is None:
+        return []
+    ids = value if isinstance(value, list) else [value]
+    for token_id in ids:
+        is_number = isinstance(token_id, int) and not isinstance(token_id, bool)
+        if not is_number or not 0 <= token_id < 2**31:
+            raise InputError(
+                f"the {key} is {value!r}, expected one number or several, each 0 or more. Where"
+                " there is no such token, leave the key out."
+            )
+    return ids
 
 
 def spelling(token: str | dict[str, Any]) -> str:

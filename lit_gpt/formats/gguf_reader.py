@@ -21,6 +21,7 @@ from lit_gpt.checkpoint.save import SafetensorsWriter
 from lit_gpt.errors import InputError
 from lit_gpt.files import must_be_empty, new_folder
 from lit_gpt.formats.gguf_tokenizer import TOKENIZER_KEYS, adds_bos, build_tokenizer, special_ids
+from lit_gpt.lock import locks
 from lit_gpt.packages import import_optional
 
 WRITTEN_FILES = (
@@ -66,6 +67,7 @@ Metadata = dict[str, Any]
 Sources = dict[str, tuple[str, tuple[int, ...]]]  # Hugging Face's name of a tensor -> (llama.cpp's name, shape)
 
 
+@locks("out_dir")
 def convert_gguf(gguf_path: Path, out_dir: Path, dtype: str = "float32") -> None:
     """Writes the GGUF file as a Hugging Face checkpoint folder, which appears when it is complete.
 

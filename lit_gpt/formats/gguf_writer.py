@@ -17,6 +17,7 @@ from lit_gpt.formats.gguf_reader import LAYER_TENSORS, OTHER_TENSORS, ROPE_FACTO
 from lit_gpt.formats.gguf_tokenizer import PROBE
 from lit_gpt.formats.gguf_vocabulary import gguf_vocabulary
 from lit_gpt.formats.verify import ROUNDING, compare_logits, logits_of
+from lit_gpt.lock import locks
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.rope import Rope
 
@@ -30,6 +31,7 @@ PLAIN_LLAMA = (  # fields of Config in which llama.cpp's class for this architec
 )  # fmt: skip
 
 
+@locks("out_dir")
 def export_gguf(checkpoint_dir: Path, out_dir: Path, kind: GGUFType) -> Path:
     """Writes `out_dir/NAME-KIND.gguf`, reads it back and compares logits and tokens with the checkpoint's.
 

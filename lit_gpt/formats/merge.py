@@ -18,6 +18,7 @@ from lit_gpt.errors import InputError
 from lit_gpt.files import must_be_empty, new_folder
 from lit_gpt.formats.gguf_writer import GGUFType, check_can_be_gguf, export_gguf
 from lit_gpt.formats.verify import EXACT, ROUNDING, Difference, Logits, compare_logits, logits_of, verify_copy
+from lit_gpt.lock import locks
 from lit_gpt.lora import LoRA, lora_filter, merge_lora_weights
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantize import dequantize_linears
@@ -28,6 +29,7 @@ from lit_gpt.runs.methods import METHODS
 Base = Literal["original", "dequantized"]
 
 
+@locks("out_dir")
 def export_merged(
     finetuned: Path,
     checkpoint_dir: Path | None,
@@ -112,6 +114,7 @@ def export_merged_gguf(
         export_gguf(merged, out_dir, kind)
 
 
+@locks("out_dir")
 def export_peft(finetuned: Path, checkpoint_dir: Path | None, out_dir: Path) -> None:
     """Writes a LoRA as peft's adapter, reads it back and verifies that it is the same.
 

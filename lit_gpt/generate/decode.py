@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from lit_gpt.errors import InputError
-from lit_gpt.generate.sampling import sample
+from lit_gpt.generate.sampling import check_sampling, sample
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.kv_cache import KVCache
 
@@ -87,12 +87,6 @@ def cache_lengths(model: GPT, n_prompt: int, max_returned_tokens: int) -> list[i
     changes = [rope.unstretched_length for rope in model.ropes.values() if rope.by_length]
     lengths = {length for length in changes if n_prompt <= length < max_returned_tokens}
     return sorted(lengths | {max_returned_tokens})
-
-
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raises InputError if an option is out of its range."""
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and top_p <= 0):
-        raise InputError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected >= 0, >= 1 and > 0.")
 
 
 def check_room(n_prompt: int, max_returned_tokens: int, block_size: int) -> None:

@@ -1,6 +1,15 @@
 """Sampling: from the logits of a position to the next token."""
 
+import math
+
 import torch
+
+from lit_gpt.errors import InputError
+from lit_gpt.ranges import check_range
+
+LEAST_TEMPERATURE = 1e-3
+"""Logits that are divided by much less leave the range of float32. At this one, the likeliest token is as good as
+certain, unless the next one is within a thousandth of it."""
 
 
 def sample(
@@ -29,6 +38,14 @@ def sample(
         logits = keep_top_p(logits, top_p)
     probabilities = logits.softmax(-1)
     return torch.multinomial(probabilities, 1, generator=generator)
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raises InputError if an option is out of its range, by the name of its flag."""
+    if temperature != 0 and not LEAST_TEMPERATURE <= temperature < math.inf:
+        raise InputError(f"--temperature is {temperature}, expected 0, or {LEAST_TEMPERATURE} or more.")
+    check_range("--top_k", top_k, at_least=1)
+    check_range("--top_p", top_p, above=0, at_most=1)
 
 
 def seeded_generator(seed: int, device: torch.device) -> torch.Generator:

@@ -19,6 +19,7 @@ from lit_gpt.errors import InputError
 from lit_gpt.files import list_some, not_there, partial_and_old
 from lit_gpt.quantize import Quantize
 from lit_gpt.runs.methods import METHODS
+from lit_gpt.runs.overwrite import as_it_was
 
 KEY = "lit_gpt"  # of the header, in the metadata of the safetensors file
 
@@ -78,7 +79,8 @@ def finetuned_file(finetuned_dir: Path) -> Path:
     Raises:
         InputError: nothing trained is there, or the folder itself is not.
     """
-    for name in (finetuned_dir, finetuned_dir / "best"):
+    for path in (finetuned_dir, finetuned_dir / "best"):
+        name = as_it_was(path)
         # a run that is saving just now has its folder under another name for an instant: it is read there, and left
         _, old = partial_and_old(name.absolute())
         for folder in (name, old):

@@ -20,6 +20,7 @@ from lit_gpt.errors import InputError
 from lit_gpt.lora import apply_lora, lora_filter
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantize import Quantize, quantize_linears
+from lit_gpt.ranges import check_range, check_seed
 from lit_gpt.runs.header import Header, finetuned_file, is_peft, read_header, read_peft_header
 from lit_gpt.runs.methods import METHODS, Method
 from lit_gpt.sharding import shard_like
@@ -44,6 +45,10 @@ class UseArgs:
     were trained on, none the weights as they are."""
     seed: int = 1337
     """Seed of the sampling."""
+
+    def __post_init__(self) -> None:
+        check_range("--top_p", self.top_p, above=0, at_most=1)
+        check_seed("--seed", self.seed)
 
 
 def load_for_use(args: UseArgs, device: torch.device) -> tuple[GPT, Tokenizer, str | None]:

@@ -1,8 +1,8 @@
-"""The out_dir of a run: whether it is free, what in it belongs to runs, and its hyperparameters.yaml."""
+"""The out_dir of a run: whether it is free, who writes there, and its hyperparameters.yaml."""
 
 import os
-import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,39 +10,25 @@ from lit_gpt import failures
 from lit_gpt.cli import command, plain, read_hyperparameters, save_hyperparameters
 from lit_gpt.errors import InputError
 from lit_gpt.failures import is_supervised
-from lit_gpt.files import recover
+from lit_gpt.files import has_content, recover
+from lit_gpt.lock import check_free, hold, lock_in
+from lit_gpt.runs.overwrite import BEFORE, EARLIER, bring_back, keep_until_saved, recover_aside, set_aside
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-# What runs write into an out_dir, as patterns. `--overwrite` deletes these and nothing else: the folder may be
-# somebody's home. A classifier's are here, too, since every recipe may take the place of every other one's run.
-FOLDERS = (
-    "last",
-    "best",
-    "step-[0-9][0-9][0-9][0-9][0-9][0-9]",  # --train.keep_steps
+# Environment variables that count the processes or the machines of a run from 0. RANK, if it is there, counts best
+PLACES = (
+    "LOCAL_RANK",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "SLURM_PROCID",
+    "OMPI_COMM_WORLD_RANK",
+    "PMIX_RANK",
+    "PMI_RANK",
+    "MV2_COMM_WORLD_RANK",
+    "JSM_NAMESPACE_RANK",
 )
-FILES = (
-    "hyperparameters.yaml",
-    "metrics.csv",
-    "report.md",
-    "loss.png",
-    "confusion.png",  # of a classifier
-    "hidden.safetensors",
-    "sweep.csv",  # of a sweep over how much of a classifier trains
-    "sweep.md",
-    "sweep.png",
-)
-OTHERS = (
-    "tensorboard",  # --logger
-    "wandb",
-    "seed-[0-9]*-features",  # the classifiers of a sweep
-    "seed-[0-9]*-head",
-    "seed-[0-9]*-last-[0-9]*",
-)
-# and what is left of them where a process was killed, see lit_gpt/files.py
-LEFTOVERS_OF_FOLDERS = (".{}.partial", ".{}.old")
-LEFTOVERS_OF_FILES = ("{}.tmp",)
 
 # Settings that may differ when a run goes on. All others have to be those of its hyperparameters.yaml.
 MAY_CHANGE = (
@@ -71,30 +57,61 @@ MAY_CHANGE = (
 )
 
 
-def check_out_dir(out_dir: Path, resume: bool, overwrite: bool) -> None:
-    """Checks that `out_dir` is free for a run. Of several processes only the first does, since it soon writes there.
+def claim_out_dir(out_dir: Path, resume: bool, overwrite: bool) -> None:
+    """Checks that `out_dir` is free for a run, and keeps other processes from writing there until this one ends.
+
+    Of several processes of a run one does: their supervisor, or else the first of them.
 
     Raises:
-        InputError: it is not empty, and neither flag says what to do with what is there.
+        InputError: another process writes there; or it is not empty, and neither flag says what to do with what is
+            there; or there is no run to resume.
     """
-    if int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) > 0:
+    if is_supervised() or not is_first_by_environment():
         return
     if resume and overwrite:
         raise InputError("--resume continues the run and --overwrite replaces it: choose one.")
     if out_dir.exists() and not out_dir.is_dir():
         raise InputError(f"{out_dir} is a file, expected a folder.")
-    if not (resume or overwrite) and out_dir.is_dir() and any(out_dir.iterdir()):
+    if resume and not holds_run(out_dir):
+        there = "is empty" if out_dir.is_dir() and not has_content(out_dir) else "holds no run"
+        if not out_dir.exists():
+            there = "is not there"
+        raise InputError(f"{out_dir} {there}, expected a run to resume. Name its --out_dir, or leave out --resume.")
+    if not (resume or overwrite) and has_content(out_dir):
+        check_free(lock_in(out_dir), out_dir)  # the better reason, if it is one
         raise InputError(
             f"{out_dir} is not empty. Continue the run in it with --resume, replace it with --overwrite,"
             " or name another --out_dir."
         )
+    hold(out_dir, at_end=partial(end_overwriting, out_dir))
+
+
+def is_first_by_environment() -> bool:
+    """Whether this process is the first of its run, as far as the one that started it tells: torchrun, SLURM, MPI."""
+    rank = os.environ.get("RANK")
+    if rank:
+        return int(rank) == 0
+    numbers = [os.environ.get(name) for name in PLACES]
+    return not any(number and int(number) > 0 for number in numbers)
+
+
+def holds_run(out_dir: Path) -> bool:
+    """Whether a run has begun in a folder. It may not have saved yet."""
+    names = ("hyperparameters.yaml", "last", ".last.old", "sweep.csv", BEFORE, f"{BEFORE}.partial")
+    return any((out_dir / name).exists() for name in names)
+
+
+def end_overwriting(out_dir: Path) -> None:
+    """At the end of a process: if its run has replaced another one and not saved anything, that one is back."""
+    recover_aside(out_dir)
+    bring_back(out_dir)
 
 
 def start_run(fabric: "Fabric", out_dir: Path, settings: dict[str, Any]) -> None:
     """Readies `out_dir` in the first process, once all that can be found wrong has been looked for.
 
-    Deletes the run that `overwrite` replaces, and writes hyperparameters.yaml; a run that goes on keeps its own. Says
-    how to go on with this one if it is stopped or killed.
+    Sets the run aside that `overwrite` replaces, and writes hyperparameters.yaml; a run that goes on keeps its own.
+    Says how to go on with this one if it is stopped or killed.
 
     Raises:
         InputError: a run is to go on with settings that are not its own.
@@ -103,16 +120,25 @@ def start_run(fabric: "Fabric", out_dir: Path, settings: dict[str, Any]) -> None
     failures.HOW_TO_GO_ON[:] = [to_go_on]
     if not fabric.is_global_zero:
         return
+
+    # what an earlier run was killed at
+    recover_aside(out_dir)
+    hyperparameters = out_dir / "hyperparameters.yaml"
     if settings["overwrite"]:
-        delete_run(out_dir)
+        set_aside(out_dir)
+    elif (out_dir / BEFORE).is_dir() and differing(hyperparameters, settings):
+        bring_back(out_dir)  # what is to go on is not the run that was killed before it saved
+    keep_until_saved(out_dir, to_go_on)
     recover(out_dir / "last")
 
-    hyperparameters = out_dir / "hyperparameters.yaml"
+    # the settings
     has_begun = (out_dir / "last").is_dir() or (out_dir / "sweep.csv").is_file()
     if settings["resume"] and has_begun and hyperparameters.is_file():
         check_same_settings(hyperparameters, settings)
     else:
         save_hyperparameters(hyperparameters, settings)
+    if EARLIER:
+        print(f"The earlier run in {out_dir} is kept until this one has saved, and stays if it fails.", file=sys.stderr)
     print(f"If this run is stopped or killed, it goes on with: {to_go_on}", file=sys.stderr)
 
 
@@ -131,34 +157,27 @@ def torchrun() -> str:
     return f"torchrun {machines} --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
 
 
-def delete_run(out_dir: Path) -> None:
-    """Deletes what runs write, finished or killed, and nothing else."""
-    patterns = [*FOLDERS, *FILES, *OTHERS]
-    for folder in FOLDERS:
-        patterns += [leftover.format(folder) for leftover in LEFTOVERS_OF_FOLDERS]
-    for file in FILES:
-        patterns += [leftover.format(file) for leftover in LEFTOVERS_OF_FILES]
-    for pattern in patterns:
-        for path in out_dir.glob(pattern):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
-
 def check_same_settings(hyperparameters: Path, settings: dict[str, Any]) -> None:
     """Raises InputError if the run that wrote `hyperparameters` had others than `settings`, but for MAY_CHANGE."""
+    changed = differing(hyperparameters, settings)
+    if changed:
+        raise InputError(
+            f"{hyperparameters.parent} began with other settings: {', '.join(changed)}. Go on with"
+            f" --config {hyperparameters} --resume, or begin anew with --overwrite."
+        )
+
+
+def differing(hyperparameters: Path, settings: dict[str, Any]) -> list[str]:
+    """The settings that were others in the run that wrote `hyperparameters`, each as a phrase, but for MAY_CHANGE."""
+    if not hyperparameters.is_file():
+        return [f"{hyperparameters} is not there"]
     before = by_flag(read_hyperparameters(hyperparameters))
     now = by_flag(plain(settings))
     changed = []
     for flag, value in before.items():
         if flag in now and now[flag] != value and flag not in MAY_CHANGE:
             changed.append(f"{flag} was {value}, now {now[flag]}")
-    if changed:
-        raise InputError(
-            f"{hyperparameters.parent} began with other settings: {', '.join(changed)}. Go on with"
-            f" --config {hyperparameters} --resume, or begin anew with --overwrite."
-        )
+    return changed
 
 
 def by_flag(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

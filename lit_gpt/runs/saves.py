@@ -19,6 +19,7 @@ from lit_gpt.files import new_folder, recover
 from lit_gpt.runs.header import KEY, Header, read_header
 from lit_gpt.runs.load_finetuned import load_trained
 from lit_gpt.runs.methods import METHODS, Method
+from lit_gpt.runs.overwrite import drop_earlier_run
 from lit_gpt.sharding import full_parameters, full_tensor, shard_like
 
 STATE = "state.safetensors"  # what `last` holds besides the weights: the optimizer, and how far the run is
@@ -56,12 +57,14 @@ class Checkpoints:
             metadata = {"progress": json.dumps(progress)}
             if folder is not None:
                 save_tensors(tensors, folder / STATE, metadata)
+        if self.writes:
+            drop_earlier_run()  # there is something to go on from now
 
     def open_folder(self, name: str) -> AbstractContextManager[Path | None]:
         """The folder to write to in the first process, None in the others."""
         if not self.writes:
             return nullcontext()
-        return new_folder(self.out_dir / name)
+        return new_folder(self.out_dir / name, lock=False)  # the run holds its out_dir
 
     def write_weights(self, folder: Path | None) -> None:
         """Writes what the method trains as one file, or all weights as a Hugging Face folder."""

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from lit_gpt.cli import dataclasses_of_flags
+from lit_gpt.lock import release_all
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,7 +46,10 @@ def by_flags(main: Callable[..., None]) -> Callable[..., None]:
                 settings[name] = kind(**values)
             elif values:
                 settings[name] = dataclasses.replace(defaults[name], **values)
-        main(**settings)
+        try:
+            main(**settings)
+        finally:
+            release_all()  # as at the end of the script's process
 
     return called
 

@@ -13,6 +13,7 @@ from helpers.tiny_tokenizers import SPECIAL, byte_level, write
 
 from lit_gpt import InputError, Tokenizer
 from lit_gpt.data.dataset import Dataset
+from lit_gpt.data.leave_out import JOINED
 from lit_gpt.data.messages import join_consecutive
 from lit_gpt.data.prepare import DataArgs, prepare
 from lit_gpt.data.read_files import read_records
@@ -167,7 +168,25 @@ def test_messages_of_one_role_in_a_row(checkpoint, tmp_path: Path) -> None:
     assert text.count("<|im_start|>") == 4 and counts == {} and said.count("Ada.") == said.count("Lovelace.") == 1
     text, said, counts = trained(str(MISTRAL))
     assert text.count("[INST]") == 1 and "Who?\n\nSay it." in text and said.strip() == "Ada.\n\nLovelace.</s>"
-    assert counts == {"with messages of one role in a row joined, as the template asks": 1}
+    assert counts == {JOINED: 1}
+
+
+def test_a_greeting_that_the_template_refuses(checkpoint, tmp_path: Path) -> None:
+    """It is read and not trained; and left out where the user has to begin."""
+    greeting = {"role": "assistant", "content": "Hello!"}
+    name = "without the assistant's greeting, as the template asks"
+    for style, talk, counts in (
+        ("chatml", [greeting, USER, ANSWER], {}),
+        (str(MISTRAL), [greeting, USER, ANSWER], {name: 1}),
+        (str(MISTRAL), [greeting, greeting, USER, USER, ANSWER], {name: 1, JOINED: 1}),
+    ):
+        data_dir = tmp_path / f"{Path(style).stem}-{len(talk)}"
+        train, _ = prepared([{"messages": talk}], checkpoint, data_dir, prompt_style=style, val_fraction=0.0)
+        text = Tokenizer(checkpoint).decode_with_special(stored(train)[0][0])
+        assert train.meta["left_out"] == counts and ("Hello!" in text) == (style == "chatml")
+    with pytest.raises(InputError, match="Record 1: .*roles must alternate"):
+        talk = [greeting, USER, {"role": "tool", "content": "1"}, ANSWER]
+        prepared([{"messages": talk}], checkpoint, tmp_path / "no", prompt_style=str(MISTRAL))
 
 
 def test_what_is_not_joined() -> None:

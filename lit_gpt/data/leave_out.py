@@ -17,6 +17,7 @@ OTHER_SPLIT = "of another split"
 STOPPED = "stop token inside an answer"
 UNPRINTED = "without an answer that the template prints"
 JOINED = "with messages of one role in a row joined, as the template asks"
+NO_GREETING = "without the assistant's greeting, as the template asks"
 UNWRITTEN = "stored without characters the tokenizer cannot write"
 VISIBLE = re.compile(r"[\S\x1c-\x1f]")  # to Python, these four are spaces; to tokenizers they are not
 DAMAGED = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to that are no character

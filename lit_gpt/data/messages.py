@@ -327,3 +327,10 @@ def join_consecutive(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, An
         else:
             result.append(dict(message))
     return result
+
+
+def without_greeting(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages without those of the assistant that answer nothing, which are not trained anyway."""
+    asked = [number for number, message in enumerate(messages) if message["role"] not in ("assistant", "system")]
+    first = asked[0] if asked else len(messages)
+    return [dict(message) for number, message in enumerate(messages) if number >= first or message["role"] == "system"]

@@ -27,6 +27,7 @@ from lit_gpt.data.conversation_tokens import ConversationEncoder
 from lit_gpt.data.dataset import FILES, TRAIN, VAL, Dataset
 from lit_gpt.data.leave_out import (
     JOINED,
+    NO_GREETING,
     UNPRINTED,
     UNWRITTEN,
     check_named_keys,
@@ -35,7 +36,7 @@ from lit_gpt.data.leave_out import (
     remove_final_stop_tokens,
 )
 from lit_gpt.data.loss_mask import Marked, mark_trained
-from lit_gpt.data.messages import choose_calls, join_consecutive
+from lit_gpt.data.messages import choose_calls, join_consecutive, without_greeting
 from lit_gpt.data.print_report import print_summary
 from lit_gpt.data.prompts import Rendered, render, resolve_style, template_source
 from lit_gpt.data.records import Keys, in_our_form, with_validation
@@ -321,7 +322,7 @@ def render_records(
 
         # its text
         try:
-            rendered, record = render_or_join(style, record, tokenizer, counts)
+            rendered, record = render_or_adapt(style, record, tokenizer, counts)
         except InputError as error:
             bad.add(InputError(f"Record {number}: {error}"), number)
             continue
@@ -359,28 +360,31 @@ def check_can_be_masked(record: dict[str, Any], number: int, mask_prompt: bool) 
         )
 
 
-def render_or_join(
+def render_or_adapt(
     style: str, record: dict[str, Any], tokenizer: Tokenizer, counts: Counter[str]
 ) -> tuple[Rendered, dict[str, Any]]:
-    """The text of a record, and the record; for a template that wants the roles to alternate, as one where they do.
+    """The text of a record, and the record, adapted if its template wants the roles to alternate.
 
     Raises:
-        InputError: the template refuses it both ways.
+        InputError: the template refuses it each way.
     """
     try:
         return render(style, record, tokenizer), record
     except InputError as error:
-        messages = record.get("messages", [])
-        joined = join_consecutive(messages)
-        if len(joined) == len(messages):
-            raise
-        record = record | {"messages": joined}
-        try:
-            rendered = render(style, record, tokenizer)
-        except InputError:
-            raise error from None
-        counts[JOINED] += 1
-        return rendered, record
+        changes = []
+        for name, change in ((JOINED, join_consecutive), (NO_GREETING, without_greeting)):
+            messages = change(record.get("messages", []))
+            if len(messages) == len(record.get("messages", [])):
+                continue
+            record = record | {"messages": messages}
+            changes.append(name)
+            try:
+                rendered = render(style, record, tokenizer)
+            except InputError:
+                continue
+            counts.update(changes)
+            return rendered, record
+        raise error
 
 
 def tokenize(

@@ -184,7 +184,7 @@ def in_our_form(record: Mapping[str, Any], number: int, keys: Keys) -> dict[str,
 def read_record(record: Mapping[str, Any], where: str, keys: Keys) -> dict[str, Any]:
     """See `in_our_form`."""
     parts = Parts(record, keys)
-    refuse_media(record, where)
+    refuse_media(parts, where)
     result: dict[str, Any] = {"split": read_split(parts.take_part("split_key"), where)}
     if record.get("is_repeat"):
         result["is_repeat"] = True
@@ -379,10 +379,10 @@ def read_split(value: Any, where: str) -> str | None:
 # ---- what is not for this toolkit
 
 
-def refuse_media(record: Mapping[str, Any], where: str) -> None:
+def refuse_media(parts: Parts, where: str) -> None:
     """Raises InputError if the record holds pictures, films or sounds, without which its texts are something else."""
     for key in MEDIA:
-        if record.get(key):
+        if parts.record.get(key) and key not in parts.given.values():
             raise InputError(f"{where} has {key}: only text can be read. Without that key, its texts are.")
 
 

@@ -89,6 +89,26 @@ def messages_of(record: Mapping[str, Any]) -> Messages:
     return messages
 
 
+def answer_message(style: str, messages: Messages, answer: str, tokenizer: Tokenizer) -> dict[str, str]:
+    """What a model answered, as the message of which the style makes these words again.
+
+    Some styles write a space before an answer, or behind it: the model says it, too, and it must not stand there twice
+    when the conversation goes on.
+    """
+    asked = render(style, {"messages": messages}, tokenizer).text
+    for content in (answer, answer.lstrip(), answer.rstrip(), answer.strip()):
+        message = {"role": "assistant", "content": content}
+        try:
+            shown = render(style, {"messages": [*messages, message]}, tokenizer).text
+        except InputError:  # a template may refuse an empty answer
+            continue
+        behind = shown.removeprefix(asked + answer)
+        if behind != shown and (not behind or behind.startswith(tuple(tokenizer.stop_tokens))):
+            return message
+    # the template shows it otherwise, as without its thoughts
+    return {"role": "assistant", "content": answer}
+
+
 def style_names() -> list[str]:
     return ["alpaca", "none", "chat", *sorted(path.stem for path in STYLES.glob("*.jinja"))]
 

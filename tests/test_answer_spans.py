@@ -16,7 +16,7 @@ from lit_gpt.data.find_problems import find_problems
 from lit_gpt.data.leave_out import UNPRINTED
 from lit_gpt.data.loss_mask import mark_trained
 from lit_gpt.data.prepare import DataArgs, prepare
-from lit_gpt.data.prompts import ASKED_OTHERWISE, answer_message, render, render_template
+from lit_gpt.data.prompts import ASKED_OTHERWISE, answer_message, render, render_template, write_style
 
 TOKENS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|end|>", "<|start|>"]
 CONFIG = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 400}
@@ -360,6 +360,20 @@ def test_no_default_is_an_error_where_it_is_needed(tmp_path: Path) -> None:
     processor = write(tmp_path / "p", tokenizer_json=byte_level(), tokenizer_config_json={"eos_token": "</s>"})
     (processor / "chat_template.json").write_text(json.dumps({"chat_template": CALLS_ALONE}))
     assert Tokenizer(processor).chat_template == CALLS_ALONE
+
+
+def test_a_trained_style_takes_the_place_of_all_templates(tmp_path: Path) -> None:
+    """Else those who read the folder would ask with the base's template for tools, or a processor's."""
+    write(tmp_path, tokenizer_json=byte_level(tokens=TOKENS), tokenizer_config_json={"eos_token": "</s>"})
+    write(tmp_path / "additional_chat_templates", tool_use_jinja=CALLS_ALONE)
+    assert "is its chat template now" in write_style("alpaca", tmp_path)
+    assert list(Tokenizer(tmp_path).chat_templates) == ["default"]
+
+
+def test_styles_of_bare_texts_count_what_they_have_no_words_for(tokenizer) -> None:
+    record = {"messages": [user("Who?"), says("Ada.", reasoning="She.")], "tools": [{"name": "rain"}]}
+    for style in ("alpaca", "none"):
+        assert render(style, record, tokenizer).remarks == [unprinted("reasoning_content"), unprinted("tools")]
 
 
 def test_arguments_as_text_where_the_template_joins_them(tokenizer) -> None:

@@ -12,7 +12,7 @@ import sys
 from lit_gpt import InputError
 from lit_gpt.cli import Flags, check_text, run
 from lit_gpt.data.conversation_tokens import encode_question
-from lit_gpt.data.prompts import render, resolve_style
+from lit_gpt.data.prompts import answer_message, render, resolve_style
 from lit_gpt.device import default_device
 from lit_gpt.generate.decode import collected, is_cut, stream
 from lit_gpt.generate.sampling import check_sampling, seeded_generator
@@ -107,7 +107,7 @@ def main(
         except KeyboardInterrupt:
             is_interrupted = True
         print()
-        messages.append({"role": "assistant", "content": answer})
+        messages.append(answer_message(style, messages, answer, tokenizer))
 
         # did it come to its end?
         if is_interrupted:

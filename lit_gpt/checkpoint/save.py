@@ -25,7 +25,8 @@ from lit_gpt.model.gpt import GPT
 # what belongs to a checkpoint besides its weights
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "additional_chat_templates/*.jinja", "LICENSE*",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
+    "LICENSE*",
 )  # fmt: skip
 MAX_SHARD = 4 * 10**9  # bytes; a larger model is written as several files
 

@@ -429,12 +429,19 @@ def mark_message(message: Mapping[str, Any], marks: Iterator[str]) -> tuple[Mapp
         if name in parts and isinstance(text, str) and text.strip():
             marked[key] = insert(text, places_for_marks(text), [mark.character for mark in parts[name]])
 
-    # tool calls: one mark for all of them
+    # tool calls
     if message.get("tool_calls"):
-        mark = next(marks)
-        parts["tool_calls"] = [Mark(mark, "", "")]
-        marked["tool_calls"] = [mark_call(call, mark) for call in message["tool_calls"]]
+        in_calls: list[Mark] = []
+        marked["tool_calls"] = [mark_call(call, marks, in_calls) for call in message["tool_calls"]]
+        parts["tool_calls"] = in_calls
     return marked, parts
+
+
+def mark_text(text: str, marks: Iterator[str], made: list[Mark]) -> str:
+    """A text with marks, which are added to those that are made."""
+    new = [Mark(next(marks), text[:place], text[place:]) for place in places_for_marks(text)]
+    made += new
+    return insert(text, [len(mark.before) for mark in new], [mark.character for mark in new])
 
 
 def places_for_marks(text: str) -> list[int]:
@@ -461,33 +468,32 @@ def insert(text: str, places: Sequence[int], characters: Sequence[str]) -> str:
     return "".join([*pieces, text[reached:]])
 
 
-def mark_call(call: Any, mark: str) -> Any:
+def mark_call(call: Any, marks: Iterator[str], made: list[Mark]) -> Any:
     """A tool call with marks in its arguments, or in its name if it has none. Templates may look at anything else."""
     if not isinstance(call, Mapping):
         return call
     if isinstance(call.get("function"), Mapping):
-        return {**call, "function": mark_call(call["function"], mark)}
+        return {**call, "function": mark_call(call["function"], marks, made)}
     arguments = call.get("arguments")
-    if arguments:
-        marked = mark_values(arguments, mark)
-        if marked == arguments and isinstance(arguments, Mapping):  # numbers alone: the names are marked
-            names = {key: insert(str(key), places_for_marks(str(key))[:1], mark) for key in arguments}
-            marked = of_same_kind(arguments, {names[key]: arguments[key] for key in arguments})
-        if marked != arguments:
-            return {**call, "arguments": marked}
+    n_before = len(made)
+    marked = mark_values(arguments, marks, made)
+    if len(made) == n_before and isinstance(arguments, Mapping):  # numbers alone: their names are marked
+        named = {mark_text(str(key), marks, made): value for key, value in arguments.items()}
+        marked = of_same_kind(arguments, named)
+    if len(made) > n_before:
+        return {**call, "arguments": marked}
     name = call.get("name")
-    return {**call, "name": insert(name, places_for_marks(name), mark)} if isinstance(name, str) else call
+    return {**call, "name": mark_text(name, marks, made)} if isinstance(name, str) else call
 
 
-def mark_values(value: Any, mark: str) -> Any:
+def mark_values(value: Any, marks: Iterator[str], made: list[Mark]) -> Any:
     """A JSON value with marks in all its texts."""
     if isinstance(value, str) and value.strip():
-        places = places_for_marks(value)
-        return insert(value, places, mark * len(places))
+        return mark_text(value, marks, made)
     if isinstance(value, Mapping):
-        return of_same_kind(value, {key: mark_values(inner, mark) for key, inner in value.items()})
+        return of_same_kind(value, {key: mark_values(inner, marks, made) for key, inner in value.items()})
     if isinstance(value, list | tuple):
-        return [mark_values(inner, mark) for inner in value]
+        return [mark_values(inner, marks, made) for inner in value]
     return value
 
 

@@ -64,9 +64,9 @@ def render(style: str, record: Mapping[str, Any], tokenizer: Tokenizer) -> Rende
     messages = messages_of(record)
     tools = record.get("tools")
     if style == "alpaca":
-        return join_pieces(alpaca_pieces(messages), messages, tokenizer)
+        return join_pieces(alpaca_pieces(messages), messages, tools, tokenizer)
     if style == "none":
-        return join_pieces(bare_pieces(messages), messages, tokenizer)
+        return join_pieces(bare_pieces(messages), messages, tools, tokenizer)
     if style != "chat":
         return render_template(template_source(style), messages, tools, tokenizer)
     template = choose_template(tokenizer.chat_templates, tools)
@@ -88,6 +88,26 @@ def messages_of(record: Mapping[str, Any]) -> Messages:
     if "output" in record:
         messages.append({"role": "assistant", "content": record["output"]})
     return messages
+
+
+def answer_message(style: str, messages: Messages, answer: str, tokenizer: Tokenizer) -> dict[str, str]:
+    """What a model answered, as the message of which the style makes these words again.
+
+    Some styles write a space before an answer, or behind it: the model says it, too, and it must not stand there twice
+    when the conversation goes on.
+    """
+    asked = render(style, {"messages": messages}, tokenizer).text
+    for content in (answer, answer.lstrip(), answer.rstrip(), answer.strip()):
+        message = {"role": "assistant", "content": content}
+        try:
+            shown = render(style, {"messages": [*messages, message]}, tokenizer).text
+        except InputError:  # a template may refuse an empty answer
+            continue
+        behind = shown.removeprefix(asked + answer)
+        if behind != shown and (not behind or behind.startswith(tuple(tokenizer.stop_tokens))):
+            return message
+    # the template shows it otherwise, as without its thoughts
+    return {"role": "assistant", "content": answer}
 
 
 def style_names() -> list[str]:
@@ -189,7 +209,7 @@ def bare_pieces(messages: Messages) -> Pieces:
     return pieces
 
 
-def join_pieces(pieces: Pieces, messages: Messages, tokenizer: Tokenizer) -> Rendered:
+def join_pieces(pieces: Pieces, messages: Messages, tools: Any, tokenizer: Tokenizer) -> Rendered:
     """One text. Every answer ends with a stop token but the last piece, which gets it when it is encoded."""
     stop_token = tokenizer.id_to_token(tokenizer.eos_id)
     text = ""
@@ -207,13 +227,14 @@ def join_pieces(pieces: Pieces, messages: Messages, tokenizer: Tokenizer) -> Ren
     is_trained = are_trained(messages)
     spans = [span for i, span in zip(of_assistant, all_spans, strict=True) if is_trained[i]]
     begins = [begin for i, (begin, _) in zip(of_assistant, all_spans, strict=True) if is_answer[i]]
-    return Rendered(text, spans, answer_begins=begins, remarks=unspoken(messages))
+    return Rendered(text, spans, answer_begins=begins, remarks=unspoken(messages, tools))
 
 
-def unspoken(messages: Messages) -> list[str]:
+def unspoken(messages: Messages, tools: Any) -> list[str]:
     """What a style of bare texts has no words for."""
-    keys = {key for message in messages for key in ("tool_calls", "reasoning_content") if message.get(key)}
-    return [unprinted(key) for key in sorted(keys)]
+    keys = ("tool_calls", "reasoning_content")
+    given = [key for key in keys if any(name_reasoning(message).get(key) for message in messages)]
+    return [unprinted(key) for key in (*given, "tools") if key != "tools" or tools]
 
 
 # ---- a style as the chat template of a checkpoint

@@ -96,7 +96,12 @@ class Rendering:
     @cached_property
     def places(self) -> dict[int, "Place"]:
         """Where each message is."""
-        return find_places(self)
+        return find_places(self, range(len(self.messages)))
+
+    def place(self, i: int) -> "Place | None":
+        """Where message `i` is, for which the others need not be found. None if nothing of it is printed."""
+        place = find_places(self, [i]).get(i)
+        return place if place is not None and place.is_printed else None
 
 
 def find_answers(whole: Rendering, are_answers: Sequence[bool], stop_tokens: Collection[str]) -> Answers:
@@ -197,10 +202,12 @@ def find_begin(whole: Rendering, i: int) -> tuple[int, bool]:
     behind = 0
     behind_in_prompt = 0
     for j in reversed(range(i)):
-        is_before = j in places and places[j].is_printed and places[j].end <= start
-        if is_before and j in prompt.places and prompt.places[j].is_printed:
+        if j not in places or not places[j].is_printed or places[j].end > start:
+            continue
+        in_prompt = prompt.place(j)
+        if in_prompt is not None:
             behind = places[j].end
-            behind_in_prompt = prompt.places[j].end
+            behind_in_prompt = in_prompt.end
             break
     return behind + length_in_common(text[behind:start], prompt.text[behind_in_prompt:]), False
 
@@ -246,11 +253,12 @@ def find_end(whole: Rendering, i: int, own_end: int, next_begin: int, stop_token
 
     # no stop token: what the template writes behind this answer, be it the last or not
     answered = whole.part(i + 1, asks=False)
-    if answered is None or i not in answered.places or not answered.places[i].is_printed:
+    in_answered = answered.place(i) if answered is not None else None
+    if in_answered is None:
         return own_end
     own_pieces = [piece for piece in whole.places[i].pieces if piece.begin <= own_end]
     own_piece = max(own_pieces, key=lambda piece: piece.end)
-    same_pieces = [piece.end for piece in answered.places[i].pieces if piece.mark == own_piece.mark]
+    same_pieces = [piece.end for piece in in_answered.pieces if piece.mark == own_piece.mark]
     if not same_pieces:
         return own_end
     return own_end + length_in_common(text[own_end:next_begin], answered.text[max(same_pieces) :])
@@ -276,7 +284,8 @@ class Piece(NamedTuple):
     begin: int
     end: int
     """In characters."""
-    mark: str = ""
+    mark: tuple[str, int] = ("", 0)
+    """The part of the message, and which of its marks it is."""
 
 
 class Place(NamedTuple):
@@ -305,22 +314,26 @@ class Place(NamedTuple):
         return max(piece.end for piece in self.pieces)
 
 
-def find_places(rendering: Rendering) -> dict[int, Place]:
-    """The place of each message that says something and can be found.
+def find_places(rendering: Rendering, numbers: Collection[int]) -> dict[int, Place]:
+    """The place of each message with one of these numbers that says something and can be found.
 
-    One rendering with marks in all messages says it, if it is the text again once the marks are taken out. Else marks
+    One rendering with marks in all of them says it, if it is the text again once the marks are taken out. Else marks
     change what the template does: then each message is marked alone.
     """
-    messages = rendering.messages
+    messages = list(rendering.messages)
     characters = private_characters(rendering.text)
-    marked = [mark_message(message, characters) for message in messages]
-    all_parts = {i: parts for i, (_, parts) in enumerate(marked) if parts}
-    places = read_places(rendering, [message for message, _ in marked], all_parts)
+    marked = list(messages)
+    all_parts = {}
+    for i in numbers:
+        marked[i], parts = mark_message(messages[i], characters)
+        if parts:
+            all_parts[i] = parts
+    places = read_places(rendering, marked, all_parts)
     if places is not None:
         return places
     places = {}
     for i, parts in all_parts.items():
-        alone = [*messages[:i], marked[i][0], *messages[i + 1 :]]
+        alone = [*messages[:i], marked[i], *messages[i + 1 :]]
         of_one = read_places(rendering, alone, {i: parts})
         places |= place_by_difference(rendering, alone, i, parts) if of_one is None else of_one
     return places
@@ -354,11 +367,11 @@ def place_of(parts: "Parts", seen: Mapping[str, Sequence[int]], text: str) -> Pl
     hidden = []
     cut = []
     for name, marks in parts.items():
-        for mark in marks:
+        for number, mark in enumerate(marks):
             for position in seen.get(mark.character, ()):
                 before = commonprefix([text[max(0, position - len(mark.before)) : position][::-1], mark.before[::-1]])
                 after = commonprefix([text[position : position + len(mark.after)], mark.after])
-                pieces.append(Piece(position - len(before), position + len(after), mark.character))
+                pieces.append(Piece(position - len(before), position + len(after), (name, number)))
                 first_letter = min(first_letter, max(0, position - 1))
         n_seen = sum(mark.character in seen for mark in marks)
         if n_seen == 0:

@@ -25,7 +25,7 @@ def main(
         finetuned: The out_dir of finetune/lora.py (its best), or one folder of it. Or an adapter that peft saved.
         out_dir: Where the merged checkpoint goes.
         checkpoint_dir: The base, if it is no longer where it was in training.
-        dtype: Dtype of the merged weights. None is the base's own.
+        dtype: Dtype of the merged weights, which are rounded once. None keeps that of each weight of the base.
         base: Where to merge a LoRA that was trained on quantized weights: into those that the codes stand for
             (dequantized), which gives the model that was trained, or into the original ones, which gives another. How
             far each is from the trained model is measured and printed.

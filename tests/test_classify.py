@@ -15,11 +15,12 @@ from conftest import ROOT
 from helpers.runs import equal, rows_of
 from helpers.scripts import script
 from helpers.shell import python
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from lit_gpt import InputError, Tokenizer
 from lit_gpt.checkpoint.load import load_model
+from lit_gpt.checkpoint.weight_files import read_metadata
 from lit_gpt.classifier.cached_states import cached_rows, hidden_rows
 from lit_gpt.classifier.features import (
     compute_features,
@@ -37,6 +38,7 @@ from lit_gpt.classifier.head import (
     default_learning_rate,
     mark_trainable,
 )
+from lit_gpt.classifier.load import load_classifier
 from lit_gpt.classifier.scores import (
     confusion_markdown,
     confusion_text,
@@ -407,6 +409,19 @@ def test_a_classifier_goes_on_as_if_it_had_not_stopped(method, csv_path, tiny_di
     assert equal(whole, parts)
     whole, parts = ([row["loss"] for row in rows_of(tmp_path / part) if row["loss"]] for part in ("whole", "parts"))
     assert whole == parts and len(whole) == 3
+
+
+def test_a_head_that_is_not_finite_is_named(csv_path, tiny_dir, tmp_path) -> None:
+    main = script("finetune/classifier.py").main
+    train = ClassifierTrainArgs(max_steps=1, warmup_steps=1)
+    main(checkpoint_dir=tiny_dir, data_path=csv_path, out_dir=tmp_path, method="head", train=train)
+    for folder, name in (("best", "head.0.weight"), ("last", "standardize.mean")):
+        file = tmp_path / folder / "classifier.safetensors"
+        tensors = load_file(file)
+        tensors[name].view(-1)[3] = torch.nan
+        save_file(tensors, file, read_metadata(file))
+        with pytest.raises(InputError, match=f"{folder}/classifier.safetensors holds NaN or infinite values: {name}"):
+            load_classifier(None, tmp_path / folder, None, None)
 
 
 def run(*command, **options) -> str:

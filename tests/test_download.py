@@ -191,9 +191,8 @@ def in_parts(hub, n: int, index: bool = True) -> list[str]:
     names = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
     weight_map = {key: names[i % n] for i, key in enumerate(tensors)}
     for name in names:
-        save_file(
-            {key: tensors[key] for key in tensors if weight_map[key] == name}, hub.folder / name, {"format": "pt"}
-        )
+        part = {key: tensor for key, tensor in tensors.items() if weight_map[key] == name}
+        save_file(part, hub.folder / name, {"format": "pt"})
     if index:
         content = {"metadata": {}, "weight_map": weight_map}
         (hub.folder / "model.safetensors.index.json").write_text(json.dumps(content))

@@ -229,6 +229,18 @@ def test_a_lora_is_merged_on_its_way_to_gguf(tiny, tmp_path, capsys) -> None:
     assert Tokenizer(tmp_path / "again").chat_template == Tokenizer(tmp_path / "merged").chat_template
 
 
+def test_a_base_of_codes_is_refused(tiny, tmp_path) -> None:
+    adapter = write_adapter(tmp_path / "lora", tiny)
+    convert_checkpoint(tiny, tmp_path / "base", True)
+    tensors = load_file(tmp_path / "base/model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "base/model.safetensors", {"format": "pt"})
+    for act in (export_merged, export_peft):
+        with pytest.raises(InputError, match=r"base is quantized \(float8\): model.layers.0.self_attn.q_proj"):
+            act(adapter, tmp_path / "base", tmp_path / "out")
+
+
 def test_gguf_is_refused_before_anything_is_merged(tiny, tmp_path) -> None:
     folder = of_family(tmp_path / "base", "qwen3")
     with pytest.raises(InputError, match="is no plain llama"):

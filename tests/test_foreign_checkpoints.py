@@ -240,6 +240,12 @@ def test_a_converted_copy_beside_the_original(two) -> None:
     assert "two sets of weights, lit_model.safetensors and model.safetensors" in refusal(folder)
 
 
+def test_a_tensor_under_two_names(tmp_path) -> None:
+    folder = make(tmp_path / "model", *CASES["gpt2"])
+    write(folder, tensors_of(folder) | {"h.0.ln_1.weight": torch.ones(48)})
+    assert "h.0.ln_1.weight is there under another name, too" in refusal(folder)
+
+
 def test_a_tensor_in_two_parts(two) -> None:
     folder, new, old = two
     write(folder, new, {"lm_head.weight": old["lm_head.weight"]})

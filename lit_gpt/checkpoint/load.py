@@ -94,12 +94,21 @@ def checked_tensors(model: GPT, checkpoint_dir: Path) -> Iterator[tuple[str, tor
     Raises:
         InputError: see `load_weights`.
     """
-    config = model.config
     files = weight_files(checkpoint_dir)
+    headers = checked_headers(files, model.config, checkpoint_dir)
+    return values_checked(files, headers, model.config, checkpoint_dir)
+
+
+def checked_headers(files: list[Path], config: Config, checkpoint_dir: Path) -> dict[str, TensorHeader]:
+    """What the files of a checkpoint say of their tensors, if it is what a model of this config has.
+
+    Raises:
+        InputError: weights were quantized by another program; or see `check_headers`.
+    """
     headers = read_headers(files)
     check_not_quantized(checkpoint_dir, headers, families.definition(config.family, "IGNORED"))
     check_headers(checkpoint_dir, headers, config, is_converted(files))
-    return values_checked(files, headers, config, checkpoint_dir)
+    return headers
 
 
 def values_checked(
@@ -148,6 +157,8 @@ def check_headers(checkpoint_dir: Path, headers: Mapping[str, TensorHeader], con
         except KeyError:
             problems.append(f"{stored_name} is in no {config.family} model")
             continue
+        if not seen.isdisjoint(names):  # with the family's prefix and without
+            problems.append(f"{stored_name} is there under another name, too")
         seen.update(names)
         if any(name not in shapes for name in names):
             problems.append(f"{stored_name} has no place in a model of {config.n_layer} layers")
@@ -214,10 +225,14 @@ def digest_of_values(tensor: torch.Tensor) -> str:
 
 
 def stored_dtypes(checkpoint_dir: Path, config: Config) -> dict[str, torch.dtype]:
-    """The dtype of each tensor in the files, by our names; a head that is the embedding is not among them."""
+    """The dtype of each tensor in the files, by our names; a head that is the embedding is not among them.
+
+    Raises:
+        InputError: see `checked_headers`.
+    """
     files = weight_files(checkpoint_dir)
     dtypes = {}
-    for stored_name, header in read_headers(files).items():
+    for stored_name, header in checked_headers(files, config, checkpoint_dir).items():
         for name in our_names_of(stored_name, config, is_converted(files)):
             if config.tie_embeddings and name == HEAD:
                 name = EMBEDDING

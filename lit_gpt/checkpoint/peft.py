@@ -17,6 +17,7 @@ import torch
 
 from lit_gpt import families
 from lit_gpt.checkpoint.load import parameter_shapes
+from lit_gpt.checkpoint.quantized_elsewhere import PLAIN
 from lit_gpt.checkpoint.save import save_tensors
 from lit_gpt.checkpoint.tensor_names import fused_rows, hf_name, lit_names, name_map_of, to_lit
 from lit_gpt.checkpoint.weight_files import read_tensors
@@ -248,6 +249,9 @@ def read_changes(file: Path) -> dict[str, Change]:
         match = re.fullmatch(rf"{PREFIX}(.+)\.({leaves})", name)
         if match is None:
             raise InputError(f"{file} holds {name}, which is no part of a LoRA.")
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in PLAIN:
+            raise InputError(f"{file} holds {name} in {dtype}, expected float32, bfloat16 or float16.")
         hf_module, leaf = match.groups()
         changes[hf_module][OUR_LEAVES[leaf]] = tensor.float()
 

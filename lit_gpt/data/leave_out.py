@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
-from lit_gpt.data.records import Keys, blank_part, flags_of_near_keys
+from lit_gpt.data.records import Keys, blank_part, flags_of_near_keys, split_names
 from lit_gpt.data.tokenizer import Encoded, Tokenizer
 from lit_gpt.errors import InputError
 
@@ -72,8 +72,10 @@ def check_named_keys(records: Iterable[dict[str, Any]], keys: Keys) -> Iterator[
     unseen = {}
     for field in fields(Keys):
         name = getattr(keys, field.name)
-        if name != field.default:
+        if field.name.endswith("_key") and name != field.default:
             unseen[field.name] = name
+    unseen_splits = set(split_names(keys.train_splits) + split_names(keys.val_splits))
+    seen_splits: dict[str, None] = {}  # in order
 
     record: dict[str, Any] = {}
     for number, record in enumerate(records):
@@ -81,10 +83,18 @@ def check_named_keys(records: Iterable[dict[str, Any]], keys: Keys) -> Iterator[
             tell_near_keys(record, keys)
         if unseen:
             unseen = {flag: name for flag, name in unseen.items() if name not in record}
+        if unseen_splits:
+            seen_splits[str(record.get(keys.split_key))] = None
+            unseen_splits -= seen_splits.keys()
         yield record
     if unseen and record:
         flags = ", ".join(f"--{flag} {name}" for flag, name in unseen.items())
         raise InputError(f"No record has what {flags} names. The last one has {', '.join(map(str, record))}.")
+    if unseen_splits and record:
+        raise InputError(
+            f"No record is of the split {', '.join(sorted(unseen_splits))}, which --train_splits or --val_splits names."
+            f" There are {', '.join(list(seen_splits)[:10])}."
+        )
 
 
 def tell_near_keys(record: Mapping[str, Any], keys: Keys) -> None:

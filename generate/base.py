@@ -11,11 +11,12 @@ import time
 
 from lit_gpt import InputError
 from lit_gpt.cli import Flags, run
+from lit_gpt.data.embedding_rows import check_prompt
 from lit_gpt.data.prompts import render, resolve_style
 from lit_gpt.device import default_device, peak_memory_gb
 from lit_gpt.generate.decode import collected, is_cut, stream
 from lit_gpt.generate.sampling import seeded_generator
-from lit_gpt.runs.load_finetuned import UseArgs, load_for_use
+from lit_gpt.runs.load_finetuned import UseArgs, load_model_for_use, read_for_use
 
 
 def main(
@@ -48,15 +49,17 @@ def main(
             "At --temperature 0 all answers are the same: --num_samples, --top_k and --top_p need a higher one."
         )
 
-    # the model, as it was loaded or fine-tuned
-    began = time.perf_counter()
-    model, tokenizer, trained_style = load_for_use(args, device)
-    print(f"Loaded in {time.perf_counter() - began:.1f} s.", file=sys.stderr)
-
-    # the prompt, as it was written in training
+    # the prompt, as it was written in training; it is looked at before a weight is read
+    tokenizer, config, trained_style = read_for_use(args)
     style = resolve_style(prompt_style, tokenizer, trained_style)
     rendered = render(style, {"instruction": prompt, "input": input}, tokenizer)
     idx = tokenizer.encode(rendered.text, device, rendered.bos)
+    check_prompt(idx.tolist(), tokenizer, config)
+
+    # the model, as it was loaded or fine-tuned
+    began = time.perf_counter()
+    model = load_model_for_use(args, device)
+    print(f"Loaded in {time.perf_counter() - began:.1f} s.", file=sys.stderr)
     generator = seeded_generator(args.seed, device)
 
     # the answers; all draw from one generator, so that they differ

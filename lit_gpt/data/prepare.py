@@ -22,6 +22,7 @@ import numpy as np
 
 from lit_gpt.config import SAMPLE, Config, read_json
 from lit_gpt.data.dataset import FILES, TRAIN, VAL, Dataset
+from lit_gpt.data.embedding_rows import beyond_rows, check_special_tokens, describe
 from lit_gpt.data.leave_out import (
     UNWRITTEN,
     check_named_keys,
@@ -42,6 +43,7 @@ from lit_gpt.files import new_folder
 
 Records = Iterable[dict[str, Any]]
 FORMAT = 3  # of the files; data in another one are prepared anew
+LATER_FLAGS = ("train_splits", "val_splits")
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,11 @@ def prepare(records: Records | Callable[[], Records], args: DataArgs, source: st
     # settings
     tokenizer = Tokenizer(args.checkpoint_dir)
     config = Config.from_checkpoint(args.checkpoint_dir)
+    check_special_tokens(tokenizer, config)
     check_may_replace(args.data_dir, source, args.overwrite)
     style = resolve_style(args.prompt_style, tokenizer)
     limit = min(args.max_seq_length or config.block_size, config.block_size)
-    recipe = describe_recipe(tokenizer, style, limit, args)
+    recipe = describe_recipe(tokenizer, config, style, limit, args)
 
     # is there anything to do?
     if callable(records):
@@ -142,7 +145,7 @@ def prepare(records: Records | Callable[[], Records], args: DataArgs, source: st
         # tokens
         with RecordWriter(folder, tokens_dtype, args.seed) as writer, progress_bar() as show:
             texts = render_records(hashed(records, digest), style, tokenizer, args, counts)
-            for text, pieces in tokenize(texts, tokenizer, limit, args, counts):
+            for text, pieces in tokenize(texts, tokenizer, config, limit, args, counts):
                 writer.add(pieces, text.prompt, text.split, text.is_repeat)
                 show(text.number, writer.n_tokens)
         if not writer.ends:
@@ -212,13 +215,18 @@ def check_training_records(split: Split, val_fraction: float, counts: Counter[st
 # ---- is it up to date?
 
 
-def describe_recipe(tokenizer: Tokenizer, style: str, limit: int, args: DataArgs) -> str:
+def describe_recipe(tokenizer: Tokenizer, config: Config, style: str, limit: int, args: DataArgs) -> str:
     """A text that differs if anything but the records would lead to other files."""
     settings = asdict(args)
     # the checkpoint's tokenizer and block size are in the recipe; where its folder lies does not matter
     del settings["checkpoint_dir"], settings["data_dir"], settings["overwrite"]
+    # flags that are not given are not in it: data that were prepared before there were such flags are up to date
+    settings = {name: value for name, value in settings.items() if value is not None or name not in LATER_FLAGS}
     template = None if style in ("alpaca", "none", "chat") else template_source(style)
-    return json.dumps([FORMAT, tokenizer.behaviour, style, template, limit, settings])
+    recipe = [FORMAT, tokenizer.behaviour, style, template, limit, settings]
+    if tokenizer.vocab_size > config.padded_vocab_size:
+        recipe.append(config.padded_vocab_size)  # records with tokens beyond it are left out
+    return json.dumps(recipe)
 
 
 def is_up_to_date(records: Callable[[], Records], recipe: str, data_dir: Path) -> bool:
@@ -296,13 +304,25 @@ def render_records(
 
 
 def tokenize(
-    texts: Iterable[RecordText], tokenizer: Tokenizer, limit: int, args: DataArgs, counts: Counter[str]
+    texts: Iterable[RecordText],
+    tokenizer: Tokenizer,
+    config: Config,
+    limit: int,
+    args: DataArgs,
+    counts: Counter[str],
 ) -> Iterator[tuple[RecordText, list[Marked]]]:
     """Each text, and its tokens and marks: an empty list if it is dropped, several pieces of a long text."""
+    reason = None  # to leave out records with tokens that the model does not know, with the first of these by name
     for chunk in chunks(texts):
         strings = [text.rendered.text for text in chunk]
         encoded = tokenizer.encode_batch(strings, [text.rendered.bos for text in chunk])
         for text, tokens in zip(chunk, encoded, strict=True):
+            beyond = beyond_rows(tokens.ids, config)
+            if beyond is not None:
+                reason = reason or f"with tokens such as {describe(beyond, tokenizer, config)}"
+                counts[reason] += 1
+                yield text, []
+                continue
             pieces = pieces_of(text, tokens, tokenizer, limit, args, counts)
             if pieces and loses_characters(text.rendered.text, tokens, tokenizer):
                 counts[UNWRITTEN] += 1

@@ -17,6 +17,7 @@ from lit_gpt.classifier.sweep import check_sweep, run_sweep, steps_of
 from lit_gpt.classifier.texts import TextArgs, load_texts
 from lit_gpt.classifier.training import ClassifierTrainArgs, train_classifier
 from lit_gpt.cli import Flags, command, run
+from lit_gpt.data.embedding_rows import check_texts
 from lit_gpt.lora import LoRA
 from lit_gpt.quantize import Quantize
 from lit_gpt.recipe import LaunchArgs, start_processes
@@ -76,6 +77,7 @@ def main(
 
     # data: read now, so that only the first process says what it left out
     data = load_texts(source, tokenizer, config.block_size)
+    check_texts(data.texts.inputs(), tokenizer, config)
     for seed in seeds:
         data.split(seed)  # a split that cannot be made raises here, before anything is written
 

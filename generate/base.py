@@ -12,12 +12,13 @@ import time
 from lit_gpt import InputError
 from lit_gpt.cli import Flags, run
 from lit_gpt.data.conversation_tokens import encode_question
+from lit_gpt.data.embedding_rows import check_prompt
 from lit_gpt.data.prompts import render, resolve_style
 from lit_gpt.device import default_device, peak_memory_gb
 from lit_gpt.generate.decode import collected, is_cut, stream
 from lit_gpt.generate.sampling import check_sampling, seeded_generator
 from lit_gpt.ranges import check_range
-from lit_gpt.runs.load_finetuned import UseArgs, load_for_use
+from lit_gpt.runs.load_finetuned import UseArgs, load_model_for_use, read_for_use
 
 
 def main(
@@ -54,15 +55,17 @@ def main(
 
     device = default_device()
 
-    # the model, as it was loaded or fine-tuned
-    began = time.perf_counter()
-    model, tokenizer, trained_style = load_for_use(args, device)
-    print(f"Loaded in {time.perf_counter() - began:.1f} s.", file=sys.stderr)
-
-    # the prompt, as it was written in training
+    # the prompt, as it was written in training; it is looked at before a weight is read
+    tokenizer, config, trained_style = read_for_use(args)
     style = resolve_style(prompt_style, tokenizer, trained_style)
     rendered = render(style, {"instruction": prompt, "input": input}, tokenizer)
     idx = encode_question(rendered, tokenizer, device)
+    check_prompt(idx.tolist(), tokenizer, config)
+
+    # the model, as it was loaded or fine-tuned
+    began = time.perf_counter()
+    model = load_model_for_use(args, device)
+    print(f"Loaded in {time.perf_counter() - began:.1f} s.", file=sys.stderr)
     generator = seeded_generator(args.seed, device)
 
     # the answers; all draw from one generator, so that they differ

@@ -12,6 +12,7 @@ import sys
 from lit_gpt import InputError
 from lit_gpt.cli import Flags, check_text, run
 from lit_gpt.data.conversation_tokens import encode_question
+from lit_gpt.data.embedding_rows import check_prompt
 from lit_gpt.data.prompts import answer_message, render, resolve_style
 from lit_gpt.device import default_device
 from lit_gpt.generate.decode import collected, is_cut, stream
@@ -80,6 +81,12 @@ def main(
         messages.append({"role": "user", "content": question})
         rendered = render(style, {"messages": messages}, tokenizer)
         idx = encode_question(rendered, tokenizer, device)
+        try:
+            check_prompt(idx.tolist(), tokenizer, model.config)
+        except InputError as error:
+            print(error, file=sys.stderr)
+            messages.pop()
+            continue
         max_length = min(len(idx) + max_new_tokens, model.config.block_size)
         if max_length <= len(idx):
             print(f"The conversation fills the model's {max_length} tokens. /new begins another.", file=sys.stderr)

@@ -23,6 +23,7 @@ from lit_gpt.classifier.head import Classifier
 from lit_gpt.classifier.load import load_classifier
 from lit_gpt.classifier.texts import Texts, tokenize_texts
 from lit_gpt.cli import run
+from lit_gpt.data.embedding_rows import check_texts
 from lit_gpt.data.read_files import open_text, read_records
 from lit_gpt.device import Precision, default_device, inference_dtype
 from lit_gpt.display.words import counted
@@ -61,6 +62,7 @@ def main(
     model, tokenizer, trained = load_classifier(checkpoint_dir, finetuned, dtype, default_device())
     filled_texts = [all_texts[i] for i in numbers]
     ids = tokenize_texts(filled_texts, tokenizer, trained.max_seq_length)
+    check_texts(ids, tokenizer, model.gpt.config)
     unknown_labels = [0] * len(ids)  # a record needs one, and nothing reads it here
     dataset = Texts(ids, unknown_labels, np.arange(len(ids)))
 

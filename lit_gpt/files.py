@@ -46,7 +46,7 @@ def did_you_mean(path: Path, others: Iterable[Path]) -> str:
     return f"Did you mean {near[0]}? " if near else ""
 
 
-def list_some(paths: Iterable[Path], most: int = 5) -> str:
+def list_some(paths: Iterable[Path | str], most: int = 5) -> str:
     """The first paths in order, and how many more there are."""
     names = sorted(str(path) for path in paths)
     more = f" and {len(names) - most} more" if len(names) > most else ""

@@ -1,4 +1,4 @@
-"""Prepare one or several sources of any kind: files, folders of .txt files, data sets of the Hugging Face hub.
+"""Prepare one or several sources of any kind: files, folders of texts, data sets in folders or of the Hugging Face hub.
 
 python scripts/prepare_sources.py --sources '{mine.parquet: 1}' --data_dir data/mine
 python scripts/prepare_sources.py --sources '{mine.jsonl: 2, databricks/databricks-dolly-15k: 0.5}' --data_dir data/mix
@@ -16,8 +16,9 @@ def main(sources: dict[str, float], val_source: str | None = None, args: Flags[D
     """Prepare records of any kind, each source as often as its weight says.
 
     Args:
-        sources: From each .json, .jsonl, .csv, .parquet, .txt or .md file, folder of .txt files, saved data set, or
-            org/name of the hub, to how often each of its records is taken: 0.5 is every second one, 2 is twice.
+        sources: From each .json, .jsonl, .csv, .parquet, .txt or .md file, folder of texts, folder of a data set, or
+            org/name of the hub, to how often each of its records is taken: 0.5 is every second one, 2 is twice. Of a
+            data set with several configs, one is named so: folder:config, org/name:config.
         val_source: Another such source, for validation.
         args: How records become tokens, and where they go; see lit_gpt/data/prepare.py.
     """

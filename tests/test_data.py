@@ -12,14 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from helpers.models import make_checkpoint
 from helpers.prepared import BLOCK_SIZE, CONFIG, QA, content, prepared, script, stored
+from helpers.shell import python
 from helpers.tiny_tokenizers import SPECIAL, byte_level, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_gpt import Config, InputError, Tokenizer
 from lit_gpt.data.conversation_tokens import SPLIT
-from lit_gpt.data.dataset import ANSWER, NEITHER, OTHER, TRAIN, VAL, Dataset, micro_batches
+from lit_gpt.data.dataset import ANSWER, NEITHER, OTHER, TRAIN, VAL, Dataset, micro_batches, open_splits
 from lit_gpt.data.find_problems import find_problems
 from lit_gpt.data.prepare import DataArgs, prepare
 from lit_gpt.data.prompts import render, style_names
@@ -471,6 +473,112 @@ def test_another_tokenizer(checkpoint, tokenizer, sample_dir: Path, tmp_path: Pa
     assert sum(layout.n_targets for _, layout in micro_batches(train, range(len(train)), 4)) == sum(
         train.n_targets(i) for i in range(len(train))
     )
+
+
+# ---- tokens that the model does not have, and records without anything to learn
+
+
+@pytest.fixture(scope="module")
+def larger_tokenizer(tmp_path_factory) -> Path:
+    """A tiny model whose tokenizer knows a token, <|pad|>, for which the embedding has no row."""
+    tokenizer = json.loads(byte_level())
+    size = len(tokenizer["model"]["vocab"])
+    extra = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    tokenizer["added_tokens"].append({"id": size, "content": "<|pad|>"} | extra)
+    folder = make_checkpoint(tmp_path_factory.mktemp("larger") / "model", vocab_size=size, max_position_embeddings=400)
+    return write(folder, tokenizer_json=tokenizer, tokenizer_config_json=SPECIAL)
+
+
+def lora_on(data_dir: Path, checkpoint: Path, out_dir: Path) -> str:
+    """What a run says that has to be refused, in one line, before it writes anything."""
+    flags = ["--checkpoint_dir", checkpoint, "--data_dir", data_dir, "--out_dir", out_dir, "--train.max_steps", "1"]
+    run = python(ROOT / "finetune/lora.py", *flags, cwd=data_dir.parent)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and not out_dir.exists(), run.stderr
+    return run.stderr
+
+
+def test_records_with_a_token_beyond_the_embedding_are_left_out(larger_tokenizer, tmp_path: Path) -> None:
+    odd = [record | {"instruction": record["instruction"] + " <|pad|>"} for record in QA[:3]]
+    args = dict(prompt_style="none", val_fraction=0.1)
+    train, val = prepared([*odd, *QA[3:]], larger_tokenizer, tmp_path / "data", **args)
+    named = "such as '<|pad|>' (id 300), beyond the 300 rows of the model's embedding"
+    assert len(train) + len(val) == 37 and train.meta["left_out"] == {f"with tokens {named}": 3}
+    with pytest.raises(InputError, match=re.escape(f"No record is left to train on: 3 with tokens {named}.")):
+        prepared(odd, larger_tokenizer, tmp_path / "odd", **args)
+    assert not (tmp_path / "odd").exists()
+
+    # the model gets a row: everything is prepared anew, and fits no model without it
+    larger = tmp_path / "larger"
+    shutil.copytree(larger_tokenizer, larger)
+    make_checkpoint(larger, vocab_size=301, max_position_embeddings=400)
+    records = [*odd, *QA[3:]]
+    args = dict(data_dir=tmp_path / "data", **args)
+    prepare(lambda: records, DataArgs(checkpoint_dir=larger, **args))
+    assert Dataset(tmp_path / "data", "train").meta["left_out"] == {}
+    said = lora_on(tmp_path / "data", larger_tokenizer, tmp_path / "out")
+    assert "beyond the 300 rows" in said and re.search(r"[123] (training|validation) records? of", said)
+    tokenizer, config = Tokenizer(larger), Config.from_checkpoint(larger)
+    open_splits(tmp_path / "data", tokenizer, config)
+
+
+def test_a_model_that_does_not_know_its_stop_token(larger_tokenizer, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(larger_tokenizer, folder)
+    write(folder, tokenizer_config_json=SPECIAL | {"eos_token": "<|pad|>"})
+    with pytest.raises(InputError, match="eos_token is '<|pad|>' .id 300., beyond the 300 rows"):
+        prepared(QA, folder, tmp_path / "data")
+    for flags in (["--prompt", "Hi"], ["--prompt", "Hi <|pad|>"]):
+        for checkpoint in (folder, larger_tokenizer):
+            run = python(ROOT / "generate/base.py", *flags, "--checkpoint_dir", checkpoint, "--max_new_tokens", 4)
+            is_refused = checkpoint == folder or "<|pad|>" in flags[1]
+            assert run.returncode == (2 if is_refused else 0), run.stderr
+            assert ("beyond the 300 rows" in run.stderr) == is_refused and ("Loaded" in run.stderr) != is_refused
+    said = "Hi <|pad|>\nHello\n/quit\n"
+    flags = ["--checkpoint_dir", larger_tokenizer, "--prompt_style", "chatml", "--max_new_tokens", 4]
+    chat = python(ROOT / "generate/chat.py", *flags, input=said)
+    assert chat.returncode == 0 and chat.stderr.count("The prompt has the token '<|pad|>' (id 300)") == 1
+    assert "Traceback" not in chat.stderr and len(chat.stdout.strip("\n")) > 0
+
+
+UNTRAINABLE = {
+    "all": ("train", "nothing is trained in 36 training records of 36"),
+    "one": ("train", "nothing is trained in 1 training record of 36"),
+    "validation": ("val", "nothing is trained in 4 validation records of 4"),
+    "no training records": (None, "has no training records: all 40 are for validation, or left out"),
+    "beyond": ("train", "with the token the id 60000, beyond the 300 rows"),
+}
+
+
+@pytest.mark.parametrize("what", UNTRAINABLE)
+def test_what_cannot_be_trained_is_refused(what: str, larger_tokenizer, tmp_path: Path) -> None:
+    """From every script that opens prepared data, in one line."""
+    split, said = UNTRAINABLE[what]
+    data_dir = tmp_path / "data"
+    data = prepared(QA, larger_tokenizer, data_dir, val_fraction=0.1, prompt_style="none")[split == "val"]
+    spans = [data.span(i) for i in range(1 if what in ("one", "beyond") else len(data))]
+    if what == "no training records":
+        np.ones(40, np.uint8).tofile(data_dir / "split.bin")
+    elif what == "beyond":
+        tokens = data.tokens.copy()
+        tokens[spans[0][0]] = 60000
+        tokens.tofile(data_dir / "tokens.bin")
+    else:
+        marks = data.trained.copy()
+        for start, end in spans:
+            marks[start:end] = 0
+        marks.tofile(data_dir / "trained.bin")
+    assert said in lora_on(data_dir, larger_tokenizer, tmp_path / "out")
+    where = ["--checkpoint_dir", larger_tokenizer, "--data_dir", data_dir]
+    for path, flags in (
+        ("plan_memory.py", []),
+        ("inspect_data.py", ["--samples", 1, "--cost", "false"]),
+        ("compare_methods.py", ["--out_dir", tmp_path / "compared", "--steps", 2]),
+    ):
+        run = python(ROOT / "scripts" / path, *where, *flags, cwd=tmp_path)
+        assert "Traceback" not in run.stderr, run.stderr
+        assert (said in run.stderr) == (run.returncode == 2)
+        assert run.returncode == 2 or path != "compare_methods.py"
+    assert not (tmp_path / "compared").exists()
 
 
 @pytest.mark.parametrize("mask_prompt", [True, False])

@@ -29,6 +29,8 @@ from lit_gpt.data.prompts import render, resolve_style
 from lit_gpt.formats import gguf_writer as gguf_out
 from lit_gpt.formats import merge as exporting
 from lit_gpt.formats.gguf_reader import convert_gguf, read_gguf
+from lit_gpt.formats.gguf_tokenizer import CONTROL, UNUSED, USER_DEFINED
+from lit_gpt.formats.gguf_vocabulary import gguf_vocabulary
 from lit_gpt.formats.merge import export_merged, export_merged_gguf, export_peft
 from lit_gpt.formats.verify import TEXTS, compare_logits, logits_of, verify_copy
 from lit_gpt.generate.decode import stream
@@ -468,7 +470,8 @@ def test_gguf_has_the_pieces_of_sentencepiece(kind, sample_dir, tmp_path) -> Non
             found["scores"][words.index("▁a")] > found["scores"][words.index("▁▁")] > found["scores"][words.index("a")]
         )
     ids = [found[f"{name}_token_id"] for name in ("unknown", "bos", "eos")]
-    assert ids == [0, 1, 2] and found["model"] == "llama" and found["add_space_prefix"] and found["add_bos_token"]
+    assert ids == [0, 1, 2] and found["model"] == "llama" and found["add_space_prefix"]
+    assert found["add_bos_token"] == before.use_bos == (kind == "model")
 
     convert_gguf(path, tmp_path / "again")
     after = Tokenizer(tmp_path / "again")
@@ -489,6 +492,17 @@ def test_pieces_that_llama_cpp_would_cut_otherwise(sample_dir, tmp_path) -> None
     (folder / "tokenizer.json").write_text(json.dumps(words))
     with pytest.raises(InputError, match="llama.cpp would find other tokens"):
         gguf_out.export_gguf(folder, tmp_path / "gguf", "float32")
+
+
+def test_tokens_beside_a_tokenizer_model_are_pieces(tmp_path) -> None:
+    """Special ones as such; what is beyond the rows of the embedding is none of the model's."""
+    decoder = {"400": {"content": "<|im_start|>", "special": True}, "405": {"content": "<think>"}}
+    config = SPECIAL | {"added_tokens_decoder": decoder | {"406": {"content": "<pad>"}}}
+    folder = write(tmp_path / "model", tokenizer_model=sentencepiece(), tokenizer_config_json=config)
+    values = gguf_vocabulary(folder, Config(vocab_size=406), Tokenizer(folder))
+    assert [values["add_token_list"][i] for i in (400, 401, 405)] == ["<|im_start|>", "[PAD401]", "<think>"]
+    assert [values["add_token_types"][i] for i in (400, 401, 405)] == [CONTROL, UNUSED, USER_DEFINED]
+    assert len(values["add_token_list"]) == 406
 
 
 def test_rotary_scaling_of_llama_3_goes_along(sample_dir, tmp_path) -> None:

@@ -65,7 +65,6 @@ def test_injected_faults_are_counted(checkpoint, tmp_path: Path, records, contro
     for i, (question, answer, faults) in enumerate(records):
         question, answer = " ".join([f"{i}", *question]), " ".join(answer)
         question += " twice" * ("double_bos" in faults)
-        question += " <new>" * ("out_of_vocabulary" in faults)
         answer += control * ("control_character" in faults)
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         if "missing_stop" in faults:  # the first of two answers
@@ -80,12 +79,18 @@ def test_injected_faults_are_counted(checkpoint, tmp_path: Path, records, contro
     prepare(given, DataArgs(checkpoint_dir=checkpoint, data_dir=tmp_path / "data"))
     leaked = sum("leaked" in faults and "duplicate" in faults for *_, faults in records)
     split = np.fromfile(tmp_path / "data/split.bin", np.uint8)
+    tokens = np.fromfile(tmp_path / "data/tokens.bin", np.uint16)
+    starts = np.append(0, np.fromfile(tmp_path / "data/ends.bin", np.int64))
+    beyond = Config.from_checkpoint(checkpoint).vocab_size
     place = 0
     for *_, faults in records:  # the second of two copies goes to validation, as no prepare script would do it
+        if "out_of_vocabulary" in faults:  # nor would it write such a token, here into the question
+            tokens[starts[place : place + 1 + ("duplicate" in faults)] + 2] = beyond
         place += 1 + ("duplicate" in faults)
         if {"leaked", "duplicate"} <= faults:
             split[place - 1] = VAL
     split.tofile(tmp_path / "data/split.bin")
+    tokens.tofile(tmp_path / "data/tokens.bin")
     expected["leaked"] = leaked
 
     found = looked_at(checkpoint, tmp_path / "data")

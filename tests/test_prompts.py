@@ -344,7 +344,8 @@ def test_alpaca_as_a_template_keeps_the_input_apart(sample_dir: Path) -> None:
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_a_style_as_a_template_gives_its_tokens(style: str, adds_bos: bool, tmp_path: Path) -> None:
     config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": adds_bos}
-    folder = write(tmp_path / "checkpoint", tokenizer_json=byte_level(), tokenizer_config_json=config)
+    files = dict(tokenizer_json=byte_level(post_bos=adds_bos), tokenizer_config_json=config)
+    folder = write(tmp_path / "checkpoint", **files)
     tokenizer = Tokenizer(folder)
     template = as_chat_template(style, tokenizer)
     assert (template is None) == (style == "none")

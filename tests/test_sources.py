@@ -236,11 +236,11 @@ def test_every_source_gives_the_same_tokens(checkpoint, tmp_path: Path) -> None:
         ("a.parquet", b"PAR1 and more", "a.parquet is no parquet file that can be read"),
         ("page.parquet", damaged_parquet(), "page.parquet is no parquet file that can be read"),
         ("a.txt", b"\xff", "a.txt, line 1, is not UTF-8"),
-        ("folder", None, "The data set .*folder cannot be read"),
+        ("folder", None, "folder holds no data: no file ends in .parquet"),
         (
             "broken",
             b'{"instruction": "a", "output": "b"}\n' * 400_000 + b"{oops}\n",
-            "The data set .*broken cannot be read",
+            "broken/train.jsonl, line 400001, column 2, is not JSON",
         ),
     ],
 )
@@ -253,6 +253,240 @@ def test_sources_that_are_none(tmp_path: Path, name: str, content: bytes | None,
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=said):
         list(read_records(tmp_path / name))
+
+
+# ---- folders
+
+
+def put(folder: Path, *names: str) -> Path:
+    """A folder with these files; the records of a file say its name in their question."""
+    import pyarrow
+    import pyarrow.parquet
+
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{"instruction": f"{name} {i}", "output": f"{i}"} for i in range(2)]
+        if path.suffix == ".parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        elif path.suffix == ".jsonl":
+            path.write_text("\n".join(map(json.dumps, rows)))
+        elif path.suffix == ".json":
+            path.write_text(json.dumps(rows))
+        elif path.suffix in (".csv", ".tsv"):
+            mark = {".csv": ",", ".tsv": "\t"}[path.suffix]
+            path.write_text("\n".join(mark.join(row) for row in (rows[0].keys(), *(row.values() for row in rows))))
+        else:
+            path.write_text(f"the text {name}")
+    return folder
+
+
+def read(source: Path | str) -> dict[str, str | None]:
+    """The files whose records are read from a source, and the splits that these say."""
+    found = {}
+    for record in read_records(source):
+        said = record.get("instruction") or record["text"].removeprefix("the text ")
+        found[said.split(" ")[0]] = record.get("split")
+    return found
+
+
+FOLDERS = {  # what is there: (what is read, with its split; what is told to be left aside)
+    "README.md LICENSE.txt data/train-00000.parquet .gitattributes": (
+        {"data/train-00000.parquet": None},
+        "1 file (LICENSE.txt)",
+    ),
+    "LICENSE train.jsonl test.jsonl notes.txt dataset_infos.json": (
+        {"train.jsonl": "train", "test.jsonl": "test"},
+        "2 files (LICENSE, notes.txt)",
+    ),
+    "train/a.csv train/b.csv test/c.csv requirements.txt": (
+        {"train/a.csv": "train", "train/b.csv": "train", "test/c.csv": "test"},
+        "1 file (requirements.txt)",
+    ),
+    "data/gen-00000-of-00001.parquet data/human_eval-00000-of-00001.parquet": (
+        {"data/gen-00000-of-00001.parquet": "gen", "data/human_eval-00000-of-00001.parquet": "human_eval"},
+        "",
+    ),
+    "train.jsonl extra.jsonl": ({"train.jsonl": None}, "1 file (extra.jsonl)"),
+    "records.jsonl notes.txt": ({"records.jsonl": None}, "1 file (notes.txt)"),
+    "a.jsonl b.csv data/c.parquet": ({"data/c.parquet": None}, "2 files (a.jsonl, b.csv)"),
+    "a.parquet metadata.json": ({"a.parquet": None}, "1 file (metadata.json)"),
+    "a.json b.json": ({"a.json": None, "b.json": None}, ""),
+    "a.tsv": ({"a.tsv": None}, ""),
+    "a.txt sub/b.txt LICENSE-MIT.txt README.md x.pdf .git/c.txt": (
+        {"a.txt": None, "sub/b.txt": None},
+        "2 files (LICENSE-MIT.txt, x.pdf)",
+    ),
+    "a.md b.txt NOTICE.md": ({"a.md": None, "b.txt": None}, "1 file (NOTICE.md)"),
+    "a.jsonl 1.pdf 2.pdf 3.pdf 4.pdf 5.pdf 6.pdf": (
+        {"a.jsonl": None},
+        "6 files (1.pdf, 2.pdf, 3.pdf, 4.pdf, 5.pdf, ...)",
+    ),
+}
+
+
+@pytest.mark.parametrize("names", FOLDERS)
+def test_what_is_data_in_a_folder(names: str, tmp_path: Path, capsys) -> None:
+    expected, aside = FOLDERS[names]
+    assert read(put(tmp_path, *names.split(" "))) == expected
+    told = capsys.readouterr().err
+    assert told == (f"Not read, of {tmp_path}: {aside}.\n" if aside else "")
+    assert read(tmp_path) == expected and capsys.readouterr().err == "", "it is said once"
+
+
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        ("a.jsonl b.csv", "holds several kinds of data: 1 jsonl file, 1 csv file. Name the file that is meant"),
+        ("index.csv a.txt b.txt", "holds several kinds of data: 2 text files, 1 csv file. Name the file"),
+        ("README.md LICENSE.txt", "holds no data: no file ends in"),
+        ("README.md:---\nconfigs: [\n---\n a.jsonl", "README.md is no YAML"),
+        ("README.md:---\nconfigs: [1]\n---\n a.jsonl", "have no config_name"),
+    ],
+)
+def test_folders_that_do_not_say_what_is_data(names: str, said: str, tmp_path: Path) -> None:
+    for name in names.split(" ") if ":" not in names else names.rsplit(" ", 1):
+        name, _, text = name.partition(":")
+        put(tmp_path, name)
+        if text:
+            (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=said):
+        read(tmp_path)
+
+
+def test_what_is_data_in_a_saved_set(tmp_path: Path, capsys) -> None:
+    import datasets
+
+    put(tmp_path / "saved", "notes.txt")
+    part = datasets.Dataset.from_list([{"instruction": "saved 0", "output": "0"}])
+    part.save_to_disk(tmp_path / "saved")
+    assert read(tmp_path / "saved") == {"saved": None}
+    assert "1 file (notes.txt)" in capsys.readouterr().err
+    datasets.DatasetDict(train=part, gen=part).save_to_disk(tmp_path / "dict")
+    assert [record["split"] for record in read_records(tmp_path / "dict")] == ["train", "gen"]
+    assert list(read_records(f"{tmp_path}/dict:gen")) == list(read_records(tmp_path / "saved"))
+    with pytest.raises(InputError, match="dict:nope: .* no folder nope in it; there are gen, train"):
+        read_records(f"{tmp_path}/dict:nope")
+    for name in ("en", "de"):
+        part.save_to_disk(tmp_path / "several" / name)
+    with pytest.raises(InputError, match="several saved data sets. Name one: .*several:de, .*several:en"):
+        read_records(tmp_path / "several")
+    assert read(f"{tmp_path}/several:en") == {"saved": None}
+
+
+CONFIGS = """---
+configs:
+- config_name: en
+  data_files:
+  - split: train
+    path: en/*.jsonl
+- config_name: de
+  data_files: de/*.jsonl
+---
+# Two languages
+"""
+
+
+@pytest.mark.parametrize("name", ["set", "a:set", "C:\\data\\set", "org/name"])
+def test_configs_of_a_folder(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    """By an absolute path and by one seen from here, whatever colons are in it."""
+    put(tmp_path / name, "en/a.jsonl", "de/b.jsonl", "LICENSE.txt")
+    (tmp_path / name / "README.md").write_text(CONFIGS)
+    monkeypatch.chdir(tmp_path)
+    for folder in (name, f"{tmp_path}/{name}", f"{name}/"):
+        assert read(f"{folder}:en") == {"en/a.jsonl": None}
+        assert read(f"{folder}:de") == {"de/b.jsonl": None}
+        with pytest.raises(InputError, match="has several configs: de, en. Name one, such as .*:en"):
+            read(folder)
+        with pytest.raises(InputError, match="has no fr; its configs are de, en"):
+            read(f"{folder}:fr")
+    assert "2 files (LICENSE.txt, de/b.jsonl)" in capsys.readouterr().err
+    (tmp_path / name / "README.md").write_text(CONFIGS.replace("name: de", "name: de\n  default: true"))
+    assert read(name) == {"de/b.jsonl": None}
+    (tmp_path / name / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert read(f"{name}:en") == {"en/a.jsonl": None}, "without configs, a folder in it is one"
+    assert read(name) == {"en/a.jsonl": None, "de/b.jsonl": None}
+    with pytest.raises(InputError, match="names no configs, and there is no folder fr in it; there are de, en"):
+        read(f"{name}:fr")
+
+
+def test_configs_and_folders_in_the_script(checkpoint, tmp_path: Path) -> None:
+    put(tmp_path / "set", "en/a.jsonl", "de/b.jsonl", "LICENSE.txt")
+    (tmp_path / "set/README.md").write_text(CONFIGS)
+    flags = ["--checkpoint_dir", checkpoint, "--data_dir", tmp_path / "data"]
+    script_path = ROOT / "scripts/prepare_sources.py"
+    run = python(script_path, "--sources", "{set:en: 1}", "--val_source", f"{tmp_path}/set:de", *flags, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "LICENSE.txt" in run.stderr and run.stderr.count("Not read") == 2
+    train, val = (Dataset(tmp_path / "data", split) for split in ("train", "val"))
+    text = Tokenizer(checkpoint).decode(train.tokens.tolist())
+    assert (len(train), len(val)) == (2, 2) and "LICENSE" not in text and "en/a" in text
+    flags = ["--checkpoint_dir", checkpoint, "--data_dir", tmp_path / "other"]
+    run = python(script_path, "--sources", "{set: 1}", *flags, cwd=tmp_path)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "set has several configs: de, en" in run.stderr
+
+
+def test_a_folder_without_the_library(tmp_path: Path, monkeypatch) -> None:
+    import sys
+
+    put(tmp_path / "own", "a.jsonl", "LICENSE.txt")
+    put(tmp_path / "set", "en/a.jsonl")
+    (tmp_path / "set/README.md").write_text(CONFIGS)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert read(tmp_path / "own") == {"a.jsonl": None}
+    with pytest.raises(InputError, match="needs .*datasets"):
+        read(f"{tmp_path}/set:en")
+
+
+# ---- splits with names of their own
+
+NAMED_SPLITS = ["train_en", "gen", "gen", "human_eval", "validation", "default", "test"]
+
+
+@pytest.mark.parametrize(
+    "flags, splits, counts",
+    [
+        (dict(train_splits="gen,default"), {1: 0, 2: 0, 4: 1, 5: 0}, 3),
+        (dict(train_splits="gen , default", val_splits="human_eval"), {1: 0, 2: 0, 3: 1, 5: 0}, 3),
+        (dict(val_splits="human_eval"), {0: 0, 3: 1}, 5),
+        (dict(train_splits="test", val_splits="train_en"), {0: 1, 6: 0}, 5),
+    ],
+)
+def test_splits_that_flags_name(checkpoint, tmp_path: Path, flags, splits, counts) -> None:
+    records = [record | {"split": name} for record, name in zip(QA, NAMED_SPLITS)]
+    train, val = prepared(records, checkpoint, tmp_path / "data", val_fraction=0.0, **flags)
+    assert train.meta["left_out"] == {"of another split": counts}
+    kept = {i: 0 for i, side in splits.items() if side == 0}, {i: 1 for i, side in splits.items() if side == 1}
+    assert (len(train), len(val)) == tuple(map(len, kept))
+    tokenizer = Tokenizer(checkpoint)
+    for data, side in zip((train, val), kept):
+        texts = [tokenizer.decode(ids) for ids, _ in stored(data)]
+        assert all(any(QA[i]["instruction"] in text for text in texts) for i in side)
+
+
+def test_a_split_of_an_unknown_name_names_the_flags(checkpoint, tmp_path: Path) -> None:
+    lines = "\n".join(json.dumps(record | {"split": "gen"}) for record in QA)
+    (tmp_path / "a.jsonl").write_text(lines)
+    flags = ["--json_path", "a.jsonl", "--checkpoint_dir", checkpoint, "--data_dir", "data"]
+    run = python(ROOT / "scripts/prepare_json.py", *flags, cwd=tmp_path)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1
+    assert "Record 1 says split 'gen', expected train, val or test. --train_splits and --val_splits" in run.stderr
+    run = python(ROOT / "scripts/prepare_json.py", *flags, "--train_splits", "gne", cwd=tmp_path)
+    assert run.returncode == 2 and "No record is of the split gne" in run.stderr and "There are gen." in run.stderr
+    run = python(ROOT / "scripts/prepare_json.py", *flags, "--train_splits", "gen", cwd=tmp_path)
+    assert run.returncode == 0 and len(Dataset(tmp_path / "data", "train")) == 40
+
+
+def test_named_splits_with_a_validation_file(checkpoint, tmp_path: Path) -> None:
+    """What is said to be test stays out; so does a split that the flag leaves out."""
+    records = [record | {"split": name} for record, name in zip(QA, NAMED_SPLITS)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, QA[20:23])))
+    args = dict(json_path=tmp_path / "a.jsonl", val_path=tmp_path / "b.jsonl", checkpoint_dir=checkpoint)
+    for name, flags, n_train in (("plain", {}, 6), ("flag", {"train_splits": "gen,default"}, 3)):
+        script("prepare_json").main(**args, **flags, data_dir=tmp_path / name)
+        assert len(Dataset(tmp_path / name, "train")) == n_train
+        assert len(Dataset(tmp_path / name, "val")) == 3
 
 
 @given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=3), weights=st.lists(st.floats(0.1, 3), min_size=3))

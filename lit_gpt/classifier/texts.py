@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -102,6 +102,12 @@ class Texts(Dataset):
         other = copy.copy(self)
         other.records = chosen
         return other
+
+    def inputs(self) -> Iterator[list[int]]:
+        """The tokens of each text, without its label."""
+        for i in range(len(self)):
+            ids, _ = self[i]
+            yield ids[:-1].tolist()
 
     def as_row_numbers(self, pooled: bool) -> "Texts":
         """The same records for a classifier that starts from stored rows: its numbers in place of tokens; labels stay.

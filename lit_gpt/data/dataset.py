@@ -11,15 +11,17 @@ are:
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from lit_gpt.config import Config, read_json
+from lit_gpt.data.embedding_rows import check_special_tokens, describe
 from lit_gpt.data.tokenizer import Tokenizer
+from lit_gpt.display.words import counted
 from lit_gpt.errors import InputError
 from lit_gpt.files import list_some, not_there
 from lit_gpt.model.packing import Layout, common_prefix
@@ -34,6 +36,7 @@ NEITHER = 2
 # in trained.bin, beside 0 for what is not trained
 ANSWER = 1
 OTHER = 2
+PART = 2**22  # tokens that are read together, where all are read
 
 
 class Dataset:
@@ -45,6 +48,8 @@ class Dataset:
     def __init__(self, data_dir: Path, split: Literal["train", "val"]) -> None:
         """Raises InputError if the folder was not written by `prepare`, or files of it are damaged."""
         data_dir = Path(data_dir)
+        self.data_dir = data_dir
+        self.split_name = split
         self.meta = read_meta(data_dir)
         self.tokens = map_array(data_dir, "tokens", self.meta)
         self.trained = map_array(data_dir, "trained", self.meta)
@@ -104,6 +109,55 @@ class Dataset:
         marks = self.trained[start + 1 : end]
         return int(np.count_nonzero(marks))
 
+    def check_can_train(self, tokenizer: Tokenizer, config: Config) -> None:
+        """Reads every token.
+
+        Raises:
+            InputError: the records are not for this model, or cannot be trained: see `check_fits`, `check_tokens` and
+                `check_trained`.
+        """
+        self.check_fits(tokenizer, config)
+        check_special_tokens(tokenizer, config)
+        self.check_tokens(tokenizer, config)
+        self.check_trained()
+
+    def check_tokens(self, tokenizer: Tokenizer, config: Config) -> None:
+        """Raises InputError if a record has a token that the model does not know."""
+        largest = np.zeros(len(self.ends), np.int64)
+        for part in parts_of(self.ends):
+            largest[part.records] = np.maximum.reduceat(self.tokens[part.tokens], part.starts)
+        beyond = self.records[largest[self.records] >= config.padded_vocab_size]
+        if len(beyond):
+            token = describe(int(largest[beyond[0]]), tokenizer, config)
+            raise InputError(
+                f"{self.data_dir}: {counted(len(beyond), f'{self.adjective} record')} of {len(self):,} (the first is"
+                f" record {beyond[0]}) with the token {token}. Prepare the data again with this --checkpoint_dir."
+            )
+
+    def check_trained(self) -> None:
+        """Raises InputError if there is no training record, or one in which nothing is trained: it has no loss."""
+        if self.split_name == "train" and not len(self):
+            raise InputError(
+                f"{self.data_dir} has no training records: all {len(self.ends):,} are for validation, or left out."
+                " Prepare the data again, with a --val_fraction below 1."
+            )
+        n_targets = np.zeros(len(self.ends), np.int64)
+        for part in parts_of(self.ends):
+            is_target = self.trained[part.tokens] > 0
+            is_target[part.starts] = False  # nothing predicts a record's first token
+            n_targets[part.records] = np.add.reduceat(is_target, part.starts, dtype=np.int64)
+        untrained = self.records[n_targets[self.records] == 0]
+        if len(untrained):
+            raise InputError(
+                f"{self.data_dir}: nothing is trained in {counted(len(untrained), f'{self.adjective} record')} of"
+                f" {len(self):,} (the first is record {untrained[0]}). Prepare the data again without them;"
+                f" `python scripts/inspect_data.py --data_dir {self.data_dir}` shows one."
+            )
+
+    @property
+    def adjective(self) -> str:
+        return "training" if self.split_name == "train" else "validation"
+
     def check_fits(self, tokenizer: Tokenizer, config: Config) -> None:
         """Raises InputError if another tokenizer wrote these tokens, or the model cannot read the longest record."""
         if self.meta["longest"] > config.block_size:
@@ -126,12 +180,39 @@ def open_splits(data_dir: Path, tokenizer: Tokenizer, config: Config) -> tuple[D
     """The training and the validation records of a prepared folder, mapped into memory.
 
     Raises:
-        InputError: they were not prepared for this tokenizer, or the model cannot read them; or see `Dataset`.
+        InputError: they were not prepared for this tokenizer, the model cannot read them, or nothing is trained in one;
+            or see `Dataset`.
     """
     train_data = Dataset(data_dir, "train")
     val_data = Dataset(data_dir, "val")
-    train_data.check_fits(tokenizer, config)
+    for data in (train_data, val_data):
+        data.check_can_train(tokenizer, config)
     return train_data, val_data
+
+
+class PartOfRecords(NamedTuple):
+    """Some whole records, by their place in the arrays."""
+
+    records: slice
+    tokens: slice
+    starts: np.ndarray
+    """(n,) where each of the n records begins among these tokens."""
+
+
+def parts_of(ends: np.ndarray, n_tokens: int = PART) -> Iterator[PartOfRecords]:
+    """All records in order, about `n_tokens` tokens at a time. `ends` (n_records,) says where each ends."""
+    first = 0
+    while first < len(ends):
+        begin = int(ends[first - 1]) if first > 0 else 0
+        last = int(np.searchsorted(ends, begin + n_tokens, "right"))
+        last = max(last, first + 1)  # at least one, however long it is
+        own_ends = np.asarray(ends[first:last]) - begin
+        yield PartOfRecords(
+            records=slice(first, last),
+            tokens=slice(begin, begin + int(own_ends[-1])),
+            starts=np.append(0, own_ends[:-1]),
+        )
+        first = last
 
 
 def read_meta(data_dir: Path) -> dict[str, Any]:

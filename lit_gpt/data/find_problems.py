@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lit_gpt.config import Config
-from lit_gpt.data.dataset import ANSWER, NEITHER, TRAIN, VAL, Dataset
+from lit_gpt.data.dataset import ANSWER, NEITHER, TRAIN, VAL, Dataset, parts_of
 from lit_gpt.data.lengths import CONTINUED, TEXT, cutoff_table, length_histogram, length_percentiles
 from lit_gpt.data.tokenizer import Tokenizer
 
@@ -213,20 +213,13 @@ class Part:
 
 def parts(data: Dataset) -> Iterator[Part]:
     """All records in order, about PART tokens at a time."""
-    first = 0
-    while first < len(data.ends):
-        begin = int(data.ends[first - 1]) if first > 0 else 0
-        last = int(np.searchsorted(data.ends, begin + PART, "right"))
-        last = max(last, first + 1)  # at least one, however long it is
-        ends = np.asarray(data.ends[first:last]) - begin
-        span = slice(begin, begin + int(ends[-1]))
+    for part in parts_of(data.ends, PART):
         yield Part(
-            first_record=first,
-            starts=np.append(0, ends[:-1]),
-            tokens=np.asarray(data.tokens[span]),
-            marks=np.asarray(data.trained[span]),
+            first_record=part.records.start,
+            starts=part.starts,
+            tokens=np.asarray(data.tokens[part.tokens]),
+            marks=np.asarray(data.trained[part.tokens]),
         )
-        first = last
 
 
 class RecordTable:

@@ -9,7 +9,14 @@ from typing import Any
 
 from lit_gpt.data.bad_records import UNREADABLE
 from lit_gpt.data.messages import are_trained, list_keys
-from lit_gpt.data.records import Keys, blank_part, flags_of_near_keys, given_flags, key_of_each_part
+from lit_gpt.data.records import (
+    Keys,
+    blank_part,
+    flags_of_near_keys,
+    given_flags,
+    key_of_each_part,
+    split_names,
+)
 from lit_gpt.data.tokenizer import Encoded, Tokenizer
 from lit_gpt.errors import InputError
 
@@ -91,6 +98,8 @@ def check_named_keys(records: Iterable[dict[str, Any]], keys: Keys) -> Iterator[
         InputError: after the last one, if none of them has a key that a flag names.
     """
     unseen = dict(given_flags(keys))
+    unseen_splits = set(split_names(keys.train_splits) + split_names(keys.val_splits))
+    seen_splits: dict[str, None] = {}  # in order
     last: dict[str, Any] = {}
     for record in records:
         if UNREADABLE not in record:
@@ -98,10 +107,18 @@ def check_named_keys(records: Iterable[dict[str, Any]], keys: Keys) -> Iterator[
                 tell_near_keys(record, keys)
             last = record
             unseen = {flag: name for flag, name in unseen.items() if name not in record}
+        if unseen_splits:
+            seen_splits[str(record.get(keys.split_key))] = None
+            unseen_splits -= seen_splits.keys()
         yield record
     if unseen and last:
         flags = ", ".join(f"--{flag} {name}" for flag, name in unseen.items())
         raise InputError(f"No record has what {flags} names. The last one has {list_keys(last)}.")
+    if unseen_splits and last:
+        raise InputError(
+            f"No record is of the split {', '.join(sorted(unseen_splits))}, which --train_splits or --val_splits names."
+            f" There are {', '.join(list(seen_splits)[:10])}."
+        )
 
 
 def tell_near_keys(record: Mapping[str, Any], keys: Keys) -> None:

@@ -25,6 +25,7 @@ from lit_gpt.config import SAMPLE, Config, read_json
 from lit_gpt.data.bad_records import BAD, BadRecords
 from lit_gpt.data.conversation_tokens import ConversationEncoder
 from lit_gpt.data.dataset import FILES, TRAIN, VAL, Dataset
+from lit_gpt.data.embedding_rows import beyond_rows, check_special_tokens, describe
 from lit_gpt.data.leave_out import (
     JOINED,
     NO_GREETING,
@@ -139,10 +140,11 @@ def write_prepared(records: Records | Callable[[], Records], args: DataArgs, sou
     # settings
     tokenizer = Tokenizer(args.checkpoint_dir)
     config = Config.from_checkpoint(args.checkpoint_dir)
+    check_special_tokens(tokenizer, config)
     check_may_replace(args.data_dir, source, args.overwrite)
     style = resolve_style(args.prompt_style, tokenizer)
     limit = min(args.max_seq_length or config.block_size, config.block_size)
-    recipe = describe_recipe(tokenizer, style, limit, args)
+    recipe = describe_recipe(tokenizer, config, style, limit, args)
 
     # is there anything to do?
     if callable(records):
@@ -164,7 +166,7 @@ def write_prepared(records: Records | Callable[[], Records], args: DataArgs, sou
         # tokens
         with RecordWriter(folder, tokens_dtype, args.seed) as writer, progress_bar() as show:
             texts = render_records(hashed(records, digest), style, tokenizer, args, counts, bad, unread)
-            for text, pieces in tokenize(texts, tokenizer, limit, args, counts, bad):
+            for text, pieces in tokenize(texts, tokenizer, config, limit, args, counts, bad):
                 writer.add(pieces, text.prompt, text.split, text.is_repeat)
                 show(text.number, writer.n_tokens)
         bad.check_share()
@@ -239,13 +241,16 @@ def check_training_records(split: Split, val_fraction: float, counts: Counter[st
 # ---- is it up to date?
 
 
-def describe_recipe(tokenizer: Tokenizer, style: str, limit: int, args: DataArgs) -> str:
+def describe_recipe(tokenizer: Tokenizer, config: Config, style: str, limit: int, args: DataArgs) -> str:
     """A text that differs if anything but the records would lead to other files."""
     settings = asdict(args)
     # the checkpoint's tokenizer and block size are in the recipe; where its folder lies does not matter
     del settings["checkpoint_dir"], settings["data_dir"], settings["overwrite"]
     template = None if style in ("alpaca", "none", "chat") else template_source(style)
-    return json.dumps([FORMAT, tokenizer.behaviour, style, template, limit, settings])
+    recipe = [FORMAT, tokenizer.behaviour, style, template, limit, settings]
+    if tokenizer.vocab_size > config.padded_vocab_size:
+        recipe.append(config.padded_vocab_size)  # records with tokens beyond it are left out
+    return json.dumps(recipe)
 
 
 def is_up_to_date(records: Callable[[], Records], recipe: str, data_dir: Path) -> bool:
@@ -390,6 +395,7 @@ def render_or_adapt(
 def tokenize(
     texts: Iterable[RecordText],
     tokenizer: Tokenizer,
+    config: Config,
     limit: int,
     args: DataArgs,
     counts: Counter[str],
@@ -397,9 +403,16 @@ def tokenize(
 ) -> Iterator[tuple[RecordText, list[Marked]]]:
     """Each text, and its tokens and marks: an empty list if it is dropped, several pieces of a long text."""
     encoder = ConversationEncoder(tokenizer)
+    reason = None  # to leave out records with tokens that the model does not know, with the first of these by name
     for chunk in chunks(texts):
         encodings = encoder.encode_batch([text.rendered for text in chunk])
         for text, (tokens, remarks) in zip(chunk, encodings, strict=True):
+            beyond = beyond_rows(tokens.ids, config)
+            if beyond is not None:
+                reason = reason or f"with tokens such as {describe(beyond, tokenizer, config)}"
+                counts[reason] += 1
+                yield text, []
+                continue
             try:
                 pieces = pieces_of(text, tokens, tokenizer, limit, args, counts)
             except InputError as error:

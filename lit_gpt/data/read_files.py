@@ -1,11 +1,12 @@
 """Reads records from files and data sets. A record is a mapping; records.py reads its keys."""
 
 import csv
+import functools
 import io
-import itertools
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +14,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_gpt.data.bad_records import UNREADABLE
+from lit_gpt.data.folder_layout import (
+    DataFiles,
+    choose_config,
+    find_data,
+    is_saved,
+    left_aside,
+    read_configs,
+    saved_inside,
+)
 from lit_gpt.errors import InputError
+from lit_gpt.files import list_some
 from lit_gpt.packages import import_optional
 
 Delimiter = Literal["comma", "semicolon", "tab"]
@@ -48,31 +59,137 @@ def mix(sources: Mapping[str, float], split_key: str = "split", strict: bool = T
 
 
 def read_records(source: str | Path, split_key: str = "split", strict: bool = True) -> Iterator[dict[str, Any]]:
-    """Records of a .json, .jsonl, .csv, .parquet, .txt or .md file, of a folder of .txt files, or of a data set.
+    """Records of a .json, .jsonl, .csv, .parquet, .txt or .md file, of a folder of texts, or of a data set.
 
-    A data set is named as on the Hugging Face hub, org/name or org/name:config, or is a folder that
-    `Dataset.save_to_disk` wrote. The names of its splits become what its records hold under `split_key`.
+    A data set is named as on the Hugging Face hub, org/name or org/name:config, or is a folder, as it lies on the hub
+    or as `save_to_disk` wrote it; folder:config names one of its configurations. The names of its splits become what
+    its records hold under `split_key`. A line on stderr names the files of a folder that are left aside.
 
     Without `strict`, a line or a row that cannot be read is a record that says so (UNREADABLE), and no error.
 
     Raises:
-        InputError: no such thing, or it cannot be read.
+        InputError: no such thing, or it cannot be read; or a folder does not say which of its files are data.
     """
     path = Path(source)
-    if path.suffix in READERS_BY_RECORD:
-        return READERS_BY_RECORD[path.suffix](path, strict=strict)
+    folder, config = split_config(str(source))
+    if folder is not None:
+        return folder_records(folder, config, split_key, strict)
     if path.suffix in READERS:
-        return READERS[path.suffix](path)
-    texts = sorted(path.rglob("*.txt")) if path.is_dir() else []
-    if texts:
-        return itertools.chain.from_iterable(text_records(text) for text in texts)
-    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(source))
-    if path.is_dir() or is_on_hub:
+        return read_file(path, strict)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[^/]+)?", str(source)):
         return dataset_records(str(source), split_key)
     raise InputError(
-        f"{source} is no file ending in {', '.join(READERS)}, no folder of .txt files or a saved data set, no"
-        " org/name of the hub."
+        f"{source} is no file ending in {', '.join(READERS)}, no folder of texts or of a data set, no org/name of the"
+        f" hub, as seen from {Path.cwd()}."
     )
+
+
+def read_file(path: Path, strict: bool) -> Iterator[dict[str, Any]]:
+    """Records of a file whose kind is in READERS. Raises InputError if it cannot be read."""
+    if path.suffix in READERS_BY_RECORD:
+        return READERS_BY_RECORD[path.suffix](path, strict=strict)
+    return READERS[path.suffix](path)
+
+
+def split_config(source: str) -> tuple[Path | None, str | None]:
+    """The folder that a source names, and a configuration of it: FOLDER or FOLDER:CONFIG. (None, None) for no folder.
+
+    A folder's own name may have colons.
+    """
+    if Path(source).is_dir():
+        return Path(source), None
+    name, colon, config = source.rpartition(":")
+    if colon and config and name and Path(name).is_dir():
+        return Path(name), config
+    return None, None
+
+
+def folder_records(folder: Path, config: str | None, split_key: str, strict: bool) -> Iterator[dict[str, Any]]:
+    """Records of a folder: of texts, or of a data set, as it lies on the hub or as it was saved.
+
+    Raises:
+        InputError: it has no such configuration; or it does not say which of its files are data.
+    """
+    configs = [] if is_saved(folder) else read_configs(folder)
+    if config is not None and not configs:
+        # a configuration, or a split of a saved data set, may be a folder in it
+        inside = folder / config
+        if not inside.is_dir():
+            raise no_config(folder, config)
+        return folder_records(inside, None, split_key, strict)
+
+    if is_saved(folder):
+        tell_left_aside(folder, sorted(folder.rglob("*.arrow")))
+        return dataset_records(str(folder), split_key)
+    if configs:
+        return dataset_records(str(folder), split_key, choose_config(folder, config))
+    saved = saved_inside(folder)
+    if saved:
+        raise InputError(
+            f"{folder} holds several saved data sets. Name one: {list_some(f'{folder}:{path.name}' for path in saved)}."
+        )
+    data = find_data(folder)
+    tell_left_aside(folder, [path for paths in data.splits.values() for path in paths])
+    return records_of_files(data, split_key, strict)
+
+
+def no_config(folder: Path, config: str) -> InputError:
+    """The error that tells what a folder has in place of a configuration."""
+    inside = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))]
+    what = f"no folder {config} in it; there are {list_some(inside)}" if inside else "no folder in it"
+    return InputError(f"{folder}:{config}: the README.md of {folder} names no configs, and there is {what}.")
+
+
+def records_of_files(data: DataFiles, split_key: str, strict: bool) -> Iterator[dict[str, Any]]:
+    """Records of the data files of a folder. If there are several splits, each record says its own.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    for split, paths in data.splits.items():
+        for path in paths:
+            for record in records_of_file(path, data.kind, strict):
+                yield record if len(data.splits) == 1 else {split_key: split, **record}
+
+
+def records_of_file(path: Path, kind: str, strict: bool) -> Iterator[dict[str, Any]]:
+    """Records of one data file of a folder. Raises InputError if it cannot be read."""
+    if kind == "tsv" and path.suffix == ".tsv":
+        return csv_records(path, "tab", strict)
+    # a .json file of a data set may be a list, or have an object per line
+    if path.suffix in READERS and path.suffix != ".json":
+        return read_file(path, strict)
+    if kind == "text":
+        raise InputError(f"{path} cannot be read: name its kind in small letters, .txt or .md, and uncompress it.")
+    settings = {"sep": "\t"} if kind == "tsv" else {}
+    builder = {"tsv": "csv", "jsonl": "json"}.get(kind, kind)
+    return file_of_dataset(path, builder, settings)
+
+
+def file_of_dataset(path: Path, builder: str, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Records of a file of a kind that the `datasets` library reads. Raises InputError if it cannot be read."""
+    datasets = import_optional("datasets", "data", f"A {path.suffix} file of a data set")
+    try:
+        yield from datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True, **settings)
+    except Exception as error:  # the library raises whatever its parts raise, also in the midst of reading
+        raise InputError(f"{path} cannot be read: {in_one_line(error)}") from None
+
+
+def tell_left_aside(folder: Path, used: Sequence[Path]) -> None:
+    """Names the files of a folder that are not read, once."""
+    line = left_aside(folder, used)
+    if line:
+        tell_once(line)
+
+
+@functools.cache
+def tell_once(line: str) -> None:
+    """Prints a line on stderr, if it was not printed before: preparing may read a source twice."""
+    print(line, file=sys.stderr)
+
+
+def in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def parquet_records(path: Path) -> Iterator[dict[str, Any]]:
@@ -88,25 +205,34 @@ def parquet_records(path: Path) -> Iterator[dict[str, Any]]:
         raise InputError(f"{path} is no parquet file that can be read: {error}") from None
 
 
-def dataset_records(source: str, split_key: str) -> Iterator[dict[str, Any]]:
-    """Records of a data set of the hub, or of a saved one. If it has several splits, each record says its own.
+def dataset_records(source: str, split_key: str, config: str | None = None) -> Iterator[dict[str, Any]]:
+    """Records of a data set of the hub, or of a folder. If it has several splits, each record says its own.
+
+    `source` is org/name or org/name:config, or a folder, of which `config` names a configuration.
 
     Raises:
         InputError: it cannot be loaded, or breaks off.
     """
     datasets = import_optional("datasets", "data", "A data set of the hub, or a folder of one,")
+    is_folder = Path(source).is_dir()
     try:
-        if Path(source).is_dir() and any(Path(source).rglob("state.json")):
+        if is_folder and is_saved(Path(source)):
             dataset = datasets.load_from_disk(source)
         else:
-            name, _, config = source.partition(":")
+            name = source
+            if not is_folder:
+                name, _, config = source.partition(":")
             dataset = datasets.load_dataset(name, config or None, streaming=True)
+            if is_folder:
+                used = datasets.load_dataset_builder(name, config or None).config.data_files
+                tell_left_aside(Path(name), [Path(path) for paths in used.values() for path in paths])
         splits = dataset if isinstance(dataset, dict) else {"all": dataset}
         for split, records in splits.items():
             for record in records:
                 yield record if len(splits) == 1 else {split_key: split, **record}
     except Exception as error:  # the library raises whatever its parts raise, also in the midst of reading
-        raise InputError(f"The data set {source} cannot be read: {' '.join(str(error).split())[:300]}") from None
+        hint = f" Name one of them: {source}:NAME." if "Config name is missing" in str(error) else ""
+        raise InputError(f"The data set {source} cannot be read: {in_one_line(error)}{hint}") from None
 
 
 def text_records(path: Path) -> Iterator[dict[str, Any]]:

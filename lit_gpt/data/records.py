@@ -52,6 +52,8 @@ BESIDE_INPUT_AND_OUTPUT = ("tools", "functions", "history", "id", *OURS)
 """Keys beside which an input and an output alone are a question and its answer."""
 LABELS = ("label", "kto_tag")  # whether an answer is a good one, for TRL's and LLaMA-Factory's KTO
 
+LEFT_OUT = "left out by a flag"  # a split that is neither
+
 
 @dataclass(frozen=True)
 class Keys:
@@ -74,6 +76,11 @@ class Keys:
     split_key: str = "split"
     """The key of a value that is train or val, or begins so (train_sft). Records may lack it; those that say test are
     left out."""
+    train_splits: str | None = None
+    """Names of the splits to train on, such as train_en,gen; in place of those that begin with train."""
+    val_splits: str | None = None
+    """Names of the splits to validate on, in place of those that begin with val, valid, dev or eval. With one of these
+    two flags, records of any other split are left out and counted."""
 
     def __post_init__(self) -> None:
         key_of_each_part(self)
@@ -185,7 +192,7 @@ def read_record(record: Mapping[str, Any], where: str, keys: Keys) -> dict[str, 
     """See `in_our_form`."""
     parts = Parts(record, keys)
     refuse_media(parts, where)
-    result: dict[str, Any] = {"split": read_split(parts.take_part("split_key"), where)}
+    result: dict[str, Any] = {"split": choose_split(parts.take_part("split_key"), where, keys)}
     if record.get("is_repeat"):
         result["is_repeat"] = True
 
@@ -363,17 +370,47 @@ def question_message(instruction: str, context: str) -> dict[str, str]:
     return {"role": "user", "content": content, "instruction": instruction, "input": context}
 
 
+def split_names(flag: str | None) -> list[str]:
+    """The names in a flag such as --train_splits, which has commas between them."""
+    return [name.strip() for name in flag.split(",") if name.strip()] if flag else []
+
+
+def choose_split(value: Any, where: str, keys: Keys) -> str | None:
+    """What `read_split` gives, unless --train_splits or --val_splits say which names mean training and validation."""
+    train_splits = split_names(keys.train_splits)
+    val_splits = split_names(keys.val_splits)
+    if value in (None, ""):
+        return None
+    if value in train_splits:
+        return "train"
+    if value in val_splits:
+        return "val"
+    split = known_split(value)
+    has_flag = {"train": bool(train_splits), "val": bool(val_splits), None: bool(train_splits or val_splits)}
+    if has_flag.get(split):
+        return "other"
+    if split is None:
+        raise InputError(
+            f"{where} says split {value!r}, expected train, val or test. --train_splits and --val_splits name the"
+            " splits to train and to validate on."
+        )
+    return split
+
+
 def read_split(value: Any, where: str) -> str | None:
     """ "train", "val", "other" (a split that is not used) or None for what a record says of its split."""
     if value in (None, ""):
         return None
-    word = value
-    if isinstance(value, str):
-        # train_sft is train
-        word = re.split(r"[_\W]", value.strip().lower())[0]
-    if not isinstance(word, str) or word not in SPLITS:
+    split = known_split(value)
+    if split is None:
         raise InputError(f"{where} says split {value!r}, expected train, val or test.")
-    return SPLITS[word]
+    return split
+
+
+def known_split(value: Any) -> str | None:
+    """ "train", "val" or "other" for the name of a split, None for a name that is not known: train_sft is train."""
+    word = re.split(r"[_\W]", value.strip().lower())[0] if isinstance(value, str) else None
+    return SPLITS.get(word)
 
 
 # ---- what is not for this toolkit
@@ -424,11 +461,21 @@ def blank_part(record: Mapping[str, Any]) -> str | None:
 def with_validation(
     records: Iterable[dict[str, Any]], validation: Iterable[dict[str, Any]] | None, keys: Keys
 ) -> Iterator[dict[str, Any]]:
-    """All records. If some are for validation, each record says to which split it belongs."""
+    """All records. If some are for validation, each record says to which split it belongs.
+
+    Training records of the split test stay out, and so do splits that --train_splits and --val_splits leave out.
+    """
     if validation is None:
         yield from records
         return
-    for record in records:
-        yield record | {keys.split_key: "train"}
-    for record in validation:
-        yield record | {keys.split_key: "val"}
+    sides = ((records, "train", split_names(keys.train_splits)), (validation, "val", split_names(keys.val_splits)))
+    for side, word, names in sides:
+        for record in side:
+            own = record.get(keys.split_key)
+            is_test = word == "train" and not names and known_split(own) == "other"
+            if is_test or own in names:
+                yield record
+            elif names and own not in (None, ""):
+                yield record | {keys.split_key: LEFT_OUT}
+            else:
+                yield record | {keys.split_key: names[0] if names else word}

@@ -1,21 +1,26 @@
 """Text to tokens and back, by the files of a checkpoint."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lit_gpt.config import check_is_checkpoint, read_json
+from lit_gpt.config import check_is_checkpoint
+from lit_gpt.data.added_tokens import (
+    SPECIAL_TOKENS,
+    is_id,
+    read_added_tokens,
+    read_if_there,
+    read_settings,
+    spelling,
+)
 from lit_gpt.data.answer_spans import find_turn_end
 from lit_gpt.data.chat_template import read_chat_templates
-from lit_gpt.data.tokenizer_backends import Backend, Encoded, SentencePieceBackend, TokenizersBackend
+from lit_gpt.data.tokenizer_backends import Backend, Encoded, SentencePieceBackend, TokenizersBackend, named_id
 from lit_gpt.errors import InputError, reading
-
-# chat templates may use them by these names
-SPECIAL_TOKENS = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]
 
 
 class Tokenizer:
@@ -28,40 +33,30 @@ class Tokenizer:
         """Raises InputError if there is no such folder, or it has no tokenizer, or a damaged one."""
         folder = Path(checkpoint_dir)
         check_is_checkpoint(folder)
-        settings = read_if_there(folder / "tokenizer_config.json")
+        settings = read_settings(folder)
         generation = read_if_there(folder / "config.json") | read_if_there(folder / "generation_config.json")
-        self.library = open_backend(folder)
+        self.library = open_backend(folder, settings)
         self.vocab_size = self.library.vocab_size
-        # its special tokens
+        # its special tokens. What BOS is, the tokenizer's own files say alone: config.json often names one that no text
+        # begins with
         with reading(f"{folder}, its tokenizer_config.json or generation_config.json"):
-            self.bos_id = self.special_id("bos_token", settings, generation)
-            self.eos_id = self.special_id("eos_token", settings, generation)
-            if self.eos_id is None:
+            self.bos_id, self.use_bos = self.library.bos(settings)
+            stop_ids = read_stop_ids(generation.get("eos_token_id"), self.library)
+            eos_id = named_id(self.library, settings, "eos_token")
+            if eos_id is None:
+                eos_id = stop_ids[0] if stop_ids else self.library.eos_id
+            if eos_id is None:
                 raise InputError("neither names an eos_token.")
-            self.named_stop_ids = frozenset([self.eos_id, *token_ids("eos_token_id", generation)])
+            self.eos_id: int = eos_id
+            self.named_stop_ids = frozenset([eos_id, *stop_ids])
             self.chat_templates = read_chat_templates(folder, settings)
             named = {name: spelling(settings[name]) for name in SPECIAL_TOKENS if settings.get(name)}
 
-        # does it add a BOS token? Some files have an add_bos_token that is null
-        add_bos = settings.get("add_bos_token")
-        if self.bos_id is None:
-            self.use_bos = False
-        else:
-            self.use_bos = self.library.adds_bos(self.bos_id) if add_bos is None else add_bos
-
         # the names that chat templates know
         special_tokens = {"eos_token": self.id_to_token(self.eos_id)}
-        if self.bos_id is not None:
+        if self.bos_id is not None and "bos_token" not in settings:
             special_tokens = {"bos_token": self.id_to_token(self.bos_id), **special_tokens}
         self.special_tokens = special_tokens | named
-
-    def special_id(self, name: str, settings: dict[str, Any], generation: dict[str, Any]) -> int | None:
-        """The id of a token that tokenizer_config.json spells, else the id in generation_config.json or config.json."""
-        token = settings.get(name)
-        if token is not None:
-            return self.token_to_id(spelling(token))
-        ids = token_ids(f"{name}_id", generation)
-        return ids[0] if ids else None
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -115,8 +110,11 @@ class Tokenizer:
         return token_id
 
     def id_to_token(self, token_id: int) -> str:
-        """The spelling of a token, special tokens included."""
-        return self.library.id_to_token(token_id)
+        """The spelling of a token, special tokens included. Raises InputError if none has this id."""
+        token = self.library.id_to_token(token_id)
+        if token is None:
+            raise InputError(f"The tokenizer has no token {token_id}: it has {self.vocab_size:,}.")
+        return token
 
     # ---- text to tokens
 
@@ -207,47 +205,39 @@ class Tokenizer:
         return hashlib.sha256(self.library.vocabulary()).hexdigest()
 
 
-def open_backend(folder: Path) -> Backend:
-    """The tokenizer of a checkpoint folder.
+def open_backend(folder: Path, settings: Mapping[str, Any]) -> Backend:
+    """The tokenizer of a checkpoint folder, with the tokens that are added to it. tokenizer.json comes first, if both
+    files are there, as in transformers.
 
     Raises:
-        InputError: there is none, or its file is damaged.
+        InputError: there is none, its file is damaged, or its files do not belong together.
     """
+    added = read_added_tokens(folder, settings)
     try:
         if (folder / "tokenizer.json").is_file():
-            return TokenizersBackend(folder / "tokenizer.json")
+            return TokenizersBackend(folder / "tokenizer.json", added)
         if (folder / "tokenizer.model").is_file():
-            return SentencePieceBackend(folder / "tokenizer.model")
+            legacy = settings.get("legacy") is not False
+            add_prefix_space = settings.get("add_prefix_space") is not False
+            return SentencePieceBackend(folder / "tokenizer.model", added, legacy, add_prefix_space)
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"The tokenizer in {folder} cannot be read ({error}). Download it again.") from None
     raise InputError(f"{folder} has no tokenizer.json and no tokenizer.model. Download the checkpoint again.")
 
 
-def token_ids(key: str, generation: dict[str, Any]) -> list[int]:
-    """What generation_config.json or config.json has as a bos_token_id or eos_token_id: no id, one or several.
+def read_stop_ids(eos_token_id: Any, library: Backend) -> list[int]:
+    """The tokens that end an answer by what generation_config.json has as eos_token_id: none, one, or several.
 
     Raises:
-        InputError: it is something else, such as -1.
+        InputError: one of them is no token of the tokenizer.
     """
-    value = generation.get(key)
-    if value is None:
+    if eos_token_id is None:
         return []
-    ids = value if isinstance(value, list) else [value]
-    for token_id in ids:
-        is_number = isinstance(token_id, int) and not isinstance(token_id, bool)
-        if not is_number or not 0 <= token_id < 2**31:
+    stop_ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+    for stop_id in stop_ids:
+        if not is_id(stop_id) or library.id_to_token(stop_id) is None:
             raise InputError(
-                f"the {key} is {value!r}, expected one number or several, each 0 or more. Where"
-                " there is no such token, leave the key out."
+                f"the eos_token_id is {eos_token_id!r}, expected one number or several, of the tokenizer's tokens 0 to"
+                f" {library.vocab_size - 1:,}. Correct it in generation_config.json and config.json."
             )
-    return ids
-
-
-def spelling(token: str | dict[str, Any]) -> str:
-    """The text of a special token in tokenizer_config.json, which has it as a text or in a mapping."""
-    return token["content"] if isinstance(token, dict) else token
-
-
-def read_if_there(path: Path) -> dict[str, Any]:
-    """The content of a JSON file, or nothing if there is no file."""
-    return read_json(path) if path.is_file() else {}
+    return stop_ids

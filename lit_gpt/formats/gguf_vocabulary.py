@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from lit_gpt.config import Config
 from lit_gpt.data.tokenizer import Tokenizer
+from lit_gpt.data.tokenizer_backends import SentencePieceBackend
 from lit_gpt.errors import InputError
 from lit_gpt.formats.gguf_tokenizer import (
     BYTE,
@@ -57,7 +58,7 @@ def gguf_vocabulary(checkpoint_dir: Path, config: Config, tokenizer: Tokenizer) 
     n_tokens = config.padded_vocab_size
     stored = None
     if tokenizer.backend == "tokenizers":
-        stored = json.loads((checkpoint_dir / "tokenizer.json").read_text(encoding="utf-8"))
+        stored = json.loads(tokenizer.processor.to_str())  # with the tokens that stand beside tokenizer.json
     if stored is None or is_piece_model(stored["model"]):
         values = piece_vocabulary(checkpoint_dir, stored, n_tokens, tokenizer)
     else:
@@ -103,15 +104,17 @@ def byte_level_vocabulary(
     if not same:
         raise InputError(f"llama.cpp has no known name for how {checkpoint_dir} cuts texts into words.")
 
-    # an entry for every row of the embedding
+    # an entry for every row of the embedding; a token beyond them is none of the model's
     tokens = [f"[PAD{i}]" for i in range(n_tokens)]
     types = [UNUSED] * n_tokens
     for token, token_id in stored["model"]["vocab"].items():
-        tokens[token_id] = token
-        types[token_id] = NORMAL
+        if token_id < n_tokens:
+            tokens[token_id] = token
+            types[token_id] = NORMAL
     for added in stored.get("added_tokens", []):
-        tokens[added["id"]] = added["content"]
-        types[added["id"]] = added_token_type(added["special"])
+        if added["id"] < n_tokens:
+            tokens[added["id"]] = added["content"]
+            types[added["id"]] = added_token_type(added["special"])
     return {
         "add_tokenizer_model": "gpt2",
         "add_tokenizer_pre": same[0],
@@ -137,6 +140,11 @@ def piece_vocabulary(
     # a piece for every row of the embedding
     if stored is None:
         pieces = pieces_of_model(tokenizer.processor.serialized_model_proto())
+        # tokens beside the file may go beyond it, or take the place of an unused piece
+        assert isinstance(tokenizer.library, SentencePieceBackend), "the other one has a tokenizer.json"
+        for token_id, token in tokenizer.library.by_id.items():
+            if token_id not in pieces or pieces[token_id].text != token.content:
+                pieces[token_id] = Piece(token.content, added_token_type(token.special), 0.0)
     else:
         pieces = pieces_of_json(stored, tokenizer.unk_id)
     rows = [pieces.get(i, Piece(f"[PAD{i}]", UNUSED, 0.0)) for i in range(n_tokens)]

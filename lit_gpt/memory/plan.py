@@ -95,7 +95,9 @@ def setup_of_script(method: str, settings: dict[str, Any], config: Config, token
     # the records of a micro-batch
     train = flags["train"]
     if tokens is None:
-        lengths = heaviest_lengths(Dataset(flags["data_dir"], "train"), train)
+        data = Dataset(flags["data_dir"], "train")
+        data.check_trained()
+        lengths = heaviest_lengths(data, train)
     else:
         if train.micro_batch_tokens is None:
             n_records = min(train.micro_batch_size, train.global_batch_size)

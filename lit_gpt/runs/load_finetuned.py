@@ -14,6 +14,7 @@ from lit_gpt.checkpoint.load import build_model, checked_tensors, is_finite, loa
 from lit_gpt.checkpoint.quantized_elsewhere import PLAIN
 from lit_gpt.checkpoint.weight_files import read_tensors
 from lit_gpt.config import SAMPLE, Config
+from lit_gpt.data.embedding_rows import check_special_tokens
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.device import Precision, inference_dtype
 from lit_gpt.errors import InputError
@@ -55,25 +56,29 @@ def load_for_use(args: UseArgs, device: torch.device) -> tuple[GPT, Tokenizer, s
     """A model, its tokenizer, and the prompt style it was fine-tuned with; None if it was not, or if that is unknown.
 
     Raises:
-        InputError: see `load_finetuned` and `load_weights`.
+        InputError: see `read_for_use`, `load_finetuned` and `load_weights`.
     """
-    dtype = inference_dtype(args.precision)
+    tokenizer, _, trained_style = read_for_use(args)
+    return load_model_for_use(args, device), tokenizer, trained_style
 
+
+def read_for_use(args: UseArgs) -> tuple[Tokenizer, Config, str | None]:
+    """What is known before a weight is read: the tokenizer, the shape of the model, and the prompt style as above.
+
+    Raises:
+        InputError: there is no such model; or its tokenizer does not fit it, or is not the one of the training.
+    """
     # a model as it was downloaded
     if args.finetuned is None:
         checkpoint_dir = args.checkpoint_dir or SAMPLE
-        quantize = None if args.quantize == "auto" or args.quantize == "none" else args.quantize
-        model = load_model(checkpoint_dir, dtype, device, quantize)
-        return model, Tokenizer(checkpoint_dir), None
+        config = Config.from_checkpoint(checkpoint_dir)
+        tokenizer = Tokenizer(checkpoint_dir)
+        check_special_tokens(tokenizer, config)
+        return tokenizer, config, None
 
     # or one that was fine-tuned; an adapter of peft does not say with which tokenizer
-    model, header = load_finetuned(
-        args.checkpoint_dir,
-        args.finetuned,
-        dtype=dtype,
-        device=device,
-        quantize=args.quantize,
-    )
+    header, base_dir = read_base(args.checkpoint_dir, args.finetuned)
+    config = Config.from_checkpoint(base_dir)
     tokenizer = Tokenizer(args.checkpoint_dir or header.checkpoint_dir)
     # an adapter of peft may have its tokenizer beside it, with the chat template that was trained
     if is_peft(args.finetuned) and (args.finetuned / "tokenizer.json").is_file():
@@ -81,7 +86,18 @@ def load_for_use(args: UseArgs, device: torch.device) -> tuple[GPT, Tokenizer, s
         tokenizer = own if own.fingerprint == tokenizer.fingerprint else tokenizer
     if header.tokenizer not in ("", tokenizer.fingerprint):
         raise InputError(f"{args.finetuned} was trained with another tokenizer than the one of its base now is.")
-    return model, tokenizer, header.prompt_style or None
+    check_special_tokens(tokenizer, config)
+    return tokenizer, config, header.prompt_style or None
+
+
+def load_model_for_use(args: UseArgs, device: torch.device) -> GPT:
+    """The model that the flags name. Raises InputError: see `load_finetuned` and `load_weights`."""
+    dtype = inference_dtype(args.precision)
+    if args.finetuned is None:
+        quantize = None if args.quantize == "auto" or args.quantize == "none" else args.quantize
+        return load_model(args.checkpoint_dir or SAMPLE, dtype, device, quantize)
+    model, _ = load_finetuned(args.checkpoint_dir, args.finetuned, dtype=dtype, device=device, quantize=args.quantize)
+    return model
 
 
 def load_finetuned(
@@ -99,18 +115,10 @@ def load_finetuned(
     Raises:
         InputError: another base, or keys that do not fit it.
     """
-    # what was trained, and how
+    # what was trained, and on what
     from_peft = is_peft(finetuned_dir)
-    header = read_peft_header(finetuned_dir) if from_peft else read_header(finetuned_dir)
-    method = methods.get(header.method)
-    if method is None:
-        raise InputError(f"{finetuned_dir} holds a {header.method}, which writes no text: use generate/classify.py.")
-    if method.trains_base:  # all weights were saved: the folder is its own base
-        checkpoint_dir = finetuned_file(finetuned_dir).parent
-        header = replace(header, checkpoint_dir=str(checkpoint_dir))
-
-    # its base
-    base_dir = base_of(finetuned_dir, checkpoint_dir, header)
+    header, base_dir = read_base(checkpoint_dir, finetuned_dir, methods)
+    method = methods[header.method]
     kind = choose_quantization(header, quantize, finetuned_dir)
     model = build_model(Config.from_checkpoint(base_dir))
     quantize_linears(model, kind)
@@ -131,6 +139,24 @@ def load_finetuned(
         model = method.apply(model, settings)
         load_trained(model, finetuned_dir, method)
     return model.eval(), header
+
+
+def read_base(
+    checkpoint_dir: Path | None, finetuned_dir: Path, methods: Mapping[str, Method] = METHODS
+) -> tuple[Header, Path]:
+    """The header of what was trained, and the folder of its base: `checkpoint_dir`, or the one it was trained on.
+
+    Raises:
+        InputError: what was trained writes no text, or its base is not there.
+    """
+    header = read_peft_header(finetuned_dir) if is_peft(finetuned_dir) else read_header(finetuned_dir)
+    method = methods.get(header.method)
+    if method is None:
+        raise InputError(f"{finetuned_dir} holds a {header.method}, which writes no text: use generate/classify.py.")
+    if method.trains_base:  # all weights were saved: the folder is its own base
+        checkpoint_dir = finetuned_file(finetuned_dir).parent
+        header = replace(header, checkpoint_dir=str(checkpoint_dir))
+    return header, base_of(finetuned_dir, checkpoint_dir, header)
 
 
 def base_of(finetuned_dir: Path, checkpoint_dir: Path | None, header: Header) -> Path:

@@ -169,7 +169,7 @@ def check_comparison(
     config = Config.from_checkpoint(Path(budget.checkpoint_dir))
     for split, adjective in (("train", "training"), ("val", "validation")):
         data = Dataset(Path(budget.data_dir), split)  # type: ignore[arg-type] # one of these two
-        data.check_fits(tokenizer, config)
+        data.check_can_train(tokenizer, config)
         if not len(data):
             raise InputError(f"{budget.data_dir} has no {adjective} records. Prepare the data with some.")
     if not paragraphs(text, tokenizer, config.block_size):

@@ -13,7 +13,7 @@ BLOCK_SIZE = 200
 CONFIG = {  # config.json of a model that is never built
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "vocab_size": 300,
+    "vocab_size": 100_000,  # enough for every tokenizer
     "hidden_size": 8,
     "rms_norm_eps": 1e-5,
     "intermediate_size": 8,

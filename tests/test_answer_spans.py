@@ -45,20 +45,18 @@ TALK = [user("Name a river."), says("The Ebro."), user("Another one?"), says("Th
 TOOL_TALK = [user("Rain in Lugo?"), calls("Lugo"), RESULT, says("12 mm of rain."), user("Thanks."), says("Welcome.")]
 CALL = '{"name": "rain", "arguments": {"town": "Lugo"}}'
 
-# ruff: noqa: E501, for templates are what they are
-LAST_ALONE = """{% for m in messages %}{% if m.role == 'user' %}### Question:
-{{ m.content }}
-
-{% elif m.role == 'assistant' %}### Answer:
-{{ m.content }}{{ eos_token if loop.last else '\\n\\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}### Answer:
-{% endif %}"""
-CALLS_ALONE = """{%- for m in messages -%}
-{%- if m.role == 'user' -%}[ASK]{{ m.content }}[/ASK]
-{%- elif m.role == 'assistant' and m.tool_calls -%}[CALLS]{{ m.tool_calls | map(attribute='function') | list | tojson }}{{ eos_token }}
-{%- elif m.role == 'assistant' -%}{{ m.content }}{{ eos_token }}
-{%- elif m.role == 'tool' -%}[RESULT]{{ m.content }}[/RESULT]
-{%- endif -%}
-{%- endfor -%}"""
+LAST_ALONE = (
+    "{% for m in messages %}{% if m.role == 'user' %}### Question:\n{{ m.content }}\n\n"
+    "{% elif m.role == 'assistant' %}### Answer:\n{{ m.content }}{{ eos_token if loop.last else '\n\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}### Answer:\n{% endif %}"
+)
+CALLS_ALONE = (
+    "{%- for m in messages -%}{%- if m.role == 'user' -%}[ASK]{{ m.content }}[/ASK]"
+    "{%- elif m.role == 'assistant' and m.tool_calls -%}"
+    "[CALLS]{{ m.tool_calls | map(attribute='function') | list | tojson }}{{ eos_token }}"
+    "{%- elif m.role == 'assistant' -%}{{ m.content }}{{ eos_token }}"
+    "{%- elif m.role == 'tool' -%}[RESULT]{{ m.content }}[/RESULT]{%- endif -%}{%- endfor -%}"
+)
 GAP = """{%- for m in messages -%}
 <|im_start|>{{ m.role }}
 {{ m.content }}
@@ -96,7 +94,8 @@ CASES = {
     "a gap where there is content": (
         GAP,
         [TOOL_TALK[0], calls("Lugo", "I look."), RESULT, says("12."), user("Vigo?"), calls("Lugo"), RESULT, says("3.")],
-        [f"I look.\n\n<call>{CALL}</call><|im_end|>", "12.<|im_end|>", f"<call>{CALL}</call><|im_end|>", "3.<|im_end|>"],
+        [f"I look.\n\n<call>{CALL}</call><|im_end|>", "12.<|im_end|>"]
+        + [f"<call>{CALL}</call><|im_end|>", "3.<|im_end|>"],
         [],
     ),
     "calls are not printed": (
@@ -131,7 +130,7 @@ CASES = {
         [ASKED_OTHERWISE],
     ),
     "messages[0] is read, and may be a greeting": (
-        "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}" + CHATML.replace("CONTENT", "m.content"),
+        "{{ messages[0].content if messages[0].role == 'system' }}" + CHATML.replace("CONTENT", "m.content"),
         [says("Hello, how can I help?"), *TALK],
         ["The Ebro.<|im_end|>", "The Po.<|im_end|>"],
         [],
@@ -194,7 +193,8 @@ CASES = {
     ),
     "a result inside of the answer": (
         "{% for m in messages %}{% if m.role != 'tool' %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}"
-        "<call>{{ m.tool_calls[0].function.arguments.town }}</call>{% if loop.nextitem is defined %}[{{ loop.nextitem.content }}]{% endif %}{% endif %}"
+        "<call>{{ m.tool_calls[0].function.arguments.town }}</call>"
+        "{% if loop.nextitem is defined %}[{{ loop.nextitem.content }}]{% endif %}{% endif %}"
         "{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
         [TOOL_TALK[0], calls("Lugo", "I look."), RESULT, says("12.")],
@@ -202,7 +202,7 @@ CASES = {
         None,
     ),
     "an answer that opens with an empty thought": (
-        CHATML.replace("CONTENT", "'<think>\n\n</think>\n\n' ~ m.content if m.role == 'assistant' and loop.last else m.content"),
+        CHATML.replace("CONTENT", "('<think>\n\n</think>\n\n' if loop.last and m.role == 'assistant') ~ m.content"),
         TALK,
         ["The Ebro.<|im_end|>", "<think>\n\n</think>\n\nThe Po.<|im_end|>"],
         [],
@@ -297,14 +297,14 @@ PHI = (
     "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
 )
 CHANNELS = (
-    "{% for m in messages %}<|start|>{% if m.reasoning_content and loop.last %}thought: {{ m.reasoning_content }}<|end|>"
-    "<|start|>{% endif %}{{ m.content }}{{ '</s>' if loop.last and not add_generation_prompt else '<|end|>' }}"
+    "{% for m in messages %}<|start|>{% if m.reasoning_content and loop.last %}"
+    "thought: {{ m.reasoning_content }}<|end|><|start|>{% endif %}{{ m.content }}{{ '</s>' if loop.last and not add_generation_prompt else '<|end|>' }}"
     "{% endfor %}"
 )
 
 
 def test_the_token_that_ends_a_turn_stops(tmp_path: Path) -> None:
-    """If the checkpoint names none that does: as with Phi-3's first files, or a base model that was given a template."""
+    """If the checkpoint names none that does: Phi-3's first files, or a base model that was given a template."""
     phi = checkpoint(tmp_path / "phi", PHI, "</s>")
     assert phi.named_stop_ids == {1} and phi.stop_ids == {1, TOKENS.index("<|end|>")}
     rendered = render("chat", {"messages": TALK}, phi)

@@ -37,6 +37,7 @@ SMALLER = [  # what is printed -> what is typed here, where the printed one woul
     (r"--tokens \d{4}\b", "--tokens 64"),
     (r"--card_gb 24", "--card_gb 1.1"),
     # comparisons
+    (r"compare_config_keys\.py", r"\g<0> --keys removed --cases olmo2,"),
     (r"compare_methods\.py(?! --)", r"\g<0> --steps 1"),
     (r"--minutes \d+|--tokens \d{5,}", "--steps 1"),
     (r"(compare_methods\.py(?!.*--methods).*)", r"""\1 --methods '["LoRA, r 8, all linears"]'"""),

@@ -232,6 +232,15 @@ def test_safetensors_beside_other_formats(two) -> None:
     assert "consolidated.safetensors, model.fp16.safetensors, original/consolidated.00.pth, in another layout" in said
 
 
+def test_weights_that_config_json_names(two) -> None:
+    folder, new, old = two
+    save_file(old, folder / "better.safetensors", {"format": "pt"})
+    edit_config(folder, {"transformers_weights": "better.safetensors"})
+    assert "config.json names better.safetensors as the weights" in refusal(folder)
+    edit_config(folder, {"transformers_weights": "model.safetensors"})
+    assert reads(folder, new)
+
+
 def test_a_converted_copy_beside_the_original(two) -> None:
     folder, _, _ = two
     convert_checkpoint(folder, folder.parent / "lit", hugging_face=False)

@@ -48,7 +48,21 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
         raise two_sets(checkpoint_dir, converted[0].name, theirs[0].name)
     if not converted and not theirs:
         raise no_weights(checkpoint_dir)
+    if theirs:
+        check_no_other_is_named(checkpoint_dir, theirs)
     return converted or theirs
+
+
+def check_no_other_is_named(checkpoint_dir: Path, files: list[Path]) -> None:
+    """Raises InputError if config.json names other files than these as the weights, which transformers then reads."""
+    config = checkpoint_dir / "config.json"
+    named = read_json(config).get("transformers_weights") if config.is_file() else None
+    own_names = {file.name for file in files} | {f"{name}.index.json" for name in HUGGING_FACE}
+    if named is not None and named not in own_names:
+        raise InputError(
+            f"{config} names {named} as the weights (transformers_weights), and {files[0].name} would be read. Give the"
+            " named file that name, or take the key out of config.json."
+        )
 
 
 def files_of_set(folder: Path, name: str) -> list[Path]:

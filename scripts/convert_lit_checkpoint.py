@@ -18,10 +18,18 @@ from lit_gpt.checkpoint.load import load_model
 from lit_gpt.checkpoint.save import convert_checkpoint
 from lit_gpt.cli import run
 from lit_gpt.config import SAMPLE
+from lit_gpt.data.prompts import without_template
 from lit_gpt.device import DType, as_dtype
 from lit_gpt.files import must_be_empty
 from lit_gpt.formats.gguf_writer import export_gguf
-from lit_gpt.formats.merge import export_merged, export_merged_gguf, export_peft, round_weights, whole_model
+from lit_gpt.formats.merge import (
+    export_merged,
+    export_merged_gguf,
+    export_peft,
+    header_of,
+    round_weights,
+    whole_model,
+)
 from lit_gpt.formats.verify import logits_of, verify_copy
 from lit_gpt.lock import locks
 from lit_gpt.ranges import check_range
@@ -63,6 +71,9 @@ def main(
     if finetuned is not None and format != "peft":
         whole = whole_model(finetuned)
     if whole is not None:
+        sentence = without_template(header_of(finetuned).prompt_style, Tokenizer(whole))
+        if sentence:
+            print(sentence)
         checkpoint_dir = whole
         finetuned = None
 

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import weakref
@@ -15,6 +16,7 @@ from conftest import ROOT, make_tiny
 from helpers.families import CASES, make, tokens, trained, weights_of
 from helpers.models import error, reference
 from helpers.runs import equal
+from helpers.scripts import script
 from helpers.shell import python
 from helpers.tiny_tokenizers import SPECIAL, byte_level, metaspace, sentencepiece, write
 from helpers.tiny_tokenizers import TEXTS as ALL_SORTS
@@ -121,6 +123,50 @@ def test_a_model_that_was_trained_whole_asks_as_in_training(tiny, tmp_path) -> N
     asked = render(resolve_style("auto", tokenizer), question, tokenizer)
     trained_so = render("alpaca", question, Tokenizer(tiny))
     assert tokenizer.encode(asked.text, bos=asked.bos).tolist() == tokenizer.encode(trained_so.text).tolist()
+
+
+def test_nothing_of_the_templates_of_the_base_wins(tiny, tmp_path) -> None:
+    """Neither one that has a name, nor where old programs look; and others stop where answers ended in training."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    base = shutil.copytree(tiny, tmp_path / "base")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings["chat_template"] = [{"name": name, "template": f"{name} of the base"} for name in ("default", "tool_use")]
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates/tool_use.jinja").write_text("tool_use of the base")
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+
+    adapter = write_adapter(tmp_path / "lora", base, prompt_style="zephyr")
+    export_merged(adapter, None, tmp_path / "merged")
+    header = Header("full", settings={}, checkpoint_dir=str(base), base="", tokenizer="", prompt_style="zephyr")
+    Checkpoints(tmp_path / "run", load_model(base), header).save("best")
+    script("scripts/convert_lit_checkpoint.py").main(tmp_path / "hf", finetuned=tmp_path / "run")
+
+    messages = [{"role": "user", "content": "Who is Ada?"}]
+    tokenizer = Tokenizer(base)
+    rendered = render("zephyr", {"messages": messages}, tokenizer)
+    expected = tokenizer.encode(rendered.text, bos=rendered.bos).tolist()
+    tools = [{"type": "function", "function": {"name": "f", "description": "F.", "parameters": {}}}]
+    for folder in (tmp_path / "merged", tmp_path / "run/best", tmp_path / "hf"):
+        theirs = AutoTokenizer.from_pretrained(folder)
+        for given in (None, tools):
+            options = dict(add_generation_prompt=True, tools=given, return_dict=False)
+            assert theirs.apply_chat_template(messages, **options) == expected
+        old = json.loads((folder / "tokenizer_config.json").read_text())
+        assert old["chat_template"] == (folder / "chat_template.jinja").read_text()
+        assert GenerationConfig.from_pretrained(folder).eos_token_id == [0, tokenizer.eos_id]
+
+
+def test_a_whole_model_whose_style_no_template_has_is_told_once_a_run_and_when_it_is_copied(tiny, tmp_path, capsys):
+    header = Header("full", settings={}, checkpoint_dir=str(tiny), base="", tokenizer="", prompt_style="none")
+    checkpoints = Checkpoints(tmp_path / "run", load_model(tiny), header)
+    checkpoints.save("best")
+    checkpoints.save("last")
+    script("scripts/convert_lit_checkpoint.py").main(tmp_path / "hf", finetuned=tmp_path / "run", prove_it=False)
+    said = capsys.readouterr()
+    sentence = "trained in the style none, and its chat template is another: ask it with --prompt_style none."
+    assert said.err.count(sentence) == 1 and said.out.count(sentence) == 1
 
 
 def test_a_style_that_no_template_has_is_told(tiny, tmp_path, capsys) -> None:

@@ -22,11 +22,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lit_gpt.data.added_tokens import read_if_there
 from lit_gpt.data.answer_spans import Rendering, find_answers, unprinted
 from lit_gpt.data.chat_template import Messages, choose_template, fill_template, name_reasoning
 from lit_gpt.data.messages import are_trained
 from lit_gpt.data.records import question_message
-from lit_gpt.data.tokenizer import Tokenizer, read_if_there
+from lit_gpt.data.tokenizer import Tokenizer, read_stop_ids
 from lit_gpt.errors import InputError
 
 STYLES = Path(__file__).parent / "styles"
@@ -291,25 +292,53 @@ def write_style(style: str, folder: Path) -> str:
         A sentence for the user, also if no template says what the style does; empty if the template is the one that was
         trained.
     """
-    if style in ("", "chat"):
+    if style == "":
         return ""
     tokenizer = Tokenizer(folder)
+    if (folder / "config.json").is_file():  # of a whole model, and no adapter
+        write_stop_ids(folder, tokenizer)
+    if style == "chat":
+        return ""
     template = as_chat_template(style, tokenizer)
     if template is None:
-        name = "and its file" if is_source(style) else style
-        return (
-            f"It was trained in the style {style_label(style)}, and its chat template is another: ask it with"
-            f" --prompt_style {name}."
-        )
-    settings_file = folder / "tokenizer_config.json"
-    settings = read_if_there(settings_file)
-    if settings.pop("chat_template", None) is not None:  # where transformers 4 had it
-        settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    # and those of the base for tools, or of a processor: they would be taken in its place
+        return without_template(style, tokenizer)
+
+    # where versions 5 and 4 of transformers read it, and all that follow them; others of the base must not win
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    settings = read_if_there(folder / "tokenizer_config.json")
+    write_settings(folder / "tokenizer_config.json", settings | {"chat_template": template})
     shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
     (folder / "chat_template.json").unlink(missing_ok=True)
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     return f"It was trained in the style {style_label(style)}, which is its chat template now."
+
+
+def without_template(style: str, tokenizer: Tokenizer) -> str:
+    """A sentence for the user if a style has no chat template that says what it does; empty if it has one."""
+    if style in ("", "chat") or as_chat_template(style, tokenizer) is not None:
+        return ""
+    name = "and its file" if is_source(style) else style
+    return (
+        f"It was trained in the style {style_label(style)}, and its chat template is another: ask it with"
+        f" --prompt_style {name}."
+    )
+
+
+def write_stop_ids(folder: Path, tokenizer: Tokenizer) -> None:
+    """Sees to it that other programs stop where an answer ended in training, if generation_config.json does not say.
+
+    They know no eos_token of the tokenizer, but the eos_token_id of generation_config.json, or else of config.json.
+    """
+    generation_file = folder / "generation_config.json"
+    generation = read_if_there(generation_file)
+    named = (read_if_there(folder / "config.json") | generation).get("eos_token_id")
+    ids = read_stop_ids(named, tokenizer.library)
+    missing = sorted(tokenizer.stop_ids - set(ids))
+    if missing:
+        write_settings(generation_file, generation | {"eos_token_id": [*ids, *missing]})
+
+
+def write_settings(file: Path, settings: dict[str, Any]) -> None:
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def as_chat_template(style: str, tokenizer: Tokenizer) -> str | None:

@@ -1,6 +1,7 @@
 """The folders `last` and `best` of a run: writing them while it trains, and going on from `last`."""
 
 import json
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,8 @@ from torch import nn
 from lit_gpt.checkpoint.load import is_finite
 from lit_gpt.checkpoint.save import save_tensors, write_files
 from lit_gpt.checkpoint.weight_files import read_metadata, read_tensors
-from lit_gpt.data.prompts import write_style
+from lit_gpt.data.prompts import without_template, write_style
+from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.distributed import is_first
 from lit_gpt.errors import InputError
 from lit_gpt.files import new_folder, recover
@@ -41,6 +43,7 @@ class Checkpoints:
         self.header = header
         self.method = method or METHODS[header.method]
         self.writes = is_first()
+        self.has_told_style = False
 
     def save(self, name: str) -> None:
         """Saves the weights as the folder `name`."""
@@ -78,6 +81,10 @@ class Checkpoints:
             source = Path(self.header.checkpoint_dir)
             write_files(weights, self.model.config, source, folder, metadata=metadata)
             write_style(self.header.prompt_style, folder)  # its chat template asks as in training
+            sentence = without_template(self.header.prompt_style, Tokenizer(folder))
+            if sentence and not self.has_told_style:  # once a run
+                print(sentence, file=sys.stderr)
+            self.has_told_style = True
         else:
             file = folder / f"{self.header.method}.safetensors"
             save_tensors(dict(weights), file, metadata)

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import weakref
@@ -316,6 +317,15 @@ def test_gguf_is_the_model(kind, tiny, tmp_path, capsys) -> None:
             assert ((ours - theirs).unflatten(-1, (-1, 32)).abs() <= 0.51 * step + 1e-3 * step * 127).all(), name
     again, before = Tokenizer(tmp_path / "again"), Tokenizer(tiny)
     assert again.chat_template == before.chat_template and again.stop_ids == before.stop_ids
+
+
+def test_gguf_has_all_chat_templates(tiny, tmp_path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "tiny")
+    write(folder / "additional_chat_templates", tool_use_jinja="{{ tools }}{{ messages }}")
+    before = Tokenizer(folder).chat_templates
+    path = gguf_out.export_gguf(folder, tmp_path / "gguf", "float32")
+    convert_gguf(path, tmp_path / "again")
+    assert list(before) == ["default", "tool_use"] and Tokenizer(tmp_path / "again").chat_templates == before
 
 
 def pieces_dir(folder: Path, sample_dir: Path, kind: str, **settings) -> Path:

@@ -298,7 +298,8 @@ PHI = (
 )
 CHANNELS = (
     "{% for m in messages %}<|start|>{% if m.reasoning_content and loop.last %}"
-    "thought: {{ m.reasoning_content }}<|end|><|start|>{% endif %}{{ m.content }}{{ '</s>' if loop.last and not add_generation_prompt else '<|end|>' }}"
+    "thought: {{ m.reasoning_content }}<|end|><|start|>{% endif %}{{ m.content }}"
+    "{{ '</s>' if loop.last and not add_generation_prompt else '<|end|>' }}"
     "{% endfor %}"
 )
 

@@ -490,6 +490,15 @@ def test_gguf_is_the_model(kind, tiny, tmp_path, capsys) -> None:
     assert again.chat_template == before.chat_template and again.stop_ids == before.stop_ids
 
 
+def test_gguf_has_all_chat_templates(tiny, tmp_path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "tiny")
+    write(folder / "additional_chat_templates", tool_use_jinja="{{ tools }}{{ messages }}")
+    before = Tokenizer(folder).chat_templates
+    path = gguf_out.export_gguf(folder, tmp_path / "gguf", "float32")
+    convert_gguf(path, tmp_path / "again")
+    assert list(before) == ["default", "tool_use"] and Tokenizer(tmp_path / "again").chat_templates == before
+
+
 def pieces_dir(folder: Path, sample_dir: Path, kind: str, **settings) -> Path:
     """A tiny llama with a sentencepiece tokenizer: tokenizer.model, or a tokenizer.json as Llama 2 has it."""
     make_tiny(folder, sample_dir, vocab_size=512, hidden_size=64, num_attention_heads=4)

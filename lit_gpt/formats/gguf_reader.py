@@ -394,8 +394,13 @@ def json_files(config: dict[str, Any], metadata: Metadata, special: dict[str, in
     tokenizer["add_bos_token"] = adds_bos(metadata, special)
     tokenizer["model_max_length"] = config["max_position_embeddings"]
     tokenizer["clean_up_tokenization_spaces"] = False
-    if metadata.get("tokenizer.chat_template"):
-        tokenizer["chat_template"] = metadata["tokenizer.chat_template"]
+    key = "tokenizer.chat_template"
+    templates = {"default": metadata[key]} if metadata.get(key) else {}
+    templates |= {name.removeprefix(f"{key}."): metadata[name] for name in metadata if name.startswith(f"{key}.")}
+    if list(templates) == ["default"]:
+        tokenizer["chat_template"] = templates["default"]
+    elif templates:
+        tokenizer["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
     return {"config.json": config | ids, "generation_config.json": generation, "tokenizer_config.json": tokenizer}
 
 

@@ -77,8 +77,11 @@ def gguf_vocabulary(checkpoint_dir: Path, config: Config, tokenizer: Tokenizer) 
         values[method] = token_id
     if tokenizer.bos_id is not None:
         values["add_bos_token_id"] = tokenizer.bos_id
-    if tokenizer.chat_template:
+    if list(tokenizer.chat_templates) == ["default"]:
         values["add_chat_template"] = tokenizer.chat_template
+    elif tokenizer.chat_templates:
+        named = tokenizer.chat_templates.items()
+        values["add_chat_template"] = [{"name": name, "template": template} for name, template in named]
     return values
 
 

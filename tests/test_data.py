@@ -1,4 +1,4 @@
-"""From records to trained tokens on disk, and back: `pytest tests/test_data.py`, about 25 s"""
+"""From records to trained tokens on disk, and back: `pytest tests/test_data.py`, about 35 s"""
 
 import json
 import os
@@ -568,6 +568,8 @@ def test_what_cannot_be_trained_is_refused(what: str, larger_tokenizer, tmp_path
             marks[start:end] = 0
         marks.tofile(data_dir / "trained.bin")
     assert said in lora_on(data_dir, larger_tokenizer, tmp_path / "out")
+    if what not in ("all", "no training records"):  # the others take the same way
+        return
     where = ["--checkpoint_dir", larger_tokenizer, "--data_dir", data_dir]
     for path, flags in (
         ("plan_memory.py", []),

@@ -280,7 +280,7 @@ class SentencePieceBackend:
     def id_to_token(self, token_id: int) -> str | None:
         if token_id in self.by_id:
             return self.by_id[token_id].content
-        return self.processor.id_to_piece(token_id) if token_id < self.n_pieces else None
+        return self.processor.id_to_piece(token_id) if 0 <= token_id < self.n_pieces else None
 
     # ---- text to tokens
 
@@ -327,7 +327,7 @@ class SentencePieceBackend:
         encoded = []
         for lead, mapping in zip(leads, mappings, strict=True):
             first = n_lead if lead else 0
-            offsets = [(start - len(lead), end - len(lead)) for start, end in mapping["offsets"][first:]]
+            offsets = [(max(start - len(lead), 0), end - len(lead)) for start, end in mapping["offsets"][first:]]
             encoded.append(Encoded(mapping["ids"][first:], offsets))
         return encoded
 

@@ -93,9 +93,12 @@ STAND_ALONE = {"messages_key", "text_key"}  # what is read under these needs nei
 @functools.cache
 def given_flags(keys: Keys) -> dict[str, str]:
     """The flags that name another key than their default does."""
-    return {
-        field.name: getattr(keys, field.name) for field in fields(Keys) if getattr(keys, field.name) != field.default
-    }
+    given = {}
+    for field in fields(Keys):
+        key = getattr(keys, field.name)
+        if field.name.endswith("_key") and key != field.default:
+            given[field.name] = key
+    return given
 
 
 @functools.cache

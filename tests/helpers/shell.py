@@ -93,6 +93,7 @@ def become(argv: list[str], cwd: str, env: dict[str, str], files: list[str]) -> 
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    sys.path[0] = str(Path(argv[0]).resolve().parent)  # as Python does for a script
 
 
 if __name__ == "__main__":

@@ -46,6 +46,25 @@ def text_of(record: dict, tokenizer: Tokenizer) -> str:
     return render(SHOWS_ALL, read(record), tokenizer).text
 
 
+# ---- prompt and completion
+
+
+@pytest.mark.parametrize("beside", [{}, {"system": "Be brief."}])
+def test_of_a_prompt_and_a_completion_the_completion_is_learned(checkpoint, tokenizer, tmp_path: Path, beside) -> None:
+    pair = {"prompt": [USER, EVE, USER], "completion": [ANSWER]}
+    asked_within = {"prompt": [USER, EVE], "completion": [ANSWER]}
+    nothing = {"prompt": [USER, EVE, USER], "completion": []}
+    records = [record | beside for record in (pair, asked_within, nothing)]
+    train, _ = prepared(records, checkpoint, tmp_path / "data", val_fraction=0.0, prompt_style=SHOWS_ALL)
+    learned = [tokenizer.decode(ids[trained]) for ids, trained in (train[0], train[1])]
+    assert learned == ["Ada.", "Ada."]
+    assert train.meta["left_out"] == {"without an answer that is to be learned": 1}
+
+    # where the prompt is learned, so is all of it
+    train, _ = prepared(records[:2], checkpoint, tmp_path / "all", val_fraction=0.0, mask_prompt=False)
+    assert len(train) == 2 and all(trained.all() for _, trained in (train[0], train[1]))
+
+
 # ---- roles
 
 

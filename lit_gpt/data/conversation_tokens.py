@@ -77,9 +77,12 @@ class ConversationEncoder:
             if self.tokenizer.decode_with_special(ids) != self.tokenizer.decode_with_special(encoded.ids):
                 is_joined = True
                 continue
+            # the prompt ends here, also where its last spaces are in no token of it
+            if prompt.offsets:
+                prompt.offsets[-1] = (prompt.offsets[-1][0], begin)
             encoded = Encoded(ids, [*encoded.offsets[:n_before], *prompt.offsets, *answer.offsets])
             start = begin
-        remarks = [SPLIT] if start > 0 else []
+        remarks = [SPLIT] if encoded.ids != whole.ids else []
         if is_joined:
             remarks.append(JOINED)
         return Encoding(encoded, remarks)

@@ -358,7 +358,9 @@ def knows_calls(style: str, tokenizer: Tokenizer) -> bool:
 
 def check_can_be_masked(record: dict[str, Any], number: int, mask_prompt: bool) -> None:
     """Raises InputError if an answer is not to be learned where everything is trained."""
-    if not mask_prompt and any(message.get("weight") == 0 for message in record.get("messages", ())):
+    # with --mask_prompt false the prompt of a completion is trained, whoever speaks in it
+    messages = record.get("messages", ())[record.get("n_prompt", 0) :]
+    if not mask_prompt and any(message.get("weight") == 0 for message in messages):
         raise InputError(
             f"Record {number} has an answer that is not to be learned (weight 0, or train false), and --mask_prompt"
             " false trains on all of a record."

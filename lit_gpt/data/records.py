@@ -176,8 +176,8 @@ def in_our_form(record: Mapping[str, Any], number: int, keys: Keys) -> dict[str,
 
     Conversations, prompt and completion, and plain text are recognized by their keys. A text with "part_of_file" is one
     of several of a file: its pieces go to training or validation one by one. One with "is_repeat" is the record before
-    once more. "not_read" are the keys that nothing here reads, and "not_learned" is the key that says that the record
-    is not to be learned.
+    once more. "n_prompt" is how many of the messages are the prompt of a completion. "not_read" are the keys that
+    nothing here reads, and "not_learned" is the key that says that the record is not to be learned.
 
     Raises:
         InputError: the record lacks what it needs, or something in it is no text.
@@ -214,7 +214,7 @@ def read_record(record: Mapping[str, Any], where: str, keys: Keys) -> dict[str, 
     if conversation_key:
         result["messages"] = read_conversation(parts.take(conversation_key), where)
     elif is_pair and isinstance(record["prompt"], list):
-        result["messages"] = read_message_pair(parts.take("prompt"), parts.take("completion"), where)
+        result |= read_message_pair(parts.take("prompt"), parts.take("completion"), where)
     else:
         result["messages"] = read_question_and_answer(parts, is_pair, where)
     if not any(message["role"] == "assistant" for message in result["messages"]):
@@ -226,6 +226,8 @@ def read_record(record: Mapping[str, Any], where: str, keys: Keys) -> dict[str, 
         system = as_text(parts.take_part("system_key"), f"{where}: {parts.key_of['system_key']}")
         if system:
             result["messages"].insert(0, {"role": "system", "content": system})
+            if "n_prompt" in result:
+                result["n_prompt"] += 1
     tools = read_tools(parts.take("tools"), where) or read_functions(parts.take("functions"), where)
     if tools:
         check_is_unicode(tools, f"{where}: tools")
@@ -273,11 +275,19 @@ def find_conversation(parts: Parts, is_pair: bool) -> str | None:
     return None
 
 
-def read_message_pair(prompt: list[Any], completion: Any, where: str) -> list[dict[str, Any]]:
-    """The messages of a prompt that is a list of messages, and of its completion."""
+def read_message_pair(prompt: list[Any], completion: Any, where: str) -> dict[str, Any]:
+    """The entries "messages" and "n_prompt" of a prompt that is a list of messages, and of its completion.
+
+    What the assistant says in the prompt is not to be learned, as in TRL.
+    """
     answer = completion or []
     # what is no list is refused there
-    return read_conversation(prompt + answer if isinstance(answer, list) else answer, where)
+    messages = read_conversation(prompt + answer if isinstance(answer, list) else answer, where)
+    n_prompt = len(read_messages(prompt, where))
+    for message in messages[:n_prompt]:
+        if message["role"] == "assistant":
+            message["weight"] = 0
+    return {"messages": messages, "n_prompt": n_prompt}
 
 
 def read_question_and_answer(parts: Parts, is_pair: bool, where: str) -> list[dict[str, Any]]:

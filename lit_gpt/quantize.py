@@ -165,11 +165,14 @@ class QuantizedMatmul(torch.autograd.Function):
         ctx.linear = linear
         # no kernel multiplies by these codes, or computes in float64
         if linear.format == "int8" or x.dtype == torch.float64:
-            return F.linear(x, linear.dequantize(x.dtype), bias)
+            y = F.linear(x, linear.dequantize(x.dtype), bias)
+        else:
+            from bitsandbytes import matmul_4bit
 
-        from bitsandbytes import matmul_4bit
-
-        return matmul_4bit(x, linear.codes, linear.quant_state(x.dtype), bias=bias)
+            y = matmul_4bit(x, linear.codes, linear.quant_state(x.dtype), bias=bias)
+        # with a bias, F.linear returns a view, and autograd refuses LoRA's adding in place to a view that comes out of
+        # a Function; .data is the same memory, and no view
+        return y.data
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:

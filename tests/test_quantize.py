@@ -136,6 +136,24 @@ def test_it_computes_as_the_dequantized_linear(kind: Quantize, dtype: torch.dtyp
 
 
 @each_kind
+@pytest.mark.parametrize("bias", [True, False])
+def test_lora_adds_to_what_it_computes(bias: bool, kind: Quantize) -> None:
+    """In place, also where a bias has been added: Qwen2, GPT-2, Phi and Falcon have them."""
+    ours = quantized(make_linear(24, 192, torch.float32, bias), kind)
+    found = []
+    for layer in ours, ours.dequantized():
+        torch.manual_seed(0)
+        layer = LoRALinear(layer, r=4, scaling=2.0)
+        nn.init.normal_(layer.lora_B)
+        x = torch.randn(2, 3, 192, generator=torch.manual_seed(1)).requires_grad_()
+        y = layer(x)
+        (y**2).sum().backward()
+        found.append((y, x.grad, layer.lora_A.grad, layer.lora_B.grad))
+    for our, their in zip(*found):
+        assert (our - their).abs().max() <= 1e-6 * their.abs().max()
+
+
+@each_kind
 def test_it_is_as_small_as_it_says(kind: Quantize) -> None:
     linear = make_linear(1000, 1024, torch.float32, bias=False)
     layer = quantized(linear, kind)

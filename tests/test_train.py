@@ -289,7 +289,11 @@ def test_what_the_data_are_is_known(tiny_dir, tmp_path) -> None:
     assert len({in_memory(ids, marks), in_memory([5, *ids[1:]], marks), in_memory(ids, [*marks[1:], 0])}) == 3
 
 
-@given(lengths=st.lists(st.integers(1, 99), min_size=1, max_size=60), size=st.integers(1, 9), seed=st.integers(0, 9))
+@given(
+    lengths=st.lists(st.integers(1, 99), min_size=1, max_size=60),
+    size=st.integers(1, 9) | st.just(10**25),  # all records in one step
+    seed=st.integers(0, 9),
+)
 def test_the_heaviest_steps_come_first(lengths: list[int], size: int, seed: int) -> None:
     data = Dataset.__new__(Dataset)
     data.ends, data.records = np.cumsum(lengths), np.arange(len(lengths))

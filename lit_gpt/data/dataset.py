@@ -275,12 +275,13 @@ def heaviest_first(dataset: Dataset, global_batch_size: int, seed: int) -> list[
     The step with the most tokens is first, then the one with the longest record, and the others stay in order. The
     order does not depend on the micro-batches and devices.
     """
-    # the lengths of the records, a row for each step: (n_steps, global_batch_size), with zeros at the end
+    # the lengths of the records, a row for each step: (n_steps, width), with zeros at the end
     order = epoch_order(len(dataset), 0, seed)
-    n_steps = -(-len(order) // global_batch_size)
-    lengths = np.zeros(n_steps * global_batch_size, np.int64)
+    width = min(global_batch_size, len(order))  # a batch may be larger than the data
+    n_steps = -(-len(order) // width)
+    lengths = np.zeros(n_steps * width, np.int64)
     lengths[: len(order)] = dataset.lengths()[order]
-    steps = lengths.reshape(n_steps, global_batch_size)
+    steps = lengths.reshape(n_steps, width)
 
     most_tokens = int(steps.sum(1).argmax())
     longest_record = int(steps.max(1).argmax())

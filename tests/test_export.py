@@ -39,7 +39,7 @@ from lit_gpt.generate.decode import stream
 from lit_gpt.lora import LoRA, LoRALinear
 from lit_gpt.replace_modules import replace_modules
 from lit_gpt.runs.header import Header
-from lit_gpt.runs.load_finetuned import UseArgs, load_finetuned, load_for_use
+from lit_gpt.runs.load_finetuned import UseArgs, load_finetuned, load_for_use, read_for_use
 from lit_gpt.runs.saves import Checkpoints
 
 EVERYWHERE = LoRA(r=4, alpha=8, query=True, key=True, value=True, projection=True, mlp=True)
@@ -113,6 +113,33 @@ def test_the_style_that_was_trained_is_the_chat_template(style, tiny, tmp_path, 
         assert resolve_style("auto", tokenizer, trained_style) == "chat"
         asked = render("chat", {"messages": messages}, tokenizer)
         assert tokenizer.encode(asked.text, bos=asked.bos).tolist() == expected
+
+
+@pytest.mark.parametrize("added", [{}, {"pad_token": "[PAD]"}], ids=str)
+def test_the_tokenizer_beside_an_adapter_of_peft_is_the_one_that_was_trained(added, tiny, tmp_path) -> None:
+    """TRL saves it there. generate asks with its template, which goes along into every folder."""
+    from transformers import AutoTokenizer
+
+    adapter = tmp_path / "peft"
+    export_peft(write_adapter(tmp_path / "lora", tiny), None, adapter)
+    theirs = AutoTokenizer.from_pretrained(adapter)
+    theirs.chat_template = OWN_STYLE
+    theirs.add_special_tokens(added)
+    theirs.save_pretrained(adapter)
+    messages = [{"role": "user", "content": "Who is Ada?"}]
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+
+    merged, again = tmp_path / "merged", tmp_path / "again"
+    export_merged(adapter, None, merged)
+    export_peft(adapter, None, again)
+    for use in UseArgs(finetuned=adapter), UseArgs(finetuned=again), UseArgs(checkpoint_dir=merged):
+        tokenizer, _, style = read_for_use(use)
+        asked = render(resolve_style("auto", tokenizer, style), {"messages": messages}, tokenizer)
+        assert tokenizer.encode(asked.text, bos=asked.bos).tolist() == expected
+        assert tokenizer.stop_ids == {0, 2}
+    for folder in merged, again:
+        exported = AutoTokenizer.from_pretrained(folder)
+        assert exported.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == expected
 
 
 def test_a_model_that_was_trained_whole_asks_as_in_training(tiny, tmp_path) -> None:

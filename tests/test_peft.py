@@ -92,6 +92,9 @@ def test_dora_on_a_part_of_a_fused_linear_is_refused(tmp_path) -> None:
         *((dict(init_lora_weights=start), f"init_lora_weights '{start}'") for start in ("pissa", "olora", "corda")),
         (dict(r=None), "adapter_config.json holds a value that cannot be used"),
         (dict(r="8"), "adapter_config.json holds a value that cannot be used"),
+        (dict(r=4.0), "adapter_config.json holds a value that cannot be used"),
+        (dict(r=8), "the rank of .* is 8, and in adapter_model.safetensors it is 4"),
+        (dict(rank_pattern={"v_proj": 2}), r"the rank of model.layers.0.self_attn.v_proj is 2, and in .* it is 4"),
         (dict(lora_alpha=None), "adapter_config.json holds a value that cannot be used"),
         (dict(lora_dropout="x"), "adapter_config.json holds a value that cannot be used"),
         (dict(alpha_pattern=[1]), "adapter_config.json holds a value that cannot be used"),
@@ -126,6 +129,14 @@ def test_a_tensor_that_is_missing_is_named(leaf, tmp_path) -> None:
     del tensors[f"base_model.model.{name}.{leaf}.weight"]
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(InputError, match=f"lacks {name}.{leaf}"):
+        load_peft(tmp_path, load_model(folder).config)
+
+
+def test_no_change_at_all_is_refused(tmp_path) -> None:
+    folder = make(tmp_path / "base", *CASES["llama"])
+    save_peft(weights_of(trained(folder, EVERYWHERE)), EVERYWHERE, load_model(folder).config, str(folder), tmp_path)
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="holds no change at all"):
         load_peft(tmp_path, load_model(folder).config)
 
 

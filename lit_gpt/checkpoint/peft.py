@@ -201,6 +201,8 @@ def load_peft(folder: Path, config: Config) -> tuple[LoRA, Tensors]:
     for hf_module, change in read_changes(folder / WEIGHTS).items():
         with reading(folder / CONFIG):
             alpha = value_by_end(hf_module, settings.get("alpha_pattern") or {}, default=settings["lora_alpha"])
+            rank = value_by_end(hf_module, settings.get("rank_pattern") or {}, default=settings["r"])
+        check_rank(folder, hf_module, change, rank)
         try:
             weights = [shapes[name] for name in lit_names(f"{hf_module}.weight", config)]
             check_change(folder / WEIGHTS, hf_module, change, weights)
@@ -255,11 +257,23 @@ def read_changes(file: Path) -> dict[str, Change]:
         hf_module, leaf = match.groups()
         changes[hf_module][OUR_LEAVES[leaf]] = tensor.float()
 
+    if not changes:
+        raise InputError(f"{file} holds no change at all. Copy or download it again.")
     for hf_module, change in changes.items():
         for leaf in ("lora_A", "lora_B"):
             if leaf not in change:
                 raise InputError(f"{file} lacks {hf_module}.{leaf}. Copy or download it again.")
     return dict(changes)
+
+
+def check_rank(folder: Path, hf_module: str, change: Change, rank: Any) -> None:
+    """Raises InputError if a change has another rank than its settings say, by which it would be scaled."""
+    found = change["lora_A"].size(0)
+    if rank != found:
+        raise InputError(
+            f"{folder / CONFIG} holds a value that cannot be used: the rank of {hf_module} is {rank!r}, and in"
+            f" {WEIGHTS} it is {found}. Copy or download both again."
+        )
 
 
 def check_change(file: Path, hf_module: str, change: Change, weights: list[list[int]]) -> None:
@@ -308,6 +322,8 @@ def our_settings(settings: dict[str, Any], ranks: dict[str, int], alphas: dict[s
     """The LoRA that changes exactly the linears in `ranks`, from what adapter_config.json says."""
     r = settings["r"]
     alpha = settings["lora_alpha"]
+    if not (isinstance(r, int) and isinstance(alpha, int | float)):
+        raise TypeError(f"r is {r!r}, lora_alpha {alpha!r}, expected numbers")
     return LoRA(
         r=r,
         alpha=alpha,

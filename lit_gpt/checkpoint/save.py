@@ -23,11 +23,11 @@ from lit_gpt.lock import locks
 from lit_gpt.model.gpt import GPT
 
 # what belongs to a checkpoint besides its weights
-COMPANIONS = (
-    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
-    "LICENSE*",
+TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "chat_template.json", "additional_chat_templates/*.jinja",
 )  # fmt: skip
+COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER, "LICENSE*")
 MAX_SHARD = 4 * 10**9  # bytes; a larger model is written as several files
 
 
@@ -270,7 +270,19 @@ def write_weights(
 
 def copy_companions(source: Path, folder: Path) -> None:
     """Copies what belongs to a checkpoint besides its weights, but for config.json: that describes the weights."""
-    for pattern in COMPANIONS:
+    copy_files(source, folder, COMPANIONS)
+
+
+def replace_tokenizer(source: Path, folder: Path) -> None:
+    """Puts the tokenizer of `source`, with its chat templates, in the place of the one in `folder`."""
+    for pattern in TOKENIZER:
+        for path in folder.glob(pattern):
+            path.unlink()
+    copy_files(source, folder, TOKENIZER)
+
+
+def copy_files(source: Path, folder: Path, patterns: Iterable[str]) -> None:
+    for pattern in patterns:
         for path in source.glob(pattern):
             if path.name != "config.json" and path.is_file():
                 copy = folder / path.relative_to(source)

@@ -34,9 +34,10 @@ def to_lit(name: str, tensor: torch.Tensor, config: Config) -> list[Named]:
     if not names:
         return []
 
-    # (in, out) -> (out, in), so that the rows of each part can be taken out
+    # (in, out) -> (out, in), so that the rows of each part can be taken out; laid out as in a converted copy, since
+    # float16 sums otherwise in another order
     if is_transposed(name, config):
-        tensor = tensor.T
+        tensor = tensor.T.contiguous()
     if len(names) == 1:
         return [(names[0], tensor)]
     parts = split_fused(tensor, names, config)

@@ -10,9 +10,9 @@ from torch import nn
 
 from lit_gpt.checkpoint.load import EMBEDDING, HEAD, cast_without_overflow, stored_dtypes, widest
 from lit_gpt.checkpoint.peft import save_peft
-from lit_gpt.checkpoint.save import copy_companions, save_hf
+from lit_gpt.checkpoint.save import copy_companions, replace_tokenizer, save_hf
 from lit_gpt.config import Config
-from lit_gpt.data.prompts import write_style
+from lit_gpt.data.prompts import write_stop_ids, write_style
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.errors import InputError
 from lit_gpt.files import must_be_empty, new_folder
@@ -23,7 +23,13 @@ from lit_gpt.lora import LoRA, lora_filter, merge_lora_weights
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantize import dequantize_linears
 from lit_gpt.runs.header import Header, finetuned_file, is_peft, read_header, read_peft_header
-from lit_gpt.runs.load_finetuned import QuantizeAs, base_of, load_finetuned
+from lit_gpt.runs.load_finetuned import (
+    QuantizeAs,
+    base_of,
+    has_own_tokenizer,
+    load_finetuned,
+    trained_tokenizer,
+)
 from lit_gpt.runs.methods import METHODS
 
 Base = Literal["original", "dequantized"]
@@ -55,7 +61,7 @@ def export_merged(
     check_is_lora(finetuned)
     header = header_of(finetuned)
     source = base_of(finetuned, checkpoint_dir, header)
-    tokenizer = Tokenizer(source)
+    tokenizer = trained_tokenizer(finetuned, source)
 
     # the dtypes: of the base, of what is written, and one in which both are exact
     stored = stored_dtypes(source, Config.from_checkpoint(source))
@@ -85,7 +91,7 @@ def export_merged(
         merged_logits = round_weights(model, written, tokenizer, merged_logits)
 
     def check(folder: Path) -> None:
-        print_style(header, folder)
+        finish_tokenizer(finetuned, header, folder)
         verify_copy(merged_logits, folder)
 
     save_hf(model, source, out_dir, max_shard, check=check, dtypes=written)
@@ -127,13 +133,13 @@ def export_peft(finetuned: Path, checkpoint_dir: Path | None, out_dir: Path) -> 
         raise InputError(f"{finetuned} was trained with {method}; peft knows LoRA.")
     model, header = load_finetuned(checkpoint_dir, finetuned)
     source = Path(checkpoint_dir or header.checkpoint_dir)
-    tokenizer = Tokenizer(source)
+    tokenizer = trained_tokenizer(finetuned, source)
     trained = {key: value for key, value in model.state_dict().items() if lora_filter(key)}
 
     with new_folder(out_dir) as folder:
         save_peft(trained, LoRA(**header.settings), model.config, base=str(source), folder=folder)
         copy_companions(source, folder)
-        print_style(header, folder)
+        finish_tokenizer(finetuned, header, folder)
         copy, _ = load_finetuned(source, folder, quantize=header.quantize or "none")
         difference = compare_logits(logits_of(model, tokenizer), logits_of(copy, tokenizer))
         print(f"Read back: {difference}.")
@@ -143,8 +149,15 @@ def export_peft(finetuned: Path, checkpoint_dir: Path | None, out_dir: Path) -> 
             )
 
 
-def print_style(header: Header, folder: Path) -> None:
-    """Makes the style that was trained the chat template of a folder, and says so if it was not."""
+def finish_tokenizer(finetuned: Path, header: Header, folder: Path) -> None:
+    """Makes the tokenizer in a folder, so far the base's, the one that was trained, and the style its chat template.
+
+    A sentence says so if the template was another.
+    """
+    if has_own_tokenizer(finetuned):
+        replace_tokenizer(finetuned, folder)
+        if (folder / "config.json").is_file():  # of a whole model, and no adapter
+            write_stop_ids(folder, Tokenizer(folder))
     sentence = write_style(header.prompt_style, folder)
     if sentence:
         print(sentence)

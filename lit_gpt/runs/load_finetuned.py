@@ -79,15 +79,27 @@ def read_for_use(args: UseArgs) -> tuple[Tokenizer, Config, str | None]:
     # or one that was fine-tuned; an adapter of peft does not say with which tokenizer
     header, base_dir = read_base(args.checkpoint_dir, args.finetuned)
     config = Config.from_checkpoint(base_dir)
-    tokenizer = Tokenizer(args.checkpoint_dir or header.checkpoint_dir)
-    # an adapter of peft may have its tokenizer beside it, with the chat template that was trained
-    if is_peft(args.finetuned) and (args.finetuned / "tokenizer.json").is_file():
-        own = Tokenizer(args.finetuned)
-        tokenizer = own if own.fingerprint == tokenizer.fingerprint else tokenizer
+    tokenizer = trained_tokenizer(args.finetuned, base_dir)
     if header.tokenizer not in ("", tokenizer.fingerprint):
         raise InputError(f"{args.finetuned} was trained with another tokenizer than the one of its base now is.")
     check_special_tokens(tokenizer, config)
     return tokenizer, config, header.prompt_style or None
+
+
+def trained_tokenizer(finetuned_dir: Path, base_dir: Path) -> Tokenizer:
+    """The tokenizer that a model was fine-tuned with, and the chat template: its base's, or its own."""
+    base = Tokenizer(base_dir)
+    if not has_own_tokenizer(finetuned_dir):
+        return base
+    own = Tokenizer(finetuned_dir)
+    own.named_stop_ids |= base.named_stop_ids  # generation_config.json stays with the base
+    return own
+
+
+def has_own_tokenizer(finetuned_dir: Path) -> bool:
+    """Whether an adapter of peft has a tokenizer beside it, as TRL saves it, with the template that was trained."""
+    files = [finetuned_dir / name for name in ("tokenizer.json", "tokenizer.model")]
+    return is_peft(finetuned_dir) and any(file.is_file() for file in files)
 
 
 def load_model_for_use(args: UseArgs, device: torch.device) -> GPT:

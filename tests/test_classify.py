@@ -412,6 +412,18 @@ def test_scores_are_those_of_the_test_texts(tmp_path, tiny_dir, capsys) -> None:
     assert accuracies[0] > 70 and accuracies[1] < 30
 
 
+def test_a_text_as_long_as_the_model_reads(tiny_dir, tmp_path) -> None:
+    """Its label, too, has a place in the batch."""
+    records = [{"text": "up " * 3000 + word, "label": word} for word in ("up", "down")]
+    (tmp_path / "texts.json").write_text(json.dumps(records))
+    model = classifier(tiny_dir)
+    config = model.gpt.config
+    args = TextArgs(data_path=tmp_path / "texts.json", max_seq_length=10**6)
+    data = load_texts(args, Tokenizer(tiny_dir), config.block_size)
+    assert data.max_seq_length == config.block_size - 1
+    hidden_rows(model, data.texts, [config.n_layer], batch_size=2)
+
+
 def test_cut_texts_are_counted(tiny_dir, capsys) -> None:
     ids = tokenize_texts(["one two three four five", "one"], Tokenizer(tiny_dir), 2)
     assert [len(each) for each in ids] == [2, 1] and "1 of 2 texts have more than 2 tokens" in capsys.readouterr().err

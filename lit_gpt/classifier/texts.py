@@ -160,8 +160,8 @@ def load_texts(args: TextArgs, tokenizer: Tokenizer, block_size: int) -> Classif
         InputError: see `read_labelled` and `tokenize_texts`.
     """
     labelled = read_labelled(args.data_path, args.text_key, args.label_key)
-    # the flag has a default, which may be more than a small model reads
-    max_seq_length = min(args.max_seq_length, block_size)
+    # the flag has a default, which may be more than a small model reads; the label takes a place behind the text
+    max_seq_length = min(args.max_seq_length, block_size - 1)
     ids = tokenize_texts(labelled.texts, tokenizer, max_seq_length)
     return ClassifierData(
         labelled=labelled,

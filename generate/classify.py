@@ -21,7 +21,7 @@ from lit_gpt import InputError
 from lit_gpt.classifier.features import compute_probabilities
 from lit_gpt.classifier.head import Classifier
 from lit_gpt.classifier.load import load_classifier
-from lit_gpt.classifier.texts import Texts, tokenize_texts
+from lit_gpt.classifier.texts import Texts, is_missing, text_or_number, tokenize_texts
 from lit_gpt.cli import run
 from lit_gpt.data.embedding_rows import check_texts
 from lit_gpt.data.read_files import open_text, read_records
@@ -97,7 +97,7 @@ def read_texts(path: Path | None, text_key: str) -> list[str]:
     """The texts of a file or of the standard input, blank ones too.
 
     Raises:
-        InputError: not UTF-8, or a record without `text_key`.
+        InputError: not UTF-8, or a record without `text_key`, or with something there that is no text.
     """
     if path is None:
         return read_standard_input()
@@ -110,7 +110,8 @@ def read_texts(path: Path | None, text_key: str) -> list[str]:
             keys = ", ".join(map(str, record)) or "nothing"
             raise InputError(f"{path}, record {number} has no {text_key}; it has {keys}. Name the column: --text_key.")
         text = record[text_key]
-        texts.append("" if text is None else str(text))  # a null, as in JSON, is a blank text
+        # a null, as in JSON, is a blank text
+        texts.append("" if is_missing(text) else text_or_number(text, f"{path}, record {number}: {text_key}"))
     return texts
 
 

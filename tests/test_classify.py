@@ -344,6 +344,29 @@ def test_bad_texts(content, message, tmp_path) -> None:
         read_labelled(tmp_path / "bad.csv", "text", "label")
 
 
+@pytest.mark.parametrize(
+    ("third", "message"),
+    [
+        ({"text": "c", "label": ["x", "y"]}, "record 3: label is a list, expected a text or a number"),
+        ({"text": {"en": "c"}, "label": "x"}, "record 3: text is a dict, expected a text or a number"),
+        ({"text": "c", "label": float("nan")}, "record 3 has no label"),
+        ({"text": float("nan"), "label": "x"}, "record 3 has no text"),
+    ],
+)
+def test_what_is_neither_a_text_nor_a_number(third, message, tmp_path) -> None:
+    """It was trained as Python writes it: the class ['x', 'y'], the text nan."""
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps([{"text": "a", "label": 1}, {"text": "b", "label": True}, third]))
+    with pytest.raises(InputError, match=message):
+        read_labelled(path, "text", "label")
+
+
+def test_labels_are_texts_numbers_and_truth_values(tmp_path) -> None:
+    for values, names in (([0, 1], ["0", "1"]), ([True, False], ["False", "True"]), (["a", 7], ["7", "a"])):
+        (tmp_path / "good.json").write_text(json.dumps([{"text": f"{value}", "label": value} for value in values]))
+        assert read_labelled(tmp_path / "good.json", "text", "label").names == names
+
+
 def test_texts_of_validation_and_test_are_not_trained_on(tmp_path, capsys) -> None:
     """A text is on one side only, the last of train, val and test; in every file that holds records."""
     import pyarrow
@@ -387,6 +410,18 @@ def test_scores_are_those_of_the_test_texts(tmp_path, tiny_dir, capsys) -> None:
         accuracies.append(float(report.split("Accuracy ")[1].split(" %")[0]))
     assert "Scored on 20 test texts" in report and "F1 of down" in report
     assert accuracies[0] > 70 and accuracies[1] < 30
+
+
+def test_a_text_as_long_as_the_model_reads(tiny_dir, tmp_path) -> None:
+    """Its label, too, has a place in the batch."""
+    records = [{"text": "up " * 3000 + word, "label": word} for word in ("up", "down")]
+    (tmp_path / "texts.json").write_text(json.dumps(records))
+    model = classifier(tiny_dir)
+    config = model.gpt.config
+    args = TextArgs(data_path=tmp_path / "texts.json", max_seq_length=10**6)
+    data = load_texts(args, Tokenizer(tiny_dir), config.block_size)
+    assert data.max_seq_length == config.block_size - 1
+    hidden_rows(model, data.texts, [config.n_layer], batch_size=2)
 
 
 def test_cut_texts_are_counted(tiny_dir, capsys) -> None:

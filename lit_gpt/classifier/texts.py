@@ -1,11 +1,12 @@
 """Texts and their labels: read from a file, tokenized, split into those to train on and those to score by."""
 
 import copy
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -159,8 +160,8 @@ def load_texts(args: TextArgs, tokenizer: Tokenizer, block_size: int) -> Classif
         InputError: see `read_labelled` and `tokenize_texts`.
     """
     labelled = read_labelled(args.data_path, args.text_key, args.label_key)
-    # the flag has a default, which may be more than a small model reads
-    max_seq_length = min(args.max_seq_length, block_size)
+    # the flag has a default, which may be more than a small model reads; the label takes a place behind the text
+    max_seq_length = min(args.max_seq_length, block_size - 1)
     ids = tokenize_texts(labelled.texts, tokenizer, max_seq_length)
     return ClassifierData(
         labelled=labelled,
@@ -186,7 +187,7 @@ def read_labelled(path: Path, text_key: str, label_key: str) -> LabelledTexts:
         split = read_split(record.get("split"), f"{path}, record {number}")
         if split == "other":
             split = "test"
-        missing = [key for key in (text_key, label_key) if record.get(key) in (None, "")]
+        missing = [key for key in (text_key, label_key) if is_missing(record.get(key))]
         # -1 is what data sets of the hub have for a secret label
         if split == "test" and (label_key in missing or str(record.get(label_key)) == "-1"):
             n_unlabelled += 1
@@ -197,8 +198,8 @@ def read_labelled(path: Path, text_key: str, label_key: str) -> LabelledTexts:
                 " Name the columns with --text_key and --label_key."
             )
         where = f"{path}, record {number}"
-        text = as_text(str(record[text_key]), f"{where}: {text_key}")
-        label = as_text(str(record[label_key]), f"{where}: {label_key}")
+        text = text_or_number(record[text_key], f"{where}: {text_key}")
+        label = text_or_number(record[label_key], f"{where}: {label_key}")
         rows.append(TextRecord(text, label, split))
 
     # a text that chooses `best` is not trained on, and one that is scored does neither
@@ -221,6 +222,19 @@ def read_labelled(path: Path, text_key: str, label_key: str) -> LabelledTexts:
         names=names,
         splits=[row.split for row in kept],
     )
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a column holds nothing: null, no text, or the NaN that pandas writes for null."""
+    is_nan = isinstance(value, float) and math.isnan(value)
+    return value is None or value == "" or is_nan
+
+
+def text_or_number(value: Any, name: str) -> str:
+    """A text, or a number or a truth value as text. Raises InputError for anything else, such as a list of labels."""
+    if not isinstance(value, str | int | float):
+        raise InputError(f"{name} is a {type(value).__name__}, expected a text or a number.")
+    return as_text(str(value), name)
 
 
 def tokenize_texts(texts: Sequence[str], tokenizer: Tokenizer, max_seq_length: int) -> list[np.ndarray]:

@@ -275,3 +275,5 @@ def test_half_a_character_in_a_key(checkpoint, tmp_path: Path, capsys) -> None:
     """It cannot be printed, and hinders nobody."""
     prepare_lines(['{"instruction": "a", "output": "b", "\\ud83d": "c"}'], checkpoint, tmp_path)
     assert "Not read: \\ud83d.\n" in capsys.readouterr().out
+    prepare_lines(['{"instruction": "b", "output": "b", "": 0}'], checkpoint, tmp_path, overwrite=True)
+    assert "Not read: ''.\n" in capsys.readouterr().out

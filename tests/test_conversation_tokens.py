@@ -80,6 +80,20 @@ def test_a_prompt_that_ends_with_a_space(load, name: str) -> None:
         assert check(rendered, tokenizer) == []
 
 
+def test_a_token_across_the_end_of_an_answer_is_not_trained(load) -> None:
+    """As where the next message's marker is no token of its own: `><` would teach its first letter."""
+    tokenizer = load["sample"]
+    text = "Who?<a>Ada.</a><u>Who else?<a>Eve.</a>"
+    first_end = text.index("</a>") + len("</a>")
+    spans = [(text.index("Ada"), first_end), (text.index("Eve"), len(text))]
+    rendered = Rendered(text, spans, None, [begin for begin, _ in spans])
+    (encoding,) = ConversationEncoder(tokenizer).encode_batch([rendered])
+    assert any(begin < first_end < end for begin, end in encoding.encoded.offsets)
+    ids, marks = mark_trained(rendered, encoding.encoded, tokenizer)
+    said = tokenizer.decode([token for token, mark in zip(ids, marks, strict=True) if mark])
+    assert said == "Ada.</aEve.</a>"
+
+
 WORDS = st.text("ab \n\t.é1<", max_size=8) | st.sampled_from(["\n\n", "  ", " a", "Hello", "</s>", "\n a", "1 2"])
 
 

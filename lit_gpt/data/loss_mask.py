@@ -29,8 +29,9 @@ class Marked(NamedTuple):
 def mark_trained(rendered: Rendered, encoded: Encoded, tokenizer: Tokenizer) -> Marked:
     """The tokens of a conversation, in which every answer is marked up to and with its first stop token.
 
-    A token that lies across the beginning of an answer belongs to the prompt. What follows the last stop token (a
-    template's closing newline) is cut off. An answer that ends without a stop token gets one.
+    A token that lies across the beginning or the end of an answer is not trained: a part of it is somebody else's.
+    What follows the last stop token (a template's closing newline) is cut off. A last answer without a stop token gets
+    one.
     """
     ids = encoded.ids
     marks = bytearray(len(ids))
@@ -38,6 +39,8 @@ def mark_trained(rendered: Rendered, encoded: Encoded, tokenizer: Tokenizer) -> 
     for first_character, last_character in rendered.answer_spans:
         begin = first_token_at(encoded, first_character, after=end, trimmed=True)
         end = first_token_at(encoded, last_character, after=begin, trimmed=False)
+        if end > begin and encoded.offsets[end - 1][1] > last_character:
+            end -= 1  # it reaches into the next message
         end = end_with_stop_token(ids, begin, end, tokenizer)
         marks[begin:end] = bytes([ANSWER]) * (end - begin)
 

@@ -266,9 +266,16 @@ def check_is_unicode(value: Any, where: str) -> None:
         raise InputError(f"{where} cannot be written as JSON: {error}.") from None
 
 
+def visible(key: str) -> str:
+    """A key as it can be read: pandas leaves one column without a name, and some letters cannot be printed."""
+    if not key.strip():
+        return repr(key)
+    return key if key.isprintable() else key.encode("unicode_escape").decode()
+
+
 def list_keys(record: Mapping[Any, Any], most: int = 20) -> str:
     """The keys of a record, on one line, for people."""
-    names = [str(key).encode("unicode_escape").decode() if not str(key).isprintable() else str(key) for key in record]
+    names = [visible(str(key)) for key in record]
     more = ", ..." if len(names) > most else ""
     return ", ".join(names[:most]) + more
 

@@ -29,6 +29,13 @@ from lit_gpt.packages import import_optional
 
 Delimiter = Literal["comma", "semicolon", "tab"]
 DELIMITERS: dict[Delimiter, str] = {"comma": ",", "semicolon": ";", "tab": "\t"}
+COMPRESSED = {  # by its first bytes what a file was compressed with
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
 COMMANDS = {  # by the end of a file's name the script that prepares it
     ".json": "prepare_json.py --json_path {}",
     ".jsonl": "prepare_json.py --json_path {}",
@@ -369,9 +376,19 @@ def open_text(path: Path, newline: str | None = None) -> Iterator[io.TextIOBase]
         try:
             yield file
         except UnicodeDecodeError as error:
+            check_not_compressed(path)
             # the error knows the place in a buffer, not in the file
             line = first_line_not_utf8(path)
             raise InputError(f"{path}, line {line}, is not UTF-8: {error.reason}. Save it as UTF-8.") from None
+
+
+def check_not_compressed(path: Path) -> None:
+    """Raises InputError for a file that is compressed, going by its first bytes."""
+    with open(path, "rb") as file:
+        beginning = file.read(8)
+    for signature, name in COMPRESSED.items():
+        if beginning.startswith(signature):
+            raise InputError(f"{path} is compressed, with {name}. Unpack it, and name the file that comes out.")
 
 
 def first_line_not_utf8(path: Path) -> int:

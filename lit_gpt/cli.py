@@ -46,6 +46,7 @@ def run(main: Callable[..., None]) -> None:
     What the user can mend (an InputError, a flag, a file that cannot be opened, a full disk) ends in one line on
     stderr and status 2. Anything else is a bug and keeps its traceback.
     """
+    open_closed_streams()
     try:
         settings = parse(main, sys.argv[1:])
         main(**settings)
@@ -69,6 +70,13 @@ def run(main: Callable[..., None]) -> None:
         if not is_one_of_several():
             raise
         end_failed_process(traceback.format_exc().rstrip(), status=1)
+
+
+def open_closed_streams() -> None:
+    """Opens a stream that the shell has closed, as in `<&-` or `>&-`, for which Python has None: it is empty."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
 def line_to_mend(error: Exception) -> str | None:

@@ -152,6 +152,12 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(shell: Shell, args: lis
     assert line.startswith("error: ") and said in line
 
 
+def test_streams_that_the_shell_has_closed_are_empty(folder: Path) -> None:
+    command = f"{sys.executable} script.py --what work <&- >&-"
+    result = subprocess.run(["bash", "-c", command], cwd=folder, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 0 and "Traceback" not in result.stderr
+
+
 @pytest.mark.parametrize("what", ["work", "pipe"])
 def test_who_has_read_enough_is_told_nothing(folder: Path, what: str) -> None:
     """As with `| head`. Any other pipe that breaks is a bug."""

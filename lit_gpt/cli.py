@@ -34,6 +34,9 @@ PassedOn = Annotated[tuple[str, ...], PASSED_ON]
 """`flags: PassedOn = ()` in a script's `main` receives, as they were typed, the flags that the script does not have:
 those of another script, which it plans or runs."""
 
+NOT_READ_BY_YAML = (ValueError, TypeError, LookupError, AttributeError)
+"""What PyYAML raises, besides its own errors, for a value that is not what its form says: `!!int a`, 2020-13-45."""
+
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
@@ -43,6 +46,7 @@ def run(main: Callable[..., None]) -> None:
     What the user can mend (an InputError, a flag, a file that cannot be opened, a full disk) ends in one line on
     stderr and status 2. Anything else is a bug and keeps its traceback.
     """
+    open_closed_streams()
     try:
         settings = parse(main, sys.argv[1:])
         main(**settings)
@@ -66,6 +70,13 @@ def run(main: Callable[..., None]) -> None:
         if not is_one_of_several():
             raise
         end_failed_process(traceback.format_exc().rstrip(), status=1)
+
+
+def open_closed_streams() -> None:
+    """Opens a stream that the shell has closed, as in `<&-` or `>&-`, for which Python has None: it is empty."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
 def line_to_mend(error: Exception) -> str | None:
@@ -117,7 +128,9 @@ def parse(main: Callable[..., None], args: Sequence[str], also: Sequence[str] = 
         own_args, passed_on = split_args(args, option_strings(parser))
 
     try:
-        values = vars(parser.instantiate(parser.parse_args(own_args)))
+        parsed = parser.parse_args(own_args)
+        check_groups(parser, vars(parsed))
+        values = vars(parser.instantiate(parsed))
     except ArgumentError as error:
         raise InputError(explain(str(error), [*option_strings(parser), *also])) from None
     except UnicodeDecodeError as error:
@@ -133,6 +146,21 @@ def parse(main: Callable[..., None], args: Sequence[str], also: Sequence[str] = 
         fields = {field.name: values.pop(field.name) for field in dataclasses.fields(kind)}
         values[name] = kind(**fields)
     return values
+
+
+def check_groups(parser: "ArgumentParser", values: dict[str, Any]) -> None:
+    """Raises InputError if a group of flags, which the file after --config may set as a whole, is no mapping."""
+    for group in groups_of(parser):
+        value = values.get(group)
+        if not hasattr(value, "__dict__"):
+            raise InputError(
+                f"{group} is a group of settings: expected a mapping. Got {value}. Leave out an empty one."
+            )
+
+
+def groups_of(parser: "ArgumentParser") -> set[str]:
+    """The names before the dots of flags, such as train."""
+    return {action.dest.split(".")[0] for action in parser._actions if "." in action.dest}
 
 
 def check_words(args: Sequence[str]) -> None:
@@ -199,7 +227,7 @@ def make_parser(main: Callable[..., None]) -> "ArgumentParser":
         if default is not Parameter.empty:
             parser.set_defaults(vars(default))
 
-    groups = {action.dest.split(".")[0] for action in parser._actions if "." in action.dest}
+    groups = groups_of(parser)
     for action in parser._actions:
         # a switch needs no value: --resume is --resume true
         if getattr(action, "_typehint", None) is bool:
@@ -259,8 +287,12 @@ def option_strings(parser: "ArgumentParser") -> list[str]:
 def load_text(text: str) -> Any:
     """A flag's text as YAML. YAML takes "# Be brief." for a comment: such a text, which has no value, is itself."""
     from jsonargparse import get_loader
+    from yaml import YAMLError
 
-    value = get_loader("yaml")(text)
+    try:
+        value = get_loader("yaml")(text)
+    except NOT_READ_BY_YAML as error:
+        raise YAMLError(f"{type(error).__name__}: {error}") from None
     return text if value is None else value  # jsonargparse sees to `null` before it comes here
 
 
@@ -361,8 +393,9 @@ REWRITES: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
     (r"^Parser key ", ""),
     (r"^\"([\w.]+)\":", r"--\1:"),
     # a Union's error lists the errors of all its types: only the types and the value are of use
-    (r"Does not validate .* Subtypes: \[(.+)\] Errors: .* Given value: (.*)", r"Expected \1. Got \2"),
-    (r"Expected a (.+)\. Got value: ", r"Expected \1. Got "),
+    (r"Does not validate .* Subtypes: \[(.+)\] Errors: .* Given value: ?(.*)", r"Expected \1. Got \2"),
+    (r"Expected a (.+)\. Got value: ?", r"Expected \1. Got "),
+    (r"Got $", "Got an empty text"),
     # types in words
     (r"<class '([\w.]+)'>", r"\1"),
     (r"typing\.Literal\[(.+?)\]", lambda values: values[1].replace("'", "")),
@@ -497,9 +530,12 @@ def read_hyperparameters(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, *NOT_READ_BY_YAML) as error:
         raise InputError(f"{path} is not readable as YAML ({error}).") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} holds {type(settings).__name__}, expected settings, such as seed: 1.")
+    return settings
 
 
 def as_yaml(settings: dict[str, Any]) -> str:

@@ -69,6 +69,9 @@ class LoRA:
     """Train the length of each row of the weight apart from its direction. https://arxiv.org/abs/2402.09353"""
 
     def __post_init__(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):  # jsonargparse takes null for a mapping
+            if not isinstance(getattr(self, name), dict):
+                raise InputError(f"--lora.{name} is {getattr(self, name)}, expected a mapping, such as {{attn.q: 16}}.")
         check_range("--lora.r", self.r, at_least=1)
         check_range("--lora.alpha", self.alpha, above=0)
         check_range("--lora.dropout", self.dropout, at_least=0, below=1)

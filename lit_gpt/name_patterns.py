@@ -24,7 +24,7 @@ def check_patterns(patterns: Iterable[str]) -> None:
     for pattern in patterns:
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, TypeError) as error:  # TypeError: a number, as in {1: 4}
             raise InputError(f'{pattern!r} is no pattern of names ({error}). One is attn.q or "mlp.fc_[12]".') from None
 
 

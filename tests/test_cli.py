@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_gpt import InputError
-from lit_gpt.cli import OTHER_NAMES, Flags, PassedOn, flags_of, parse, save_hyperparameters
+from lit_gpt.cli import OTHER_NAMES, Flags, PassedOn, flags_of, parse, read_hyperparameters, save_hyperparameters
 from lit_gpt.quantize import Quantize
 from lit_gpt.train import TrainArgs
 
@@ -96,6 +96,8 @@ def folder(tmp_path_factory) -> Path:
         "no_yaml": "number: [1\nsteps: {",
         "list": "- 1\n",
         "wrong_type": "number: many\n",
+        "no_number": "number: !!int many\n",
+        "empty_group": "number: 1\nsteps:\n",
     }.items():
         (folder / f"{name}.yaml").write_text(text)
     (folder / "latin1.yaml").write_bytes("what: café\n".encode("latin-1"))
@@ -123,6 +125,8 @@ def shell(folder: Path) -> Shell:
         (["zzz"], "No flag stands before: zzz. See --help."),
         (["--number", "many"], "--number: Expected an integer. Got many. See --help."),
         (["--most", "many"], "--most: Expected an integer or null. Got many. See --help."),
+        (["--most", ""], "--most: Expected an integer or null. Got an empty text. See --help."),
+        (["--number", ""], "--number: Expected an integer. Got an empty text. See --help."),
         (["--kind", "nf4"], "--kind: Expected bnb.nf4, bnb.int8 or null. Got nf4. Did you mean bnb.nf4?"),
         (["--again", "ture"], "--again: Expected true or false. Got ture. Did you mean true?"),
         (["--number"], "--number: Expected a value behind it. See --help."),
@@ -135,6 +139,8 @@ def shell(folder: Path) -> Shell:
         (["--config", "no_yaml.yaml"], "Problems parsing config"),
         (["--config", "list.yaml"], "Unexpected config"),
         (["--config", "wrong_type.yaml"], "--number: Expected an integer. Got many."),
+        (["--config", "no_number.yaml"], "Problems parsing config: ValueError: invalid literal"),
+        (["--config", "empty_group.yaml"], "steps is a group of settings: expected a mapping. Got None."),
         (["--config", "latin1.yaml"], "not UTF-8"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
@@ -144,6 +150,12 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(shell: Shell, args: lis
     assert result.returncode == 2 and result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ") and said in line
+
+
+def test_streams_that_the_shell_has_closed_are_empty(folder: Path) -> None:
+    command = f"{sys.executable} script.py --what work <&- >&-"
+    result = subprocess.run(["bash", "-c", command], cwd=folder, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 0 and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("what", ["work", "pipe"])
@@ -348,7 +360,15 @@ def test_saved_settings_begin_with_the_command(tmp_path: Path, monkeypatch) -> N
     assert Path("out/h.yaml").read_text() == "# python lora.py --prompt 'two words'\nnumber: 3\n"
 
 
-@pytest.mark.parametrize("text", ["# Be brief.", "~", "", "a: b", "1"])
+@pytest.mark.parametrize("text", ["- a", "hello", "number: !!int many", "number: ["])
+def test_a_damaged_file_of_settings_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "h.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match="is not readable as YAML|expected settings"):
+        read_hyperparameters(path)
+
+
+@pytest.mark.parametrize("text", ["# Be brief.", "~", "", "a: b", "1", "!!int", "!!timestamp x"])
 def test_text_on_the_command_line_stays_text(text: str) -> None:
     found = parse(main, ["--maybe_text", text, "--text", text])
     assert found["text"] == found["maybe_text"] == text

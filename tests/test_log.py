@@ -14,6 +14,7 @@ import torch
 
 from lit_gpt.device import peak_memory_gb
 from lit_gpt.display.words import duration
+from lit_gpt.errors import InputError
 from lit_gpt.runs.log import COLUMNS, HEADER, Log, read_metrics
 from lit_gpt.runs.report import loss_figure, show_answers, write_report
 
@@ -122,6 +123,19 @@ def test_a_validation_after_resuming_joins_the_last_row(tmp_path: Path) -> None:
     rows = read_metrics(tmp_path / "metrics.csv")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] and rows[4] == log.rows[4]
     assert rows[4] == dict.fromkeys(COLUMNS) | {"step": 5, "val_loss": 1.0} | figures(5)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\n", f"{HEADER}\n1,abc\n".encode(), f"{HEADER}\n1\n".encode()])
+def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "metrics.csv").write_bytes(content)
+    with pytest.raises(InputError, match="metrics.csv is damaged"):
+        Log(tmp_path, 9, first_step=1)
+
+
+@pytest.mark.parametrize("content", ["", "step,epo"])
+def test_a_file_that_was_killed_before_its_header_has_no_rows(tmp_path: Path, content: str) -> None:
+    (tmp_path / "metrics.csv").write_text(content)
+    assert read_metrics(tmp_path / "metrics.csv") == []
 
 
 def test_resuming_without_a_file_and_starting_over_one(tmp_path: Path) -> None:

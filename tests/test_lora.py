@@ -277,6 +277,8 @@ def test_small_updates_survive_over_a_bfloat16_base(untied_dir) -> None:
         (NOWHERE | dict(head=True, layers=9), "lora.layers is 9, but"),
         (dict(modules=["("]), r"'\(' is no pattern of names"),
         (dict(rank_pattern={"attn.[": 4}), "is no pattern of names"),
+        (dict(rank_pattern={1: 4}), "1 is no pattern of names"),
+        (dict(alpha_pattern=None), "lora.alpha_pattern is None, expected a mapping"),
         (dict(rank_pattern={"attn.qq": 4}), "a rank or an alpha for 'attn.qq', of which nothing is adapted"),
         (dict(mlp=False, alpha_pattern={"mlp.fc_1": 4}), "'mlp.fc_1', of which nothing is adapted"),
     ],

@@ -312,6 +312,14 @@ def test_nothing_to_resume_is_refused(lora, tmp_path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_last_without_its_state_does_not_begin_anew(lora, never_killed, tmp_path) -> None:
+    out_dir = shutil.copytree(never_killed[0], tmp_path / "run")
+    (out_dir / "last/state.safetensors").unlink()
+    before = contents(out_dir)
+    assert refused(lora.run(out_dir, resume="true"), "last has no state.safetensors", "begin anew with --overwrite")
+    assert contents(out_dir)["best/lora.safetensors"] == before["best/lora.safetensors"]
+
+
 def test_a_finished_run_keeps_its_files(lora, never_killed, tmp_path) -> None:
     out_dir = shutil.copytree(never_killed[0], tmp_path / "run")
     files = [path for path in out_dir.rglob("*") if path.suffix in (".safetensors", ".csv", ".yaml")]

@@ -252,14 +252,28 @@ class Log:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of a `metrics.csv`, None where a cell is empty. A last line torn by a killed process is left out."""
-    header, *lines = path.read_text().split("\n")[:-1]  # what follows the last line end is empty or torn
-    if header != HEADER:
-        raise InputError(f"{path} has other columns than this version writes: {header}. Start anew with --overwrite.")
-    rows = []
-    for line in lines:
-        numbers = [parse_number(cell) for cell in line.split(",")]
-        rows.append(dict(zip(COLUMNS, numbers, strict=True)))
+    """The rows of a `metrics.csv`, None where a cell is empty. A last line torn by a killed process is left out.
+
+    Raises:
+        InputError: another version wrote it, or something else did.
+    """
+    try:
+        whole_lines = path.read_text(encoding="utf-8").split("\n")[
+            :-1
+        ]  # what follows the last line end is empty or torn
+        header, *lines = whole_lines or [HEADER]
+        if header != HEADER:
+            raise InputError(
+                f"{path} has other columns than this version writes: {header}. Start anew with --overwrite."
+            )
+        rows = []
+        for line in lines:
+            numbers = [parse_number(cell) for cell in line.split(",")]
+            rows.append(dict(zip(COLUMNS, numbers, strict=True)))
+    except ValueError as error:
+        raise InputError(
+            f"{path} is damaged ({error}). Delete it to go on without its figures, or start anew with --overwrite."
+        ) from None
     return rows
 
 

@@ -100,15 +100,19 @@ class Checkpoints:
             recover(self.out_dir / name)
 
     def resume(self, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-        """Loads `last` into the model and the optimizer, and returns the progress; None if no state was saved.
+        """Loads `last` into the model and the optimizer, and returns the progress; None if there is no `last`.
 
         Raises:
-            InputError: `last` was trained with another method, base, tokenizer or prompt style, does not fit, or holds
-                values that are not finite.
+            InputError: `last` was trained with another method, base, tokenizer or prompt style, does not fit, holds
+                values that are not finite, or has lost its state.
         """
         last = self.out_dir / "last"
-        if not (last / STATE).is_file():
+        if not last.exists():
             return None
+        if not (last / STATE).is_file():
+            raise InputError(
+                f"{last} has no {STATE}, from which a run goes on. Put it back, or begin anew with --overwrite."
+            )
         self.check_same_header(last)
         load_trained(self.model, last, self.method)
 

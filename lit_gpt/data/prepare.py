@@ -1,7 +1,7 @@
 """Prepares data: `prepare` turns records into the tokens on disk that `dataset.Dataset` reads.
 
     records         mappings in one of the forms that records.py reads
-      -> texts      by a prompt style                                            prompts.py
+      -> texts      by a prompt style                                            record_texts.py, prompts.py
       -> tokens     as generation asks, with marks that say what is trained      conversation_tokens.py, loss_mask.py
       -> pieces     of at most max_seq_length tokens                             too_long.py
       -> files      and a split into training and validation records             writer.py, split.py
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -26,21 +26,12 @@ from lit_gpt.data.bad_records import BAD, BadRecords
 from lit_gpt.data.conversation_tokens import ConversationEncoder
 from lit_gpt.data.dataset import FILES, TRAIN, VAL, Dataset
 from lit_gpt.data.embedding_rows import beyond_rows, check_special_tokens, describe
-from lit_gpt.data.leave_out import (
-    JOINED,
-    NO_GREETING,
-    UNPRINTED,
-    UNWRITTEN,
-    check_named_keys,
-    loses_characters,
-    reason_to_leave_out,
-    remove_final_stop_tokens,
-)
+from lit_gpt.data.leave_out import UNWRITTEN, loses_characters
 from lit_gpt.data.loss_mask import Marked, mark_trained
-from lit_gpt.data.messages import choose_calls, join_consecutive, without_greeting
 from lit_gpt.data.print_report import print_summary
-from lit_gpt.data.prompts import Rendered, render, resolve_style, template_source
-from lit_gpt.data.records import Keys, in_our_form, with_validation
+from lit_gpt.data.prompts import resolve_style, template_source
+from lit_gpt.data.record_texts import RecordText, render_records
+from lit_gpt.data.records import Keys, with_validation
 from lit_gpt.data.split import LEAKED, Split
 from lit_gpt.data.tokenizer import Encoded, Tokenizer
 from lit_gpt.data.too_long import TooLong, cut_text, fit_conversation
@@ -165,7 +156,10 @@ def write_prepared(records: Records | Callable[[], Records], args: DataArgs, sou
     with new_folder(args.data_dir) as folder:
         # tokens
         with RecordWriter(folder, tokens_dtype, args.seed) as writer, progress_bar() as show:
-            texts = render_records(hashed(records, digest), style, tokenizer, args, counts, bad, unread)
+            hashed_records = hashed(records, digest)
+            texts = render_records(
+                hashed_records, style, tokenizer, args, args.mask_prompt, counts=counts, bad=bad, unread=unread
+            )
             for text, pieces in tokenize(texts, tokenizer, config, limit, args, counts, bad):
                 writer.add(pieces, text.prompt, text.split, text.is_repeat)
                 show(text.number, writer.n_tokens)
@@ -276,122 +270,6 @@ def hashed(records: Records, digest: "hashlib._Hash") -> Iterator[dict[str, Any]
 
 
 # ---- from records to tokens
-
-
-class RecordText(NamedTuple):
-    """A record as a text that can be tokenized."""
-
-    number: int
-    """The record's number, counted from 1."""
-    split: str | None
-    """"train" or "val" if the record says so itself."""
-    rendered: Rendered
-    is_text: bool
-    """Whether it is a text, without prompt and answer."""
-    prompt: str | None
-    """The key of the split: equal ones go to the same side, a text as a whole. None splits the pieces of a text one by
-    one, which is for parts of a file."""
-    is_repeat: bool
-    """Whether it is the record before once more, as a weight asks for."""
-
-
-def render_records(
-    records: Records,
-    style: str,
-    tokenizer: Tokenizer,
-    args: DataArgs,
-    counts: Counter[str],
-    bad: BadRecords,
-    unread: UnreadKeys,
-) -> Iterator[RecordText]:
-    """Records as texts. Those from which nothing is to be learned are counted and left out, as are bad ones."""
-    stop_tokens = tokenizer.stop_tokens
-    has_calls = knows_calls(style, tokenizer)
-    for number, raw_record in enumerate(check_named_keys(records, args), 1):
-        bad.n_records = number
-        # is it to be learned?
-        try:
-            record = in_our_form(raw_record, number, args)
-            check_can_be_masked(record, number, args.mask_prompt)
-            if "messages" in record:
-                record["messages"] = choose_calls(record["messages"], as_text=not has_calls)
-        except InputError as error:
-            bad.add(error, number)
-            continue
-        unread.add(record)
-        remove_final_stop_tokens(record, stop_tokens)
-        reason = reason_to_leave_out(record, stop_tokens)
-        if reason:
-            counts[reason] += 1
-            continue
-
-        # its text
-        try:
-            rendered, record = render_or_adapt(style, record, tokenizer, counts)
-        except InputError as error:
-            bad.add(InputError(f"Record {number}: {error}"), number)
-            continue
-        if not rendered.answer_spans:
-            counts[UNPRINTED] += 1
-            continue
-
-        # the key by which it is split
-        is_text = "text" in record
-        if record.get("part_of_file"):
-            prompt = None
-        elif is_text:
-            prompt = rendered.text
-        else:
-            answer_start, _ = rendered.answer_spans[0]
-            prompt = rendered.text[:answer_start]
-        is_repeat = record.get("is_repeat", False)
-        yield RecordText(number, record["split"], rendered, is_text, prompt, is_repeat)
-
-
-def knows_calls(style: str, tokenizer: Tokenizer) -> bool:
-    """Whether a style is a template that has a place for calls of tools."""
-    if style in ("alpaca", "none"):
-        return False
-    sources = tokenizer.chat_templates.values() if style == "chat" else [template_source(style)]
-    return any("tool_calls" in source for source in sources)
-
-
-def check_can_be_masked(record: dict[str, Any], number: int, mask_prompt: bool) -> None:
-    """Raises InputError if an answer is not to be learned where everything is trained."""
-    # with --mask_prompt false the prompt of a completion is trained, whoever speaks in it
-    messages = record.get("messages", ())[record.get("n_prompt", 0) :]
-    if not mask_prompt and any(message.get("weight") == 0 for message in messages):
-        raise InputError(
-            f"Record {number} has an answer that is not to be learned (weight 0, or train false), and --mask_prompt"
-            " false trains on all of a record."
-        )
-
-
-def render_or_adapt(
-    style: str, record: dict[str, Any], tokenizer: Tokenizer, counts: Counter[str]
-) -> tuple[Rendered, dict[str, Any]]:
-    """The text of a record, and the record, adapted if its template wants the roles to alternate.
-
-    Raises:
-        InputError: the template refuses it each way.
-    """
-    try:
-        return render(style, record, tokenizer), record
-    except InputError as error:
-        changes = []
-        for name, change in ((JOINED, join_consecutive), (NO_GREETING, without_greeting)):
-            messages = change(record.get("messages", []))
-            if len(messages) == len(record.get("messages", [])):
-                continue
-            record = record | {"messages": messages}
-            changes.append(name)
-            try:
-                rendered = render(style, record, tokenizer)
-            except InputError:
-                continue
-            counts.update(changes)
-            return rendered, record
-        raise error
 
 
 def tokenize(

@@ -83,6 +83,8 @@ def line_to_mend(error: Exception) -> str | None:
     """What the user should know about an error and can mend; None for a bug."""
     if isinstance(error, InputError):
         return str(error)
+    if isinstance(error, RuntimeError):
+        return line_of_memory(error)
     if not isinstance(error, OSError):
         return None
     if error.errno in DISK_FULL:
@@ -91,6 +93,19 @@ def line_to_mend(error: Exception) -> str | None:
     if error.filename is None:
         return None
     return f"{error.strerror}: {error.filename}"
+
+
+def line_of_memory(error: RuntimeError) -> str | None:
+    """What the user should know about a CPU's memory that does not suffice; None for another error of torch."""
+    # torch has no class for it: OutOfMemoryError is for accelerators
+    asked = re.search(r"DefaultCPUAllocator: can't allocate memory: you tried to allocate (\d+) bytes", str(error))
+    if asked is None:
+        return None
+    gb = int(asked[1]) / 1e9
+    return (
+        f"This machine has no {gb:,.2f} GB of memory left. Lower what the flags ask for: tutorials/out_of_memory.md"
+        " says what needs less."
+    )
 
 
 def is_stdout_closed() -> bool:

@@ -373,3 +373,14 @@ def test_text_on_the_command_line_stays_text(text: str) -> None:
     found = parse(main, ["--maybe_text", text, "--text", text])
     assert found["text"] == found["maybe_text"] == text
     assert parse(main, ["--maybe_text", "null"])["maybe_text"] is None
+
+
+def test_memory_that_a_cpu_does_not_have() -> None:
+    import torch
+
+    from lit_gpt.cli import line_to_mend
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert line_to_mend(caught.value).startswith("This machine has no 1,152,921,504.61 GB of memory left.")
+    assert line_to_mend(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None

@@ -90,6 +90,9 @@ def test_a_run_is_alone_in_its_out_dir(finished, tiny_dir, data_dir, tmp_path) -
                 finetune("lora", tiny_dir, data_dir, out_dir, **flags)
             with pytest.raises(InputError, match=f"run is in use: process {other}"):
                 finetune("full", tiny_dir, data_dir, out_dir, **flags)
+        for folder in ("best", "last"):  # of the live run
+            with pytest.raises(InputError, match=f"{folder} is in use: process {other}"):
+                finetune("lora", tiny_dir, data_dir, out_dir / folder, overwrite=True)
         assert content(out_dir) == before | {".lock": lock_in(out_dir).read_bytes()}
         script("scripts/merge_lora.py").main(out_dir, tmp_path / "merged")  # reading is no writing
         kill(other)

@@ -171,3 +171,18 @@ def test_other_ways_to_begin_are_none_of_ours(start, tmp_path) -> None:
     settings = json.loads((tmp_path / "adapter_config.json").read_text()) | {"init_lora_weights": start}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     assert load_peft(tmp_path, load_model(folder).config)
+
+
+@pytest.mark.parametrize("case", ["llama", "phi3", "gpt2"])
+def test_a_layer_without_its_change_is_refused(case, tmp_path) -> None:
+    """Half a download: that layer would stay as it was, without a word."""
+    folder = make(tmp_path / "base", *CASES[case])
+    model = trained(folder, EVERYWHERE)
+    save_peft(weights_of(model), EVERYWHERE, model.config, str(folder), tmp_path)
+    assert load_peft(tmp_path, model.config)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    others = {name: tensor for name, tensor in tensors.items() if ".2." not in name}
+    assert len(others) < len(tensors)
+    save_file(others, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"has no change of \S+\.2\.\S+, which adapter_config.json names"):
+        load_finetuned(folder, tmp_path)

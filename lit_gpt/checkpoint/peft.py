@@ -198,7 +198,9 @@ def load_peft(folder: Path, config: Config) -> tuple[LoRA, Tensors]:
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     shapes = parameter_shapes(config)
-    for hf_module, change in read_changes(folder / WEIGHTS).items():
+    changes = read_changes(folder / WEIGHTS)
+    check_complete(folder, settings, changes, config)
+    for hf_module, change in changes.items():
         with reading(folder / CONFIG):
             alpha = value_by_end(hf_module, settings.get("alpha_pattern") or {}, default=settings["lora_alpha"])
             rank = value_by_end(hf_module, settings.get("rank_pattern") or {}, default=settings["r"])
@@ -264,6 +266,28 @@ def read_changes(file: Path) -> dict[str, Change]:
             if leaf not in change:
                 raise InputError(f"{file} lacks {hf_module}.{leaf}. Copy or download it again.")
     return dict(changes)
+
+
+def check_complete(folder: Path, settings: dict[str, Any], changes: dict[str, Change], config: Config) -> None:
+    """Raises InputError if linears that the settings name have no change in the file.
+
+    Only names that mean every layer are looked up: peft's patterns and choices of layers are its own matter. So are the
+    experts of a mixture, which are no linears in transformers 5.
+    """
+    targets = settings.get("target_modules")
+    chooses_layers = any(settings.get(key) for key in ("layers_to_transform", "layers_pattern", "exclude_modules"))
+    if not isinstance(targets, list) or chooses_layers:
+        return
+    shapes = parameter_shapes(config)
+    for hf_module in all_modules(config):
+        is_named = any(f".{hf_module}".endswith(f".{target}") for target in targets)
+        if not is_named or ".experts." in hf_module or hf_module in changes:
+            continue
+        if all(name in shapes for name in lit_names(f"{hf_module}.weight", config)):
+            raise InputError(
+                f"{folder / WEIGHTS} has no change of {hf_module}, which {CONFIG} names. Copy or download both again,"
+                " and name their base: --checkpoint_dir."
+            )
 
 
 def check_rank(folder: Path, hf_module: str, change: Change, rank: Any) -> None:

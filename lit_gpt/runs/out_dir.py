@@ -2,6 +2,7 @@
 
 import os
 import sys
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from lit_gpt.errors import InputError
 from lit_gpt.failures import is_supervised
 from lit_gpt.files import has_content, recover
 from lit_gpt.lock import check_free, hold, lock_in
-from lit_gpt.runs.overwrite import BEFORE, EARLIER, bring_back, keep_until_saved, recover_aside, set_aside
+from lit_gpt.runs.overwrite import BEFORE, EARLIER, FOLDERS, bring_back, keep_until_saved, recover_aside, set_aside
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -77,6 +78,8 @@ def claim_out_dir(out_dir: Path, resume: bool, overwrite: bool) -> None:
         if not out_dir.exists():
             there = "is not there"
         raise InputError(f"{out_dir} {there}, expected a run to resume. Name its --out_dir, or leave out --resume.")
+    if is_of_a_run(out_dir):
+        check_free(lock_in(out_dir.parent), out_dir)
     if not (resume or overwrite) and has_content(out_dir):
         check_free(lock_in(out_dir), out_dir)  # the better reason, if it is one
         raise InputError(
@@ -84,6 +87,11 @@ def claim_out_dir(out_dir: Path, resume: bool, overwrite: bool) -> None:
             " or name another --out_dir."
         )
     hold(out_dir, at_end=partial(end_overwriting, out_dir))
+
+
+def is_of_a_run(folder: Path) -> bool:
+    """Whether a folder is called as those are that a run writes, such as best: a run in its parent may be at work."""
+    return any(fnmatch(folder.resolve().name, pattern) for pattern in FOLDERS)
 
 
 def is_first_by_environment() -> bool:

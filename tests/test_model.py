@@ -286,7 +286,7 @@ def test_a_saved_config_is_read_back(case, tmp_path) -> None:
         ({"rope_parameters": {"rope_type": "linear"}}, "config.json has no 'factor'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "llama3", "factor": 8.0}}, "has no 'low_freq_factor'"),
         ({"hidden_act": "swiglu"}, "config.json.*'swiglu'.*silu"),
-        ({"num_key_value_heads": 4}, "6 query heads cannot share 4 groups"),
+        ({"num_key_value_heads": 4}, "num_attention_heads is 6, which num_key_value_heads, 4, does not divide"),
     ],
 )  # fmt: skip
 def test_a_config_that_cannot_work_says_why(changes, message, tmp_path) -> None:

@@ -510,7 +510,11 @@ def test_the_three_places_of_a_chat_template(tmp_path: Path) -> None:
     [
         ({}, {"eos_token_id": [[2]]}, r"the eos_token_id is \[\[2\]\], expected one number"),
         ({}, {"eos_token_id": 1.5}, "the eos_token_id is 1.5, expected one number"),
-        ({}, {"eos_token_id": -1}, "the eos_token_id is -1, expected one number or several, of the .* 0 to 299"),
+        (
+            {},
+            {"eos_token_id": -1},
+            "the eos_token_id is -1, expected .* of the model's tokens 0 to 299",
+        ),
         ({}, {"eos_token_id": [1, -1]}, r"the eos_token_id is \[1, -1\], expected"),
         ({}, {"eos_token_id": True}, "the eos_token_id is True, expected"),
         ({}, {"eos_token_id": "</s>"}, "the eos_token_id is '</s>', expected"),

@@ -215,7 +215,13 @@ def complete_config(path: Path, repo_id: str) -> None:
     hf = read_json(path)
     settings = families.exceptions(hf, repo_id.split("/")[-1])
     if settings:
-        hf |= {"rope_scaling": settings["rope_scaling"], "max_position_embeddings": settings["block_size"]}
+        # transformers 5 writes rope_parameters, with the base in them, and 4 rope_scaling
+        scaling = settings["rope_scaling"]
+        if hf.get("rope_parameters"):
+            hf["rope_parameters"] = hf["rope_parameters"] | scaling
+        else:
+            hf["rope_scaling"] = scaling
+        hf["max_position_embeddings"] = settings["block_size"]
         path.write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
 
 

@@ -330,8 +330,7 @@ def write_stop_ids(folder: Path, tokenizer: Tokenizer) -> None:
     """
     generation_file = folder / "generation_config.json"
     generation = read_if_there(generation_file)
-    named = (read_if_there(folder / "config.json") | generation).get("eos_token_id")
-    ids = read_stop_ids(named, tokenizer.library)
+    ids = read_stop_ids(read_if_there(folder / "config.json") | generation, tokenizer.vocab_size)
     missing = sorted(tokenizer.stop_ids - set(ids))
     if missing:
         write_settings(generation_file, generation | {"eos_token_id": [*ids, *missing]})

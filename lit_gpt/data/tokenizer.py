@@ -41,10 +41,11 @@ class Tokenizer:
         # begins with
         with reading(f"{folder}, its tokenizer_config.json or generation_config.json"):
             self.bos_id, self.use_bos = self.library.bos(settings)
-            stop_ids = read_stop_ids(generation.get("eos_token_id"), self.library)
+            stop_ids = read_stop_ids(generation, self.vocab_size)
             eos_id = named_id(self.library, settings, "eos_token")
             if eos_id is None:
-                eos_id = stop_ids[0] if stop_ids else self.library.eos_id
+                known = [stop_id for stop_id in stop_ids if self.library.id_to_token(stop_id) is not None]
+                eos_id = known[0] if known else self.library.eos_id
             if eos_id is None:
                 raise InputError("neither names an eos_token.")
             self.eos_id: int = eos_id
@@ -67,7 +68,7 @@ class Tokenizer:
         """
         if self.chat_template is None:
             return self.named_stop_ids
-        named = [self.id_to_token(stop_id) for stop_id in self.named_stop_ids]
+        named = spelled(self.library, self.named_stop_ids)
         specials = self.library.special_tokens()
         turn_end = find_turn_end(self.chat_template, self.special_tokens, named, list(specials))
         return self.named_stop_ids if turn_end is None else self.named_stop_ids | {specials[turn_end]}
@@ -75,7 +76,7 @@ class Tokenizer:
     @cached_property
     def stop_tokens(self) -> list[str]:
         """How the stop tokens are spelled."""
-        return [self.id_to_token(stop_id) for stop_id in sorted(self.stop_ids)]
+        return spelled(self.library, sorted(self.stop_ids))
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -225,19 +226,31 @@ def open_backend(folder: Path, settings: Mapping[str, Any]) -> Backend:
     raise InputError(f"{folder} has no tokenizer.json and no tokenizer.model. Download the checkpoint again.")
 
 
-def read_stop_ids(eos_token_id: Any, library: Backend) -> list[int]:
-    """The tokens that end an answer by what generation_config.json has as eos_token_id: none, one, or several.
+def spelled(library: Backend, token_ids: Iterable[int]) -> list[str]:
+    """The spellings of tokens, of those that the tokenizer has."""
+    tokens = [library.id_to_token(token_id) for token_id in token_ids]
+    return [token for token in tokens if token is not None]
+
+
+def read_stop_ids(generation: dict[str, Any], vocab_size: int) -> list[int]:
+    """The tokens that end an answer by the eos_token_id of generation_config.json or config.json: none, or several.
+
+    They may be beyond the tokenizer's `vocab_size`: some models have more rows than tokens, and a padded one ends an
+    answer as well.
 
     Raises:
-        InputError: one of them is no token of the tokenizer.
+        InputError: one of them is no token of the model.
     """
+    eos_token_id = generation.get("eos_token_id")
     if eos_token_id is None:
         return []
     stop_ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+    n_rows = generation.get("vocab_size")
+    n_tokens = max(vocab_size, n_rows) if is_id(n_rows) else vocab_size
     for stop_id in stop_ids:
-        if not is_id(stop_id) or library.id_to_token(stop_id) is None:
+        if not is_id(stop_id) or stop_id >= n_tokens:
             raise InputError(
-                f"the eos_token_id is {eos_token_id!r}, expected one number or several, of the tokenizer's tokens 0 to"
-                f" {library.vocab_size - 1:,}. Correct it in generation_config.json and config.json."
+                f"the eos_token_id is {eos_token_id!r}, expected one number or several, of the model's tokens 0 to"
+                f" {n_tokens - 1:,}. Correct it in generation_config.json and config.json."
             )
     return stop_ids

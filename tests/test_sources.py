@@ -236,7 +236,7 @@ def test_every_source_gives_the_same_tokens(checkpoint, tmp_path: Path) -> None:
         ("a.parquet", b"PAR1 and more", "a.parquet is no parquet file that can be read"),
         ("page.parquet", damaged_parquet(), "page.parquet is no parquet file that can be read"),
         ("a.txt", b"\xff", "a.txt, line 1, is not UTF-8"),
-        ("a.jsonl", gzip.compress(b'{"text": "a"}'), "a.jsonl is compressed, with gzip. Unpack it"),
+        ("a.jsonl", gzip.compress(b'{"text": "a"}', mtime=0), "a.jsonl is compressed, with gzip. Unpack it"),
         ("folder", None, "folder holds no data: no file ends in .parquet"),
         (
             "broken",

@@ -31,7 +31,8 @@ check_style_and_types() {
 }
 
 case ${1:-} in
-    "") check_style_and_types && exec python -m pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder ;;
+    # three workers for two cores: half of the time one of them waits for a process that it has started
+    "") check_style_and_types && exec python -m pytest -m "not gpu" -n 3 --dist loadfile --no-loadscope-reorder ;;
     --fast) check_style_and_types && exec python -m pytest -q -n 2 --dist loadfile "${fast[@]}" "${@:2}" ;;
     --gpu) exec python -m pytest -m gpu -s -q tests/test_gpu.py ;;
     *) exec python -m pytest "$@" ;;

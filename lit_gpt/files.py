@@ -11,7 +11,7 @@ with whole_file(out_dir / "loss.png") as file:   # writes to loss.png.tmp; then 
 import difflib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -48,9 +48,13 @@ def did_you_mean(path: Path, others: Iterable[Path]) -> str:
 
 def list_some(paths: Iterable[Path | str], most: int = 5) -> str:
     """The first paths in order, and how many more there are."""
-    names = sorted(str(path) for path in paths)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return some_of(sorted(str(path) for path in paths), ", ", most)
+
+
+def some_of(texts: Sequence[str], separator: str, most: int = 5) -> str:
+    """The first of some texts, and how many more there are."""
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return separator.join(texts[:most]) + more
 
 
 def must_be_empty(folder: Path) -> None:

@@ -14,20 +14,18 @@ import tomllib
 import typing
 from collections.abc import Callable, Iterable
 from functools import cache
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
 from conftest import ROOT
+from helpers.scripts import SCRIPTS, load
 
 from lit_gpt import InputError
 from lit_gpt.cli import dataclasses_of_flags, parse, receiver_of_others
 
 LIBRARY = sorted((ROOT / "lit_gpt").rglob("*.py"))
-SCRIPTS = sorted(path for folder in ("scripts", "finetune", "generate") for path in (ROOT / folder).glob("*.py"))
 CODE = LIBRARY + SCRIPTS
 EVERYTHING = CODE + sorted((ROOT / "tests").rglob("*.py"))
 RECIPES = sorted((ROOT / "finetune/recipes").glob("*.yaml"))
@@ -472,13 +470,6 @@ def test_documented_commands_are_understood(path: Path, monkeypatch) -> None:
 
 
 @cache
-def load(path: Path) -> ModuleType:
-    spec = spec_from_file_location(path.stem, path)
-    script = module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
-
-
 def explained_parameters(main: Callable[..., None]) -> dict[str, str]:
     """The parameters that the docstring of `main` explains, and how each explanation begins."""
     return dict(re.findall(r"^        (\w+): (\S.*)", main.__doc__, re.MULTILINE))

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from helpers.scripts import SCRIPTS, load
 from helpers.shell import python
-from test_house import SCRIPTS, load, name
 
 from lit_gpt import InputError, Tokenizer
 from lit_gpt.cli import make_parser, parse
@@ -99,7 +99,9 @@ def test_every_number_has_a_range() -> None:
     assert flags == set(OUT_OF_RANGE)
 
 
-@pytest.mark.parametrize("path", [path for path in SCRIPTS if numbers_of(path)], ids=name)
+@pytest.mark.parametrize(
+    "path", [path for path in SCRIPTS if numbers_of(path)], ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_a_number_out_of_its_range_is_refused_by_its_flag(path: Path, tmp_path, monkeypatch) -> None:
     """Before anything is looked at: no path of these commands is there. And nothing is written."""
     monkeypatch.chdir(tmp_path)

@@ -18,6 +18,7 @@ from lit_gpt.data.embedding_rows import check_special_tokens
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.device import Precision, inference_dtype
 from lit_gpt.errors import InputError
+from lit_gpt.files import some_of
 from lit_gpt.lora import apply_lora, lora_filter
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantize import Quantize, quantize_linears
@@ -257,15 +258,9 @@ def copy_parameters(
 
     unfit += [f"{name} is missing" for name in sorted(missing)]
     if unfit:
-        raise InputError(f"{source} does not fit this model: {some_of(unfit)}.")
+        raise InputError(f"{source} does not fit this model: {some_of(unfit, '; ')}.")
     if not_finite:
         raise InputError(
-            f"{source} holds NaN or infinite values: {some_of(not_finite)}. Use another save of that run, or train"
-            " again with a lower --train.learning_rate."
+            f"{source} holds NaN or infinite values: {some_of(not_finite, '; ')}. Use another save of that run, or"
+            " train again with a lower --train.learning_rate."
         )
-
-
-def some_of(texts: list[str], most: int = 5) -> str:
-    """The first of some texts, and how many more there are."""
-    more = f" and {len(texts) - most} more" if len(texts) > most else ""
-    return "; ".join(texts[:most]) + more

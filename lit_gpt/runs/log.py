@@ -258,9 +258,7 @@ def read_metrics(path: Path) -> list[Row]:
         InputError: another version wrote it, or something else did.
     """
     try:
-        whole_lines = path.read_text(encoding="utf-8").split("\n")[
-            :-1
-        ]  # what follows the last line end is empty or torn
+        *whole_lines, _ = path.read_text(encoding="utf-8").split("\n")  # what follows the last line end may be torn
         header, *lines = whole_lines or [HEADER]
         if header != HEADER:
             raise InputError(

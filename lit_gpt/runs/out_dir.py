@@ -105,8 +105,8 @@ def is_first_by_environment() -> bool:
 
 def holds_run(out_dir: Path) -> bool:
     """Whether a run has begun in a folder. It may not have saved yet."""
-    names = ("hyperparameters.yaml", "last", ".last.old", "sweep.csv", BEFORE, f"{BEFORE}.partial")
-    names += ("hyperparameters.yaml.tmp",)  # it was killed at its first file
+    first_file = "hyperparameters.yaml"
+    names = (first_file, f"{first_file}.tmp", "last", ".last.old", "sweep.csv", BEFORE, f"{BEFORE}.partial")
     return any((out_dir / name).exists() for name in names)
 
 

@@ -109,15 +109,14 @@ def drop(before: Path) -> None:
     shutil.rmtree(old)
 
 
-def bring_back(out_dir: Path) -> bool:
-    """Puts the earlier run in its place again, if the new one has saved nothing. Returns whether it did."""
+def bring_back(out_dir: Path) -> None:
+    """Puts the earlier run in its place again, if the new one has saved nothing."""
     before, partial, _ = folders_aside(out_dir)
     if not before.is_dir():
-        return False
+        return
     delete_run(out_dir)
     before.rename(partial)  # from here on, names in out_dir are those of the earlier run
     move_back(partial)
-    return True
 
 
 def move_back(partial: Path) -> None:

@@ -81,10 +81,11 @@ class Checkpoints:
             source = Path(self.header.checkpoint_dir)
             write_files(weights, self.model.config, source, folder, metadata=metadata)
             write_style(self.header.prompt_style, folder)  # its chat template asks as in training
-            sentence = without_template(self.header.prompt_style, Tokenizer(folder))
-            if sentence and not self.has_told_style:  # once a run
-                print(sentence, file=sys.stderr)
-            self.has_told_style = True
+            if not self.has_told_style:  # once a run: the tokenizer is read for it
+                sentence = without_template(self.header.prompt_style, Tokenizer(folder))
+                if sentence:
+                    print(sentence, file=sys.stderr)
+                self.has_told_style = True
         else:
             file = folder / f"{self.header.method}.safetensors"
             save_tensors(dict(weights), file, metadata)

@@ -13,13 +13,20 @@ from lit_gpt.cli import dataclasses_of_flags
 from lit_gpt.lock import release_all
 
 ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(path for folder in ("scripts", "finetune", "generate") for path in (ROOT / folder).glob("*.py"))
+
+
+def load(path: Path) -> ModuleType:
+    """A new module of a script, as it is."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def script(path: str) -> ModuleType:
     """A new module of the script at this path below the repository. Its `main` takes flags one by one: `by_flags`."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load(ROOT / path)
     module.main = by_flags(module.main)
     return module
 

@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -231,7 +230,7 @@ def main(how: str, devices: int = 2) -> None:
         if how == "input":
             raise InputError("The second cannot go on.")
     fabric.barrier()
-    print("waiting", file=sys.stderr, flush=True)
+    os.write(2, b"waiting\\n")  # in one piece: print writes the line's end apart, and another process may come between
     time.sleep(60)
 
 if __name__ == "__main__":
@@ -247,27 +246,26 @@ ENDS = {  # how it fails: exit status, the last line, how many lines begin with 
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory) -> dict[str, tuple[int, str, float]]:
+def ended(tmp_path_factory) -> dict[str, tuple[int, str]]:
     """All at once: most of their time is that of starting three Pythons each."""
     script = tmp_path_factory.mktemp("ends") / "failing.py"
     script.write_text(FAILING)
-    since = time.monotonic()
     runs = {
         how: subprocess.Popen([sys.executable, script, "--how", how], stderr=subprocess.PIPE, text=True) for how in ENDS
     }
     found = {}
     for how, process in runs.items():
-        stderr = process.communicate(timeout=300)[1]
-        found[how] = (process.returncode, stderr, time.monotonic() - since)
+        stderr = process.communicate(timeout=300)[1]  # they would wait for each other for half an hour
+        found[how] = (process.returncode, stderr)
     return found
 
 
 @pytest.mark.parametrize("how", ENDS)
 def test_who_fails_has_the_last_word(how, ended) -> None:
-    status, stderr, seconds = ended[how]
+    status, stderr = ended[how]
     lines = stderr.strip().splitlines()
     assert (status, lines[-1], sum(line.startswith("error:") for line in lines)) == ENDS[how], stderr
-    assert stderr.count("Traceback") == (how == "raise") and seconds < 120, "instead of half an hour"
+    assert stderr.count("Traceback") == (how == "raise")
 
 
 def left(script: str) -> str:

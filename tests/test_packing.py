@@ -1,6 +1,5 @@
 """Records end to end: the loss and gradients of one by one: `pytest tests/test_packing.py`, about 10 s"""
 
-import time
 from dataclasses import replace
 
 import pytest
@@ -171,10 +170,17 @@ def test_prefix_groups_cover_every_record_once_and_really_share(records) -> None
 
 def test_records_that_share_nothing_take_no_time() -> None:
     """Compared are neighbours only, not every record with every other."""
-    records = [[i, 0] for i in range(20_000)]  # 2e8 pairs: half a minute
-    start = time.perf_counter()
+    n_looks = 0
+
+    class Record(list):
+        def __len__(self) -> int:
+            nonlocal n_looks
+            n_looks += 1
+            return super().__len__()
+
+    records = [Record([i, 0]) for i in range(1000)]
     assert prefix_groups(records) == [([i], 0) for i in range(len(records))]
-    assert time.perf_counter() - start < 5
+    assert len(records) <= n_looks < 10 * len(records), "1e6 pairs"
 
 
 @settings(max_examples=60, deadline=None)

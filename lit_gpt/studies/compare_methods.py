@@ -250,22 +250,34 @@ def steps_within(minutes: float, names: Sequence[str], scripts: Path, budget: Bu
     shutil.rmtree(probe)  # a model and its optimizer
     probe_seconds = time.perf_counter() - began
 
-    # a step, and the rest of a run. The first step also warms up; the flags may end the run after it
+    # its times are those of all
     seconds = [row["seconds"] for row in rows if row["seconds"] is not None]
-    rest_of_run = probe_seconds - sum(seconds)
-    seconds = seconds[1:] or seconds
-    step = sum(seconds) / len(seconds)
+    steps, least = steps_that_fit(minutes, names, probe_seconds, seconds)
+    if steps < 1:
+        print(f"{minutes:g} minutes are too few: a step of each method takes about {least:.1f}.", file=sys.stderr)
+    return max(1, steps)
+
+
+def steps_that_fit(
+    minutes: float, names: Sequence[str], probe_seconds: float, step_seconds: Sequence[float]
+) -> tuple[int, float]:
+    """The steps that each method can take, below 1 if the minutes are too few; and the minutes that would be enough.
+
+    `probe_seconds` is what a run of full fine-tuning took, from its start to its end, `step_seconds` what each of its
+    steps did. The run itself counts, too.
+    """
+    # a step, and the rest of a run. The first step also warms up; the flags may end the run after it
+    rest_of_run = probe_seconds - sum(step_seconds)
+    warm = step_seconds[1:] or step_seconds
+    step = sum(warm) / len(warm)
 
     # a step of each method, and the rest of all runs
     left = minutes * 60 - probe_seconds - len(names) * rest_of_run
     step_of_all = 0.0
     for name in names:
         step_of_all += step if METHODS[CANDIDATES[name].method].trains_base else step * FROZEN_SHARE
-    steps = math.floor(left / step_of_all)
-    if steps < 1:
-        least = (minutes * 60 - left + step_of_all) / 60
-        print(f"{minutes:g} minutes are too few: a step of each method takes about {least:.1f}.", file=sys.stderr)
-    return max(1, steps)
+    least = (minutes * 60 - left + step_of_all) / 60
+    return math.floor(left / step_of_all), least
 
 
 def run_script(script: Path, flags: Sequence[str]) -> None:

@@ -127,6 +127,9 @@ def check_devices(kind: str, devices: int, num_nodes: int) -> None:
         raise InputError(f"--devices {devices}, but this machine has {torch.cuda.device_count()} GPUs.")
     if kind == "mps" and devices * num_nodes > 1:
         raise InputError(f"--devices {devices}, but PyTorch drives one Apple GPU only.")
+    # a few processes on fewer cores are slow, and a way to try out what several GPUs will do
+    if kind == "cpu" and devices > max(8, count_cores()):
+        raise InputError(f"--devices {devices}, but this machine has {count_cores()} CPU cores: one for each process.")
 
 
 def is_started_from_outside() -> bool:
@@ -354,10 +357,13 @@ def share_cores(n_processes: int) -> None:
     """
     if "OMP_NUM_THREADS" in os.environ or os.environ["LOCAL_RANK"] != "0":
         return
-    if hasattr(os, "sched_getaffinity"):  # macOS has none
-        n_cores = len(os.sched_getaffinity(0))
-    else:
-        n_cores = os.cpu_count() or 1
-    n_threads = max(1, n_cores // n_processes)
+    n_threads = max(1, count_cores() // n_processes)
     torch.set_num_threads(n_threads)
     os.environ["OMP_NUM_THREADS"] = str(n_threads)
+
+
+def count_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # macOS has none
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -362,7 +362,13 @@ def test_what_is_neither_a_text_nor_a_number(third, message, tmp_path) -> None:
 
 
 def test_labels_are_texts_numbers_and_truth_values(tmp_path) -> None:
-    for values, names in (([0, 1], ["0", "1"]), ([True, False], ["False", "True"]), (["a", 7], ["7", "a"])):
+    wholes = [0, 0.0, 1, 1.5]  # pandas makes 0.0 of 0 where the column has a gap
+    for values, names in (
+        ([0, 1], ["0", "1"]),
+        (wholes, ["0", "1", "1.5"]),
+        ([True, False], ["False", "True"]),
+        (["a", 7], ["7", "a"]),
+    ):
         (tmp_path / "good.json").write_text(json.dumps([{"text": f"{value}", "label": value} for value in values]))
         assert read_labelled(tmp_path / "good.json", "text", "label").names == names
 

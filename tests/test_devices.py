@@ -359,6 +359,7 @@ def test_machines_need_an_address(monkeypatch) -> None:
     ("environment", "settings", "message"),
     [
         ({}, dict(devices=0), "--devices 0 --num_nodes 1, expected 1 or more"),
+        ({}, dict(devices=9_999_999), "--devices 9999999, but this machine has .* CPU cores"),
         (dict(LOCAL_WORLD_SIZE="2", WORLD_SIZE="4"), dict(devices=3), "started 2 processes on each of 2 machines, but"),
         (dict(LOCAL_WORLD_SIZE="2", WORLD_SIZE="4"), dict(num_nodes=3), "--num_nodes 3. Leave both flags out"),
     ],

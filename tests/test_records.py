@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_gpt import InputError
-from lit_gpt.data.read_files import DELIMITERS, csv_records, json_records
+from lit_gpt.data.read_files import DELIMITERS, csv_records, json_records, read_records
 
 RECORDS = [
     {"instruction": "Größe?\n", "input": "", "output": "🙂\u2028, \"so\"\r\nand 'so'"},
@@ -21,7 +21,7 @@ LINES = [json.dumps(record, ensure_ascii=False) for record in RECORDS]
 
 def read(path: Path, content: str | bytes) -> list[dict]:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return list((csv_records if path.suffix == ".csv" else json_records)(path))
+    return list((csv_records if path.suffix in (".csv", ".tsv") else json_records)(path))
 
 
 @pytest.mark.parametrize("bom", [b"", codecs.BOM_UTF8], ids=["", "bom"])
@@ -88,8 +88,7 @@ REFUSED = {
     "an open quote": ("a.csv", 'a,b\n1,"2\n', "unexpected end of data.*must be quoted"),
     "text after a quote": ("a.csv", 'a,b\n"1"x,2\n', "line 2: .*expected after"),
     "a column twice": ("a.csv", "a,b,a\n1,2,3\n", "names a column twice: a, b, a"),
-    "semicolons": ("a.csv", "a;b\n1;2\n", "has one column, 'a;b', expected several.* --delimiter semicolon"),
-    "tabs": ("a.csv", "a\tb\n1\t2\n", "has one column, .*--delimiter tab"),
+    "commas in .tsv": ("a.tsv", "a,b\n1,2\n", "has one column, 'a,b', expected several.* --delimiter comma"),
 }
 
 
@@ -103,16 +102,21 @@ def test_what_is_wrong_and_where(tmp_path: Path, name: str) -> None:
 def test_other_delimiters(tmp_path: Path) -> None:
     for delimiter, letter in DELIMITERS.items():
         (tmp_path / "a.csv").write_text(f'a{letter}b\n"1{letter}"{letter}2\n')
-        assert list(csv_records(tmp_path / "a.csv", delimiter)) == [{"a": f"1{letter}", "b": "2"}]
+        for said in (delimiter, None):
+            assert list(csv_records(tmp_path / "a.csv", said)) == [{"a": f"1{letter}", "b": "2"}]
+    with pytest.raises(InputError, match="one column, .*, expected several with a comma .*--delimiter tab` reads it"):
+        list(csv_records(tmp_path / "a.csv", "comma"))
     (tmp_path / "one.csv").write_text("text\na; b\n")  # one column, as it should be
     assert list(csv_records(tmp_path / "one.csv")) == [{"text": "a; b"}]
+    (tmp_path / "a.tsv").write_text("a,b\tc\n1\t2\n")
+    assert list(read_records(tmp_path / "a.tsv")) == [{"a,b": "1", "c": "2"}]
 
 
 @pytest.mark.parametrize(
     ("reader", "name", "command"),
     [
         (json_records, "a.csv", "prepare_csv.py --csv_path"),
-        (json_records, "a.tsv", "prepare_csv.py .*--delimiter tab"),
+        (json_records, "a.tsv", "prepare_csv.py --csv_path"),
         (json_records, "a.parquet", "prepare_sources.py --sources '{.*a.parquet: 1}'"),
         (csv_records, "a.jsonl", "prepare_json.py --json_path"),
         (csv_records, "a.json", "prepare_json.py --json_path"),

@@ -232,7 +232,7 @@ def test_every_source_gives_the_same_tokens(checkpoint, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name, content, said",
     [
-        ("a.xlsx", b"", "a.xlsx is no file ending in .json, .jsonl, .csv, .parquet"),
+        ("a.xlsx", b"", "a.xlsx is no file ending in .json, .jsonl, .csv, .tsv, .parquet"),
         ("a.parquet", b"PAR1 and more", "a.parquet is no parquet file that can be read"),
         ("page.parquet", damaged_parquet(), "page.parquet is no parquet file that can be read"),
         ("a.txt", b"\xff", "a.txt, line 1, is not UTF-8"),

@@ -26,8 +26,8 @@ class TextArgs:
     """Where the texts and labels are."""
 
     data_path: Path
-    """Texts and labels: a .csv, .json, .jsonl or .parquet file, or org/name of the hub. A column `split` may say train,
-    val or test. If records say test, the scores are theirs: no training and no choice has seen them."""
+    """Texts and labels: a .csv, .tsv, .json, .jsonl or .parquet file, or org/name of the hub. A column `split` may say
+    train, val or test. If records say test, the scores are theirs: no training and no choice has seen them."""
     text_key: str = "text"
     """The column of the texts."""
     label_key: str = "label"
@@ -189,7 +189,7 @@ def read_labelled(path: Path, text_key: str, label_key: str) -> LabelledTexts:
             split = "test"
         missing = [key for key in (text_key, label_key) if is_missing(record.get(key))]
         # -1 is what data sets of the hub have for a secret label
-        if split == "test" and (label_key in missing or str(record.get(label_key)) == "-1"):
+        if split == "test" and (label_key in missing or record.get(label_key) in (-1, "-1")):
             n_unlabelled += 1
             continue
         if missing:
@@ -199,7 +199,7 @@ def read_labelled(path: Path, text_key: str, label_key: str) -> LabelledTexts:
             )
         where = f"{path}, record {number}"
         text = text_or_number(record[text_key], f"{where}: {text_key}")
-        label = text_or_number(record[label_key], f"{where}: {label_key}")
+        label = text_or_number(whole_number(record[label_key]), f"{where}: {label_key}")
         rows.append(TextRecord(text, label, split))
 
     # a text that chooses `best` is not trained on, and one that is scored does neither
@@ -228,6 +228,11 @@ def is_missing(value: Any) -> bool:
     """Whether a column holds nothing: null, no text, or the NaN that pandas writes for null."""
     is_nan = isinstance(value, float) and math.isnan(value)
     return value is None or value == "" or is_nan
+
+
+def whole_number(value: Any) -> Any:
+    """A 3.0 as 3: pandas makes such numbers of a column of whole ones in which one is missing. The rest as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def text_or_number(value: Any, name: str) -> str:

@@ -40,7 +40,7 @@ COMMANDS = {  # by the end of a file's name the script that prepares it
     ".json": "prepare_json.py --json_path {}",
     ".jsonl": "prepare_json.py --json_path {}",
     ".csv": "prepare_csv.py --csv_path {}",
-    ".tsv": "prepare_csv.py --csv_path {} --delimiter tab",
+    ".tsv": "prepare_csv.py --csv_path {}",
     ".parquet": "prepare_sources.py --sources '{{{}: 1}}'",
 }
 
@@ -66,7 +66,7 @@ def mix(sources: Mapping[str, float], split_key: str = "split", strict: bool = T
 
 
 def read_records(source: str | Path, split_key: str = "split", strict: bool = True) -> Iterator[dict[str, Any]]:
-    """Records of a .json, .jsonl, .csv, .parquet, .txt or .md file, of a folder of texts, or of a data set.
+    """Records of a .json, .jsonl, .csv, .tsv, .parquet, .txt or .md file, of a folder of texts, or of a data set.
 
     A data set is named as on the Hugging Face hub, org/name or org/name:config, or is a folder, as it lies on the hub
     or as `save_to_disk` wrote it; folder:config names one of its configurations. The names of its splits become what
@@ -161,8 +161,6 @@ def records_of_files(data: DataFiles, split_key: str, strict: bool) -> Iterator[
 
 def records_of_file(path: Path, kind: str, strict: bool) -> Iterator[dict[str, Any]]:
     """Records of one data file of a folder. Raises InputError if it cannot be read."""
-    if kind == "tsv" and path.suffix == ".tsv":
-        return csv_records(path, "tab", strict)
     # a .json file of a data set may be a list, or have an object per line
     if path.suffix in READERS and path.suffix != ".json":
         return read_file(path, strict)
@@ -308,10 +306,11 @@ def parse_json(text: str, path: Path, first_line: int = 1) -> Any:
         raise InputError(f"{path}{where} cannot be read: {error}.") from None
 
 
-def csv_records(path: Path, delimiter: Delimiter = "comma", strict: bool = True) -> Iterator[dict[str, str]]:
+def csv_records(path: Path, delimiter: Delimiter | None = None, strict: bool = True) -> Iterator[dict[str, str]]:
     """Records of a CSV file with a header line. Everything is text: 'NA' stays 'NA'.
 
-    Without `strict`, a row with more or fewer fields than the header is a record that says so (UNREADABLE).
+    Without a `delimiter`, it is found: see `find_delimiter`. Without `strict`, a row with more or fewer fields than the
+    header is a record that says so (UNREADABLE).
 
     Raises:
         InputError: another kind of file; or not UTF-8, no header, another delimiter, or a row with more or fewer fields
@@ -319,6 +318,8 @@ def csv_records(path: Path, delimiter: Delimiter = "comma", strict: bool = True)
     """
     with open_text(path, newline="") as file:
         check_suffix(path, (".csv", ".tsv"))
+        delimiter = delimiter or find_delimiter(path, file.readline())
+        file.seek(0)
         try:
             reader = csv.reader(file, strict=True, delimiter=DELIMITERS[delimiter])
             header = next(reader, None)
@@ -341,6 +342,20 @@ def csv_records(path: Path, delimiter: Delimiter = "comma", strict: bool = True)
             raise InputError(
                 f"{path}, line {reader.line_num}: {error}. Fields with line breaks must be quoted."
             ) from None
+
+
+def find_delimiter(path: Path, header_line: str) -> Delimiter:
+    """What stands between the columns of a file: a tab in a .tsv file, else what divides its header line.
+
+    Of several the first of DELIMITERS. If there is none, the file has one column, and the answer is a comma.
+    """
+    if path.suffix == ".tsv":
+        return "tab"
+    for name, letter in DELIMITERS.items():
+        columns = next(csv.reader([header_line], delimiter=letter), [])
+        if len(columns) > 1:
+            return name
+    return "comma"
 
 
 def check_delimiter(header: Sequence[str], path: Path, delimiter: Delimiter) -> None:
@@ -401,6 +416,7 @@ READERS_BY_RECORD: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {  # whi
     ".json": json_records,
     ".jsonl": json_records,
     ".csv": csv_records,
+    ".tsv": csv_records,
 }
 READERS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = READERS_BY_RECORD | {
     ".parquet": parquet_records,

@@ -277,3 +277,21 @@ def test_half_a_character_in_a_key(checkpoint, tmp_path: Path, capsys) -> None:
     assert "Not read: \\ud83d.\n" in capsys.readouterr().out
     prepare_lines(['{"instruction": "b", "output": "b", "": 0}'], checkpoint, tmp_path, overwrite=True)
     assert "Not read: ''.\n" in capsys.readouterr().out
+
+
+def test_a_record_is_counted_in_its_own_source(checkpoint, tmp_path: Path) -> None:
+    """Not through all of them, nor once more for each time that a weight repeats it."""
+    good = [question(i) for i in range(3)]
+    for name in ("a", "b"):
+        lines = [*good, '{"source": "a", "output": "b"}'] if name == "b" else good
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    a, b = (tmp_path / f"{name}.jsonl" for name in ("a", "b"))
+    args = dict(checkpoint_dir=checkpoint, data_dir=tmp_path / "data")
+    lacks = "has no instruction; it has source, output"
+    with pytest.raises(InputError, match=f"^Record 4 of the validation records {lacks}"):
+        script("prepare_json").main(a, val_path=b, **args)
+    with pytest.raises(InputError, match=f"^Record 4 of {b} {lacks}"):
+        script("prepare_sources").main({str(a): 2, str(b): 1.5}, **args)
+    for weight in (0.5, 1, 2):
+        with pytest.raises(InputError, match=f"^Record 4 {lacks}"):
+            script("prepare_sources").main({str(b): weight}, **args)

@@ -39,7 +39,7 @@ def tokenizer(checkpoint: Path) -> Tokenizer:
 
 
 def read(record: dict, **keys: str) -> dict[str, Any]:
-    return in_our_form(record, 7, Keys(**keys))
+    return in_our_form(record, "Record 7", Keys(**keys))
 
 
 def text_of(record: dict, tokenizer: Tokenizer) -> str:

@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def messages(record: dict, **keys: str) -> list[dict]:
-    return in_our_form(record, 7, Keys(**keys))["messages"]
+    return in_our_form(record, "Record 7", Keys(**keys))["messages"]
 
 
 # ---- forms
@@ -79,8 +79,8 @@ def test_the_forms_of_a_conversation() -> None:
         assert messages({"messages": nothing, "prompt": "Who?", "completion": "Ada.", "instruction": None}) == single
         assert messages({"conversations": nothing}) == []
         assert messages({"prompt": [USER], "completion": nothing}) == [USER]  # which has no answer
-    assert in_our_form({"messages": [], "text": "Once."}, 1, Keys()) == {"text": "Once.", "split": None}
-    assert in_our_form({"text": "Once.", "output": None}, 1, Keys()) == {"text": "Once.", "split": None}
+    assert in_our_form({"messages": [], "text": "Once."}, "Record 1", Keys()) == {"text": "Once.", "split": None}
+    assert in_our_form({"text": "Once.", "output": None}, "Record 1", Keys()) == {"text": "Once.", "split": None}
     assert messages({"prompt": "no", "completion": "no", "instruction": "Who?", "output": "Ada."}) == single
     assert messages(
         {"q": "Who?", "a": "Ada.", "s": "Be brief."}, instruction_key="q", output_key="a", system_key="s"
@@ -88,10 +88,10 @@ def test_the_forms_of_a_conversation() -> None:
         SYSTEM,
         *single,
     ]
-    assert in_our_form({"text": "Once."}, 1, Keys()) == {"text": "Once.", "split": None}
+    assert in_our_form({"text": "Once."}, "Record 1", Keys()) == {"text": "Once.", "split": None}
     tools = [{"name": "f"}]
     called = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
-    record = in_our_form({"messages": [USER, called, TOOL, ANSWER], "tools": tools}, 1, Keys())
+    record = in_our_form({"messages": [USER, called, TOOL, ANSWER], "tools": tools}, "Record 1", Keys())
     assert record["tools"] == tools and record["messages"] == [USER, called | {"content": ""}, TOOL, ANSWER]
     assert blank_part(record) is None
 
@@ -120,7 +120,7 @@ def test_the_forms_of_a_conversation() -> None:
 )
 def test_forms_that_are_none(record: dict, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        in_our_form(record, 7, Keys())
+        in_our_form(record, "Record 7", Keys())
 
 
 @pytest.mark.parametrize(
@@ -136,9 +136,9 @@ def test_forms_that_are_none(record: dict, said: str) -> None:
     ],
 )
 def test_names_of_splits(name: str, split: str | None) -> None:
-    assert in_our_form({"text": "a", "split": name}, 1, Keys())["split"] == split
+    assert in_our_form({"text": "a", "split": name}, "Record 1", Keys())["split"] == split
     with pytest.raises(InputError, match="says split '_train', expected train, val or test"):
-        in_our_form({"text": "a", "split": "_train"}, 1, Keys())
+        in_our_form({"text": "a", "split": "_train"}, "Record 1", Keys())
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_names_of_splits(name: str, split: str | None) -> None:
     ],
 )
 def test_blank_conversations(talk: list, blank: str | None) -> None:
-    assert blank_part(in_our_form({"messages": talk}, 1, Keys())) == blank
+    assert blank_part(in_our_form({"messages": talk}, "Record 1", Keys())) == blank
 
 
 def test_what_is_not_to_be_learned(checkpoint, tmp_path: Path) -> None:

@@ -6,8 +6,6 @@ chat template refuses. A fault of the file as a whole (it is missing, it is not 
 
 from lit_gpt.errors import InputError
 
-UNREADABLE = "\0unreadable"
-"""The only key of a record that a reader could not read; its value says why. No key of a file is called so."""
 BAD = "that cannot be used"  # under this name they are counted
 MOST = 0.05  # the share of the records above which bad ones stop
 SOON = 100  # bad records after which reading on is vain if they are the majority

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lit_gpt.data.reader_keys import own_keys
 from lit_gpt.data.tool_calls import calls_in_text, parse_if_text, read_calls, read_function_call, without_nulls
 from lit_gpt.errors import InputError
 
@@ -275,7 +276,7 @@ def visible(key: str) -> str:
 
 def list_keys(record: Mapping[Any, Any], most: int = 20) -> str:
     """The keys of a record, on one line, for people."""
-    names = [visible(str(key)) for key in record]
+    names = [visible(str(key)) for key in own_keys(record)]
     more = ", ..." if len(names) > most else ""
     return ", ".join(names[:most]) + more
 

@@ -31,6 +31,7 @@ from lit_gpt.data.loss_mask import Marked, mark_trained
 from lit_gpt.data.print_report import print_summary
 from lit_gpt.data.prompts import resolve_style, template_source
 from lit_gpt.data.record_texts import RecordText, render_records
+from lit_gpt.data.reader_keys import NAMES
 from lit_gpt.data.records import Keys, with_validation
 from lit_gpt.data.split import LEAKED, Split
 from lit_gpt.data.tokenizer import Encoded, Tokenizer
@@ -263,9 +264,10 @@ def is_up_to_date(records: Callable[[], Records], recipe: str, data_dir: Path) -
 
 
 def hashed(records: Records, digest: "hashlib._Hash") -> Iterator[dict[str, Any]]:
-    """Passes the records on, and updates the digest with each."""
+    """Passes the records on, and updates the digest with each; where it is from does not matter."""
     for record in records:
-        digest.update(repr(record).encode("utf-8", "surrogatepass"))
+        content = {key: value for key, value in record.items() if key not in NAMES}
+        digest.update(repr(content).encode("utf-8", "surrogatepass"))
         yield record
 
 
@@ -324,7 +326,7 @@ def pieces_of(
         n_head=1 if has_bos else 0,
         mask_prompt=args.mask_prompt,
         too_long=args.too_long,
-        number=text.number,
+        name=text.name,
         counts=counts,
     )
 

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_gpt.data.bad_records import UNREADABLE
 from lit_gpt.data.folder_layout import (
     DataFiles,
     choose_config,
@@ -23,6 +22,7 @@ from lit_gpt.data.folder_layout import (
     read_configs,
     saved_inside,
 )
+from lit_gpt.data.reader_keys import IS_REPEAT, NUMBER, PART_OF_FILE, SOURCE, UNREADABLE
 from lit_gpt.errors import InputError
 from lit_gpt.files import list_some
 from lit_gpt.packages import import_optional
@@ -58,11 +58,14 @@ def mix(sources: Mapping[str, float], split_key: str = "split", strict: bool = T
         if not 0 < weight < math.inf:
             raise InputError(f"{source} has the weight {weight}, expected a number above 0.")
         for i, record in enumerate(read_records(source, split_key, strict)):
+            record = {**record, NUMBER: i + 1}
+            if len(sources) > 1:
+                record[SOURCE] = source
             # so the first i + 1 records have been taken (i + 1) * weight times in all, rounded down
             times = int((i + 1) * weight) - int(i * weight)
             if times > 0:
                 yield record
-                yield from [record | {"is_repeat": True}] * (times - 1)
+                yield from [record | {IS_REPEAT: True}] * (times - 1)
 
 
 def read_records(source: str | Path, split_key: str = "split", strict: bool = True) -> Iterator[dict[str, Any]]:
@@ -244,7 +247,7 @@ def text_records(path: Path) -> Iterator[dict[str, Any]]:
     """A whole file as one text; a large one in parts of a million characters, which end with a line if they can."""
     with open_text(path) as file:
         while text := file.read(2**20) + file.readline(2**20):
-            yield {"text": text, "part_of_file": True}
+            yield {"text": text, PART_OF_FILE: True}
 
 
 def json_records(path: Path, strict: bool = True) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,7 @@ from lit_gpt.data.leave_out import (
 )
 from lit_gpt.data.messages import choose_calls, join_consecutive, without_greeting
 from lit_gpt.data.prompts import Rendered, render, template_source
+from lit_gpt.data.reader_keys import name_record
 from lit_gpt.data.records import Keys, in_our_form
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.data.unread_keys import UnreadKeys
@@ -25,7 +26,9 @@ class RecordText(NamedTuple):
     """A record as a text that can be tokenized."""
 
     number: int
-    """The record's number, counted from 1."""
+    """How many records there are up to this one."""
+    name: str
+    """What the record is called in errors: Record 7."""
     split: str | None
     """"train" or "val" if the record says so itself."""
     rendered: Rendered
@@ -53,10 +56,11 @@ def render_records(
     has_calls = knows_calls(style, tokenizer)
     for number, raw_record in enumerate(check_named_keys(records, keys), 1):
         bad.n_records = number
+        name = name_record(raw_record, number)
         # is it to be learned?
         try:
-            record = in_our_form(raw_record, number, keys)
-            check_can_be_masked(record, number, mask_prompt)
+            record = in_our_form(raw_record, name, keys)
+            check_can_be_masked(record, name, mask_prompt)
             if "messages" in record:
                 record["messages"] = choose_calls(record["messages"], as_text=not has_calls)
         except InputError as error:
@@ -73,7 +77,7 @@ def render_records(
         try:
             rendered, record = render_or_adapt(style, record, tokenizer, counts)
         except InputError as error:
-            bad.add(InputError(f"Record {number}: {error}"), number)
+            bad.add(InputError(f"{name}: {error}"), number)
             continue
         if not rendered.answer_spans:
             counts[UNPRINTED] += 1
@@ -89,7 +93,7 @@ def render_records(
             answer_start, _ = rendered.answer_spans[0]
             prompt = rendered.text[:answer_start]
         is_repeat = record.get("is_repeat", False)
-        yield RecordText(number, record["split"], rendered, is_text, prompt, is_repeat)
+        yield RecordText(number, name, record["split"], rendered, is_text, prompt, is_repeat)
 
 
 def knows_calls(style: str, tokenizer: Tokenizer) -> bool:
@@ -100,13 +104,13 @@ def knows_calls(style: str, tokenizer: Tokenizer) -> bool:
     return any("tool_calls" in source for source in sources)
 
 
-def check_can_be_masked(record: dict[str, Any], number: int, mask_prompt: bool) -> None:
+def check_can_be_masked(record: dict[str, Any], name: str, mask_prompt: bool) -> None:
     """Raises InputError if an answer is not to be learned where everything is trained."""
     # with --mask_prompt false the prompt of a completion is trained, whoever speaks in it
     messages = record.get("messages", ())[record.get("n_prompt", 0) :]
     if not mask_prompt and any(message.get("weight") == 0 for message in messages):
         raise InputError(
-            f"Record {number} has an answer that is not to be learned (weight 0, or train false), and --mask_prompt"
+            f"{name} has an answer that is not to be learned (weight 0, or train false), and --mask_prompt"
             " false trains on all of a record."
         )
 

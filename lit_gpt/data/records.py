@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lit_gpt.data.bad_records import UNREADABLE
 from lit_gpt.data.messages import (
     LEARN_KEYS,
     MEDIA,
@@ -32,6 +31,7 @@ from lit_gpt.data.messages import (
     read_conversation,
     read_messages,
 )
+from lit_gpt.data.reader_keys import IS_REPEAT, NUMBER, PART_OF_FILE, READER_KEYS, SOURCE, UNREADABLE, own_keys
 from lit_gpt.data.tool_calls import parse_if_text, read_functions, read_tools
 from lit_gpt.errors import InputError
 
@@ -47,8 +47,7 @@ SPLITS = {
     "test": "other",
     "testing": "other",
 }
-OURS = ("is_repeat", "part_of_file")  # keys that are put into records by read_files.py
-BESIDE_INPUT_AND_OUTPUT = ("tools", "functions", "history", "id", *OURS)
+BESIDE_INPUT_AND_OUTPUT = ("tools", "functions", "history", "id", *READER_KEYS)
 """Keys beside which an input and an output alone are a question and its answer."""
 LABELS = ("label", "kto_tag")  # whether an answer is a good one, for TRL's and LLaMA-Factory's KTO
 
@@ -164,25 +163,26 @@ class Parts:
     def not_read(self) -> list[Any]:
         """The keys that hold something and have not been read."""
         unread = []
-        for key in self.record:
+        for key in own_keys(self.record):
             is_empty = self.record[key] is None or self.record[key] in ("", [], {})
-            if key not in self.read and key not in OURS and not is_empty:
+            if key not in self.read and not is_empty:
                 unread.append(key)
         return unread
 
 
-def in_our_form(record: Mapping[str, Any], number: int, keys: Keys) -> dict[str, Any]:
+def in_our_form(record: Mapping[str, Any], where: str, keys: Keys) -> dict[str, Any]:
     """A record as `prompts.render` reads it: "split" (train, val, other or None), and "messages", "tools" or "text".
 
-    Conversations, prompt and completion, and plain text are recognized by their keys. A text with "part_of_file" is one
-    of several of a file: its pieces go to training or validation one by one. One with "is_repeat" is the record before
-    once more. "n_prompt" is how many of the messages are the prompt of a completion. "not_read" are the keys that
-    nothing here reads, and "not_learned" is the key that says that the record is not to be learned.
+    Conversations, prompt and completion, and plain text are recognized by their keys. "part_of_file" and "is_repeat"
+    say what a reader says, see reader_keys.py. "n_prompt" is how many of the messages are the prompt of a completion.
+    "not_read" are the keys that nothing here reads, and "not_learned" is the key that says that the record is not to be
+    learned.
+
+    `where` is what the record is called in errors, such as Record 7.
 
     Raises:
         InputError: the record lacks what it needs, or something in it is no text.
     """
-    where = f"Record {number}"
     if UNREADABLE in record:
         raise InputError(f"{where}: {record[UNREADABLE]}")
     try:
@@ -196,7 +196,7 @@ def read_record(record: Mapping[str, Any], where: str, keys: Keys) -> dict[str, 
     parts = Parts(record, keys)
     refuse_media(parts, where)
     result: dict[str, Any] = {"split": choose_split(parts.take_part("split_key"), where, keys)}
-    if record.get("is_repeat"):
+    if record.get(IS_REPEAT):
         result["is_repeat"] = True
 
     # a text
@@ -206,7 +206,7 @@ def read_record(record: Mapping[str, Any], where: str, keys: Keys) -> dict[str, 
     is_text = parts.key_of["text_key"] in record and parts.filled.isdisjoint(others)
     if is_text and not is_pair and not conversation_key:
         result["text"] = as_text(parts.take_part("text_key"), f"{where}: {parts.key_of['text_key']}")
-        if record.get("part_of_file"):
+        if record.get(PART_OF_FILE):
             result["part_of_file"] = True
         return result | what_is_left(parts, LEARN_KEYS)
 
@@ -363,7 +363,7 @@ def flags_of_near_keys(record: Mapping[str, Any], wanted: Mapping[str, str | Non
 
     `wanted` are the keys by the flags' names. A key may be meant that differs in capitals, spaces, or a letter or two.
     """
-    by_plain_name = {str(key).strip().casefold(): str(key) for key in record}
+    by_plain_name = {str(key).strip().casefold(): str(key) for key in own_keys(record)}
     flags = []
     for flag, key in wanted.items():
         if key is None or key in record:
@@ -483,7 +483,9 @@ def with_validation(
         return
     sides = ((records, "train", split_names(keys.train_splits)), (validation, "val", split_names(keys.val_splits)))
     for side, word, names in sides:
-        for record in side:
+        for number, record in enumerate(side, 1):
+            if word == "val":  # several sources have names and numbers of their own
+                record = {SOURCE: "the validation records", NUMBER: number, **record}
             own = record.get(keys.split_key)
             is_test = word == "train" and not names and known_split(own) == "other"
             if is_test or own in names:

@@ -62,7 +62,7 @@ def fit_conversation(
     n_head: int,
     mask_prompt: bool,
     too_long: TooLong,
-    number: int,
+    name: str,
     counts: Counter[str],
 ) -> list[Marked]:
     """The record with at most `limit` tokens and all its answers, or an empty list.
@@ -72,7 +72,7 @@ def fit_conversation(
         n_head: How many tokens at the beginning always stay: 1 if there is a BOS token.
         mask_prompt: Whether the prompt is left untrained.
         too_long: What to do with a longer record.
-        number: The record's number, for errors.
+        name: What the record is called in errors.
         counts: Counts the records that are cut or dropped.
 
     Raises:
@@ -80,7 +80,7 @@ def fit_conversation(
     """
     n_prompt = record.marks.find(ANSWER)
     if n_prompt < 0:
-        raise InputError(f"Record {number} has no token to train: its template leaves the answer out. Is it its own?")
+        raise InputError(f"{name} has no token to train: its template leaves the answer out. Is it its own?")
     ids = record.ids
     marks = record.marks if mask_prompt else mark_prompt_too(record.marks)
     # does it fit?
@@ -91,7 +91,7 @@ def fit_conversation(
     # if not
     if too_long == "error":
         raise InputError(
-            f"Record {number} has {len(ids)} tokens, more than {limit}. See --too_long and --max_seq_length."
+            f"{name} has {len(ids)} tokens, more than {limit}. See --too_long and --max_seq_length."
         )
     if too_long == "cut_prompt" and prompt_can_be_cut(len(ids), n_prompt, n_head, limit):
         counts[CUT] += 1

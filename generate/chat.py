@@ -89,8 +89,12 @@ def main(
             continue
         max_length = min(len(idx) + max_new_tokens, model.config.block_size)
         if max_length <= len(idx):
-            print(f"The conversation fills the model's {max_length} tokens. /new begins another.", file=sys.stderr)
             messages.pop()
+            what, advice = "The conversation", "/new begins another."
+            if messages == opening:
+                what = "This question" if system is None else "This question, with --system,"
+                advice = "Ask a shorter one." if system is None else "Shorten one of them."
+            print(f"{what} fills the model's {max_length} tokens. {advice}", file=sys.stderr)
             continue
 
         # the answer, shown as it is made

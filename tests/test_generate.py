@@ -242,6 +242,9 @@ def test_base_prints_the_answer(model: GPT, tiny_dir: Path, capsys, style: str) 
     assert ("Cut at --max_new_tokens 15." in captured.err) != is_whole
 
 
+LONG = "word " * 300
+
+
 def test_chat_remembers_and_forgets(model: GPT, tiny_dir: Path) -> None:
     tokenizer, expected = Tokenizer(tiny_dir), []
     system = {"role": "system", "content": "Be brief."}
@@ -261,12 +264,20 @@ def test_chat_remembers_and_forgets(model: GPT, tiny_dir: Path) -> None:
     assert expected[0] == expected[2] != expected[1]
 
 
-def test_a_full_conversation(tiny_dir: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("word " * 300 + "\nHi\n"))
-    script("chat").main(checkpoint_dir=tiny_dir, max_new_tokens=5)
-    said = capsys.readouterr()
-    fills = "The conversation fills the model's 256 tokens. /new begins another.\n"
-    assert said.err == fills + "Cut at --max_new_tokens 5.\n" and said.out
+@pytest.mark.parametrize(
+    ("system", "questions", "said"),
+    [
+        (None, ["Hi", LONG], "The conversation fills the model's 256 tokens. /new begins another."),
+        (None, [LONG, "Hi"], "This question fills the model's 256 tokens. Ask a shorter one."),
+        (LONG, ["Hi"], "This question, with --system, fills the model's 256 tokens. Shorten one of them."),
+    ],
+)
+def test_a_full_conversation(system, questions, said, tiny_dir: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(questions)))
+    script("chat").main(checkpoint_dir=tiny_dir, max_new_tokens=5, system=system)
+    printed = capsys.readouterr()
+    lines = {f"{said}\n"} if system else {f"{said}\n", "Cut at --max_new_tokens 5.\n"}
+    assert set(printed.err.splitlines(keepends=True)) == lines and bool(printed.out) == (system is None)
 
 
 def test_chat_on_a_terminal_says_what_can_be_typed(tiny_dir: Path, monkeypatch, capsys) -> None:

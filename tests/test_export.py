@@ -480,6 +480,41 @@ def test_peft_of_a_head_that_is_the_embedding(tied_dir, tmp_path) -> None:
     assert error(load_model(tied_dir)(tokens(1, 15)), ours(tokens(1, 15))) > 1e-2
 
 
+@torch.no_grad()
+def test_peft_of_a_quantized_base(tiny, tmp_path, capsys) -> None:
+    """peft keeps nothing of the base's codes: what it gets on the original weights is told, and the codes are known."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: F401 # of the line that is printed
+
+    adapter = write_adapter(tmp_path / "lora", tiny, quantize="bnb.nf4")
+    export_peft(adapter, None, tmp_path / "peft")
+    printed = capsys.readouterr()
+    assert f"{adapter} was trained on weights in bnb.nf4" in printed.err and ".partial" not in printed.err
+    assert "On the original weights: logits" in printed.out
+
+    # read again, as it was trained; and on original weights, with a line, or merged
+    ours, again = (load_finetuned(None, folder)[0] for folder in (adapter, tmp_path / "peft"))
+    assert torch.equal(ours(tokens(1, 15)), again(tokens(1, 15))) and not capsys.readouterr().err
+    original, _ = load_finetuned(None, tmp_path / "peft", quantize="none")
+    assert "was trained on weights in bnb.nf4" in capsys.readouterr().err
+    export_merged(tmp_path / "peft", None, tmp_path / "merged")
+    assert error(load_model(tmp_path / "merged")(tokens(1, 15)), ours(tokens(1, 15))) < 1e-4
+
+    # the line's own words make it nearly the same in peft (bitsandbytes computes in 16 bits)
+    quantized = eval(re.search(r"quantization_config=(.*)\.", printed.out)[1])
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32, quantization_config=quantized)
+    theirs = PeftModel.from_pretrained(base, tmp_path / "peft").eval()(tokens(1, 15)).logits.float()
+    assert 3 * error(theirs, ours(tokens(1, 15))) < error(original(tokens(1, 15)), ours(tokens(1, 15)))
+
+
+def test_nothing_is_said_of_how_peft_has_trained(tiny, tmp_path, capsys) -> None:
+    """An adapter of peft does not say whether its base was quantized."""
+    export_peft(write_adapter(tmp_path / "lora", tiny), None, tmp_path / "peft")
+    for quantize in ("none", "bnb.nf4"):
+        load_finetuned(None, tmp_path / "peft", quantize=quantize)
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("format", ["hf", "merged", "peft", "gguf"])
 def test_a_folder_with_something_in_it_is_left_alone(format, tiny, tmp_path) -> None:
     """Also the checkpoint's own; before anything is loaded."""

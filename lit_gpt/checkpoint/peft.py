@@ -11,7 +11,7 @@ import json
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -20,15 +20,17 @@ from lit_gpt.checkpoint.load import parameter_shapes
 from lit_gpt.checkpoint.quantized_elsewhere import PLAIN
 from lit_gpt.checkpoint.save import save_tensors
 from lit_gpt.checkpoint.tensor_names import fused_rows, hf_name, lit_names, name_map_of, to_lit
-from lit_gpt.checkpoint.weight_files import read_tensors
+from lit_gpt.checkpoint.weight_files import read_metadata, read_tensors
 from lit_gpt.config import Config, read_json
 from lit_gpt.errors import InputError, reading
 from lit_gpt.lora import LoRA
 from lit_gpt.name_patterns import value_by_end
+from lit_gpt.quantize import Quantize
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of all names in WEIGHTS
+QUANTIZE = "lit_gpt.quantize"  # in the header of WEIGHTS: peft itself has no place for how its base was quantized
 OUR_LEAVES = {  # the end of a name in WEIGHTS -> the end of ours
     "lora_A.weight": "lora_A",
     "lora_B.weight": "lora_B",
@@ -46,8 +48,12 @@ Change = dict[str, torch.Tensor]  # lora_A (r, in), lora_B (out, r) and, for DoR
 Tensors = dict[str, torch.Tensor]  # by our names: transformer.h.3.attn.q.lora_A
 
 
-def save_peft(trained: Tensors, lora: LoRA, config: Config, base: str, folder: Path) -> None:
+def save_peft(
+    trained: Tensors, lora: LoRA, config: Config, base: str, folder: Path, quantize: Quantize | None = None
+) -> None:
     """Writes trained LoRA weights such that `PeftModel.from_pretrained(base, folder)` loads them.
+
+    `quantize` is how the base was quantized in training, for `read_quantize`.
 
     Raises:
         InputError: DoRA on a part of a fused linear: its one magnitude would need the other parts' too. Or LoRA on the
@@ -72,7 +78,7 @@ def save_peft(trained: Tensors, lora: LoRA, config: Config, base: str, folder: P
         ranks[hf_module] = rank
         alphas[hf_module] = lora.scaling_of(first_trained) * (rank**0.5 if lora.rslora else rank)
 
-    save_tensors(tensors, folder / WEIGHTS, {})
+    save_tensors(tensors, folder / WEIGHTS, {} if quantize is None else {QUANTIZE: quantize})
     settings = peft_settings(lora, config, base, ranks, alphas)
     (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -181,6 +187,16 @@ def all_modules(config: Config) -> list[str]:
         n_layer = config.n_layer if "{}" in template else 1
         modules += [template.replace("{}", str(layer), 1) for layer in range(n_layer)]
     return modules
+
+
+def read_quantize(folder: Path) -> Quantize | None:
+    """How the base of an adapter was quantized in training; None if it was not, or if that is unknown."""
+    file = folder / WEIGHTS
+    quantize = read_metadata(file).get(QUANTIZE) if file.is_file() else None
+    for known in get_args(Quantize):
+        if quantize == known:
+            return known
+    return None
 
 
 def load_peft(folder: Path, config: Config) -> tuple[LoRA, Tensors]:

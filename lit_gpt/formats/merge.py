@@ -21,7 +21,7 @@ from lit_gpt.formats.verify import EXACT, ROUNDING, Difference, Logits, compare_
 from lit_gpt.lock import locks
 from lit_gpt.lora import LoRA, lora_filter, merge_lora_weights
 from lit_gpt.model.gpt import GPT
-from lit_gpt.quantize import dequantize_linears
+from lit_gpt.quantize import Quantize, dequantize_linears
 from lit_gpt.runs.header import Header, finetuned_file, is_peft, read_header, read_peft_header
 from lit_gpt.runs.load_finetuned import (
     QuantizeAs,
@@ -33,6 +33,13 @@ from lit_gpt.runs.load_finetuned import (
 from lit_gpt.runs.methods import METHODS
 
 Base = Literal["original", "dequantized"]
+BITS_AND_BYTES: dict[Quantize, str] = {  # what transformers' from_pretrained needs to quantize in the same way
+    "bnb.nf4": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")',
+    "bnb.nf4-dq": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)',
+    "bnb.fp4": "BitsAndBytesConfig(load_in_4bit=True)",
+    "bnb.fp4-dq": "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)",
+    "bnb.int8": "BitsAndBytesConfig(load_in_8bit=True)",
+}
 
 
 @locks("out_dir")
@@ -124,6 +131,9 @@ def export_merged_gguf(
 def export_peft(finetuned: Path, checkpoint_dir: Path | None, out_dir: Path) -> None:
     """Writes a LoRA as peft's adapter, reads it back and verifies that it is the same.
 
+    If the base was quantized in training, lines say how far the adapter is from it on the original weights, which are
+    those that peft gets if nobody asks for others, and how to ask.
+
     Raises:
         InputError: see `must_be_empty`, `load_finetuned` and `save_peft`; or what is read back differs.
     """
@@ -137,16 +147,26 @@ def export_peft(finetuned: Path, checkpoint_dir: Path | None, out_dir: Path) -> 
     trained = {key: value for key, value in model.state_dict().items() if lora_filter(key)}
 
     with new_folder(out_dir) as folder:
-        save_peft(trained, LoRA(**header.settings), model.config, base=str(source), folder=folder)
+        save_peft(
+            trained, LoRA(**header.settings), model.config, base=str(source), folder=folder, quantize=header.quantize
+        )
         copy_companions(source, folder)
         finish_tokenizer(finetuned, header, folder)
-        copy, _ = load_finetuned(source, folder, quantize=header.quantize or "none")
-        difference = compare_logits(logits_of(model, tokenizer), logits_of(copy, tokenizer))
+        expected = logits_of(model, tokenizer)
+        copy, _ = load_finetuned(source, folder)
+        difference = compare_logits(expected, logits_of(copy, tokenizer))
         print(f"Read back: {difference}.")
         if not difference.is_within(EXACT):
             raise InputError(
                 f"What was written is not the adapter: {difference}. Nothing was kept. Please report this."
             )
+
+    if header.quantize is not None:
+        del model, copy  # no two of them at once
+        original, _ = load_finetuned(source, finetuned, quantize="none")
+        difference = compare_logits(expected, logits_of(original, tokenizer))
+        print(f"On the original weights: {difference}, from the quantized model that was trained.")
+        print(f"For peft, quantize the base as in training: quantization_config={BITS_AND_BYTES[header.quantize]}.")
 
 
 def finish_tokenizer(finetuned: Path, header: Header, folder: Path) -> None:

@@ -61,7 +61,10 @@ def is_peft(folder: Path) -> bool:
 
 
 def read_peft_header(folder: Path) -> Header:
-    """A header for an adapter that peft saved. peft keeps neither the tokenizer nor the prompt style of a training."""
+    """A header for an adapter in peft's format, which keeps neither the tokenizer nor the prompt style of a training.
+
+    How the base was quantized is known of those that were exported here.
+    """
     settings = read_json(folder / peft.CONFIG)
     return Header(
         method="lora",
@@ -70,6 +73,7 @@ def read_peft_header(folder: Path) -> Header:
         base="",
         tokenizer="",
         prompt_style="",
+        quantize=peft.read_quantize(folder),
     )
 
 

@@ -192,7 +192,8 @@ def choose_quantization(header: Header, quantize: QuantizeAs, finetuned_dir: Pat
     if quantize == "auto":
         return header.quantize
     asked = None if quantize == "none" else quantize
-    if asked != header.quantize:
+    unknown = header.quantize is None and is_peft(finetuned_dir)
+    if asked != header.quantize and not unknown:
         # the trained weights have made up for the errors of the base as it was rounded in training
         was = describe_weights(header.quantize)
         now = describe_weights(asked)

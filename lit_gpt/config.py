@@ -210,6 +210,10 @@ class Config:
         if not is_ours:
             path = checkpoint_dir / "config.json"
         if not path.is_file():
+            if (checkpoint_dir / "adapter_config.json").is_file():
+                raise InputError(
+                    f"{checkpoint_dir} holds an adapter of peft, expected a checkpoint. It is named with --finetuned."
+                )
             raise InputError(
                 f"{checkpoint_dir} is no checkpoint: it has no config.json."
                 " `python scripts/download_sample.py` fetches a small one."

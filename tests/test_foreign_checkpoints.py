@@ -241,6 +241,23 @@ def test_weights_that_config_json_names(two) -> None:
     assert reads(folder, new)
 
 
+def test_an_adapter_beside_a_model(two) -> None:
+    """As save_pretrained of what was merged leaves it in the adapter's folder: transformers puts it on once more."""
+    from peft import LoraConfig, get_peft_model
+
+    folder, tensors, _ = two
+    alone = reference(folder)(tokens(1, 9)).logits
+    model = get_peft_model(reference(folder), LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
+    model.save_pretrained(folder)
+    assert error(reference(folder)(tokens(1, 9)).logits, alone) > 1e-2
+    said = refusal(folder)
+    assert "holds a model, model.safetensors, and an adapter of peft, adapter_model.safetensors, and progr" in said
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    assert "adapter_model.bin, and programs differ" in refusal(folder)
+    (folder / "adapter_config.json").unlink()
+    assert reads(folder, tensors)
+
+
 def test_a_converted_copy_beside_the_original(two) -> None:
     folder, _, _ = two
     convert_checkpoint(folder, folder.parent / "lit", hugging_face=False)

@@ -28,6 +28,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "data/mine").mkdir(parents=True)
     (tmp_path / "data/mine/meta.json").touch()
     (tmp_path / "model.gguf").touch()
+    make_checkpoint(tmp_path / "trl/merged")
+    for name in ("checkpoint-10", "checkpoint-20"):
+        (tmp_path / "trl" / name).mkdir()
+        (tmp_path / "trl" / name / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -53,6 +57,12 @@ def test_a_checkpoint(here: Path, read, name: str, messages: tuple[str, ...]) ->
         read(Path(name))
     for message in messages:
         assert message.format(here=here) in str(error.value)
+
+
+def test_an_adapter_in_the_place_of_a_checkpoint(here: Path) -> None:
+    for read in (Config.from_checkpoint, load_model):
+        with pytest.raises(InputError, match="checkpoint-10 holds an adapter of peft, expected a checkp.* --finetuned"):
+            read(Path("trl/checkpoint-10"))
 
 
 def test_what_is_in_the_clone_is_named(here: Path) -> None:
@@ -91,6 +101,8 @@ def test_prepared_data(here: Path, name: str, message: str) -> None:
         ("out/lora/docstring", r"docstring is not there, as seen from .*\. Did you mean out/lora/docstrings\?"),
         ("lora/docstrings", r"lora/docstrings is not there.* Did you mean out/lora/docstrings\?"),
         ("data", "data holds nothing trained: expected lora.safetensors"),
+        ("trl", "trl holds adapters of peft, expected one of them. Name it: trl/checkpoint-10, trl/checkpoint-20"),
+        ("trl/merged", "trl/merged is a whole model that was not trained here, or a copy. .* with --checkpoint_dir"),
     ],
 )
 @pytest.mark.parametrize("read", [read_header, lambda folder: load_finetuned(None, folder)])

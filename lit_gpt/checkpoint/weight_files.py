@@ -39,7 +39,7 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
 
     Raises:
         InputError: there is no such folder, there are none in it, one that the index names is missing, or there are
-            two sets of which different programs read different ones.
+            two sets of which different programs read different ones, or an adapter beside them.
     """
     check_is_checkpoint(checkpoint_dir)
     converted = files_of_set(checkpoint_dir, CONVERTED)
@@ -50,6 +50,7 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
         raise no_weights(checkpoint_dir)
     if theirs:
         check_no_other_is_named(checkpoint_dir, theirs)
+        check_no_adapter(checkpoint_dir, theirs)
     return converted or theirs
 
 
@@ -63,6 +64,22 @@ def check_no_other_is_named(checkpoint_dir: Path, files: list[Path]) -> None:
             f"{config} names {named} as the weights (transformers_weights), and {files[0].name} would be read. Give the"
             " named file that name, or take the key out of config.json."
         )
+
+
+def check_no_adapter(checkpoint_dir: Path, files: list[Path]) -> None:
+    """Raises InputError if an adapter of peft lies beside these weights.
+
+    transformers with peft puts it on them, also on those that it was merged into; other programs leave it alone.
+    """
+    if not (checkpoint_dir / "adapter_config.json").is_file():
+        return
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (checkpoint_dir / name).is_file():
+            raise InputError(
+                f"{checkpoint_dir} holds a model, {files[0].name}, and an adapter of peft, {name}, and programs differ"
+                " in whether they put it on the model. Move one of them to another folder; an adapter goes with its"
+                " adapter_config.json, and --finetuned names it."
+            )
 
 
 def files_of_set(folder: Path, name: str) -> list[Path]:

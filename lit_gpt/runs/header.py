@@ -50,6 +50,10 @@ def read_header(finetuned_dir: Path) -> Header:
     """
     file = finetuned_file(finetuned_dir)
     header = read_metadata(file).get(KEY)
+    if header is None and (file.parent / "config.json").is_file():
+        raise InputError(
+            f"{file.parent} is a whole model that was not trained here, or a copy. It is named with --checkpoint_dir."
+        )
     if header is None:
         raise InputError(f"{file} does not say what it is: it was not written by this toolkit.")
     return Header(**json.loads(header))
@@ -101,6 +105,11 @@ def finetuned_file(finetuned_dir: Path) -> Path:
     inside = runs_in(finetuned_dir)
     if inside:
         raise InputError(f"{finetuned_dir} holds runs, expected one of them. Name it: {list_some(inside)}.")
+    adapters = {path.parent for path in finetuned_dir.glob(f"*/{peft.CONFIG}")}
+    if adapters:
+        raise InputError(
+            f"{finetuned_dir} holds adapters of peft, expected one of them. Name it: {list_some(adapters)}."
+        )
     names = " or ".join(f"{method.name}.safetensors" for method in METHODS.values() if not method.trains_base)
     raise InputError(f"{finetuned_dir} holds nothing trained: expected {names} in it or in its folder best.")
 

@@ -142,6 +142,41 @@ def test_the_tokenizer_beside_an_adapter_of_peft_is_the_one_that_was_trained(add
         assert exported.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == expected
 
 
+def test_a_part_of_a_tokenizer_beside_an_adapter(tiny, tmp_path) -> None:
+    """As a slow tokenizer is saved: the template that was trained is there, and no vocabulary that is read."""
+    from transformers import AutoTokenizer
+
+    adapter = tmp_path / "peft"
+    export_peft(write_adapter(tmp_path / "lora", tiny), None, adapter)
+    model = json.loads((adapter / "tokenizer.json").read_text())["model"]
+    (adapter / "tokenizer.json").unlink()
+    settings = json.loads((adapter / "tokenizer_config.json").read_text())
+    settings |= {"chat_template": OWN_STYLE, "tokenizer_class": "GPT2Tokenizer"}
+    (adapter / "tokenizer_config.json").write_text(json.dumps(settings))
+    acts = {
+        "generate": lambda: read_for_use(UseArgs(finetuned=adapter)),
+        "merge": lambda: export_merged(adapter, None, tmp_path / "merged"),
+        "peft": lambda: export_peft(adapter, None, tmp_path / "again"),
+        "gguf": lambda: export_merged_gguf(adapter, None, tmp_path / "gguf", "float16"),
+    }
+    for act in acts.values():
+        with pytest.raises(InputError, match="has tokenizer_config.json beside the adapter, and no tokenizer.json"):
+            act()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "peft"]
+
+    # what the line says to type
+    (adapter / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
+    (adapter / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    with pytest.raises(
+        InputError, match="vocab.json, merges.txt beside the adapter.* AutoTokenizer.from_pretrained"
+    ) as e:
+        read_for_use(UseArgs(finetuned=adapter))
+    eval(re.search(r"AutoTokenizer\..*?\)\.save_pretrained\(.*?\)", str(e.value))[0], {"AutoTokenizer": AutoTokenizer})
+    tokenizer, _, _ = read_for_use(UseArgs(finetuned=adapter))
+    assert tokenizer.chat_templates["default"] == OWN_STYLE
+
+
 def test_a_model_that_was_trained_whole_asks_as_in_training(tiny, tmp_path) -> None:
     header = Header(method="full", settings={}, checkpoint_dir=str(tiny), base="", tokenizer="", prompt_style="alpaca")
     Checkpoints(tmp_path / "run", load_model(tiny), header).save("best")

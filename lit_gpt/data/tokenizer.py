@@ -223,7 +223,15 @@ def open_backend(folder: Path, settings: Mapping[str, Any]) -> Backend:
             return SentencePieceBackend(folder / "tokenizer.model", added, legacy, add_prefix_space)
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"The tokenizer in {folder} cannot be read ({error}). Download it again.") from None
-    raise InputError(f"{folder} has no tokenizer.json and no tokenizer.model. Download the checkpoint again.")
+    raise InputError(f"{folder} has no tokenizer.json and no tokenizer.model. {how_to_save_as_json(folder)}")
+
+
+def how_to_save_as_json(folder: Path) -> str:
+    """What to do about a tokenizer without a tokenizer.json: transformers makes one of vocab.json and merges.txt."""
+    if all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+        name = repr(str(folder))
+        return f"Let transformers write it: AutoTokenizer.from_pretrained({name}).save_pretrained({name})."
+    return "Fetch it again, with all its files."
 
 
 def spelled(library: Backend, token_ids: Iterable[int]) -> list[str]:

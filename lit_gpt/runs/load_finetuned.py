@@ -15,7 +15,7 @@ from lit_gpt.checkpoint.quantized_elsewhere import PLAIN
 from lit_gpt.checkpoint.weight_files import read_tensors
 from lit_gpt.config import SAMPLE, Config
 from lit_gpt.data.embedding_rows import check_special_tokens
-from lit_gpt.data.tokenizer import Tokenizer
+from lit_gpt.data.tokenizer import Tokenizer, how_to_save_as_json
 from lit_gpt.device import Precision, inference_dtype
 from lit_gpt.errors import InputError
 from lit_gpt.files import some_of
@@ -98,9 +98,24 @@ def trained_tokenizer(finetuned_dir: Path, base_dir: Path) -> Tokenizer:
 
 
 def has_own_tokenizer(finetuned_dir: Path) -> bool:
-    """Whether an adapter of peft has a tokenizer beside it, as TRL saves it, with the template that was trained."""
-    files = [finetuned_dir / name for name in ("tokenizer.json", "tokenizer.model")]
-    return is_peft(finetuned_dir) and any(file.is_file() for file in files)
+    """Whether an adapter of peft has a tokenizer beside it, as TRL saves it, with the template that was trained.
+
+    Raises:
+        InputError: it has a part of one, without a vocabulary that is read.
+    """
+    if not is_peft(finetuned_dir):
+        return False
+    if any((finetuned_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return True
+    parts = ("tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt")
+    there = [name for name in parts if (finetuned_dir / name).is_file()]
+    if there:
+        raise InputError(
+            f"{finetuned_dir} has {', '.join(there)} beside the adapter, and no tokenizer.json or tokenizer.model: the"
+            f" tokenizer that was trained is not all there. {how_to_save_as_json(finetuned_dir)} Without these files"
+            " that of the base is used."
+        )
+    return False
 
 
 def load_model_for_use(args: UseArgs, device: torch.device) -> GPT:

@@ -99,6 +99,12 @@ def test_dtype(source, tmp_path) -> None:
     assert all(torch.equal(param, exact[name].bfloat16().float()) for name, param in wide.named_parameters())
     assert json.loads((tmp_path / "bf16" / "config.json").read_text())["dtype"] == "bfloat16"
 
+    # of both versions of transformers, if both have written the file
+    edit_config(tmp_path / "bf16", {"torch_dtype": "bfloat16", "architectures": None})
+    convert_checkpoint(tmp_path / "bf16", tmp_path / "f32", hugging_face=True, dtype=torch.float32)
+    hf = json.loads((tmp_path / "f32" / "config.json").read_text())
+    assert hf["dtype"] == hf["torch_dtype"] == "float32"
+
 
 @pytest.mark.parametrize("max_shard", [10**9, 3 * 10**6])
 @pytest.mark.parametrize("kind", ["tiny_dir", "tied_dir"])

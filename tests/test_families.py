@@ -114,6 +114,31 @@ def test_there_and_back(folder, tmp_path) -> None:
 
 
 @torch.no_grad()
+def test_what_was_saved_without_its_head(folder, tmp_path) -> None:
+    """As the model below the head is saved, such as Qwen3-Embedding: no name has the prefix of the whole."""
+    import transformers
+
+    whole = reference(folder)
+    bare = whole.base_model
+    if not whole.config.tie_word_embeddings:
+        bare.config.tie_word_embeddings = True
+    bare.save_pretrained(tmp_path / "bare")
+    if whole.config.model_type == "phi":  # its head has a bias
+        with pytest.raises(InputError, match="lm_head.bias is missing"):
+            load_model(tmp_path / "bare")
+        return
+    expected = reference(tmp_path / "bare")(tokens(1, 15)).logits
+    assert error(load_model(tmp_path / "bare")(tokens(1, 15)), expected) < 1e-5
+
+    # a copy is the whole model, and says so
+    convert_checkpoint(tmp_path / "bare", tmp_path / "copy", hugging_face=True)
+    hf = json.loads((tmp_path / "copy" / "config.json").read_text())
+    assert hf["architectures"] == [type(whole).__name__] and hasattr(transformers, hf["architectures"][0])
+    assert load_file(tmp_path / "copy" / "model.safetensors").keys() <= load_file(folder / "model.safetensors").keys()
+    assert torch.equal(reference(tmp_path / "copy")(tokens(1, 15)).logits, expected)
+
+
+@torch.no_grad()
 def test_bfloat16_is_as_good_as_transformers(folder, pair) -> None:
     """The error of bfloat16 weights is of the size of theirs: norms and rotations are done in float32."""
     exact, idx = pair[1](tokens(1, 60)), tokens(1, 60)

@@ -305,14 +305,28 @@ def write_hf_config(source: Path, folder: Path, config: Config, dtype: str | Non
 
     # what the weights are now
     hf["tie_word_embeddings"] = config.tie_embeddings
+    if hf.get("architectures"):
+        hf["architectures"] = [with_a_head(name) for name in hf["architectures"]]
     if dtype is not None:
-        hf["dtype" if "dtype" in hf else "torch_dtype"] = dtype  # transformers 5 and 4
+        dtype_keys = hf.keys() & {"dtype", "torch_dtype"} or {"torch_dtype"}  # transformers 5 and 4
+        hf |= dict.fromkeys(dtype_keys, dtype)
     write_json(folder / "config.json", hf)
 
     # what followed from the folder's name alone (EXCEPTIONS of a family), and the copy has another name
     if Config.from_checkpoint(folder).replace(name=config.name) != config:
         hf |= {"rope_scaling": config.rope_scaling, "max_position_embeddings": config.block_size}
         write_json(folder / "config.json", hf)
+
+
+def with_a_head(architecture: str) -> str:
+    """transformers' class for what writes text, of one that is the model below its head. vLLM goes by that name.
+
+    LlamaModel -> LlamaForCausalLM, Gemma3TextModel -> Gemma3ForCausalLM, GPT2Model -> GPT2LMHeadModel
+    """
+    if architecture.endswith("LMHeadModel") or not architecture.endswith("Model"):
+        return architecture
+    name = architecture.removesuffix("Model").removesuffix("Text")
+    return "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

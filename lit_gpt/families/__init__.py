@@ -9,7 +9,7 @@ A family file defines
 and, where it differs from DEFAULTS,
     TRANSPOSED   the checkpoint's modules whose weights are (in, out)
     IGNORED      ends of the names of tensors that some checkpoints carry and no model needs
-    PREFIX       the beginning of all names, which some checkpoints leave out
+    PREFIX       the beginning of all names but the head's, which some checkpoints leave out
     EXCEPTIONS   folder name -> arguments of Config that are missing in its config.json
     LEFT_OUT     model_type -> what transformers means by keys that config.json leaves out, where most families mean
                  something else (LEFT_OUT below). `from_hf` finds all of these keys, of the same kind as here
@@ -38,7 +38,7 @@ FAMILIES = (
 DEFAULTS: dict[str, Any] = {  # of what a family file may leave out
     "TRANSPOSED": (),
     "IGNORED": (".inv_freq", ".cos_cached", ".sin_cached"),  # constants that old exports saved in every layer
-    "PREFIX": "",
+    "PREFIX": "model.",
     "EXCEPTIONS": {},
     "LEFT_OUT": {},
     "ALIASES": {},

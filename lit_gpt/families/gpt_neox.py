@@ -54,6 +54,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "stabilityai/stablecode-completion-alpha-3b-4k": STABLECODE | dict(block_size=4096),
 }
 
+PREFIX = "gpt_neox."
 WEIGHTS = {
     "gpt_neox.embed_in": "transformer.wte",
     "gpt_neox.layers.{}.input_layernorm": "transformer.h.{}.norm_1",

@@ -164,6 +164,39 @@ def test_an_adapter_of_another_model_is_refused(case, tmp_path) -> None:
         load_finetuned(folder, tmp_path)
 
 
+ROUTER = LoRA(r=4, alpha=10, modules=["mlp.gate", "attn.q"])
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (
+            replace(ROUTER, alpha_pattern={"gate": 3.0}),
+            "peft changes model.layers.0.mlp.gate with the rank and the alpha",
+        ),
+        (replace(ROUTER, rank_pattern={"gate": 2}), "peft changes model.layers.0.mlp.gate with the rank"),
+        (replace(ROUTER, dora=True), "without DoRA. Merge instead"),
+        (LoRA(r=4, modules=["h.1.mlp.proj"]), "experts of a mixture one by one"),  # of a layer that is no mixture
+        (replace(ROUTER, alpha_pattern={"q": 3.0}), None),
+        (replace(ROUTER, r=3, alpha=7, rslora=True), None),  # 7 / 3**0.5 * 3**0.5 is not 7
+    ],
+)
+@torch.no_grad()
+def test_what_peft_makes_of_a_mixture(lora, message, tmp_path) -> None:
+    """Its experts and its router are parameters to peft, not linears: other names and no patterns."""
+    from peft import PeftModel
+
+    folder = make(tmp_path / "checkpoint", *CASES["qwen3_moe"])
+    model = trained(folder, lora)
+    if message is None:
+        save_peft(weights_of(model), lora, model.config, str(folder), tmp_path)
+        theirs = PeftModel.from_pretrained(reference(folder), tmp_path).eval()
+        assert error(theirs(tokens(1, 15)).logits, model(tokens(1, 15))) < 2e-5
+        return
+    with pytest.raises(InputError, match=message):
+        save_peft(weights_of(model), lora, model.config, str(folder), tmp_path)
+
+
 @pytest.mark.parametrize("start", [True, "gaussian", "orthogonal", "eva"])
 def test_other_ways_to_begin_are_none_of_ours(start, tmp_path) -> None:
     folder = make(tmp_path / "base", *CASES["llama"])

@@ -8,6 +8,7 @@ If the checkpoint fuses linears that we keep apart, its one change stands for se
 """
 
 import json
+import math
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -57,11 +58,12 @@ def save_peft(
 
     Raises:
         InputError: DoRA on a part of a fused linear: its one magnitude would need the other parts' too. Or LoRA on the
-            experts of a mixture, which transformers 5 keeps in one tensor. Or on the head of gpt_neox.
+            experts of a mixture, which transformers 5 keeps in one tensor, or DoRA, a rank or an alpha of its own for
+            what chooses them. Or LoRA on the head of gpt_neox.
     """
     changes = by_module(trained)
     groups = fused_groups(changes, config)
-    check_exportable(changes, groups)
+    check_exportable(changes, groups, config)
 
     tensors: Tensors = {}
     ranks: dict[str, int] = {}
@@ -77,6 +79,14 @@ def save_peft(
         first_trained = next(part for part in parts if part in changes)
         ranks[hf_module] = rank
         alphas[hf_module] = lora.scaling_of(first_trained) * (rank**0.5 if lora.rslora else rank)
+
+        # peft 0.21 changes the router as a parameter, for which it has no DoRA and does not look at patterns
+        is_plain = rank == lora.r and math.isclose(alphas[hf_module], lora.alpha) and not lora.dora
+        if hf_module.endswith(".gate") and not is_plain:
+            raise InputError(
+                f"peft changes {hf_module} with the rank and the alpha of all, and without DoRA. Merge instead:"
+                " scripts/merge_lora.py."
+            )
 
     save_tensors(tensors, folder / WEIGHTS, {} if quantize is None else {QUANTIZE: quantize})
     settings = peft_settings(lora, config, base, ranks, alphas)
@@ -101,9 +111,11 @@ def fused_groups(changes: dict[str, Change], config: Config) -> dict[str, list[s
     return groups
 
 
-def check_exportable(changes: dict[str, Change], groups: dict[str, list[str]]) -> None:
+def check_exportable(changes: dict[str, Change], groups: dict[str, list[str]], config: Config) -> None:
     """Raises InputError for linears that peft cannot change, or not under one name."""
-    if any(".experts." in module for module in changes):
+    in_mlp = [module for module in changes if ".mlp." in module and not module.endswith(".gate")]
+    if config.n_expert and in_mlp:
+        # by the end of its name, peft also takes an MLP between the mixtures for their experts
         raise InputError(
             "peft cannot change the experts of a mixture one by one. Merge instead: scripts/merge_lora.py."
         )

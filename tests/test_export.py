@@ -142,6 +142,36 @@ def test_the_tokenizer_beside_an_adapter_of_peft_is_the_one_that_was_trained(add
         assert exported.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == expected
 
 
+def test_a_tokenizer_beside_an_adapter_that_is_larger_than_the_base(tiny, tmp_path) -> None:
+    """Of an adapter that was trained on a base with a resized embedding, which its settings do not name."""
+    adapter = tmp_path / "peft"
+    export_peft(write_adapter(tmp_path / "lora", tiny), None, adapter)
+    tokenizer = json.loads((adapter / "tokenizer.json").read_text())
+    size = Config.from_checkpoint(tiny).padded_vocab_size
+    known = len(tokenizer["model"]["vocab"])
+    tokenizer["added_tokens"] += [
+        {"id": token_id, "content": f"<x{token_id}>", "special": True, "normalized": False}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        for token_id in range(known, size + 1)
+    ]
+    (adapter / "tokenizer.json").write_text(json.dumps(tokenizer))
+    export_merged(adapter, None, tmp_path / "merged")  # as long as nothing needs them
+    settings = json.loads((adapter / "tokenizer_config.json").read_text())
+    own_end = OWN_STYLE.replace("message.content }}", f"message.content }}}}<x{size}>")
+    for changes in ({"eos_token": f"<x{size}>"}, {"chat_template": own_end}):
+        (adapter / "tokenizer_config.json").write_text(json.dumps(settings | changes))
+        for act in (
+            lambda: export_merged(adapter, None, tmp_path / "again"),
+            lambda: export_peft(adapter, None, tmp_path / "again"),
+            lambda: export_merged_gguf(adapter, None, tmp_path / "again", "float16"),
+        ):
+            with pytest.raises(
+                InputError, match=rf"What ends an answer in .* is '<x{size}>' .*, beyond the {size:,} rows"
+            ):
+                act()
+    assert not (tmp_path / "again").exists()
+
+
 def test_a_part_of_a_tokenizer_beside_an_adapter(tiny, tmp_path) -> None:
     """As a slow tokenizer is saved: the template that was trained is there, and no vocabulary that is read."""
     from transformers import AutoTokenizer

@@ -178,7 +178,7 @@ ROUTER = LoRA(r=4, alpha=10, modules=["mlp.gate", "attn.q"])
         (replace(ROUTER, dora=True), "without DoRA. Merge instead"),
         (LoRA(r=4, modules=["h.1.mlp.proj"]), "experts of a mixture one by one"),  # of a layer that is no mixture
         (replace(ROUTER, alpha_pattern={"q": 3.0}), None),
-        (replace(ROUTER, r=3, alpha=7, rslora=True), None),  # 7 / 3**0.5 * 3**0.5 is not 7
+        (replace(ROUTER, r=5, rslora=True), None),  # 10 / 5**0.5 * 5**0.5 is not 10
     ],
 )
 @torch.no_grad()

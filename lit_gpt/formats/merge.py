@@ -12,6 +12,7 @@ from lit_gpt.checkpoint.load import EMBEDDING, HEAD, cast_without_overflow, stor
 from lit_gpt.checkpoint.peft import save_peft
 from lit_gpt.checkpoint.save import copy_companions, replace_tokenizer, save_hf
 from lit_gpt.config import Config
+from lit_gpt.data.embedding_rows import beyond_rows, describe
 from lit_gpt.data.prompts import write_stop_ids, write_style
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.errors import InputError
@@ -68,10 +69,11 @@ def export_merged(
     check_is_lora(finetuned)
     header = header_of(finetuned)
     source = base_of(finetuned, checkpoint_dir, header)
-    tokenizer = trained_tokenizer(finetuned, source)
+    config = Config.from_checkpoint(source)
+    tokenizer = fitting_tokenizer(finetuned, source, config)
 
     # the dtypes: of the base, of what is written, and one in which both are exact
-    stored = stored_dtypes(source, Config.from_checkpoint(source))
+    stored = stored_dtypes(source, config)
     written = {name: dtype or stored_dtype for name, stored_dtype in stored.items()}
     written.setdefault(HEAD, written[EMBEDDING])  # a head that was the embedding gets weights of its own if it changes
     working = widest([*stored.values(), *written.values()])
@@ -141,9 +143,9 @@ def export_peft(finetuned: Path, checkpoint_dir: Path | None, out_dir: Path) -> 
     method = header_of(finetuned).method
     if method != "lora":
         raise InputError(f"{finetuned} was trained with {method}; peft knows LoRA.")
+    source = base_of(finetuned, checkpoint_dir, header_of(finetuned))
+    tokenizer = fitting_tokenizer(finetuned, source, Config.from_checkpoint(source))
     model, header = load_finetuned(checkpoint_dir, finetuned)
-    source = Path(checkpoint_dir or header.checkpoint_dir)
-    tokenizer = trained_tokenizer(finetuned, source)
     trained = {key: value for key, value in model.state_dict().items() if lora_filter(key)}
 
     with new_folder(out_dir) as folder:
@@ -167,6 +169,23 @@ def export_peft(finetuned: Path, checkpoint_dir: Path | None, out_dir: Path) -> 
         difference = compare_logits(expected, logits_of(original, tokenizer))
         print(f"On the original weights: {difference}, from the quantized model that was trained.")
         print(f"For peft, quantize the base as in training: quantization_config={BITS_AND_BYTES[header.quantize]}.")
+
+
+def fitting_tokenizer(finetuned: Path, source: Path, config: Config) -> Tokenizer:
+    """The tokenizer that was trained, whose stop tokens the base knows.
+
+    Raises:
+        InputError: it has none for one of them, since it is not the one that the tokenizer was made for.
+    """
+    tokenizer = trained_tokenizer(finetuned, source)
+    stop_ids = sorted(tokenizer.stop_ids) if has_own_tokenizer(finetuned) else [tokenizer.eos_id]
+    token_id = beyond_rows(stop_ids, config)
+    if token_id is not None:
+        raise InputError(
+            f"What ends an answer in {finetuned} is {describe(token_id, tokenizer, config)}, {source}. If it was"
+            " trained on a base with a larger one, name that: --checkpoint_dir."
+        )
+    return tokenizer
 
 
 def finish_tokenizer(finetuned: Path, header: Header, folder: Path) -> None:

@@ -267,6 +267,14 @@ def test_a_style_that_no_template_has_is_told(tiny, tmp_path, capsys) -> None:
     assert "trained in the style none, and its chat template is another: ask it with --prompt_style none." in said
     assert Tokenizer(tmp_path / "merged").chat_template == Tokenizer(tiny).chat_template
 
+    # and a base that has none has no other one
+    bare = shutil.copytree(tiny, tmp_path / "bare")
+    settings = json.loads((bare / "tokenizer_config.json").read_text())
+    settings.pop("chat_template")
+    (bare / "tokenizer_config.json").write_text(json.dumps(settings))
+    export_peft(write_adapter(tmp_path / "lora2", bare, prompt_style="none"), None, tmp_path / "peft")
+    assert "trained in the style none, and it has no chat template: ask it with" in capsys.readouterr().out
+
 
 LINEARS = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
 

@@ -121,6 +121,16 @@ def test_a_setting_that_is_missing_is_named(key, tmp_path) -> None:
         load_peft(tmp_path, load_model(folder).config)
 
 
+def test_an_embedding_beside_the_changes_is_named(tmp_path) -> None:
+    """As peft saves it if it was resized."""
+    folder = make(tmp_path / "checkpoint", *CASES["llama"])
+    save_peft(weights_of(trained(folder, EVERYWHERE)), EVERYWHERE, load_model(folder).config, str(folder), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file) | {"base_model.model.model.embed_tokens.weight": torch.zeros(99, 48)}, file)
+    with pytest.raises(InputError, match="embed_tokens.weight, which is no part of a LoRA of linears. Merge it with"):
+        load_finetuned(folder, tmp_path)
+
+
 @pytest.mark.parametrize("leaf", ["lora_A", "lora_B"])
 def test_a_tensor_that_is_missing_is_named(leaf, tmp_path) -> None:
     folder, name = make(tmp_path / "base", *CASES["llama"]), "model.layers.1.self_attn.k_proj"

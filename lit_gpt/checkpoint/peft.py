@@ -280,7 +280,7 @@ def read_changes(file: Path) -> dict[str, Change]:
             continue  # peft saves a head that it adapts, as it was before
         match = re.fullmatch(rf"{PREFIX}(.+)\.({leaves})", name)
         if match is None:
-            raise InputError(f"{file} holds {name}, which is no part of a LoRA.")
+            raise InputError(f"{file} holds {name}, which is no part of a LoRA of linears. Merge it with peft.")
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in PLAIN:
             raise InputError(f"{file} holds {name} in {dtype}, expected float32, bfloat16 or float16.")

@@ -317,10 +317,8 @@ def without_template(style: str, tokenizer: Tokenizer) -> str:
     if style in ("", "chat") or as_chat_template(style, tokenizer) is not None:
         return ""
     name = "and its file" if is_source(style) else style
-    return (
-        f"It was trained in the style {style_label(style)}, and its chat template is another: ask it with"
-        f" --prompt_style {name}."
-    )
+    template = "its chat template is another" if tokenizer.chat_templates else "it has no chat template"
+    return f"It was trained in the style {style_label(style)}, and {template}: ask it with --prompt_style {name}."
 
 
 def write_stop_ids(folder: Path, tokenizer: Tokenizer) -> None:

@@ -177,13 +177,16 @@ def fit(
     if args.share_prefixes and obstacle is not None:
         log.note(f"Prefixes are not shared: {obstacle}.")
 
-    def validate() -> None:
-        """Measures the validation loss, saves `best` if it is the lowest so far, and shows a sample."""
+    def validate(extra: bool = False) -> None:
+        """Measures the validation loss, saves `best` if it is the lowest so far, and shows a sample.
+
+        An `extra` one is not due yet, see `Progress.note_val_loss`.
+        """
         if len(val_data):
             loss = evaluate(fabric, model, val_data, args)
             log.val(progress.step, loss)
             check_finite(loss, f"The validation loss after step {progress.step}")
-            is_best = progress.note_val_loss(loss)
+            is_best = progress.note_val_loss(loss, extra)
             if is_best:
                 checkpoints.save("best")
         if show_sample is not None and fabric.is_global_zero:
@@ -282,8 +285,9 @@ def fit(
 
             # validate
             is_last_step = progress.step == steps or out_of_time
-            if progress.step % eval_interval == 0 or is_last_step:
-                validate()
+            is_due = progress.step % eval_interval == 0 or progress.step == steps
+            if is_due or is_last_step:
+                validate(extra=not is_due)
 
             # save, after validating: `last` also holds the best loss so far and the patience
             out_of_patience = progress.out_of_patience(args.patience)

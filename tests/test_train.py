@@ -449,6 +449,19 @@ def test_out_of_time_saves_and_can_go_on(tiny_dir, data_dir, tmp_path) -> None:
     assert equal(*(load_file(tmp_path / name / "last/lora.safetensors") for name in ("one", "two")))
 
 
+def test_stops_cost_no_patience(tiny_dir, data_dir, tmp_path) -> None:
+    """Each stop validates once more. Neither a loss nor a gain of these moves the step after which patience ends."""
+    for rate in (1e-30, 1.0):
+        args = dataclasses.replace(TRAIN, learning_rate=rate, warmup_steps=0, max_steps=9, eval_interval=2, patience=2)
+        whole, parts = tmp_path / f"whole-{rate}", tmp_path / f"parts-{rate}"
+        run_fit(adapted(tiny_dir), data_dir, whole, args)
+        for resume in (False, *8 * [True]):
+            stopped = dataclasses.replace(args, max_hours=1e-9)
+            run_fit(adapted(tiny_dir), data_dir, parts, stopped, resume=resume)
+        assert column(whole, "loss") == column(parts, "loss")
+        assert equal(*(load_file(folder / "last/lora.safetensors") for folder in (whole, parts)))
+
+
 def test_about_ten_validations_by_default(tiny_dir, data_dir, tmp_path) -> None:
     args = TrainArgs()
     for steps, between in ((4, 5), (50, 5), (242, 25), (10_000, 1_000)):

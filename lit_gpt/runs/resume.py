@@ -35,18 +35,29 @@ class Progress:
     step: int = 0
     """Optimizer steps done."""
     best_val_loss: float = math.inf
+    """The lowest of all validations, which is that of `best`."""
+    best_for_patience: float = math.inf
+    """The lowest of those that a run has which is never stopped."""
     evals_without_gain: int = 0
+    """How many of those came after it."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """The scale of the loss under 16-true and 16-mixed; empty under the others."""
 
-    def note_val_loss(self, val_loss: float) -> bool:
-        """Remembers a validation loss for `best` and for patience. Returns whether it is the lowest so far."""
-        if val_loss < self.best_val_loss:
-            self.best_val_loss = val_loss
+    def note_val_loss(self, val_loss: float, extra: bool = False) -> bool:
+        """Remembers a validation loss. Returns whether it is the lowest so far.
+
+        An `extra` one, which there is because the run stops here for a while, is nothing to be patient by: the run
+        ends where it would have ended without the stop.
+        """
+        if not extra and val_loss < self.best_for_patience:
+            self.best_for_patience = val_loss
             self.evals_without_gain = 0
-            return True
-        self.evals_without_gain += 1
-        return False
+        elif not extra:
+            self.evals_without_gain += 1
+        is_best = val_loss < self.best_val_loss
+        if is_best:
+            self.best_val_loss = val_loss
+        return is_best
 
     def out_of_patience(self, patience: int | None) -> bool:
         return patience is not None and self.evals_without_gain >= patience

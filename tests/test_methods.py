@@ -388,3 +388,31 @@ def test_optimizers_by_class_path(path, tiny_dir, data_dir, tmp_path, capsys) ->
     assert equal(whole, parts) and any(tensor.abs().sum() > 0 for key, tensor in whole.items() if "lora_B" in key)
     with pytest.raises(InputError, match="optimizer was"):
         finetune("lora", tiny_dir, data_dir, tmp_path / "parts", optimizer="torch.optim.Adam", resume=True)
+
+
+class CountsInItsGroups(torch.optim.SGD):
+    """Like Prodigy and D-Adaptation it keeps what it has learnt beside its settings: the rate grows with each step."""
+
+    def __init__(self, groups: list[dict], lr: float) -> None:
+        super().__init__(groups, lr)
+        for group in self.param_groups:
+            group["steps"] = torch.zeros(())
+
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            group["estimate"] = group.get("estimate", 0.1) * 1.5
+            group["steps"] += 1
+            group["lr"] = group["lr"] * group["estimate"] * group["steps"].item()
+            for param in group["params"]:
+                self.state[param]["seen"] = self.state[param].get("seen", 0.1) / 3  # a number of 64 bits
+        super().step(closure)
+
+
+def test_what_an_optimizer_keeps_for_its_groups_goes_on(tiny_dir, data_dir, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.optim, "CountsInItsGroups", CountsInItsGroups, raising=False)
+    path, soon = "torch.optim.CountsInItsGroups", replace(TRAIN, max_hours=1e-9)
+    finetune("lora", tiny_dir, data_dir, tmp_path / "whole", optimizer=path)
+    for resume in (False, True, True, True):
+        finetune("lora", tiny_dir, data_dir, tmp_path / "parts", soon, optimizer=path, resume=resume)
+    for file in ("lora.safetensors", "state.safetensors"):
+        assert equal(*(load_file(tmp_path / part / "last" / file) for part in ("whole", "parts")))

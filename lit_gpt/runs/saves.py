@@ -25,6 +25,7 @@ from lit_gpt.runs.overwrite import drop_earlier_run
 from lit_gpt.sharding import full_parameters, full_tensor, shard_like
 
 STATE = "state.safetensors"  # what `last` holds besides the weights: the optimizer, and how far the run is
+GROUPS = "groups"  # in the metadata of that file: see `numbers_of_groups`
 NUMBER = " number"  # at the end of a name: the optimizer keeps this one as a plain number
 
 
@@ -54,10 +55,9 @@ class Checkpoints:
         """Saves the weights, and with them the optimizer and `progress`, which is JSON."""
         with self.open_folder(name) as folder:
             self.write_weights(folder)
-            # its settings are not saved: they are in hyperparameters.yaml, and the schedule follows the step
             state = optimizer.state_dict()["state"]
             tensors = name_state(state)
-            metadata = {"progress": json.dumps(progress)}
+            metadata = {"progress": json.dumps(progress), GROUPS: json.dumps(numbers_of_groups(optimizer))}
             if folder is not None:
                 save_tensors(tensors, folder / STATE, metadata)
         if self.writes:
@@ -135,7 +135,9 @@ class Checkpoints:
         settings = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": settings})
 
-        return json.loads(read_metadata(last / STATE)["progress"])
+        metadata = read_metadata(last / STATE)
+        put_numbers_back(optimizer, json.loads(metadata.get(GROUPS, "[]")))  # saves of November 2026 have none
+        return json.loads(metadata["progress"])
 
     def check_same_header(self, last: Path) -> None:
         """Raises InputError if the run in `last` is not this one. Its base may have moved: it has a fingerprint."""
@@ -164,9 +166,9 @@ def name_state(state: dict[Any, Any], prefix: str = "") -> dict[str, torch.Tenso
         elif torch.is_tensor(value):
             tensors[name] = full_tensor(value)
         elif value is not None:
-            # a file of tensors holds no plain numbers; the name says that it was one
+            # a file of tensors holds no plain numbers; the name says that it was one. Python's have 64 bits
             name += NUMBER
-            tensors[name] = torch.tensor(value)
+            tensors[name] = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
     return tensors
 
 
@@ -184,3 +186,29 @@ def nest_state(tensors: dict[str, torch.Tensor]) -> dict[int, dict[str, Any]]:
         else:
             entry[key] = tensor
     return state
+
+
+def numbers_of_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
+    """The numbers that an optimizer keeps for each of its groups, settings among them.
+
+    Some count and estimate there, such as the rate that Prodigy finds. What is no number is a setting, which is in
+    hyperparameters.yaml, and the learning rate follows the step.
+    """
+    groups = []
+    for group in optimizer.param_groups:
+        numbers = {key: value.item() if is_one_number(value) else value for key, value in group.items()}
+        groups.append({key: value for key, value in numbers.items() if isinstance(value, int | float)})
+    return groups
+
+
+def put_numbers_back(optimizer: torch.optim.Optimizer, groups: list[dict[str, float]]) -> None:
+    """The inverse of `numbers_of_groups`."""
+    for group, numbers in zip(optimizer.param_groups, groups):
+        for key, value in numbers.items():
+            now: Any = group.get(key)
+            group[key] = torch.full_like(now, value) if is_one_number(now) else value
+
+
+def is_one_number(value: Any) -> bool:
+    """Whether a value is a tensor of one element."""
+    return torch.is_tensor(value) and value.numel() == 1

@@ -533,7 +533,8 @@ def save_hyperparameters(path: Path, settings: dict[str, Any]) -> None:
     """
     settings = {name: value for name, value in settings.items() if name not in ("resume", "overwrite")}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, f"# {command()}\n{as_yaml(settings)}")
+    comment = "".join(f"# {line}\n" for line in command().splitlines())  # a value may have several lines
+    write_whole(path, f"{comment}{as_yaml(settings)}")
 
 
 def read_hyperparameters(path: Path) -> dict[str, Any]:

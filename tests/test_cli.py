@@ -360,6 +360,14 @@ def test_saved_settings_begin_with_the_command(tmp_path: Path, monkeypatch) -> N
     assert Path("out/h.yaml").read_text() == "# python lora.py --prompt 'two words'\nnumber: 3\n"
 
 
+@pytest.mark.parametrize("line_break", ["\n", "\r", "\r\n", "\x85", "\u2028"])
+def test_a_value_of_several_lines_stays_in_the_comment(line_break: str, tmp_path: Path, monkeypatch) -> None:
+    """In a script of the shell, a mapping or a list is often written so."""
+    monkeypatch.setattr(sys, "argv", ["lora.py", "--lora.rank_pattern", f"{{attn.q: 16,{line_break}number: 4}}"])
+    save_hyperparameters(tmp_path / "h.yaml", {"number": 3})
+    assert read_hyperparameters(tmp_path / "h.yaml") == {"number": 3}
+
+
 @pytest.mark.parametrize("text", ["- a", "hello", "number: !!int many", "number: ["])
 def test_a_damaged_file_of_settings_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "h.yaml"

@@ -29,6 +29,7 @@ from lit_gpt.data.prepare import DataArgs, prepare
 from lit_gpt.files import has_content
 from lit_gpt.lock import NAME as LOCK
 from lit_gpt.runs.load_finetuned import load_finetuned
+from lit_gpt.runs.out_dir import command_to_go_on
 
 KILLABLE = Path(__file__).parent / "helpers/killable.py"
 FLAGS = {  # 9 steps; dropout has to be the same, too
@@ -419,3 +420,7 @@ def test_damaged_weights_are_refused(damage: str, never_killed, tmp_path) -> Non
         save_file(changed[damage], file, None if damage == "header" else header)
     with pytest.raises(InputError, match=str(folder)):
         load_finetuned(None, folder)
+
+
+def test_the_command_to_go_on_names_a_file_and_no_flag() -> None:
+    assert shlex.split(command_to_go_on(Path("-o")))[-3:] == ["--config", "./-o/hyperparameters.yaml", "--resume"]

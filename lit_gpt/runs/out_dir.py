@@ -153,7 +153,10 @@ def start_run(fabric: "Fabric", out_dir: Path, settings: dict[str, Any]) -> None
 
 def command_to_go_on(out_dir: Path) -> str:
     """The command that continues the run in `out_dir`."""
-    line = command(["--config", str(out_dir / "hyperparameters.yaml"), "--resume"])
+    config = str(out_dir / "hyperparameters.yaml")
+    if config.startswith("-"):
+        config = f"./{config}"  # or it reads like a flag
+    line = command(["--config", config, "--resume"])
     if "TORCHELASTIC_RUN_ID" in os.environ and not is_supervised():
         return f"{torchrun()} {line.removeprefix('python ')}"
     return line

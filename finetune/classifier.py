@@ -55,7 +55,7 @@ def main(
     settings |= {"lora": lora, "quantize": quantize, "train": train, "sweep": sweep, "sweep_seeds": sweep_seeds}
     if sweep:
         check_sweep(sweep_seeds)
-    claim_out_dir(args.out_dir, args.resume, args.overwrite)
+    claim_out_dir(args.out_dir, args.resume, args.overwrite, args.checkpoint_dir)
     if sweep or classifier.method == "features":
         require_scikit_learn()
 

@@ -39,7 +39,8 @@ def main(
     """
     # settings: all flags, for hyperparameters.yaml and the report
     settings = vars(args) | vars(full) | {"train": train}
-    claim_out_dir(args.out_dir, args.resume, args.overwrite)  # refused if in use, or not empty and without a flag
+    # refused if in use, or not empty and without a flag
+    claim_out_dir(args.out_dir, args.resume, args.overwrite, args.checkpoint_dir)
 
     # data: prepared for this model and its tokenizer, and mapped into memory
     tokenizer = Tokenizer(args.checkpoint_dir)

@@ -46,7 +46,8 @@ def main(
 
     # settings: all flags, for hyperparameters.yaml and the report
     settings = vars(args) | {"lora": lora, "quantize": quantize, "train": train}
-    claim_out_dir(args.out_dir, args.resume, args.overwrite)  # refused if in use, or not empty and without a flag
+    # refused if in use, or not empty and without a flag
+    claim_out_dir(args.out_dir, args.resume, args.overwrite, args.checkpoint_dir)
 
     # data: prepared for this model and its tokenizer, and mapped into memory
     tokenizer = Tokenizer(args.checkpoint_dir)

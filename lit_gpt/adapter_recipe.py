@@ -32,7 +32,7 @@ def finetune_adapter(
     """
     # settings
     settings = vars(args) | {method.flag: method_settings, "quantize": quantize, "train": train}
-    claim_out_dir(args.out_dir, args.resume, args.overwrite)
+    claim_out_dir(args.out_dir, args.resume, args.overwrite, args.checkpoint_dir)
 
     # data
     tokenizer = Tokenizer(args.checkpoint_dir)

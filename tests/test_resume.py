@@ -339,6 +339,20 @@ def test_folder_in_use_is_refused(lora, stopped, tmp_path) -> None:
     assert contents(out_dir) == contents(stopped)
 
 
+@pytest.mark.parametrize("base", ["best", "last/../best", "link"])
+def test_overwrite_spares_the_base_of_the_new_run(base: str, lora: Lora, stopped, tiny_dir, tmp_path) -> None:
+    """Full fine-tuning leaves checkpoints in its out_dir. LoRA on one of them reads it once, and would delete it."""
+    out_dir = shutil.copytree(stopped, tmp_path / "out")
+    shutil.copytree(tiny_dir, out_dir / "best", dirs_exist_ok=True)
+    (out_dir / "link").symlink_to(out_dir / "best")
+    files = set(out_dir.rglob("*"))
+    outcome = lora.run(out_dir, overwrite="true", checkpoint_dir=out_dir / base)
+    assert (
+        refused(outcome, "--overwrite would delete", base, "Name another --out_dir")
+        and set(out_dir.rglob("*")) == files
+    )
+
+
 def test_overwrite_replaces_the_run_and_nothing_else(lora, stopped, never_killed, tmp_path) -> None:
     out_dir = shutil.copytree(stopped, tmp_path / "run")
     assert lora.run(out_dir, overwrite="true", checkpoint_dir="nowhere").status == 2

@@ -13,7 +13,16 @@ from lit_gpt.errors import InputError
 from lit_gpt.failures import is_supervised
 from lit_gpt.files import has_content, recover
 from lit_gpt.lock import check_free, hold, lock_in
-from lit_gpt.runs.overwrite import BEFORE, EARLIER, FOLDERS, bring_back, keep_until_saved, recover_aside, set_aside
+from lit_gpt.runs.overwrite import (
+    BEFORE,
+    EARLIER,
+    FOLDERS,
+    bring_back,
+    keep_until_saved,
+    paths_of_run,
+    recover_aside,
+    set_aside,
+)
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -58,8 +67,9 @@ MAY_CHANGE = (
 )
 
 
-def claim_out_dir(out_dir: Path, resume: bool, overwrite: bool) -> None:
-    """Checks that `out_dir` is free for a run, and keeps other processes from writing there until this one ends.
+def claim_out_dir(out_dir: Path, resume: bool, overwrite: bool, checkpoint_dir: Path) -> None:
+    """Checks that `out_dir` is free for a run of this base, and keeps other processes from writing there until this one
+    ends.
 
     Of several processes of a run one does: their supervisor, or else the first of them.
 
@@ -78,6 +88,11 @@ def claim_out_dir(out_dir: Path, resume: bool, overwrite: bool) -> None:
         if not out_dir.exists():
             there = "is not there"
         raise InputError(f"{out_dir} {there}, expected a run to resume. Name its --out_dir, or leave out --resume.")
+    if overwrite and holds_base(out_dir, checkpoint_dir):
+        raise InputError(
+            f"--overwrite would delete {checkpoint_dir}, the base of this run, with the run in {out_dir}. Name another"
+            " --out_dir."
+        )
     if is_of_a_run(out_dir):
         check_free(lock_in(out_dir.parent), out_dir)
     if not (resume or overwrite) and has_content(out_dir):
@@ -92,6 +107,12 @@ def claim_out_dir(out_dir: Path, resume: bool, overwrite: bool) -> None:
 def is_of_a_run(folder: Path) -> bool:
     """Whether a folder is called as those are that a run writes, such as best: a run in its parent may be at work."""
     return any(fnmatch(folder.resolve().name, pattern) for pattern in FOLDERS)
+
+
+def holds_base(out_dir: Path, checkpoint_dir: Path) -> bool:
+    """Whether a base is among what the run in `out_dir` has written, such as the `best` of a full fine-tuning."""
+    base = checkpoint_dir.resolve()
+    return any(base.is_relative_to(path.resolve()) for path in paths_of_run(out_dir))
 
 
 def is_first_by_environment() -> bool:

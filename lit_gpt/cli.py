@@ -143,7 +143,7 @@ def parse(main: Callable[..., None], args: Sequence[str], also: Sequence[str] = 
         own_args, passed_on = split_args(args, option_strings(parser))
 
     try:
-        parsed = parser.parse_args(own_args)
+        parsed = parser.parse_args(configs_first(own_args))
         check_groups(parser, vars(parsed))
         values = vars(parser.instantiate(parsed))
     except ArgumentError as error:
@@ -161,6 +161,16 @@ def parse(main: Callable[..., None], args: Sequence[str], also: Sequence[str] = 
         fields = {field.name: values.pop(field.name) for field in dataclasses.fields(kind)}
         values[name] = kind(**fields)
     return values
+
+
+def configs_first(args: Sequence[str]) -> list[str]:
+    """The words of a command line with its --config FILE in front, so that a flag counts wherever it was typed."""
+    configs: list[str] = []
+    others: list[str] = []
+    for word in args:
+        is_config = word.partition("=")[0] == "--config" or configs[-1:] == ["--config"]
+        (configs if is_config else others).append(word)
+    return configs + others
 
 
 def check_groups(parser: "ArgumentParser", values: dict[str, Any]) -> None:

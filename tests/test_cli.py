@@ -353,6 +353,17 @@ def test_saved_settings_read_back_the_same(tmp_path: Path, values: Everything) -
     assert {key: type(value) for key, value in found.items()} == {key: type(value) for key, value in wanted.items()}
 
 
+@pytest.mark.parametrize("config", [["--config", "{}"], ["--config={}"]])
+def test_a_flag_counts_before_and_behind_the_file_of_settings(config: list[str], tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("number: 3\nmaybe_number: 5\n")
+    (tmp_path / "b.yaml").write_text("maybe_number: 6\n")
+    a, b = ([word.format(tmp_path / name) for word in config] for name in ("a.yaml", "b.yaml"))
+    flag = ["--number", "4"]
+    for args in ([*flag, *a, *b], [*a, *flag, *b], [*a, *b, *flag]):
+        values = parse(main, args)
+        assert values["number"] == 4 and values["maybe_number"] == 6, "of two files, the second one"
+
+
 def test_saved_settings_begin_with_the_command(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", [os.path.join(tmp_path, "lora.py"), "--prompt", "two words"])
     monkeypatch.chdir(tmp_path)

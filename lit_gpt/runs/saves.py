@@ -26,6 +26,7 @@ from lit_gpt.sharding import full_parameters, full_tensor, shard_like
 
 STATE = "state.safetensors"  # what `last` holds besides the weights: the optimizer, and how far the run is
 GROUPS = "groups"  # in the metadata of that file: see `numbers_of_groups`
+FROM_FLAGS = ("lr", "weight_decay", "momentum")  # the numbers of a group that `make_optimizer` sets
 NUMBER = " number"  # at the end of a name: the optimizer keeps this one as a plain number
 
 
@@ -189,15 +190,15 @@ def nest_state(tensors: dict[str, torch.Tensor]) -> dict[int, dict[str, Any]]:
 
 
 def numbers_of_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
-    """The numbers that an optimizer keeps for each of its groups, settings among them.
+    """The numbers that an optimizer keeps for each of its groups, but for the settings that hyperparameters.yaml has.
 
-    Some count and estimate there, such as the rate that Prodigy finds. What is no number is a setting, which is in
-    hyperparameters.yaml, and the learning rate follows the step.
+    Some count and estimate there, such as the rate that Prodigy finds.
     """
     groups = []
     for group in optimizer.param_groups:
         numbers = {key: value.item() if is_one_number(value) else value for key, value in group.items()}
-        groups.append({key: value for key, value in numbers.items() if isinstance(value, int | float)})
+        own = {key: value for key, value in numbers.items() if key not in FROM_FLAGS}
+        groups.append({key: value for key, value in own.items() if isinstance(value, int | float)})
     return groups
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -543,7 +544,8 @@ def test_a_head_is_as_good_as_a_logistic_regression(tiny_dir, tmp_path, capsys) 
 
 
 def test_sweep(csv_path, tiny_dir, tmp_path) -> None:
-    """Every step once per seed, and nothing twice."""
+    """Every step once per seed, and nothing twice; nothing of other texts."""
+    csv_path = shutil.copy(csv_path, tmp_path / "texts.csv")
     flags = ["--checkpoint_dir", tiny_dir, "--data_path", csv_path, "--out_dir", tmp_path / "out", "--sweep", "true"]
     flags += ["--train.learning_rate", 0.01, "--sweep_seeds", 2]
     done = python(ROOT / "finetune/classifier.py", *flags, check=True)
@@ -558,6 +560,12 @@ def test_sweep(csv_path, tiny_dir, tmp_path) -> None:
     run(ROOT / "finetune/classifier.py", *flags, "--resume", "true")
     again = (tmp_path / "out/sweep.csv").read_text().splitlines(keepends=True)
     assert again[:-1] == kept[:-1] and again[-1].split(",")[4:] == kept[-1].split(",")[4:]
+
+    lines = csv_path.read_text().splitlines(keepends=True)
+    csv_path.write_text("".join(lines[:-1]))
+    refused = python(ROOT / "finetune/classifier.py", *flags, "--resume", "true")
+    assert refused.returncode == 2 and "sweep.csv has rows of other texts" in refused.stderr
+    assert (tmp_path / "out/sweep.csv").read_text() == "".join(again)
 
 
 def test_where_it_saturates() -> None:

@@ -3,14 +3,15 @@
 A sweep trains every setting once per seed, each seed with other texts for validation, and keeps a row for each in
 sweep.csv as soon as it is done, so that an interrupted sweep goes on where it ended:
 
-    setting,seed,trained,minutes,accuracy,f1
-    TF-IDF,0,4252,0.001,0.9375,0.937         words alone, without a model
-    features,0,1154,0.67,0.875,0.875
-    head,0,1154,0.67,0.85,0.85
+    setting,seed,trained,minutes,accuracy,f1,data
+    TF-IDF,0,4252,0.001,0.9375,0.937,5e0f...         words alone, without a model
+    features,0,1154,0.67,0.875,0.875,5e0f...
+    head,0,1154,0.67,0.85,0.85,5e0f...
     last 1,0,3541826,0.74,...
 """
 
 import csv
+import hashlib
 import io
 import shlex
 import sys
@@ -28,6 +29,7 @@ from lit_gpt.classifier.scores import Scores, score_predictions
 from lit_gpt.classifier.texts import ClassifierData, LabelledTexts, Sides, split_texts
 from lit_gpt.display.figures import new_row, require_drawing, save_figure
 from lit_gpt.display.tables import markdown_table
+from lit_gpt.errors import InputError
 from lit_gpt.files import write_whole
 from lit_gpt.ranges import check_range
 
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BASELINE = "TF-IDF"
-COLUMNS = ("setting", "seed", "trained", "minutes", "accuracy", "f1")
+COLUMNS = ("setting", "seed", "trained", "minutes", "accuracy", "f1", "data")
 
 TrainOne = Callable[[ClassifierArgs, int, Path], Scores]
 """Trains a classifier with a seed in a folder of its own, and returns its scores."""
@@ -83,9 +85,14 @@ def check_sweep(n_seeds: int) -> None:
 def run_sweep(
     train_one: TrainOne, steps: dict[str, ClassifierArgs], data: ClassifierData, seeds: Sequence[int], out_dir: Path
 ) -> None:
-    """Trains each step once per seed, prints a table and draws sweep.png. Rows that sweep.csv has are not repeated."""
+    """Trains each step once per seed, prints a table and draws sweep.png. Rows that sweep.csv has are not repeated.
+
+    Raises:
+        InputError: they are of other texts.
+    """
     path = out_dir / "sweep.csv"
     rows = read_sweep_csv(path)
+    check_same_texts(path, rows, data)
     done = {(row["setting"], row["seed"]) for row in rows}
     for number, seed in enumerate(seeds, 1):
         for name in (BASELINE, *steps):
@@ -97,7 +104,7 @@ def run_sweep(
                 scores = word_baseline(data.labelled, sides)
             else:
                 scores = train_one(steps[name], seed, folder_of(out_dir, seed, name))
-            rows.append(row_of(name, seed, scores))
+            rows.append(row_of(name, seed, scores, fingerprint(data, seed)))
             write_sweep_csv(path, rows)  # after each one, for a sweep that is interrupted
             print(f"accuracy {100 * scores.accuracy:.1f} %", file=sys.stderr, flush=True)
     report_sweep(summarize(rows), seeds, out_dir)
@@ -136,7 +143,7 @@ def report_sweep(settings: Sequence[Setting], seeds: Sequence[int], out_dir: Pat
 # ---- sweep.csv
 
 
-def row_of(name: str, seed: int, scores: Scores) -> dict[str, str]:
+def row_of(name: str, seed: int, scores: Scores, data: str) -> dict[str, str]:
     """A row of sweep.csv; its F1 is the mean over the classes."""
     return {
         "setting": name,
@@ -145,7 +152,28 @@ def row_of(name: str, seed: int, scores: Scores) -> dict[str, str]:
         "minutes": str(scores.minutes),
         "accuracy": str(scores.accuracy),
         "f1": str(scores.f1.mean()),
+        "data": data,
     }
+
+
+def fingerprint(data: ClassifierData, seed: int) -> str:
+    """The beginning of a sha256 over the texts, their labels, and the sides on which a seed puts them."""
+    digest = hashlib.sha256("\n".join(data.labelled.names).encode())
+    digest.update(data.texts.tokens.tobytes())  # the labels are among them
+    for side in data.split(seed):
+        digest.update(side.records.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_same_texts(path: Path, rows: Sequence[dict[str, str]], data: ClassifierData) -> None:
+    """Raises InputError if rows of sweep.csv come from other texts, labels or sides than those of now."""
+    for row in rows:
+        before = row.get("data")  # the rows of November 2026 have none
+        if before and before != fingerprint(data, int(row["seed"])):
+            raise InputError(
+                f"{path} has rows of other texts: they changed after it began. Go on with those texts, or begin anew"
+                " with --overwrite."
+            )
 
 
 def read_sweep_csv(path: Path) -> list[dict[str, str]]:

@@ -24,6 +24,7 @@ from lit_gpt.studies.compare_methods import (
     Budget,
     check_comparison,
     compare,
+    records_fingerprint,
     steps_for,
     steps_within,
     stored_budget,
@@ -81,6 +82,7 @@ def main(
         minutes=minutes,
     )
     check_comparison(methods, SCRIPTS, budget, text, own_flags=flags_of(main))
+    budget = replace(budget, records=records_fingerprint(data_dir))
 
     # the steps of each method: those that were asked for, those of the run that is continued, or as many as fit
     if tokens is not None:

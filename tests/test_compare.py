@@ -4,7 +4,7 @@ import json
 import runpy
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +234,20 @@ def test_a_budget_is_one_of_the_same_text(tmp_path) -> None:
     ):
         with pytest.raises(InputError, match=f"holds another comparison: {was}, now"):
             stored_budget(replace(budget, **change), tmp_path / folder)
+
+
+def test_a_comparison_does_not_go_on_with_other_records(folder, tmp_path) -> None:
+    """Prepared anew in the same folder, they would fill one table with losses on different records."""
+    data_dir = shutil.copytree(folder / "data", tmp_path / "data")
+    flags = dict(out_dir=tmp_path / "out", data_dir=data_dir, steps=1)
+    assert compare(folder, methods=json.dumps([LORA]), **flags).returncode == 0
+    split = data_dir / "split.bin"
+    split.write_bytes(bytes(1 - side for side in split.read_bytes()))
+    result = compare(folder, methods=json.dumps([LORA, "adapter"]), **flags)
+    assert result.returncode == 2 and "holds another comparison: records was" in result.stderr
+    without = Budget("base", "data", "", 1, [])  # as earlier versions wrote it
+    (tmp_path / "out/compare.json").write_text(json.dumps(asdict(without)))
+    assert stored_budget(replace(without, records="some"), tmp_path / "out") == without
 
 
 def test_tokens_are_steps_of_mean_records(data_dir) -> None:

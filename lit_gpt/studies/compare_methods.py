@@ -44,6 +44,7 @@ from lit_gpt.runs.header import finetuned_file, read_header
 from lit_gpt.runs.load_finetuned import load_finetuned
 from lit_gpt.runs.log import read_metrics
 from lit_gpt.runs.methods import METHODS
+from lit_gpt.runs.resume import data_fingerprint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -126,6 +127,8 @@ class Budget:
     """More flags for the scripts."""
     minutes: float | None = None
     """Minutes that all of it may take. None if steps or tokens were asked for."""
+    records: str | None = None
+    """The fingerprint of what lies in data_dir. None in a compare.json of November 2026."""
 
     @property
     def common_flags(self) -> list[str]:
@@ -149,6 +152,12 @@ class Budget:
 
 def text_fingerprint(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def records_fingerprint(data_dir: Path) -> str:
+    """Changes with the records of either side: those that methods learn from, and those that they are compared on."""
+    sides = (data_fingerprint(Dataset(data_dir, "train")), data_fingerprint(Dataset(data_dir, "val")))
+    return text_fingerprint("\n".join(sides))
 
 
 def check_comparison(
@@ -224,7 +233,8 @@ def stored_budget(budget: Budget, out_dir: Path) -> Budget:
     stored = json.loads(path.read_text(encoding="utf-8"))
     changes = []
     for key, value in asdict(budget).items():
-        if value not in (stored.get(key), 0, None):
+        is_known = stored.get(key) is not None or key != "records"
+        if is_known and value not in (stored.get(key), 0, None):
             changes.append(f"{key} was {stored.get(key)}, now {value}")
     if changes:
         raise InputError(f"{out_dir} holds another comparison: {', '.join(changes)}. Name another --out_dir.")

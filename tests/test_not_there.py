@@ -109,3 +109,11 @@ def test_prepared_data(here: Path, name: str, message: str) -> None:
 def test_a_run(here: Path, read, name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read(Path(name))
+
+
+@pytest.mark.parametrize("read", [read_header, lambda folder: load_finetuned(None, folder)])
+def test_a_run_that_was_killed_before_its_best(here: Path, read) -> None:
+    """Without validation records `best` is saved at the end."""
+    (here / "out/killed/last").mkdir(parents=True)
+    with pytest.raises(InputError, match="out/killed has no best: its run has not ended.* weights, out/killed/last"):
+        read(Path("out/killed"))

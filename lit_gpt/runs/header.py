@@ -110,6 +110,10 @@ def finetuned_file(finetuned_dir: Path) -> Path:
         raise InputError(
             f"{finetuned_dir} holds adapters of peft, expected one of them. Name it: {list_some(adapters)}."
         )
+    if (finetuned_dir / "last").is_dir():  # killed; without validation records `best` comes at the end
+        raise InputError(
+            f"{finetuned_dir} has no best: its run has not ended. Name its newest weights, {finetuned_dir / 'last'}."
+        )
     names = " or ".join(f"{method.name}.safetensors" for method in METHODS.values() if not method.trains_base)
     raise InputError(f"{finetuned_dir} holds nothing trained: expected {names} in it or in its folder best.")
 

@@ -25,9 +25,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lit_gpt import InputError
+from lit_gpt.checkpoint.weight_files import read_metadata
 from lit_gpt.data.prepare import DataArgs, prepare
 from lit_gpt.files import has_content
 from lit_gpt.lock import NAME as LOCK
+from lit_gpt.runs.header import KEY
 from lit_gpt.runs.load_finetuned import load_finetuned
 from lit_gpt.runs.out_dir import command_to_go_on
 
@@ -397,9 +399,18 @@ def test_killed_before_it_saved_the_earlier_run_is_read_and_goes_on(lora, stoppe
 # ---- using what was trained
 
 
-def test_another_base_is_refused(never_killed, tied_dir) -> None:
+def test_another_base_is_refused(never_killed, tied_dir, tmp_path) -> None:
     with pytest.raises(InputError, match="trained on another base"):
         load_finetuned(tied_dir, never_killed[0])
+
+    # of the same path
+    out_dir = shutil.copytree(never_killed[0], tmp_path / "out")
+    weights = out_dir / "best/lora.safetensors"
+    metadata = read_metadata(weights)
+    header = json.loads(metadata[KEY]) | {"checkpoint_dir": str(tied_dir)}
+    save_file(load_file(weights), weights, metadata | {KEY: json.dumps(header)})
+    with pytest.raises(InputError, match="are not those that .* was trained on: they have changed since"):
+        load_finetuned(None, out_dir)
 
 
 def test_reading_disturbs_no_run(never_killed, tmp_path) -> None:

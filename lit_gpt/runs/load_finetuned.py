@@ -160,6 +160,11 @@ def load_finetuned(
         header = replace(header, settings=asdict(lora), base=base)
     elif not method.trains_base:
         if base != header.base:
+            if Path(base_dir).resolve() == Path(header.checkpoint_dir).resolve():
+                raise InputError(
+                    f"The weights in {base_dir} are not those that {finetuned_dir} was trained on: they have changed"
+                    " since. Put them back, or train anew."
+                )
             raise InputError(
                 f"{finetuned_dir} was trained on another base than {base_dir}: on {header.checkpoint_dir}."
             )

@@ -213,6 +213,13 @@ CASES = {
         ["The Ebro.<|im_end|>", "The Po.<|im_end|>"],
         [ASKED_OTHERWISE],
     ),
+    # <think> and an answer that is a tag begin alike
+    "asks with a thought, and the answer is a tag": (
+        CHATML.replace("CONTENT", "m.content").replace("t\n{% endif", "t\n<think>\n{% endif"),
+        [user("Is it?"), says("<yes>"), user("A row?"), says("<t"), user("And?"), says("</td></tr>")],
+        ["<yes><|im_end|>", "<t<|im_end|>", "</td></tr><|im_end|>"],
+        [ASKED_OTHERWISE],
+    ),
 }  # fmt: skip
 
 

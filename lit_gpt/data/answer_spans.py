@@ -42,6 +42,7 @@ Fill = Callable[[Messages, bool], str]
 
 PRIVATE = (0xF0000, 0x10FFFE)  # planes of characters for private use, which are in no text
 TAG = re.compile(r"<[^<>]{1,40}>")
+TAG_BEGUN = re.compile(r"<[^<>\s]*>?")
 TORN = "with a part of an answer behind a later message, where it is not trained"
 WORDS = ("content", "instruction", "input", *REASONING)  # keys of a message that hold a text
 
@@ -209,7 +210,7 @@ def find_begin(whole: Rendering, i: int) -> tuple[int, bool]:
             behind = places[j].end
             behind_in_prompt = in_prompt.end
             break
-    return behind + length_in_common(text[behind:start], prompt.text[behind_in_prompt:]), False
+    return min(start, behind + length_in_common(text[behind:], prompt.text[behind_in_prompt:])), False
 
 
 def end_of_header(whole: Rendering, i: int) -> int:
@@ -265,13 +266,15 @@ def find_end(whole: Rendering, i: int, own_end: int, next_begin: int, stop_token
 
 
 def length_in_common(text: str, other: str) -> int:
-    """How long two texts are alike, up to a place where no <|tag|> is cut in two."""
+    """How long two texts are alike, up to a place where no <|tag|> of either is cut in two: an answer <table> does not
+    begin with the <t of a <think> that the prompt has in its place."""
     length = len(commonprefix([text, other]))
     if length == len(text) or length == len(other):
         return length
-    for tag in re.finditer(r"<[^<>\s]*>?", text):
-        if tag.start() < length < tag.end():
-            return tag.start()
+    for side in (text, other):
+        for tag in TAG_BEGUN.finditer(side[: length + 1]):
+            if tag.start() < length < tag.end():
+                return tag.start()
     return length
 
 

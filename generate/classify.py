@@ -24,7 +24,7 @@ from lit_gpt.classifier.load import load_classifier
 from lit_gpt.classifier.texts import Texts, is_missing, text_or_number, tokenize_texts
 from lit_gpt.cli import run
 from lit_gpt.data.embedding_rows import check_texts
-from lit_gpt.data.read_files import open_text, read_records
+from lit_gpt.data.read_files import is_table, open_text, read_records
 from lit_gpt.device import Precision, default_device, inference_dtype
 from lit_gpt.display.words import counted
 from lit_gpt.ranges import check_range
@@ -42,8 +42,8 @@ def main(
 
     Args:
         finetuned: The folder that finetune/classifier.py wrote: its out_dir (then its best), or one folder of it.
-        texts: A .csv, .json, .jsonl or .parquet file with a column of texts; of any other file, each line is a text.
-            None reads lines from standard input.
+        texts: A .csv, .tsv, .json, .jsonl or .parquet file with a column of texts; of any other file, each line is a
+            text. None reads lines from standard input.
         text_key: The column of the texts.
         checkpoint_dir: The base, if it is no longer where it was in training.
         batch_size: How many texts at once.
@@ -101,7 +101,7 @@ def read_texts(path: Path | None, text_key: str) -> list[str]:
     """
     if path is None:
         return read_standard_input()
-    if path.suffix not in (".csv", ".json", ".jsonl", ".parquet"):
+    if not is_table(path):
         with open_text(path) as file:
             return [line.removesuffix("\n") for line in file]
     texts = []

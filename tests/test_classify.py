@@ -352,6 +352,7 @@ def test_bad_texts(content, message, tmp_path) -> None:
         ({"text": {"en": "c"}, "label": "x"}, "record 3: text is a dict, expected a text or a number"),
         ({"text": "c", "label": float("nan")}, "record 3 has no label"),
         ({"text": float("nan"), "label": "x"}, "record 3 has no text"),
+        ({"text": " \n", "label": "x"}, "record 3 has no text; it has text, label. Leave it out"),
     ],
 )
 def test_what_is_neither_a_text_nor_a_number(third, message, tmp_path) -> None:
@@ -369,9 +370,23 @@ def test_labels_are_texts_numbers_and_truth_values(tmp_path) -> None:
         (wholes, ["0", "1", "1.5"]),
         ([True, False], ["False", "True"]),
         (["a", 7], ["7", "a"]),
+        (["a", " a", "b\t"], ["a", "b"]),
     ):
         (tmp_path / "good.json").write_text(json.dumps([{"text": f"{value}", "label": value} for value in values]))
         assert read_labelled(tmp_path / "good.json", "text", "label").names == names
+
+
+def test_tables_of_all_kinds_have_a_column_of_texts(tmp_path) -> None:
+    """Also those whose names end in capitals. Of other files each line is a text."""
+    read_texts = script("generate/classify.py").read_texts
+    files = {"a.csv": "id,text\n1,up\n2,\n", "A.CSV": "id;text\n1;up\n2;\n", "a.tsv": "id\ttext\n1\tup\n2\t\n"}
+    files |= {"A.JSONL": '{"text": "up"}\n{"text": null}\n', "a.json": '[{"text": "up"}, {"text": ""}]'}
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+        assert read_texts(tmp_path / name, "text") == ["up", ""], name
+    for name in ("a.txt", "a.md", "a.log"):
+        (tmp_path / name).write_text("id,text\n\n")
+        assert read_texts(tmp_path / name, "text") == ["id,text", ""], name
 
 
 def test_texts_of_validation_and_test_are_not_trained_on(tmp_path, capsys) -> None:

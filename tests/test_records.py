@@ -63,7 +63,7 @@ PADDING = '{"instruction": "a", "output": "b"}\n' * 1000  # more than one buffer
 REFUSED = {
     "a list in .jsonl": ("a.jsonl", '[\n{"a": "b"}\n]', "line 1, column 2, is not JSON.*name it .json"),
     "lines in .json": ("a.json", "\n".join(LINES), "line 2, column 1, is not JSON: Extra data.*name it .jsonl"),
-    "one line in .json": ("a.json", LINES[1], "holds a dict, expected a list of records"),
+    "one line in .json": ("a.json", LINES[1], "holds a dict, expected a list of records. If it .* name it .jsonl"),
     "a bad line": ("a.jsonl", f"{PADDING}\n{{oops}}\n", "line 1002, column 2, is not JSON"),
     "a cut-off line": ("a.jsonl", f'{LINES[0]}\n{{"a": \n', "line 2, column 6, is not JSON"),
     "a number without end": (

@@ -193,13 +193,15 @@ def read_labelled(path: Path, text_key: str, label_key: str) -> LabelledTexts:
             n_unlabelled += 1
             continue
         if missing:
+            is_empty = all(key in record for key in missing)
+            advice = "Leave it out" if is_empty else "Name the columns with --text_key and --label_key"
             raise InputError(
-                f"{path}, record {number} has no {' and no '.join(missing)}; it has {list_keys(record)}."
-                " Name the columns with --text_key and --label_key."
+                f"{path}, record {number} has no {' and no '.join(missing)}; it has {list_keys(record)}. {advice}."
             )
         where = f"{path}, record {number}"
         text = text_or_number(record[text_key], f"{where}: {text_key}")
-        label = text_or_number(whole_number(record[label_key]), f"{where}: {label_key}")
+        # a space beside a label, as behind the commas of a table, makes no class of its own
+        label = text_or_number(whole_number(record[label_key]), f"{where}: {label_key}").strip()
         rows.append(TextRecord(text, label, split))
 
     # a text that chooses `best` is not trained on, and one that is scored does neither
@@ -225,9 +227,10 @@ def read_labelled(path: Path, text_key: str, label_key: str) -> LabelledTexts:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a column holds nothing: null, no text, or the NaN that pandas writes for null."""
+    """Whether a column holds nothing: null, a blank text, or the NaN that pandas writes for null."""
     is_nan = isinstance(value, float) and math.isnan(value)
-    return value is None or value == "" or is_nan
+    is_blank = isinstance(value, str) and not value.strip()
+    return value is None or is_blank or is_nan
 
 
 def whole_number(value: Any) -> Any:

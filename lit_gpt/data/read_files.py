@@ -84,7 +84,7 @@ def read_records(source: str | Path, split_key: str = "split", strict: bool = Tr
     folder, config = split_config(str(source))
     if folder is not None:
         return folder_records(folder, config, split_key, strict)
-    if path.suffix in READERS:
+    if ending(path) in READERS:
         return read_file(path, strict)
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:[^/]+)?", str(source)):
         return dataset_records(str(source), split_key)
@@ -96,9 +96,19 @@ def read_records(source: str | Path, split_key: str = "split", strict: bool = Tr
 
 def read_file(path: Path, strict: bool) -> Iterator[dict[str, Any]]:
     """Records of a file whose kind is in READERS. Raises InputError if it cannot be read."""
-    if path.suffix in READERS_BY_RECORD:
-        return READERS_BY_RECORD[path.suffix](path, strict=strict)
-    return READERS[path.suffix](path)
+    if ending(path) in READERS_BY_RECORD:
+        return READERS_BY_RECORD[ending(path)](path, strict=strict)
+    return READERS[ending(path)](path)
+
+
+def ending(path: Path) -> str:
+    """How a file's name ends, which says of what kind it is: .csv, also of A.CSV."""
+    return path.suffix.lower()
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file has records with keys, and is not a text."""
+    return ending(path) in READERS and READERS[ending(path)] is not text_records
 
 
 def split_config(source: str) -> tuple[Path | None, str | None]:
@@ -165,10 +175,10 @@ def records_of_files(data: DataFiles, split_key: str, strict: bool) -> Iterator[
 def records_of_file(path: Path, kind: str, strict: bool) -> Iterator[dict[str, Any]]:
     """Records of one data file of a folder. Raises InputError if it cannot be read."""
     # a .json file of a data set may be a list, or have an object per line
-    if path.suffix in READERS and path.suffix != ".json":
+    if ending(path) in READERS and ending(path) != ".json":
         return read_file(path, strict)
     if kind == "text":
-        raise InputError(f"{path} cannot be read: name its kind in small letters, .txt or .md, and uncompress it.")
+        raise InputError(f"{path} cannot be read: uncompress it.")
     settings = {"sep": "\t"} if kind == "tsv" else {}
     builder = {"tsv": "csv", "jsonl": "json"}.get(kind, kind)
     return file_of_dataset(path, builder, settings)
@@ -260,13 +270,16 @@ def json_records(path: Path, strict: bool = True) -> Iterator[dict[str, Any]]:
     """
     with open_text(path) as file:
         check_suffix(path, (".json", ".jsonl"))
-        if path.suffix == ".jsonl":
+        if ending(path) == ".jsonl":
             lines = enumerate(map(str.rstrip, file), 1)
             reads = (partial(object_in_line, line, path, number) for number, line in lines if line)
         else:
             records = parse_json(file.read(), path)
             if not isinstance(records, list):
-                raise InputError(f"{path} holds a {type(records).__name__}, expected a list of records.")
+                hint = ""
+                if isinstance(records, dict):
+                    hint = " If it has an object per line, name it .jsonl; if it has a list in it, write that alone."
+                raise InputError(f"{path} holds a {type(records).__name__}, expected a list of records.{hint}")
             reads = (partial(check_is_object, record, path, number) for number, record in enumerate(records, 1))
         for read in reads:
             yield read_or_say_why(read, strict)
@@ -300,12 +313,12 @@ def parse_json(text: str, path: Path, first_line: int = 1) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         hint = " If it has an object per line, name it .jsonl." if "Extra data" in error.msg else ""
-        if path.suffix == ".jsonl":
+        if ending(path) == ".jsonl":
             hint = " A .jsonl file has an object per line; if it is one list, name it .json."
         where = f"line {first_line + error.lineno - 1}, column {error.colno}"
         raise InputError(f"{path}, {where}, is not JSON: {error.msg}.{hint}") from None
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, ten thousand brackets
-        where = f", line {first_line}," if path.suffix == ".jsonl" else ""
+        where = f", line {first_line}," if ending(path) == ".jsonl" else ""
         raise InputError(f"{path}{where} cannot be read: {error}.") from None
 
 
@@ -352,7 +365,7 @@ def find_delimiter(path: Path, header_line: str) -> Delimiter:
 
     Of several the first of DELIMITERS. If there is none, the file has one column, and the answer is a comma.
     """
-    if path.suffix == ".tsv":
+    if ending(path) == ".tsv":
         return "tab"
     for name, letter in DELIMITERS.items():
         columns = next(csv.reader([header_line], delimiter=letter), [])
@@ -373,8 +386,8 @@ def check_delimiter(header: Sequence[str], path: Path, delimiter: Delimiter) -> 
 
 def check_suffix(path: Path, expected: Sequence[str]) -> None:
     """Raises InputError for a kind of file that another script prepares, and names that one."""
-    command = COMMANDS.get(path.suffix)
-    if command is not None and path.suffix not in expected:
+    command = COMMANDS.get(ending(path))
+    if command is not None and ending(path) not in expected:
         raise InputError(
             f"{path} is no {' or '.join(expected)} file. `python scripts/{command.format(path)}` reads it; your other"
             " flags stay."

@@ -96,7 +96,7 @@ def test_a_role_that_nobody_knows() -> None:
 # ---- what is not to be learned
 
 
-@pytest.mark.parametrize("flag", ["weight", "loss_weight", "train", "training", "loss"])
+@pytest.mark.parametrize("flag", ["weight", "loss_weight", "train", "training", "loss", "loss_scale"])
 @pytest.mark.parametrize("no", [False, 0, 0.0, "0", "false"])
 def test_flags_of_an_answer(flag: str, no: Any) -> None:
     expected = [USER, EVE | {"weight": 0}, USER, ANSWER]

@@ -44,7 +44,7 @@ ROLES = {  # names that other programs have for the roles, in small letters
 }
 CALLING_ROLES = ("function_call", "tool_call", "tool_calls")  # their content is a call, as JSON
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
-LEARN_KEYS = ("weight", "loss_weight", "train", "training", "trainable", "loss")
+LEARN_KEYS = ("weight", "loss_weight", "train", "training", "trainable", "loss", "loss_scale")
 """Keys that say whether an answer is to be learned: of OpenAI and Mistral, axolotl, ms-swift and XTuner."""
 REFUSED_KEYS = {  # keys of a message for which there is nothing here that does what they ask
     "mask": "means opposite things to different programs. Write train: false for what is not to be learned.",

@@ -16,8 +16,9 @@ MEANT = frozenset(  # keys to which other programs give a meaning, which a recor
     " enable_thinking tool_choice parallel_tool_calls prefix prefill reasoning reasoning_content thinking thought"
     " instruction input output prompt completion messages conversations text query response objects"
     # what is learned, and how much
-    " weight loss_weight loss train training trainable masked mask label kto_tag train_on_input train_on_inputs"
-    " segments chosen rejected rejected_response preferred_output non_preferred_output refusal"
+    " weight loss_weight loss loss_scale train training trainable masked mask label kto_tag"
+    " train_on_input train_on_inputs segments"
+    " chosen rejected rejected_response preferred_output non_preferred_output refusal"
     # tokens
     " input_ids labels attention_mask completion_mask assistant_masks".split()
 ) | {"name of messages"}

@@ -475,6 +475,35 @@ def test_another_tokenizer(checkpoint, tokenizer, sample_dir: Path, tmp_path: Pa
     )
 
 
+def test_another_model_of_the_same_vocabulary(checkpoint, tmp_path: Path) -> None:
+    """Its own chat template would ask otherwise than the data, or it would not stop where their answers do."""
+
+    def other(name: str, **settings: str) -> Tokenizer:
+        shutil.copytree(checkpoint, tmp_path / name)
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(SPECIAL | settings))
+        return Tokenizer(tmp_path / name)
+
+    config = Config.from_checkpoint(checkpoint)
+    same = other("same", chat_template=TEMPLATE + "\n")
+    asks_otherwise = other("asks", chat_template=TEMPLATE.replace("{%", "Hi. {%", 1))
+    runs_on = other("runs", chat_template=TEMPLATE, eos_token="<s>")
+    by_template, _ = prepared(QA, checkpoint, tmp_path / "chat", val_fraction=0.0)
+    by_style, _ = prepared(QA, checkpoint, tmp_path / "alpaca", prompt_style="alpaca", val_fraction=0.0)
+    texts, _ = prepared([{"text": "a b c"}], checkpoint, tmp_path / "texts", val_fraction=0.0)
+    for data in (by_template, by_style, texts):
+        data.check_fits(same, config)
+        with pytest.raises(InputError, match="answers end with other tokens than <s>. Prepare them again"):
+            data.check_fits(runs_on, config)
+    with pytest.raises(InputError, match="another chat template than this checkpoint has.*--prompt_style FILE"):
+        by_template.check_fits(asks_otherwise, config)
+    by_style.check_fits(asks_otherwise, config)
+    texts.check_fits(asks_otherwise, config)
+    # data that were prepared before do not say
+    del by_template.meta["chat_templates"], by_template.meta["stop_ids"]
+    by_template.check_fits(asks_otherwise, config)
+    by_template.check_fits(runs_on, config)
+
+
 # ---- tokens that the model does not have, and records without anything to learn
 
 

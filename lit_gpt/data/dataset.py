@@ -159,7 +159,12 @@ class Dataset:
         return "training" if self.split_name == "train" else "validation"
 
     def check_fits(self, tokenizer: Tokenizer, config: Config) -> None:
-        """Raises InputError if another tokenizer wrote these tokens, or the model cannot read the longest record."""
+        """Checks that the records are for this model.
+
+        Raises:
+            InputError: another tokenizer or chat template wrote them, the model does not stop where their answers end,
+                or it cannot read the longest one.
+        """
         if self.meta["longest"] > config.block_size:
             raise InputError(
                 f"The longest record has {self.meta['longest']} tokens, but the model reads {config.block_size}."
@@ -173,6 +178,20 @@ class Dataset:
             raise InputError(
                 f"The data were prepared for the tokenizer of {self.meta['checkpoint']}, not for this checkpoint's."
                 " Prepare them again with this --checkpoint_dir."
+            )
+        # the same vocabulary, and another model of the family: generation would ask otherwise, or run on
+        templates = self.meta.get("chat_templates", tokenizer.templates_fingerprint)
+        is_other = self.meta["prompt_style"] == "chat" and templates != tokenizer.templates_fingerprint
+        if is_other and ANSWER in self.trained:  # texts have no answers, and are in no template
+            raise InputError(
+                "The data were prepared with another chat template than this checkpoint has: that of"
+                f" {self.meta['checkpoint']}, as it was then. Prepare them again with this --checkpoint_dir; or with"
+                " the other template, if it is meant, as a .jinja file: --prompt_style FILE."
+            )
+        if tokenizer.stop_ids.isdisjoint(self.meta.get("stop_ids", tokenizer.stop_ids)):
+            raise InputError(
+                f"The data were prepared for {self.meta['checkpoint']}, where answers end with other tokens than"
+                f" {list_some(tokenizer.stop_tokens)}. Prepare them again with this --checkpoint_dir."
             )
 
 

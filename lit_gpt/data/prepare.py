@@ -186,6 +186,8 @@ def write_prepared(records: Records | Callable[[], Records], args: DataArgs, sou
             not_read=dict(unread.counts),
             prompt_style=style,
             tokenizer=tokenizer.fingerprint,
+            chat_templates=tokenizer.templates_fingerprint,
+            stop_ids=sorted(tokenizer.stop_ids),
             checkpoint=str(args.checkpoint_dir),
             max_seq_length=limit,
             too_long=args.too_long,

@@ -200,6 +200,12 @@ class Tokenizer:
         special = (self.use_bos, self.special_tokens, sorted(self.stop_ids), self.chat_templates)
         return hashlib.sha256(f"{rules} {special}".encode()).hexdigest()
 
+    @property
+    def templates_fingerprint(self) -> str:
+        """sha256 over the chat templates; empty if there is none. Line breaks at their ends are not printed."""
+        sources = sorted((name, source.strip("\n")) for name, source in self.chat_templates.items())
+        return hashlib.sha256(repr(sources).encode()).hexdigest() if sources else ""
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the vocabulary and the merges."""

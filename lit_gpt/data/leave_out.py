@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from lit_gpt.data.messages import are_trained, list_keys
+from lit_gpt.data.reader_keys import UNREADABLE
 from lit_gpt.data.records import (
     Keys,
     blank_part,
@@ -17,7 +18,6 @@ from lit_gpt.data.records import (
     split_names,
 )
 from lit_gpt.data.tokenizer import Encoded, Tokenizer
-from lit_gpt.data.reader_keys import UNREADABLE
 from lit_gpt.errors import InputError
 
 OTHER_SPLIT = "of another split"

@@ -30,8 +30,8 @@ from lit_gpt.data.leave_out import UNWRITTEN, loses_characters
 from lit_gpt.data.loss_mask import Marked, mark_trained
 from lit_gpt.data.print_report import print_summary
 from lit_gpt.data.prompts import resolve_style, template_source
-from lit_gpt.data.record_texts import RecordText, render_records
 from lit_gpt.data.reader_keys import NAMES
+from lit_gpt.data.record_texts import RecordText, render_records
 from lit_gpt.data.records import Keys, with_validation
 from lit_gpt.data.split import LEAKED, Split
 from lit_gpt.data.tokenizer import Encoded, Tokenizer

@@ -90,9 +90,7 @@ def fit_conversation(
 
     # if not
     if too_long == "error":
-        raise InputError(
-            f"{name} has {len(ids)} tokens, more than {limit}. See --too_long and --max_seq_length."
-        )
+        raise InputError(f"{name} has {len(ids)} tokens, more than {limit}. See --too_long and --max_seq_length.")
     if too_long == "cut_prompt" and prompt_can_be_cut(len(ids), n_prompt, n_head, limit):
         counts[CUT] += 1
         rest = n_head + excess

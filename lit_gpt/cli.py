@@ -431,6 +431,7 @@ REWRITES: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
     (r"^argument (--\S+): expected one argument", r"\1: Expected a value behind it"),
     (r"^the following arguments are required: (.+)", with_dashes),
     (r"^--(\w+): Unable to load config .*", r"--\1 is a group of flags. Expected one of them, such as --\1.FIELD"),
+    (r"^Unexpected config: .*", "The file after --config holds no settings: expected lines such as seed: 1"),
     # a sentence follows, after a point of our own
     (r"\.+$", ""),
 )

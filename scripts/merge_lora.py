@@ -10,6 +10,7 @@ from pathlib import Path
 from lit_gpt.cli import run
 from lit_gpt.device import DType, as_dtype
 from lit_gpt.formats.merge import Base, export_merged
+from lit_gpt.runs.load_finetuned import QuantizeAs
 
 
 def main(
@@ -18,6 +19,7 @@ def main(
     checkpoint_dir: Path | None = None,
     dtype: DType | None = None,
     base: Base = "dequantized",
+    quantize: QuantizeAs = "auto",
 ) -> None:
     """Merge LoRA weights into their base.
 
@@ -29,8 +31,10 @@ def main(
         base: Where to merge a LoRA that was trained on quantized weights: into those that the codes stand for
             (dequantized), which gives the model that was trained, or into the original ones, which gives another. How
             far each is from the trained model is measured and printed.
+        quantize: How the base was quantized in training, if that was done by peft, which does not say: bnb.nf4 for
+            most. auto is as it says of itself.
     """
-    export_merged(finetuned, checkpoint_dir, out_dir, as_dtype(dtype), base)
+    export_merged(finetuned, checkpoint_dir, out_dir, as_dtype(dtype), base, quantize=quantize)
     print(f"Wrote {out_dir}.")
 
 

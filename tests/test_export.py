@@ -580,12 +580,36 @@ def test_peft_of_a_quantized_base(tiny, tmp_path, capsys) -> None:
     assert 3 * error(theirs, ours(tokens(1, 15))) < error(original(tokens(1, 15)), ours(tokens(1, 15)))
 
 
+def as_peft_writes(folder: Path) -> None:
+    """Takes from an adapter what only this toolkit writes."""
+    file = folder / "adapter_model.safetensors"
+    save_file(load_file(file), file, {"format": "pt"})
+
+
 def test_nothing_is_said_of_how_peft_has_trained(tiny, tmp_path, capsys) -> None:
     """An adapter of peft does not say whether its base was quantized."""
     export_peft(write_adapter(tmp_path / "lora", tiny), None, tmp_path / "peft")
+    as_peft_writes(tmp_path / "peft")
     for quantize in ("none", "bnb.nf4"):
         load_finetuned(None, tmp_path / "peft", quantize=quantize)
     assert not capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_a_qlora_of_peft_is_merged_as_its_user_says(tiny, tmp_path, capsys) -> None:
+    """Into the weights that its codes stand for; without the flag, a line says that it exists."""
+    adapter = write_adapter(tmp_path / "lora", tiny)
+    export_peft(adapter, None, tmp_path / "peft")
+    as_peft_writes(tmp_path / "peft")
+    for quantize in ("auto", "none", "bnb.nf4"):
+        export_merged(tmp_path / "peft", None, tmp_path / quantize, torch.float32, quantize=quantize)
+        told = "does not say whether its base was quantized in training. If it was: --quantize"
+        assert (told in capsys.readouterr().out) == (quantize == "auto")
+        trained, _ = load_finetuned(None, tmp_path / "peft", quantize="none" if quantize == "auto" else quantize)
+        assert error(load_model(tmp_path / quantize)(tokens(1, 15)), trained(tokens(1, 15))) < 1e-4
+    with pytest.raises(InputError, match="says itself that it was trained on the original weights: leave out"):
+        export_merged(adapter, None, tmp_path / "no", quantize="bnb.nf4")
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("format", ["hf", "merged", "peft", "gguf"])

@@ -322,6 +322,12 @@ def test_a_last_without_its_state_does_not_begin_anew(lora, never_killed, tmp_pa
     assert refused(lora.run(out_dir, resume="true"), "last has no state.safetensors", "begin anew with --overwrite")
     assert contents(out_dir)["best/lora.safetensors"] == before["best/lora.safetensors"]
 
+    # that of another run, whose optimizer trains other parameters
+    assert lora.run(tmp_path / "other", lora__r=2, train__max_steps=1).status == 0
+    shutil.copy(tmp_path / "other/last/state.safetensors", out_dir / "last")
+    said = "state.safetensors is of another run", "begin anew with --overwrite"
+    assert refused(lora.run(out_dir, resume="true"), *said)
+
 
 def test_a_finished_run_keeps_its_files(lora, never_killed, tmp_path) -> None:
     out_dir = shutil.copytree(never_killed[0], tmp_path / "run")

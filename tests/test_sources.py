@@ -507,6 +507,14 @@ def test_mixing_takes_each_source_as_often_as_it_should(sizes, weights) -> None:
         assert all(abs(count - weight) < 1 for count in counts)
 
 
+def test_a_weight_is_for_each_split(tmp_path: Path) -> None:
+    """Of records that take turns, half would be all of one split."""
+    records = [{"text": f"{i}", "split": ("train", "val")[i % 2]} for i in range(8)]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    taken = [(record["text"], record["split"]) for record in mix({str(tmp_path / "a.json"): 0.5})]
+    assert taken == [("2", "train"), ("3", "val"), ("6", "train"), ("7", "val")]
+
+
 @pytest.mark.parametrize("weight", [0, float("inf")])
 def test_weights_must_be_positive(weight: float) -> None:
     with pytest.raises(InputError, match=f"a.jsonl has the weight {weight}, expected a number above 0"):

@@ -88,7 +88,7 @@ def save_peft(
                 " scripts/merge_lora.py."
             )
 
-    save_tensors(tensors, folder / WEIGHTS, {} if quantize is None else {QUANTIZE: quantize})
+    save_tensors(tensors, folder / WEIGHTS, {QUANTIZE: quantize or "none"})
     settings = peft_settings(lora, config, base, ranks, alphas)
     (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -203,12 +203,17 @@ def all_modules(config: Config) -> list[str]:
 
 def read_quantize(folder: Path) -> Quantize | None:
     """How the base of an adapter was quantized in training; None if it was not, or if that is unknown."""
-    file = folder / WEIGHTS
-    quantize = read_metadata(file).get(QUANTIZE) if file.is_file() else None
+    quantize = read_metadata(folder / WEIGHTS).get(QUANTIZE) if says_quantize(folder) else None
     for known in get_args(Quantize):
         if quantize == known:
             return known
     return None
+
+
+def says_quantize(folder: Path) -> bool:
+    """Whether an adapter says how its base was quantized in training: one that `save_peft` has written."""
+    file = folder / WEIGHTS
+    return file.is_file() and QUANTIZE in read_metadata(file)
 
 
 def load_peft(folder: Path, config: Config) -> tuple[LoRA, Tensors]:

@@ -245,7 +245,7 @@ def damaged(file: Path, reason: str) -> InputError:
             f"{file} is a Git LFS pointer, a text in the place of the weights. Run `git lfs pull` in that folder, or"
             " download the file itself."
         )
-    return InputError(f"{file} is damaged or incomplete ({reason}). Download it again.")
+    return InputError(f"{file} is damaged or incomplete ({reason}). Download it again, or train anew.")
 
 
 def is_pointer(file: Path) -> bool:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -57,10 +58,14 @@ def mix(sources: Mapping[str, float], split_key: str = "split", strict: bool = T
     for source, weight in sources.items():
         if not 0 < weight < math.inf:
             raise InputError(f"{source} has the weight {weight}, expected a number above 0.")
-        for i, record in enumerate(read_records(source, split_key, strict)):
-            record = {**record, NUMBER: i + 1}
+        n_before: Counter[str] = Counter()  # records of each split: a weight is for each of them
+        for number, record in enumerate(read_records(source, split_key, strict), 1):
+            record = {**record, NUMBER: number}
             if len(sources) > 1:
                 record[SOURCE] = source
+            split = str(record.get(split_key))
+            i = n_before[split]
+            n_before[split] += 1
             # so the first i + 1 records have been taken (i + 1) * weight times in all, rounded down
             times = int((i + 1) * weight) - int(i * weight)
             if times > 0:

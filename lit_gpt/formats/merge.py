@@ -27,7 +27,9 @@ from lit_gpt.runs.header import Header, finetuned_file, is_peft, read_header, re
 from lit_gpt.runs.load_finetuned import (
     QuantizeAs,
     base_of,
+    describe_weights,
     has_own_tokenizer,
+    knows_quantization,
     load_finetuned,
     trained_tokenizer,
 )
@@ -51,6 +53,7 @@ def export_merged(
     dtype: torch.dtype | None = None,
     base: Base = "dequantized",
     max_shard: int | None = None,
+    quantize: QuantizeAs = "auto",
 ) -> None:
     """Merges a LoRA into its base, writes a Hugging Face folder and verifies that it holds the model.
 
@@ -59,6 +62,7 @@ def export_merged(
 
     If the base was quantized in training, the change was learned for the quantized weights. Both bases are tried then:
     the original weights and those that the codes stand for. How far each is from the trained model is printed.
+    `quantize` says how it was, of an adapter of peft, which does not say so itself.
     The style that was trained becomes the folder's chat template.
 
     Raises:
@@ -68,6 +72,7 @@ def export_merged(
     must_be_empty(out_dir)
     check_is_lora(finetuned)
     header = header_of(finetuned)
+    quantized = quantization_in_training(header, finetuned, quantize)
     source = base_of(finetuned, checkpoint_dir, header)
     config = Config.from_checkpoint(source)
     tokenizer = fitting_tokenizer(finetuned, source, config)
@@ -79,18 +84,18 @@ def export_merged(
     working = widest([*stored.values(), *written.values()])
 
     # the model as it was trained
-    model, header = load_finetuned(checkpoint_dir, finetuned, working)
+    model, header = load_finetuned(checkpoint_dir, finetuned, working, quantize=quantized or "none")
     trained_logits = logits_of(model, tokenizer)
 
     # merge
-    if header.quantize is None:
+    if quantized is None:
         model = merge_in_place(model, working)
         difference = compare_logits(trained_logits, logits_of(model, tokenizer))
         print(f"Merged: {difference}, from the model as it was trained.")
         check_merge(difference, working)
     else:
         del model  # no two of them at once
-        model = merge_into(base, finetuned, checkpoint_dir, working, trained_logits, tokenizer)
+        model = merge_into(base, finetuned, checkpoint_dir, working, quantized, trained_logits, tokenizer)
     if model.config.tie_embeddings and model.lm_head.weight is not model.transformer.wte.weight:
         print("The head was the embedding and now differs from it: the merged checkpoint holds both.")
 
@@ -169,6 +174,28 @@ def export_peft(finetuned: Path, checkpoint_dir: Path | None, out_dir: Path) -> 
         difference = compare_logits(expected, logits_of(original, tokenizer))
         print(f"On the original weights: {difference}, from the quantized model that was trained.")
         print(f"For peft, quantize the base as in training: quantization_config={BITS_AND_BYTES[header.quantize]}.")
+
+
+def quantization_in_training(header: Header, finetuned: Path, quantize: QuantizeAs) -> Quantize | None:
+    """How the base was quantized in training: as the header says, or `quantize` if it does not know.
+
+    Raises:
+        InputError: the header says something else.
+    """
+    is_known = knows_quantization(finetuned)
+    if quantize == "auto":
+        if not is_known:
+            print(
+                "An adapter of peft does not say whether its base was quantized in training. If it was: --quantize"
+                " bnb.nf4 of scripts/merge_lora.py."
+            )
+        return header.quantize
+    asked = None if quantize == "none" else quantize
+    if asked != header.quantize and is_known:
+        raise InputError(
+            f"{finetuned} says itself that it was trained on {describe_weights(header.quantize)}: leave out --quantize."
+        )
+    return asked
 
 
 def fitting_tokenizer(finetuned: Path, source: Path, config: Config) -> Tokenizer:
@@ -269,6 +296,7 @@ def merge_into(
     finetuned: Path,
     checkpoint_dir: Path | None,
     dtype: torch.dtype,
+    quantized: Quantize,
     trained_logits: Logits,
     tokenizer: Tokenizer,
 ) -> GPT:
@@ -280,7 +308,7 @@ def merge_into(
     in_order = sorted(get_args(Base), key=lambda name: name == base)  # the wanted one last: it is returned
     for name in in_order:
         model = None  # frees the one before
-        quantize: QuantizeAs = "none" if name == "original" else "auto"
+        quantize: QuantizeAs = "none" if name == "original" else quantized
         model, _ = load_finetuned(checkpoint_dir, finetuned, dtype, quantize=quantize)
         merge_in_place(model, dtype)
         differences[name] = compare_logits(trained_logits, logits_of(model, tokenizer))

@@ -212,14 +212,18 @@ def choose_quantization(header: Header, quantize: QuantizeAs, finetuned_dir: Pat
     if quantize == "auto":
         return header.quantize
     asked = None if quantize == "none" else quantize
-    unknown = header.quantize is None and is_peft(finetuned_dir)
-    if asked != header.quantize and not unknown:
+    if asked != header.quantize and knows_quantization(finetuned_dir):
         # the trained weights have made up for the errors of the base as it was rounded in training
         was = describe_weights(header.quantize)
         now = describe_weights(asked)
         line = f"{finetuned_dir} was trained on {was}, here it is used on {now}: not quite the same."
         print(line, file=sys.stderr)
     return asked
+
+
+def knows_quantization(finetuned_dir: Path) -> bool:
+    """Whether what was trained says how its base was quantized. An adapter that peft itself has written does not."""
+    return not is_peft(finetuned_dir) or peft.says_quantize(finetuned_dir)
 
 
 def describe_weights(quantize: Quantize | None) -> str:

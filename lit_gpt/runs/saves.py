@@ -27,6 +27,7 @@ from lit_gpt.sharding import full_parameters, full_tensor, shard_like
 STATE = "state.safetensors"  # what `last` holds besides the weights: the optimizer, and how far the run is
 GROUPS = "groups"  # in the metadata of that file: see `numbers_of_groups`
 FROM_FLAGS = ("lr", "weight_decay", "momentum")  # the numbers of a group that `make_optimizer` sets
+SHAPES = "shapes"  # there, too: of the parameters that the optimizer trains
 NUMBER = " number"  # at the end of a name: the optimizer keeps this one as a plain number
 
 
@@ -58,7 +59,11 @@ class Checkpoints:
             self.write_weights(folder)
             state = optimizer.state_dict()["state"]
             tensors = name_state(state)
-            metadata = {"progress": json.dumps(progress), GROUPS: json.dumps(numbers_of_groups(optimizer))}
+            metadata = {
+                "progress": json.dumps(progress),
+                GROUPS: json.dumps(numbers_of_groups(optimizer)),
+                SHAPES: json.dumps(shapes_of(optimizer)),
+            }
             if folder is not None:
                 save_tensors(tensors, folder / STATE, metadata)
         if self.writes:
@@ -106,7 +111,7 @@ class Checkpoints:
 
         Raises:
             InputError: `last` was trained with another method, base, tokenizer or prompt style, does not fit, holds
-                values that are not finite, or has lost its state.
+                values that are not finite, or has lost its state or has another run's.
         """
         last = self.out_dir / "last"
         if not last.exists():
@@ -117,6 +122,10 @@ class Checkpoints:
             )
         self.check_same_header(last)
         load_trained(self.model, last, self.method)
+
+        metadata = read_metadata(last / STATE)
+        if SHAPES in metadata and json.loads(metadata[SHAPES]) != shapes_of(optimizer):
+            raise InputError(f"{last / STATE} is of another run. Put this one's back, or begin anew with --overwrite.")
 
         # the optimizer numbers the parameters through all its groups
         params: list[nn.Parameter] = []
@@ -136,7 +145,6 @@ class Checkpoints:
         settings = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": settings})
 
-        metadata = read_metadata(last / STATE)
         put_numbers_back(optimizer, json.loads(metadata.get(GROUPS, "[]")))  # saves of November 2026 have none
         return json.loads(metadata["progress"])
 
@@ -187,6 +195,11 @@ def nest_state(tensors: dict[str, torch.Tensor]) -> dict[int, dict[str, Any]]:
         else:
             entry[key] = tensor
     return state
+
+
+def shapes_of(optimizer: torch.optim.Optimizer) -> list[list[int]]:
+    """The shape of each parameter that an optimizer trains, in its order."""
+    return [list(param.shape) for group in optimizer.param_groups for param in group["params"]]
 
 
 def numbers_of_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:

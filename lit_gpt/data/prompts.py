@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_gpt.data.added_tokens import read_if_there
-from lit_gpt.data.answer_spans import Rendering, find_answers, unprinted
+from lit_gpt.data.answer_spans import find_answers, unprinted
 from lit_gpt.data.chat_template import Messages, choose_template, fill_template, name_reasoning
+from lit_gpt.data.message_places import Rendering
 from lit_gpt.data.messages import are_trained
 from lit_gpt.data.records import question_message
 from lit_gpt.data.tokenizer import Tokenizer, read_stop_ids

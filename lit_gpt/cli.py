@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_type_hi
 
 from lit_gpt.errors import InputError, Interrupted
 from lit_gpt.failures import end_failed_process, end_process, how_to_go_on, is_one_of_several
-from lit_gpt.files import write_whole
+from lit_gpt.files import expand_home, write_whole
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -218,8 +218,10 @@ def check_text(flag: str, value: Any) -> None:
 def make_parser(main: Callable[..., None]) -> "ArgumentParser":
     """One flag for each parameter of `main`, in groups; `Flags` parameters give one for each of their fields."""
     from jsonargparse import SUPPRESS, ArgumentParser, set_loader, set_parsing_settings
+    from jsonargparse.typing import register_type
     from yaml import YAMLError
 
+    register_type(Path, deserializer=lambda path: Path(expand_home(path)), type_check=isinstance)
     set_loader("text", load_text, exceptions=(YAMLError,))
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a field's docstring is its help
     summary = (main.__doc__ or "").split("\n    Args:")[0].strip()

@@ -160,3 +160,8 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a text file, in UTF-8, that is whole or not there."""
     with whole_file(path) as file:
         file.write_bytes(text.encode())
+
+
+def expand_home(path: str) -> str:
+    """A path with the home folder in the place of its ~: shells leave it in --flag=~/path, and in files of settings."""
+    return os.path.expanduser(path) if path.startswith("~/") else path

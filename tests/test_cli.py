@@ -366,6 +366,16 @@ def test_a_flag_counts_before_and_behind_the_file_of_settings(config: list[str],
         assert values["number"] == 4 and values["maybe_number"] == 6, "of two files, the second one"
 
 
+def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch) -> None:
+    """As bash leaves it in --path=~/x, and in a file of settings. A text stays as it is typed."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.yaml").write_text("path: ~/ä b\nmaybe_path: ~/c\n")
+    found = parse(main, ["--config", str(tmp_path / "a.yaml"), "--text=~/x"])
+    assert found["path"] == tmp_path / "ä b" and found["maybe_path"] == tmp_path / "c" and found["text"] == "~/x"
+    assert parse(main, ["--path=~/x"])["path"] == tmp_path / "x"
+    assert parse(main, ["--path", "~x"])["path"] == Path("~x")
+
+
 def test_saved_settings_begin_with_the_command(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", [os.path.join(tmp_path, "lora.py"), "--prompt", "two words"])
     monkeypatch.chdir(tmp_path)

@@ -39,7 +39,7 @@ from lit_gpt.data.too_long import TooLong, cut_text, fit_conversation
 from lit_gpt.data.unread_keys import UnreadKeys
 from lit_gpt.data.writer import RecordWriter
 from lit_gpt.errors import InputError
-from lit_gpt.files import new_folder
+from lit_gpt.files import expand_home, new_folder
 from lit_gpt.lock import only_writer
 from lit_gpt.ranges import check_range, check_seed
 
@@ -107,7 +107,8 @@ def names_of(source: Any | None) -> list[str]:
     if source is None:
         return []
     names = source if isinstance(source, Mapping) else [source]
-    return [str(Path(name)) if Path(name).exists() else str(name) for name in names]
+    paths = [expand_home(str(name)) for name in names]
+    return [str(Path(path)) if Path(path).exists() else path for path in paths]
 
 
 def prepare(records: Records | Callable[[], Records], args: DataArgs, source: str = "") -> None:

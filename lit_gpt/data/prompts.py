@@ -30,6 +30,7 @@ from lit_gpt.data.messages import are_trained
 from lit_gpt.data.records import question_message
 from lit_gpt.data.tokenizer import Tokenizer, read_stop_ids
 from lit_gpt.errors import InputError
+from lit_gpt.files import expand_home
 
 STYLES = Path(__file__).parent / "styles"
 ASKED_OTHERWISE = "asked otherwise by the template than it shows what is answered"
@@ -133,7 +134,7 @@ def resolve_style(name: str, tokenizer: Tokenizer, trained: str | None = None) -
     # a file of one's own: its content is stored, since the file may change or go
     if name.endswith(".jinja"):
         try:
-            source = Path(name).read_text(encoding="utf-8")
+            source = Path(expand_home(name)).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"{name} is not UTF-8 ({error}). Save it as UTF-8.") from None
         if "messages" not in source or not is_source(source):

@@ -25,7 +25,7 @@ from lit_gpt.data.folder_layout import (
 )
 from lit_gpt.data.reader_keys import IS_REPEAT, NUMBER, PART_OF_FILE, SOURCE, UNREADABLE
 from lit_gpt.errors import InputError
-from lit_gpt.files import list_some
+from lit_gpt.files import expand_home, list_some
 from lit_gpt.packages import import_optional
 
 Delimiter = Literal["comma", "semicolon", "tab"]
@@ -85,14 +85,15 @@ def read_records(source: str | Path, split_key: str = "split", strict: bool = Tr
     Raises:
         InputError: no such thing, or it cannot be read; or a folder does not say which of its files are data.
     """
+    source = expand_home(str(source))
     path = Path(source)
-    folder, config = split_config(str(source))
+    folder, config = split_config(source)
     if folder is not None:
         return folder_records(folder, config, split_key, strict)
     if ending(path) in READERS:
         return read_file(path, strict)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[^/]+)?", str(source)):
-        return dataset_records(str(source), split_key)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[^/]+)?", source):
+        return dataset_records(source, split_key)
     raise InputError(
         f"{source} is no file ending in {', '.join(READERS)}, no folder of texts or of a data set, no org/name of the"
         f" hub, as seen from {Path.cwd()}."

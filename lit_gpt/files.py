@@ -19,6 +19,8 @@ from lit_gpt.errors import InputError
 from lit_gpt.lock import NAME as LOCK
 from lit_gpt.lock import clear_stale, lock_beside, only_writer
 
+POINTER = b"version https://git-lfs"  # how a Git LFS pointer begins: what git keeps in the place of a large file
+INSTEAD_OF_POINTER = "Run `git lfs pull` in that folder, or download the file itself."
 CLONE = Path(__file__).parent.parent  # of the repository; most commands are typed there
 
 
@@ -165,3 +167,15 @@ def write_whole(path: Path, text: str) -> None:
 def expand_home(path: str) -> str:
     """A path with the home folder in the place of its ~: shells leave it in --flag=~/path, and in files of settings."""
     return os.path.expanduser(path) if path.startswith("~/") else path
+
+
+def is_pointer(file: Path) -> bool:
+    """Whether a file is what git keeps in the place of a large one."""
+    with file.open("rb") as content:
+        return content.read(len(POINTER)) == POINTER
+
+
+def check_no_pointer(file: Path) -> None:
+    """Raises InputError for what git keeps in the place of a large file."""
+    if file.is_file() and is_pointer(file):
+        raise InputError(f"{file} is a Git LFS pointer, a text in the place of the content. {INSTEAD_OF_POINTER}")

@@ -23,7 +23,7 @@ from lit_gpt import InputError, Tokenizer
 from lit_gpt.data.dataset import OTHER, Dataset
 from lit_gpt.data.prepare import DataArgs, prepare
 from lit_gpt.data.prompts import render
-from lit_gpt.data.read_files import mix, read_records
+from lit_gpt.data.read_files import READERS, mix, read_records
 from lit_gpt.data.records import Keys, blank_part, in_our_form
 from lit_gpt.data.too_long import cut_text
 from lit_gpt.download import DownloadError, Expected, download
@@ -229,9 +229,14 @@ def test_every_source_gives_the_same_tokens(checkpoint, tmp_path: Path) -> None:
     assert content(tmp_path / "data-fold")["split.bin"] == content(tmp_path / "data-splits")["split.bin"]
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
 @pytest.mark.parametrize(
     "name, content, said",
     [
+        *[(f"a{suffix}", POINTER, f"a{suffix} is a Git LFS pointer") for suffix in READERS],
+        ("pointer", POINTER, "pointer/train.jsonl is a Git LFS pointer"),
         ("a.xlsx", b"", "a.xlsx is no file ending in .json, .jsonl, .csv, .tsv, .parquet"),
         ("a.parquet", b"PAR1 and more", "a.parquet is no parquet file that can be read"),
         ("page.parquet", damaged_parquet(), "page.parquet is no parquet file that can be read"),

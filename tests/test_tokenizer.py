@@ -445,6 +445,10 @@ DAMAGED = {
     "not text": (dict(tokenizer_json=b"\xff\xfe\x00", tokenizer_config_json=SPECIAL), "cannot be read"),
     "no sentencepiece": (dict(tokenizer_model=b"nonsense", tokenizer_config_json=SPECIAL), "cannot be read"),
     "empty sentencepiece": (dict(tokenizer_model=b"", tokenizer_config_json=SPECIAL), "cannot be read"),
+    "pointer": (
+        dict(tokenizer_json="version https://git-lfs.github.com/spec/v1\n"),
+        "tokenizer.json is a Git LFS pointer",
+    ),
     "damaged config": (dict(tokenizer_json="{}", tokenizer_config_json="{"), "tokenizer_config.json is not readable"),
     "config is a list": (dict(tokenizer_json="{}", tokenizer_config_json="[]"), "holds a list"),
     "no eos": (

@@ -11,13 +11,12 @@ import torch
 
 from lit_gpt.config import check_is_checkpoint, read_json
 from lit_gpt.errors import InputError, reading
-from lit_gpt.files import list_some
+from lit_gpt.files import INSTEAD_OF_POINTER, is_pointer, list_some
 
 # a set of weights is a file of this name, or several and NAME.index.json
 CONVERTED = "lit_model.safetensors"  # scripts/convert_hf_checkpoint.py wrote it
 HUGGING_FACE = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
 OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "original/*.pth")
-POINTER = b"version https://git-lfs"  # how a Git LFS pointer begins: what git keeps in the place of a large file
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names of dtypes
 
@@ -241,17 +240,8 @@ def read_metadata(file: Path) -> dict[str, str]:
 def damaged(file: Path, reason: str) -> InputError:
     """The error for a file that cannot be read as weights."""
     if is_pointer(file):
-        return InputError(
-            f"{file} is a Git LFS pointer, a text in the place of the weights. Run `git lfs pull` in that folder, or"
-            " download the file itself."
-        )
+        return InputError(f"{file} is a Git LFS pointer, a text in the place of the weights. {INSTEAD_OF_POINTER}")
     return InputError(f"{file} is damaged or incomplete ({reason}). Download it again, or train anew.")
-
-
-def is_pointer(file: Path) -> bool:
-    """Whether a file is what git keeps in the place of a large one."""
-    with file.open("rb") as content:
-        return content.read(len(POINTER)) == POINTER
 
 
 def first_line(error: Exception) -> str:

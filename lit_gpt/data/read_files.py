@@ -25,7 +25,7 @@ from lit_gpt.data.folder_layout import (
 )
 from lit_gpt.data.reader_keys import IS_REPEAT, NUMBER, PART_OF_FILE, SOURCE, UNREADABLE
 from lit_gpt.errors import InputError
-from lit_gpt.files import expand_home, list_some
+from lit_gpt.files import check_no_pointer, expand_home, list_some
 from lit_gpt.packages import import_optional
 
 Delimiter = Literal["comma", "semicolon", "tab"]
@@ -221,6 +221,7 @@ def parquet_records(path: Path) -> Iterator[dict[str, Any]]:
     parquet = import_optional("pyarrow.parquet", "data", "A parquet file")
     from pyarrow import ArrowException
 
+    check_no_pointer(path)
     try:
         with open(path, "rb") as file:
             for batch in parquet.ParquetFile(file).iter_batches(1000):
@@ -407,6 +408,7 @@ def open_text(path: Path, newline: str | None = None) -> Iterator[io.TextIOBase]
         raise InputError(f"{path} is missing, as seen from {Path.cwd()}.")
     if not path.is_file():
         raise InputError(f"{path} is no file.")
+    check_no_pointer(path)
     # csv's default refuses fields of over 128 KiB, and documents are longer
     csv.field_size_limit(2**31 - 1)
     with open(path, encoding="utf-8-sig", newline=newline) as file:

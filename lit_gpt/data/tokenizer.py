@@ -21,6 +21,7 @@ from lit_gpt.data.answer_spans import find_turn_end
 from lit_gpt.data.chat_template import read_chat_templates
 from lit_gpt.data.tokenizer_backends import Backend, Encoded, SentencePieceBackend, TokenizersBackend, named_id
 from lit_gpt.errors import InputError, reading
+from lit_gpt.files import check_no_pointer
 
 
 class Tokenizer:
@@ -220,6 +221,8 @@ def open_backend(folder: Path, settings: Mapping[str, Any]) -> Backend:
         InputError: there is none, its file is damaged, or its files do not belong together.
     """
     added = read_added_tokens(folder, settings)
+    for name in ("tokenizer.json", "tokenizer.model"):
+        check_no_pointer(folder / name)
     try:
         if (folder / "tokenizer.json").is_file():
             return TokenizersBackend(folder / "tokenizer.json", added)

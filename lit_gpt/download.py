@@ -5,6 +5,8 @@
 
 import hashlib
 import http.client
+import os
+import re
 import ssl
 import sys
 import time
@@ -101,6 +103,18 @@ def fetch(url: str, sha256: str | None = None, token: str | None = None) -> Path
     return path
 
 
+def read_token(token: str | None) -> str | None:
+    """An access token of the hub as it was pasted, or that of HF_TOKEN in the place of an empty one; None without any.
+
+    Raises:
+        InputError: it has characters that no token has.
+    """
+    token = (token or "").strip() or os.environ.get("HF_TOKEN", "").strip()
+    if not re.fullmatch(r"[!-~]*", token):
+        raise InputError("--access_token (or HF_TOKEN) has a space or a letter that no token has. Copy it anew.")
+    return token or None
+
+
 def download(
     url: str,
     path: Path,
@@ -195,7 +209,7 @@ def receive(url: str, path: Path, headers: Mapping[str, str], *, timeout: float)
 
 
 def other_content(url: str, arrived: str, expected: str) -> DownloadError:
-    return DownloadError(f"{url} arrived as {arrived}, expected {expected}. Run it again, or name another --url.")
+    return DownloadError(f"{url} arrived as {arrived}, expected {expected}. Run it again, or fetch it from elsewhere.")
 
 
 class SameHostOnly(urllib.request.HTTPRedirectHandler):

@@ -61,7 +61,7 @@ def main(
         files = download(repo_id, waiting, revision, access_token, tokenizer_only)
         convert_checkpoint(waiting, converted, hugging_face=True, dtype=as_dtype(dtype))
         move_into(folder, waiting, converted)
-    print(f"{folder}: {counted(len(files), 'file')}, {sum(file.size for file in files) / 1e9:.2f} GB.")
+    print(f"{folder}: {counted(len(files), 'file')}, {sum(file.size or 0 for file in files) / 1e9:.2f} GB.")
 
 
 def list_published() -> None:

@@ -1,14 +1,13 @@
 """Prepare the 1,000 chosen conversations of LIMA (https://arxiv.org/abs/2305.11206), with a token of the hub:
 python scripts/prepare_lima.py --access_token hf_..."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from lit_gpt.cli import Flags, run
 from lit_gpt.data.prepare import DataArgs, prepare
 from lit_gpt.data.read_files import json_records
-from lit_gpt.download import fetch
+from lit_gpt.download import fetch, read_token
 from lit_gpt.errors import InputError
 
 URL = "https://huggingface.co/datasets/GAIR/lima/resolve/main/train.jsonl"
@@ -32,7 +31,7 @@ def main(
         access_token: A token of the hub, where you accept the conditions of GAIR/lima first. None is HF_TOKEN.
         args: How records become tokens, and where they go; see lit_gpt/data/prepare.py.
     """
-    file = fetch(url, token=access_token or os.environ.get("HF_TOKEN"))
+    file = fetch(url, token=read_token(access_token))
     prepare(lambda: records(file), args, source=url)
 
 

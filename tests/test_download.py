@@ -63,9 +63,10 @@ class Hub(BaseHTTPRequestHandler):
                     "size": hub.sizes.get(file.name, file.stat().st_size),
                     "blobId": blob_id(file),
                 }
+                | ({"size": None, "blobId": None} if hub.tells_little else {})
                 | (
                     {"lfs": {"sha256": digest(file, step), "size": file.stat().st_size, "pointerSize": 1}}
-                    if is_lfs(file)
+                    if is_lfs(file) and not hub.tells_little
                     else {}
                 )
                 for file in sorted(path for path in hub.folder.rglob("*") if path.is_file())
@@ -136,6 +137,7 @@ def hub(tiny_dir, tmp_path):
         (folder / other).write_bytes(b"not wanted")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.folder, server.refuse, server.broken, server.ranges = folder, None, None, []
+    server.tells_little = False
     server.requests, server.tokens, server.swapped, server.sizes = Counter(), set(), False, {}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -397,6 +399,50 @@ def test_an_unknown_model_costs_no_gigabytes(hub, tmp_path) -> None:
     (hub.folder / "config.json").write_text(json.dumps(config))
     assert "model_type 'mamba'; known are" in line_of(fetch(hub, tmp_path))
     assert not any("cdn" in request for request in hub.requests)
+
+
+def test_what_no_checkpoint_is(hub, tmp_path) -> None:
+    """An adapter, a GGUF file or a model in a subfolder are named, also if only the tokenizer is asked for."""
+    for file in list(hub.folder.iterdir()):
+        file.unlink()
+    (hub.folder / "part").mkdir()
+    for name, said in (
+        ("part/config.json", "There is part/config.json: fetch that folder"),
+        ("a.Q4_0.gguf", "It holds GGUF files: hf download org/tiny a.Q4_0.gguf"),
+        ("adapter_config.json", "It is an adapter of peft"),
+    ):
+        (hub.folder / name).write_text("{}")
+        assert f"org/tiny has no config.json, so that nothing says what its weights are. {said}" in line_of(
+            fetch(hub, tmp_path)
+        )
+        assert f"org/tiny has no tokenizer. {said}" in line_of(fetch(hub, tmp_path, "--tokenizer_only"))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_an_adapter_beside_the_model_is_told(hub, tmp_path) -> None:
+    (hub.folder / "adapter_config.json").write_text("{}")
+    done = fetch(hub, tmp_path)
+    assert done.returncode == 0 and "org/tiny holds an adapter of peft, too, which is left aside" in done.stderr
+    assert not (tmp_path / "checkpoints/org/tiny/adapter_config.json").exists()
+
+
+def test_a_mirror_that_tells_no_sizes(hub, tmp_path) -> None:
+    """Nothing tells whether what is there is the hub's: it is fetched again, and a partial file is not continued."""
+    hub.tells_little = True
+    for _ in range(2):
+        assert fetch(hub, tmp_path).returncode == 0
+    assert hub.requests["GET /cdn/model.safetensors"] == 2
+    load_model(tmp_path / "checkpoints/org/tiny")
+
+
+def test_tokens_as_they_are_pasted(hub, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_mine\n")
+    assert fetch(hub, tmp_path, "--tokenizer_only", "--access_token", "").returncode == 0
+    assert hub.tokens - {None} == {"Bearer hf_mine"}
+    for token in ("hf_mïne", "hf_a hf_b", "hf_a\nhf_b"):
+        assert "--access_token (or HF_TOKEN) has a space or a letter" in line_of(
+            fetch(hub, tmp_path, "--access_token", token)
+        )
 
 
 def test_a_server_that_is_not_there(hub, tmp_path) -> None:

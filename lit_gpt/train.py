@@ -255,6 +255,8 @@ def fit(
 
             # clip, step
             grad_norm = clip_gradient(fabric, model, optimizer, args.max_norm)
+            if leaves_out_step(fabric, grad_norm, progress.step + 1):
+                log.note(f"Step {progress.step + 1} changes no weight: its gradient has overflowed in float16.")
             optimizer.step()
             optimizer.zero_grad()
             progress.step += 1
@@ -347,6 +349,24 @@ def clip_gradient(
     # a gradient that is not finite shows in the next loss, or in the weights when they are saved
     norm = fabric.clip_gradients(model, optimizer, max_norm=limit, error_if_nonfinite=False)
     return full_tensor(norm).item()
+
+
+def leaves_out_step(fabric: "Fabric", grad_norm: float, step: int) -> bool:
+    """Whether the optimizer is about to leave out this step, since its gradient is not finite: in 16-mixed alone.
+
+    There the loss is multiplied by a factor that begins at 2^16, and is halved by each step that is left out.
+
+    Raises:
+        InputError: the factor is below 1. What overflows now is the gradient itself, and no step would ever be taken.
+    """
+    if math.isfinite(grad_norm):
+        return False
+    scaler = fabric.strategy.precision.state_dict()
+    if not scaler:  # another precision: see `clip_gradient`
+        return False
+    if scaler["scale"] < 1:
+        check_finite(grad_norm, f"The norm of the gradient in step {step}, as in many before it,")
+    return True
 
 
 @torch.no_grad()

@@ -59,11 +59,18 @@ def adapted(tiny_dir: Path, lora: LoRA = LoRA(), dtype: torch.dtype | None = Non
     return model
 
 
-def run_fit(model: GPT, data_dir: Path, out_dir: Path, args: TrainArgs = TRAIN, resume: bool = False) -> list[dict]:
+def run_fit(
+    model: GPT,
+    data_dir: Path,
+    out_dir: Path,
+    args: TrainArgs = TRAIN,
+    resume: bool = False,
+    precision: str = "32-true",
+) -> list[dict]:
     """Trains on one process and returns the rows of metrics.csv, but for the clock's and the memory's columns."""
     train_data, val_data = Dataset(data_dir, "train"), Dataset(data_dir, "val")
     checkpoints = Checkpoints(out_dir, model, DESCRIPTION)
-    lit_gpt.train.fit(launch(1, "32-true"), model, train_data, val_data, args, checkpoints, resume)
+    lit_gpt.train.fit(launch(1, precision), model, train_data, val_data, args, checkpoints, resume)
     return rows_of(out_dir)
 
 
@@ -426,6 +433,33 @@ def test_what_is_not_finite_stops_the_run(
     assert all(t.isfinite().all() for t in load_file(tmp_path / "best/lora.safetensors").values())
     rows = run_fit(adapted(tiny_dir), data_dir, tmp_path, args, resume=True)
     assert [row["step"] for row in rows] == list(range(7)) and all(row["loss"] < 20 for row in rows[1:])
+
+
+def test_a_step_whose_gradient_overflows_is_said(tiny_dir, data_dir, tmp_path, capfd) -> None:
+    """In 16-mixed the factor of the loss begins at 2^16: here it has to come down to 2^14, in two steps."""
+    model = adapted(tiny_dir, EVERYWHERE)
+    weight = model.transformer.h[0].attn.q.lora_B
+    before = []
+
+    def overflow(gradient: torch.Tensor) -> torch.Tensor:
+        before.append(weight.detach().clone())
+        return gradient * math.inf if len(before) <= 2 else gradient
+
+    weight.register_hook(overflow)
+    args = dataclasses.replace(TRAIN, micro_batch_size=8, max_steps=4)
+    run_fit(model, data_dir, tmp_path, args, precision="16-mixed")
+    said = [line for line in capfd.readouterr().err.splitlines() if "changes no weight" in line]
+    assert [line.split()[1] for line in said] == ["1", "2"]
+    assert torch.equal(before[2], before[0]) and not torch.equal(before[3], before[2])
+
+
+def test_a_gradient_that_always_overflows_stops_the_run(tiny_dir, data_dir, tmp_path) -> None:
+    """Or the run would end as if all were well, with the weights that it began with."""
+    model = adapted(tiny_dir, EVERYWHERE)
+    model.lm_head.lora_B.register_hook(lambda gradient: gradient * math.inf)
+    args = dataclasses.replace(TRAIN, epochs=10, max_steps=40)
+    with pytest.raises(InputError, match="The norm of the gradient in step 18, as in many before it, is .*--precision"):
+        run_fit(model, data_dir, tmp_path, args, precision="16-mixed")
 
 
 def test_patience(tiny_dir, data_dir, tmp_path) -> None:

@@ -314,3 +314,12 @@ def test_fabric_comes_without_what_it_would_import() -> None:
     loaded = packages_loaded_by("from lit_gpt.distributed import launch; launch()")
     assert "lightning_fabric" in loaded
     assert not loaded & {"torchmetrics", "lightning", "pytorch_lightning", "transformers", "matplotlib", "scipy"}
+
+
+def test_an_expert_without_tokens_has_a_gradient() -> None:
+    """It is zero: DDP would wait for one for ever, and AdamW leaves out a parameter that has none."""
+    moe = small_gpt(mlp="LLaMAMoE", n_expert=6, n_expert_per_token=1, moe_intermediate_size=8).transformer.h[0].mlp
+    moe(torch.ones(1, 1, 32, dtype=torch.float64)).sum().backward()
+    gradients = [param.grad for param in moe.experts.parameters()]
+    assert all(gradient is not None for gradient in gradients)
+    assert sum(bool(gradient.any()) for gradient in gradients) == len(gradients) // 6

@@ -68,7 +68,10 @@ class LLaMAMoE(nn.Module):
         tokens = order // self.n_chosen
         counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
         inputs = flat.index_select(0, tokens).split(counts)
-        y = torch.cat([expert(rows) for expert, rows in zip(self.experts, inputs, strict=True) if len(rows)])
+        # in training also experts without tokens: DDP waits for the gradient of each parameter, and AdamW takes a step
+        # with one that is zero, as in transformers, and none where there is none
+        used = [(expert, rows) for expert, rows in zip(self.experts, inputs, strict=True) if len(rows) or self.training]
+        y = torch.cat([expert(rows) for expert, rows in used])
 
         # weighted, and back to where the tokens came from
         sorted_weights = weights.flatten().index_select(0, order)

@@ -68,10 +68,13 @@ class LLaMAMoE(nn.Module):
         tokens = order // self.n_chosen
         counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
         inputs = flat.index_select(0, tokens).split(counts)
-        # in training also experts without tokens: DDP waits for the gradient of each parameter, and AdamW takes a step
-        # with one that is zero, as in transformers, and none where there is none
-        used = [(expert, rows) for expert, rows in zip(self.experts, inputs, strict=True) if len(rows) or self.training]
-        y = torch.cat([expert(rows) for expert, rows in used])
+        # also experts without tokens, if they are trained: DDP waits for the gradient of each parameter, and AdamW
+        # steps with one that is zero, as in transformers, and not where there is none
+        outputs = []
+        for expert, rows in zip(self.experts, inputs, strict=True):
+            if len(rows) or (self.training and any(param.requires_grad for param in expert.parameters())):
+                outputs.append(expert(rows))
+        y = torch.cat(outputs)
 
         # weighted, and back to where the tokens came from
         sorted_weights = weights.flatten().index_select(0, order)

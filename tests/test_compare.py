@@ -239,11 +239,13 @@ def test_a_budget_is_one_of_the_same_text(tmp_path) -> None:
 def test_a_comparison_does_not_go_on_with_other_records(folder, tmp_path) -> None:
     """Prepared anew in the same folder, they would fill one table with losses on different records."""
     data_dir = shutil.copytree(folder / "data", tmp_path / "data")
-    flags = dict(out_dir=tmp_path / "out", data_dir=data_dir, steps=1)
-    assert compare(folder, methods=json.dumps([LORA]), **flags).returncode == 0
+    begun = json.loads((folder / "out/compare.json").read_text()) | {"data_dir": str(data_dir)}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/compare.json").write_text(json.dumps(begun))
     split = data_dir / "split.bin"
     split.write_bytes(bytes(1 - side for side in split.read_bytes()))
-    result = compare(folder, methods=json.dumps([LORA, "adapter"]), **flags)
+    flags = dict(out_dir=tmp_path / "out", data_dir=data_dir, steps=4, methods=json.dumps([LORA]))
+    result = compare(folder, *RATE, **flags)
     assert result.returncode == 2 and "holds another comparison: records was" in result.stderr
     without = Budget("base", "data", "", 1, [])  # as earlier versions wrote it
     (tmp_path / "out/compare.json").write_text(json.dumps(asdict(without)))

@@ -21,8 +21,11 @@ from helpers.shell import python
 PAGES = ["README.md", *sorted(f"tutorials/{path.name}" for path in (ROOT / "tutorials").glob("*.md"))]
 
 SMALLER = [  # what is printed -> what is typed here, where the printed one would take minutes
-    # a few steps; flags that are printed come later, and win
-    (r"finetune/(lora|full|adapter|adapter_v2)\.py", r"\g<0> --train.max_steps 2 --train.eval_records 4 --n_answers 0"),
+    # a few steps; flags that are printed come later, and win. A run that goes on has its own
+    (
+        r"finetune/(lora|full|adapter|adapter_v2)\.py(?!.*--resume)",
+        r"\g<0> --train.max_steps 2 --train.eval_records 4 --n_answers 0",
+    ),
     (r"finetune/classifier\.py", r"\g<0> --train.max_steps 2"),
     (r"--config finetune/recipes/quickstart.yaml", r"\g<0> --train.max_steps 3 --train.eval_interval 3 --n_answers 1"),
     (r"--max_new_tokens \d+", "--max_new_tokens 8"),

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from conftest import ROOT
 from helpers.shell import python
 from safetensors.torch import load_file, save_file
 
-from lit_gpt import Config
+from lit_gpt import Config, InputError
 from lit_gpt.checkpoint.load import load_model
+from lit_gpt.download import read_token
 
 CHUNK = 10 * 2**20  # what the library writes at once
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -415,7 +417,7 @@ def test_what_no_checkpoint_is(hub, tmp_path) -> None:
         assert f"org/tiny has no config.json, so that nothing says what its weights are. {said}" in line_of(
             fetch(hub, tmp_path)
         )
-        assert f"org/tiny has no tokenizer. {said}" in line_of(fetch(hub, tmp_path, "--tokenizer_only"))
+    assert f"org/tiny has no tokenizer. {said}" in line_of(fetch(hub, tmp_path, "--tokenizer_only"))
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -439,10 +441,11 @@ def test_tokens_as_they_are_pasted(hub, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_mine\n")
     assert fetch(hub, tmp_path, "--tokenizer_only", "--access_token", "").returncode == 0
     assert hub.tokens - {None} == {"Bearer hf_mine"}
-    for token in ("hf_mïne", "hf_a hf_b", "hf_a\nhf_b"):
-        assert "--access_token (or HF_TOKEN) has a space or a letter" in line_of(
-            fetch(hub, tmp_path, "--access_token", token)
-        )
+    said = "--access_token (or HF_TOKEN) has a space or a letter that no token has"
+    assert said in line_of(fetch(hub, tmp_path, "--access_token", "hf_mïne"))
+    for token in ("hf_a hf_b", "hf_a\nhf_b"):
+        with pytest.raises(InputError, match=re.escape(said)):
+            read_token(token)
 
 
 def test_a_server_that_is_not_there(hub, tmp_path) -> None:

@@ -457,7 +457,7 @@ def test_a_gradient_that_always_overflows_stops_the_run(tiny_dir, data_dir, tmp_
     """Or the run would end as if all were well, with the weights that it began with."""
     model = adapted(tiny_dir, EVERYWHERE)
     model.lm_head.lora_B.register_hook(lambda gradient: gradient * math.inf)
-    args = dataclasses.replace(TRAIN, epochs=10, max_steps=40)
+    args = dataclasses.replace(TRAIN, global_batch_size=1, micro_batch_size=1, epochs=10, max_steps=40)
     with pytest.raises(InputError, match="The norm of the gradient in step 18, as in many before it, is .*--precision"):
         run_fit(model, data_dir, tmp_path, args, precision="16-mixed")
 

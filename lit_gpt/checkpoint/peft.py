@@ -203,7 +203,7 @@ def all_modules(config: Config) -> list[str]:
 
 def read_quantize(folder: Path) -> Quantize | None:
     """How the base of an adapter was quantized in training; None if it was not, or if that is unknown."""
-    quantize = read_metadata(folder / WEIGHTS).get(QUANTIZE) if says_quantize(folder) else None
+    quantize = stored_quantize(folder)
     for known in get_args(Quantize):
         if quantize == known:
             return known
@@ -212,8 +212,13 @@ def read_quantize(folder: Path) -> Quantize | None:
 
 def says_quantize(folder: Path) -> bool:
     """Whether an adapter says how its base was quantized in training: one that `save_peft` has written."""
+    return stored_quantize(folder) is not None
+
+
+def stored_quantize(folder: Path) -> str | None:
+    """What `save_peft` has written in an adapter of the quantization of its base; None if peft wrote it."""
     file = folder / WEIGHTS
-    return file.is_file() and QUANTIZE in read_metadata(file)
+    return read_metadata(file).get(QUANTIZE) if file.is_file() else None
 
 
 def load_peft(folder: Path, config: Config) -> tuple[LoRA, Tensors]:

@@ -95,6 +95,7 @@ def run_sweep(
     check_same_texts(path, rows, data)
     done = {(row["setting"], row["seed"]) for row in rows}
     for number, seed in enumerate(seeds, 1):
+        texts = fingerprint(data, seed)
         for name in (BASELINE, *steps):
             if (name, str(seed)) in done:
                 continue
@@ -104,7 +105,7 @@ def run_sweep(
                 scores = word_baseline(data.labelled, sides)
             else:
                 scores = train_one(steps[name], seed, folder_of(out_dir, seed, name))
-            rows.append(row_of(name, seed, scores, fingerprint(data, seed)))
+            rows.append(row_of(name, seed, scores, texts))
             write_sweep_csv(path, rows)  # after each one, for a sweep that is interrupted
             print(f"accuracy {100 * scores.accuracy:.1f} %", file=sys.stderr, flush=True)
     report_sweep(summarize(rows), seeds, out_dir)
@@ -167,9 +168,10 @@ def fingerprint(data: ClassifierData, seed: int) -> str:
 
 def check_same_texts(path: Path, rows: Sequence[dict[str, str]], data: ClassifierData) -> None:
     """Raises InputError if rows of sweep.csv come from other texts, labels or sides than those of now."""
-    for row in rows:
-        before = row.get("data")  # the rows of November 2026 have none
-        if before and before != fingerprint(data, int(row["seed"])):
+    found = {(row["seed"], row.get("data")) for row in rows}  # a seed has many rows, and one fingerprint
+    for seed, before in found:
+        # the rows of November 2026 have none
+        if before and before != fingerprint(data, int(seed)):
             raise InputError(
                 f"{path} has rows of other texts: they changed after it began. Go on with those texts, or begin anew"
                 " with --overwrite."

@@ -58,7 +58,7 @@ class Config:
     mlp: str = "LLaMAMLP"
     """MLPS in model/mlp.py."""
     activation: str = "silu"
-    """ACTIVATION_FUNCTIONS in model/mlp.py."""
+    """ACTIVATIONS in model/fused.py."""
     attn_bias: bool = False
     """Whether q, k and v have a bias."""
     proj_bias: bool = False

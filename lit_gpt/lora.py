@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lit_gpt.errors import InputError
+from lit_gpt.model.fused import low_rank_linear
 from lit_gpt.model.gpt import GPT
 from lit_gpt.name_patterns import check_patterns, matches_end, value_by_end
 from lit_gpt.ranges import check_range
@@ -151,10 +152,8 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(B)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        low = self.down(x)  # (B, T, in) -> (B, T, r)
-        y = self.linear(x)  # (B, T, out)
-        # in place: nothing else holds the linear's output, and its backward does not need it
-        return y.add_(self.up(low, x.dtype))
+        x_low = self.dropout(x) if self.training and self.dropout.p else None
+        return low_rank_linear(x, self.linear, self.lora_A, self.lora_B, self.scaling, x_low)  # (B, T, out)
 
     def down(self, x: torch.Tensor) -> torch.Tensor:
         """(alpha / r) A x, in the dtype of x."""

@@ -16,12 +16,24 @@ if TYPE_CHECKING:
 
     from lit_gpt.train import TrainArgs
 
+# those that PyTorch has a fused step of on every kind of device; AdamW is an Adam
+FUSED = (torch.optim.Adam, torch.optim.SGD)
+
 # for a step that is thrown away: any settings will do
 TRIAL_SETTINGS: Any = SimpleNamespace(learning_rate=1e-4, weight_decay=0.01, beta1=0.9, beta2=0.95)
 
 
-def make_optimizer(model: nn.Module, args: "TrainArgs", path: str = "torch.optim.AdamW") -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, args: "TrainArgs", path: str = "torch.optim.AdamW", scales_loss: bool = False
+) -> torch.optim.Optimizer:
     """The optimizer whose class `path` names, for the parameters of `model` that train.
+
+    Args:
+        model: Has the parameters.
+        args: The learning rate, the weight decay and the betas.
+        path: The path of the class.
+        scales_loss: Whether the loss is scaled for float16. Gradients then have to be divided again before they are
+            clipped, which Fabric refuses to do for a fused optimizer.
 
     Raises:
         InputError: there is no such class, or it wants something else.
@@ -35,6 +47,9 @@ def make_optimizer(model: nn.Module, args: "TrainArgs", path: str = "torch.optim
         "weight_decay": 0.0,
         "momentum": args.beta1,
     }
+    if issubclass(optimizer_class, FUSED) and not scales_loss:
+        # one pass over each parameter, and no copy of all of them for a while
+        settings["fused"] = True
     accepted = inspect.signature(optimizer_class).parameters
     settings = {key: value for key, value in settings.items() if key in accepted}
 

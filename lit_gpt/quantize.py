@@ -11,6 +11,7 @@ dict, a safetensors file, DDP and `fully_shard` take them for what they are: ten
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -27,7 +28,9 @@ Quantize = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8"]
 UNQUANTIZED = "lm_head|gate"  # linears that stay as they are, by the ends of their names; a gate chooses experts
 BLOCK_SIZE = 64  # values that share a scale
 SCALE_BLOCK_SIZE = 256  # scales that share one, with -dq: bitsandbytes' kernels know no other number
-VALUES_AT_ONCE = 2**18  # values to quantize in one call: the kernels need four times as much room as these
+# values to quantize in one call, by the kind of device. The kernels need four times as much room as these; on a GPU a
+# call costs more than so few values do
+VALUES_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
 
 
 class QuantizedLinear(nn.Module):
@@ -47,6 +50,7 @@ class QuantizedLinear(nn.Module):
         self.format = kind.removeprefix("bnb.").removesuffix("-dq")
         self.double_quant = kind.endswith("-dq")
         self.bias = bias
+        self.tensor_names = list(self.layout())
         for name, (shape, dtype) in self.layout().items():
             empty = torch.empty(shape, dtype=dtype, device="meta")
             setattr(self, name, frozen_parameter(empty))
@@ -112,42 +116,20 @@ class QuantizedLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return QuantizedMatmul.apply(x, bias, self)  # (B, T, in) -> (B, T, out)
+        return QuantizedMatmul.apply(x, bias, self.format, *self.tensors())  # (B, T, in) -> (B, T, out)
+
+    def input_gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        """The gradient of x, (N, in), from that of y, (N, out)."""
+        return grad @ dequantize(self.format, self.tensors(), grad.dtype)
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight (out, in) that the codes stand for."""
-        if self.format == "int8":
-            scales = self.scales.unsqueeze(1).mul(1 / 127)
-            return self.codes.to(dtype, copy=True).mul_(scales)
+        return dequantize(self.format, self.tensors(), dtype)
 
-        from bitsandbytes.functional import dequantize_4bit
-
-        # the kernels know no float64
-        kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
-        weight = dequantize_4bit(self.codes.view(-1, 1), self.quant_state(kernel_dtype))
-        return weight.to(dtype).reshape(self.out_features, self.in_features)  # a single byte comes back transposed
-
-    def quant_state(self, dtype: torch.dtype) -> Any:
-        """The QuantState with which bitsandbytes' kernels read the codes of 4 bits; they compute in `dtype`."""
-        from bitsandbytes.functional import QuantState
-
-        shared = {
-            "shape": torch.Size((self.out_features, self.in_features)),
-            "blocksize": BLOCK_SIZE,
-            "quant_type": self.format,
-            "dtype": dtype,
-        }
-        # .float() changes nothing, unless the whole model was cast: the kernels would read other dtypes as float32
-        if not self.double_quant:
-            return QuantState(self.scales.view(-1).float(), **shared)
-        scale_state = QuantState(
-            self.scale_scales.float(),
-            code=self.scale_values.float(),
-            blocksize=SCALE_BLOCK_SIZE,
-            dtype=torch.float32,
-        )
-        return QuantState(self.scales.view(-1), offset=self.scale_mean[0].float(), state2=scale_state, **shared)
+    def tensors(self) -> list[torch.Tensor]:
+        """What is kept of the weight, in the order of `layout`."""
+        return [getattr(self, name) for name in self.tensor_names]
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """A plain linear of the weight that the codes stand for."""
@@ -158,32 +140,79 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedMatmul(torch.autograd.Function):
-    """x W^T + b of a QuantizedLinear. Its backward needs the frozen codes alone, so that nothing is stored for it."""
+    """x W^T + b, where codes stand for W. Its backward needs the frozen codes alone: nothing else is stored for it.
+
+    It takes tensors and not the QuantizedLinear, so that torch.compile can read it.
+    """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, bias: torch.Tensor | None, linear: QuantizedLinear) -> torch.Tensor:
-        ctx.linear = linear
-        # no kernel multiplies by these codes, or computes in float64
-        if linear.format == "int8" or x.dtype == torch.float64:
-            y = F.linear(x, linear.dequantize(x.dtype), bias)
-        else:
-            from bitsandbytes import matmul_4bit
-
-            y = matmul_4bit(x, linear.codes, linear.quant_state(x.dtype), bias=bias)
+    def forward(
+        ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, format: str, *tensors: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.format = format
         # with a bias, F.linear returns a view, and autograd refuses LoRA's adding in place to a view that comes out of
         # a Function; .data is the same memory, and no view
-        return y.data
+        return multiply(x, bias, format, tensors).data
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        needs_x, needs_bias, _ = ctx.needs_input_grad
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        needs_x, needs_bias, _, *needs_tensors = ctx.needs_input_grad
         x_grad = None
         bias_grad = None
         if needs_x:
-            x_grad = grad @ ctx.linear.dequantize(grad.dtype)  # (B, T, out) -> (B, T, in)
+            x_grad = grad @ dequantize(ctx.format, ctx.saved_tensors, grad.dtype)  # (B, T, out) -> (B, T, in)
         if needs_bias:
             bias_grad = grad.flatten(0, -2).sum(0)  # (B, T, out) -> (out,)
-        return x_grad, bias_grad, None
+        return x_grad, bias_grad, None, *(None for _ in needs_tensors)
+
+
+def multiply(x: torch.Tensor, bias: torch.Tensor | None, format: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """x W^T + b, (..., out). `tensors` are those of `QuantizedLinear.tensors`."""
+    # no kernel multiplies by these codes, or computes in float64
+    if format == "int8" or x.dtype == torch.float64:
+        return F.linear(x, dequantize(format, tensors, x.dtype), bias)
+    codes, scales, *scales_of_scales = tensors
+    n_out = codes.size(0)
+    if x.numel() == 0:  # an expert without tokens
+        return x.new_empty(*x.shape[:-1], n_out)
+
+    # .float() changes nothing, unless the whole model was cast: the kernels would read other dtypes as float32
+    nested: dict[str, torch.Tensor] = {}
+    if scales_of_scales:
+        scale_scales, scale_mean, scale_values = scales_of_scales
+        nested = {
+            "absmax_8bit": scales.view(-1),
+            "absmax_code": scale_values.float(),
+            "absmax_offset": scale_mean[0].float(),
+        }
+        scales = scale_scales
+    return torch.ops.bitsandbytes.gemm_4bit(
+        x, codes.view(-1, 1), [n_out, x.size(-1)], scales.view(-1).float(), BLOCK_SIZE, format, bias=bias, **nested
+    )
+
+
+def dequantize(format: str, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The weight (out, in) that codes stand for. `tensors` are those of `QuantizedLinear.tensors`."""
+    codes, scales, *scales_of_scales = tensors
+    if format == "int8":
+        return codes.to(dtype, copy=True).mul_(scales.unsqueeze(1).mul(1 / 127))
+
+    # the scales; see `multiply` for .float()
+    if scales_of_scales:
+        scale_scales, scale_mean, scale_values = scales_of_scales
+        scales = torch.ops.bitsandbytes.dequantize_blockwise(
+            scales.view(-1), scale_scales.float(), scale_values.float(), SCALE_BLOCK_SIZE, torch.float32
+        )
+        scales = scales + scale_mean.float()
+
+    # the kernels know no float64
+    kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
+    shape = [codes.size(0), 2 * codes.size(1)]  # two codes in a byte
+    weight = torch.ops.bitsandbytes.dequantize_4bit(
+        codes.view(-1, 1), scales.view(-1).float(), BLOCK_SIZE, format, shape, kernel_dtype
+    )
+    return weight.to(dtype)
 
 
 def quantize_to_8_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,7 +221,7 @@ def quantize_to_8_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
     codes = []
     scales = []
-    rows_at_once = max(1, VALUES_AT_ONCE // weight.size(1))
+    rows_at_once = max(1, VALUES_AT_ONCE[weight.device.type] // weight.size(1))
     for rows in weight.split(rows_at_once):
         row_codes, row_scales, _ = int8_vectorwise_quant(rows.half().contiguous())
         codes.append(row_codes)
@@ -209,7 +238,7 @@ def quantize_to_4_bits(weight: torch.Tensor, format: str) -> tuple[torch.Tensor,
     codes = []
     scales = []
     # pieces of whole blocks: the codes are those of the whole weight
-    for piece in weight.flatten().split(VALUES_AT_ONCE):
+    for piece in weight.flatten().split(VALUES_AT_ONCE[weight.device.type]):
         piece_codes, state = quantize_4bit(piece, blocksize=BLOCK_SIZE, quant_type=format)
         codes.append(piece_codes)
         scales.append(state.absmax)

@@ -20,6 +20,7 @@ from lit_gpt.errors import InputError, Interrupted
 from lit_gpt.failures import how_to_go_on
 from lit_gpt.interruption import Interruption
 from lit_gpt.make_optimizer import make_optimizer
+from lit_gpt.model.packing import Layout
 from lit_gpt.ranges import check_range, check_seed
 from lit_gpt.runs.log import Log
 from lit_gpt.runs.resume import Progress, check_finite, save_progress, start_or_resume
@@ -160,7 +161,9 @@ def fit(
     share_prefixes = args.share_prefixes and obstacle is None
 
     # the optimizer, AdamW or another class: for all that trains, with weight decay for matrices, none for vectors
-    optimizer: Any = fabric.setup_optimizers(make_optimizer(model, args, optimizer_path))  # Fabric's wrapper
+    scales_loss = bool(fabric.strategy.precision.state_dict())  # the factor is all that a precision has to keep
+    own_optimizer = make_optimizer(model, args, optimizer_path, scales_loss)
+    optimizer: Any = fabric.setup_optimizers(own_optimizer)  # Fabric's wrapper
 
     # step 0, or the step, the weights and the optimizer that `last` holds; the log writes metrics.csv and shows the
     # progress
@@ -198,6 +201,24 @@ def fit(
     # first, so that too little memory shows at once
     batch_order = heaviest_first(train_data, args.global_batch_size, args.seed)
     eval_interval = args.steps_between_evals(steps)
+
+    def batches_of_step(step: int) -> tuple[list[int], list[tuple[torch.Tensor, Layout]]]:
+        """The records of a step, and this device's share of them in micro-batches."""
+        batch_number = batch_order[step] if step < len(batch_order) else step
+        records = step_records(len(train_data), batch_number, args.global_batch_size, args.seed)
+        batches = micro_batches(
+            train_data,
+            records,
+            args.micro_batch_size,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+            share_prefixes=share_prefixes,
+            micro_batch_tokens=args.micro_batch_tokens,
+        )
+        return records, batches
+
+    if progress.step < steps:
+        upcoming = batches_of_step(progress.step)
     run_began = time.perf_counter()
     saved_at = run_began
 
@@ -219,42 +240,37 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            # the records of this step, and this device's share of them in micro-batches
-            in_first_epoch = progress.step < len(batch_order)
-            batch_number = batch_order[progress.step] if in_first_epoch else progress.step
-            records = step_records(len(train_data), batch_number, args.global_batch_size, args.seed)
-            batches = micro_batches(
-                train_data,
-                records,
-                args.micro_batch_size,
-                rank=fabric.global_rank,
-                world_size=fabric.world_size,
-                share_prefixes=share_prefixes,
-                micro_batch_tokens=args.micro_batch_tokens,
-            )
-
             # forward and backward: the records of a micro-batch lie end to end in one row of tokens, and its layout
             # says where each begins and which tokens are targets. The sum of their losses is divided by the number of
             # targets that all devices together have in this step; devices exchange gradients once, with the last
             # micro-batch
+            records, batches = upcoming
             n_targets = sum(train_data.n_targets(i) for i in records)
-            loss = torch.zeros((), device=fabric.device)
+            total = torch.zeros((), device=fabric.device)
             try:
                 for i, (idx, layout) in enumerate(batches):
                     is_last = i == len(batches) - 1
                     with fabric.no_backward_sync(model, enabled=not is_last):
-                        part = model(idx.to(fabric.device), layout=layout.to(fabric.device)) / n_targets
+                        idx = idx.to(fabric.device, non_blocking=True)
+                        part = model(idx, layout=layout.to(fabric.device)) / n_targets
                         fabric.backward(part * fabric.world_size)  # devices average their gradients; ours is a sum
-                    loss += part.detach()
+                    total += part.detach()
             except torch.OutOfMemoryError as error:
                 raise InputError(
                     f"Step {progress.step + 1} does not fit. Lower --train.micro_batch_size (or _tokens). ({error})"
                 ) from None
-            loss = sum_over_devices(fabric, loss).item()
+
+            # a GPU is still at work on all that: time to prepare the next step
+            if progress.step + 1 < steps:
+                upcoming = batches_of_step(progress.step + 1)
+
+            # clip; here we wait for the GPU, once in a step
+            norm = clip_gradient(fabric, model, optimizer, args.max_norm)
+            total = sum_over_devices(fabric, total)
+            loss, grad_norm = torch.stack((total, norm.to(total.dtype))).tolist()
             check_finite(loss, f"The loss of step {progress.step + 1}")
 
-            # clip, step
-            grad_norm = clip_gradient(fabric, model, optimizer, args.max_norm)
+            # step
             if leaves_out_step(fabric, grad_norm, progress.step + 1):
                 log.note(f"Step {progress.step + 1} changes no weight: its gradient has overflowed in float16.")
             optimizer.step()
@@ -343,12 +359,12 @@ def learning_rate(step: int, steps: int, args: TrainArgs) -> float:
 
 def clip_gradient(
     fabric: "Fabric", model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float | None
-) -> float:
-    """Scales the gradient down to `max_norm`, and returns the norm it had. None only measures it."""
+) -> torch.Tensor:
+    """Scales the gradient down to `max_norm`, and returns the norm it had, a scalar. None only measures it."""
     limit = math.inf if max_norm is None else max_norm
     # a gradient that is not finite shows in the next loss, or in the weights when they are saved
     norm = fabric.clip_gradients(model, optimizer, max_norm=limit, error_if_nonfinite=False)
-    return full_tensor(norm).item()
+    return full_tensor(norm)
 
 
 def leaves_out_step(fabric: "Fabric", grad_norm: float, step: int) -> bool:
@@ -385,7 +401,7 @@ def evaluate(fabric: "Fabric", model: nn.Module, dataset: Dataset, args: TrainAr
     model.eval()
     total = torch.zeros(2, device=fabric.device)  # the summed loss, and over how many tokens
     for idx, layout in batches:
-        total[0] += model(idx.to(fabric.device), layout=layout.to(fabric.device))
+        total[0] += model(idx.to(fabric.device, non_blocking=True), layout=layout.to(fabric.device))
         total[1] += layout.n_targets
     model.train()  # back to the mode in which a model is built, and trained
     loss, n_targets = sum_over_devices(fabric, total).tolist()

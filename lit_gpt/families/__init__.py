@@ -230,7 +230,7 @@ def exceptions(hf: dict[str, Any], name: str) -> Settings:
     return {} if family is None else definition(family, "EXCEPTIONS").get(name, {})
 
 
-# Hugging Face's names -> ours. A new one needs its function, too: ACTIVATION_FUNCTIONS in lit_gpt/model/mlp.py.
+# Hugging Face's names -> ours. A new one needs its function, too: ACTIVATIONS in lit_gpt/model/fused.py.
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu",
     "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",

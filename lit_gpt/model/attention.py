@@ -17,10 +17,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from lit_gpt.config import Config
+from lit_gpt.model.fused import rotate
 from lit_gpt.model.kv_cache import LayerCache
 from lit_gpt.model.norms import QK_NORMS, Clip
 from lit_gpt.model.packing import Layout, Segment
-from lit_gpt.model.rope import apply_rope
 
 # Which tokens each token may see. None: those before it in its row, and itself. A Layout: those before it in its own
 # record. A boolean tensor (T, S): those that are True, of all S positions of a key-value cache.
@@ -65,8 +65,7 @@ class CausalSelfAttention(nn.Module):
         q = self.split_heads(self.norm_q(self.q(x)))  # (B, nh, T, hs)
         k = self.split_heads(self.norm_k(self.k(x)))  # (B, ng, T, hs)
         v = self.split_heads(self.norm_v(self.v(x)))  # (B, ng, T, hs)
-        q = apply_rope(q, cos, sin)
-        k = apply_rope(k, cos, sin)
+        q, k = rotate(q, k, cos, sin)
 
         # keys are cached as they are rotated: a token's position never changes
         if cache is not None:

@@ -9,7 +9,7 @@
      |                              CausalSelfAttention         norms.py       QK_NORMS
      |                                cos, sin from Rope        rope.py        SCALING_FUNCTIONS
      |                                attention in a record     attention.py   compute_attention
-     |   x = x + mlp(norm_2(x))     RMSNorm, LLaMAMLP           mlp.py         MLPS, ACTIVATION_FUNCTIONS
+     |   x = x + mlp(norm_2(x))     RMSNorm, LLaMAMLP           mlp.py         MLPS
      |
     transformer.ln_f        RMSNorm
      |
@@ -129,7 +129,7 @@ class GPT(nn.Module):
         x = x[0].index_select(0, layout.target_index)  # (N, C)
         x = self.transformer.ln_f(x)
         # the cross entropy of all targets, added up over chunks: the logits of all positions are never in memory
-        return summed_loss(self.logits, self.lm_head.parameters(), x, layout.target)
+        return summed_loss(self.logits, self.lm_head.out_features, self.lm_head.parameters(), x, layout.target)
 
     def hidden(
         self,

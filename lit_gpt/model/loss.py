@@ -8,37 +8,39 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lit_gpt.model.fused import at_least_float32, cross_entropy_and_gradient
+
 # from hidden states (N, C) to logits (N, V)
 Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 class SummedLoss(torch.autograd.Function):
-    """The summed cross entropy of `head(x)`, computed with `CHUNK` rows of logits at a time.
+    """The summed cross entropy of `head(x)`, computed with `n_rows` rows of logits at a time.
 
     The logits of a long batch are its largest tensor by far. Since nothing comes after the loss, the gradient of each
     chunk is taken at once, and only the gradients of x and of the head are kept: no logits are stored, and none are
     computed twice.
     """
 
-    CHUNK = 128  # 128 x 49,152 float32 logits are 25 MB
-
     @staticmethod
-    def forward(ctx, head: Head, x: torch.Tensor, target: torch.Tensor, *trained: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx, head: Head, n_rows: int, x: torch.Tensor, target: torch.Tensor, *trained: torch.Tensor
+    ) -> torch.Tensor:
         """The loss, a scalar, of x (N, C) and target (N,). `trained` are the parameters of the head that train."""
         loss = x.new_zeros((), dtype=at_least_float32(x.dtype))
         x_grad = torch.zeros_like(x)
         head_grads = [torch.zeros_like(param) for param in trained]
 
-        for start in range(0, x.size(0), SummedLoss.CHUNK):
-            rows = slice(start, start + SummedLoss.CHUNK)
+        for rows in chunks(x.size(0), n_rows):
             # autograd is off in here; it is switched on for the one chunk, whose graph ends with its gradients
             with torch.enable_grad():
                 x_rows = x[rows].detach().requires_grad_()
-                chunk_loss = cross_entropy(head, x_rows, target[rows])
-            x_grad[rows], *chunk_grads = torch.autograd.grad(chunk_loss, (x_rows, *trained))
+                logits = head(x_rows)
+            chunk_loss, logits_grad = cross_entropy_and_gradient(logits.detach(), target[rows])
+            x_grad[rows], *chunk_grads = torch.autograd.grad(logits, (x_rows, *trained), logits_grad)
             for head_grad, chunk_grad in zip(head_grads, chunk_grads, strict=True):
                 head_grad += chunk_grad
-            loss += chunk_loss.detach()
+            loss += chunk_loss
 
         # all that backward needs; the graphs of the chunks are gone
         ctx.save_for_backward(x_grad, *head_grads)
@@ -54,31 +56,47 @@ class SummedLoss(torch.autograd.Function):
             return (kept * grad.to(dtype)).to(kept.dtype)
 
         x_grad, *head_grads = map(times_grad, ctx.saved_tensors)
-        return None, x_grad, None, *head_grads
+        return None, None, x_grad, None, *head_grads
 
 
-def summed_loss(head: Head, params: Iterable[nn.Parameter], x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def summed_loss(
+    head: Head, vocab_size: int, params: Iterable[nn.Parameter], x: torch.Tensor, target: torch.Tensor
+) -> torch.Tensor:
     """The sum over N targets of -log p(target), a scalar, in float32 or wider.
 
     Args:
         head: Makes logits (N, V) from x.
+        vocab_size: V.
         params: The parameters that `head` uses.
         x: Hidden states, (N, C). N may be 0.
         target: The token that follows each of them, (N,).
     """
+    n_rows = rows_at_once(vocab_size, x.dtype)
     if torch.is_grad_enabled():
         trained = [param for param in params if param.requires_grad]
-        return SummedLoss.apply(head, x, target, *trained)
-    chunks = zip(x.split(SummedLoss.CHUNK), target.split(SummedLoss.CHUNK), strict=True)
-    return sum(cross_entropy(head, x_rows, targets) for x_rows, targets in chunks)  # type: ignore[return-value] # not 0
+        return SummedLoss.apply(head, n_rows, x, target, *trained)
+    loss = x.new_zeros((), dtype=at_least_float32(x.dtype))
+    for rows in chunks(x.size(0), n_rows):
+        logits = head(x[rows])
+        loss += F.cross_entropy(logits.to(at_least_float32(logits.dtype)), target[rows], reduction="sum")
+    return loss
 
 
-def cross_entropy(head: Head, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The summed cross entropy of all logits at once, a scalar, in float32 or wider."""
-    logits = head(x)
-    return F.cross_entropy(logits.to(at_least_float32(logits.dtype)), target, reduction="sum")
+def rows_at_once(vocab_size: int, dtype: torch.dtype) -> int:
+    """How many rows of logits are made at a time.
+
+    Half precision is what GPUs compute in. There a chunk has to be large: for each the whole head is read twice from
+    memory, 1 GB of it in a Llama 3 8B. A CPU is faster with what fits its cache.
+    """
+    return max(1, LOGITS[dtype] // vocab_size)
 
 
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Half precision becomes float32; float32 and float64 stay."""
-    return torch.promote_types(dtype, torch.float32)
+# logits of a chunk, by the dtype of the hidden states
+LOGITS = {torch.bfloat16: 2**26, torch.float16: 2**26, torch.float32: 2**23, torch.float64: 2**23}
+
+
+def chunks(n: int, at_most: int) -> list[slice]:
+    """Slices of n rows, none with more than `at_most`, and all of nearly one size: the last is no crumb."""
+    n_chunks = -(n // -at_most)
+    ends = [n * i // n_chunks for i in range(n_chunks + 1)] if n_chunks else []
+    return [slice(start, end) for start, end in zip(ends, ends[1:])]

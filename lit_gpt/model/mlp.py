@@ -3,13 +3,12 @@
 The legend of the shapes is in `gpt.py`."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from lit_gpt.config import Config
+from lit_gpt.model.fused import ACTIVATIONS, gated
 
 
 class LLaMAMLP(nn.Module):
@@ -21,10 +20,10 @@ class LLaMAMLP(nn.Module):
         self.fc_1 = nn.Linear(config.n_embd, size, bias=config.mlp_bias)
         self.fc_2 = nn.Linear(config.n_embd, size, bias=config.mlp_bias)
         self.proj = nn.Linear(size, config.n_embd, bias=config.mlp_bias)
-        self.activation = ACTIVATION_FUNCTIONS[config.activation]
+        self.activation = config.activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(self.activation(self.fc_1(x)) * self.fc_2(x))
+        return self.proj(gated(self.fc_1(x), self.fc_2(x), self.activation))
 
 
 class GptNeoxMLP(nn.Module):
@@ -34,7 +33,7 @@ class GptNeoxMLP(nn.Module):
         super().__init__()
         self.fc = nn.Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
         self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.mlp_bias)
-        self.activation = ACTIVATION_FUNCTIONS[config.activation]
+        self.activation = ACTIVATIONS[config.activation].forward
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.proj(self.activation(self.fc(x)))
@@ -87,12 +86,4 @@ MLPS: dict[str, Callable[[Config], nn.Module]] = {
     "LLaMAMLP": LLaMAMLP,
     "GptNeoxMLP": GptNeoxMLP,
     "LLaMAMoE": LLaMAMoE,
-}
-
-# `activation` in a config -> the function. ACTIVATIONS in lit_gpt/families/__init__.py has Hugging Face's names
-ACTIVATION_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
 }

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lit_gpt.config import Config
+from lit_gpt.model.fused import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -21,24 +22,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (self.weight * self.normed(x)).to(x.dtype)
-
-    def normed(self, x: torch.Tensor) -> torch.Tensor:
-        """x without the weight, in float32 or wider."""
-        at_least_float32 = torch.promote_types(x.dtype, torch.float32)
-        y = x.to(at_least_float32)
-        mean_square = y.square().mean(-1, keepdim=True)
-        return y * torch.rsqrt(mean_square + self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class GemmaRMSNorm(RMSNorm):
     """The weight is the difference to one: Gemma."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.normed(x)
-        # the sum is made in y's precision: a bfloat16 1 + weight would lose most of a small weight
-        factor = 1 + self.weight.to(y.dtype)
-        return (factor * y).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps, offset=1.0)
 
 
 class LayerNorm(nn.LayerNorm):

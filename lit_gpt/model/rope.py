@@ -89,7 +89,10 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     # cosine and sine are float32: half precision is rounded once, after the sum
     rotated_1 = (x1 * cos - x2 * sin).to(x.dtype)
     rotated_2 = (x2 * cos + x1 * sin).to(x.dtype)
-    return torch.cat((rotated_1, rotated_2, rest), dim=-1)
+    parts = (rotated_1, rotated_2, rest)
+    # in memory the heads of a token stay side by side, as linears give and take them
+    parts_of_tokens = [part.transpose(1, 2) for part in parts]
+    return torch.cat(parts_of_tokens, dim=-1).transpose(1, 2)
 
 
 # ---- kinds of scaling

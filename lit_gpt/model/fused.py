@@ -1,0 +1,393 @@
+"""The small functions of a block, each as one operation whose gradient is written down.
+
+    rms_norm        x / sqrt(mean(x^2) + eps) * weight          keeps x, and one number of each row
+    rotate          rotary positions of queries and keys        keeps cosine and sine, which all blocks share
+    gated           activation(gate) * up                       keeps gate and up
+    low_rank_linear W x + scaling * B A x                       keeps x, and A x
+
+Built from PyTorch's own operations, each of these reads and writes its inputs several times over, and keeps for backward
+what is soon computed again: in float32, whatever the model is. On a GPU that took a third of a step's time and of its
+memory (tutorials/gpu.md). Here a formula stands beside its gradient, and on CUDA torch.compile makes one kernel of each.
+Where no gradient is asked for, to generate and to validate, formulas run as they are: there is nothing to keep, and
+nothing to wait for while a compiler works. Inside of a compiled block (`compile.py`) they run as they are, too: the
+compiler sees all of the block, and writes its own backward.
+
+Half precision is computed in float32, and rounded once. The legend of the shapes is in `gpt.py`."""
+
+import shutil
+import sys
+import sysconfig
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lit_gpt.model.rope import apply_rope
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Half precision becomes float32; float32 and float64 stay."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+# ---- one kernel on CUDA
+
+
+def in_one_kernel(formula: Callable[..., Any], first: torch.Tensor, *others: Any) -> Any:
+    """formula(first, *others), of which torch.compile makes one kernel if the tensors are on CUDA."""
+    if first.is_cuda and can_compile():
+        return compiled(formula)(first, *others)
+    return formula(first, *others)
+
+
+@cache
+def compiled(formula: Callable[..., Any]) -> Callable[..., Any]:
+    """The formula, compiled when it is called for the first time. Lengths stay free."""
+    return torch.compile(formula, dynamic=True)
+
+
+@cache
+def can_compile() -> bool:
+    """Whether this machine has what torch.compile needs for CUDA; says once what is missing, since it costs speed."""
+    missing = []
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        missing.append("the package triton")
+    if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+        missing.append("a C compiler")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        missing.append("Python.h")
+    if missing:
+        print(
+            f"Training is slower than it could be: torch.compile needs {' and '.join(missing)} to write kernels for the"
+            " GPU. Debian and Ubuntu: apt install build-essential python3-dev.",
+            file=sys.stderr,
+        )
+    return not missing
+
+
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether a gradient will be asked for, by autograd itself and not by a compiler that differentiates a block."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+# ---- norm
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension, (..., C): arXiv 1910.07467
+
+    Args:
+        x: Vectors, (..., C).
+        weight: (C,), in any dtype.
+        eps: Added to the mean square.
+        offset: 1 where the weight is the difference to one, as in Gemma.
+    """
+    if needs_gradient(x, weight):
+        return RMSNormFunction.apply(x, weight, eps, offset)
+    y, _ = norm_forward(x, weight, eps, offset)
+    return y
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """`rms_norm` with n = x r, r = 1 / sqrt(mean(x^2) + eps):
+
+    y = n w        dw = sum over rows of g n        dx = r (g w - n mean(g w n))
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
+        # PyTorch's own kernel is launched faster than a compiled one; it wants one dtype
+        ctx.native = x.is_cuda and x.dtype == weight.dtype and offset == 0
+        if ctx.native:
+            y, r = torch.ops.aten._fused_rms_norm(x, list(weight.shape), weight, eps)
+        else:
+            y, r = in_one_kernel(norm_forward, x, weight, eps, offset)
+        ctx.save_for_backward(x, weight, r)
+        ctx.offset = offset
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, r = ctx.saved_tensors
+        needs_x, needs_weight, _, _ = ctx.needs_input_grad
+        if ctx.native:
+            x_grad, weight_grad = torch.ops.aten._fused_rms_norm_backward(
+                grad, x, list(weight.shape), r, weight, [needs_x, needs_weight]
+            )
+            return x_grad, weight_grad, None, None
+        x_grad = in_one_kernel(norm_backward, grad, x, weight, r, ctx.offset) if needs_x else None
+        weight_grad = in_one_kernel(norm_weight_gradient, grad, x, weight, r) if needs_weight else None
+        return x_grad, weight_grad, None, None
+
+
+def norm_forward(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of x (..., C), and what each row was multiplied by for it, (..., 1)."""
+    wide = x.to(at_least_float32(x.dtype))
+    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    # the sum is made in the wider dtype: a bfloat16 1 + weight would lose most of a small weight
+    factor = weight.to(wide.dtype)
+    if offset:
+        factor = factor + offset
+    return (wide * r * factor).to(x.dtype), r
+
+
+def norm_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, r: torch.Tensor, offset: float
+) -> torch.Tensor:
+    """The gradient of x, (..., C)."""
+    factor = weight.to(r.dtype)
+    if offset:
+        factor = factor + offset
+    g = grad * factor
+    n = x * r
+    inner = (g * n).mean(-1, keepdim=True)
+    return ((g - n * inner) * r).to(x.dtype)
+
+
+def norm_weight_gradient(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+    """The gradient of the weight, (C,)."""
+    products = grad * (x * r)
+    return products.flatten(0, -2).sum(0).to(weight.dtype)
+
+
+# ---- rotary positions
+
+
+def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries (B, nh, T, hs) and keys (B, ng, T, hs) by `apply_rope`, with cosine and sine of (T, rope_n_elem / 2)."""
+    if needs_gradient(q, k):
+        return RotateFunction.apply(q, k, cos, sin)
+    return rotate_forward(q, k, cos, sin)
+
+
+class RotateFunction(torch.autograd.Function):
+    """`rotate`. The gradient of a rotation is the rotation back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return in_one_kernel(rotate_forward, q, k, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, q_grad: torch.Tensor, k_grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        q_grad, k_grad = in_one_kernel(rotate_back, q_grad, k_grad, cos, sin)
+        return q_grad, k_grad, None, None
+
+
+def rotate_forward(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+
+
+def rotate_back(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both turned by the same angles the other way."""
+    return apply_rope(q, cos, -sin), apply_rope(k, cos, -sin)
+
+
+# ---- gated MLP
+
+
+class Activation(NamedTuple):
+    """An activation function and its gradient."""
+
+    forward: Callable[[torch.Tensor], torch.Tensor]
+    backward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    """From the gradient of the output, and the input, to the gradient of the input."""
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU by its approximation with tanh."""
+    return F.gelu(x, approximate="tanh")
+
+
+def gelu_tanh_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+
+
+def relu_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten.threshold_backward(grad, x, 0)
+
+
+# `activation` in a config -> the function. ACTIVATIONS in lit_gpt/families/__init__.py has Hugging Face's names
+ACTIVATIONS = {
+    "silu": Activation(F.silu, torch.ops.aten.silu_backward),
+    "gelu": Activation(F.gelu, torch.ops.aten.gelu_backward),
+    "gelu_tanh": Activation(gelu_tanh, gelu_tanh_backward),
+    "relu": Activation(F.relu, relu_backward),
+}
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """activation(gate) * up, all of one shape: arXiv 2002.05202. `activation` is a name in ACTIVATIONS."""
+    if needs_gradient(gate, up):
+        return GatedFunction.apply(gate, up, activation)
+    return gated_forward(gate, up, activation)
+
+
+class GatedFunction(torch.autograd.Function):
+    """`gated`. The activation is computed again in backward, which takes less time than reading it."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return in_one_kernel(gated_forward, gate, up, activation)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        gate, up = ctx.saved_tensors
+        gate_grad, up_grad = in_one_kernel(gated_backward, grad, gate, up, ctx.activation)
+        return gate_grad, up_grad, None
+
+
+def gated_forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    return ACTIVATIONS[activation].forward(gate) * up
+
+
+def gated_backward(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of gate and of up."""
+    function = ACTIVATIONS[activation]
+    return function.backward(grad * up, gate), grad * function.forward(gate)
+
+
+# ---- a linear with a low-rank change
+
+
+def low_rank_linear(
+    x: torch.Tensor,
+    linear: nn.Module,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    scaling: float,
+    x_low: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """linear(x) + scaling * (x A^T) B^T: LoRA, arXiv 2106.09685
+
+    Args:
+        x: (..., in)
+        linear: An nn.Linear, or what has an `input_gradient` of its own; see there.
+        A: (r, in), in any dtype: it is computed in that of the linear's output.
+        B: (out, r), likewise.
+        scaling: The factor of the change.
+        x_low: The input of A, (..., in), where it is not x itself: with dropout.
+
+    Returns:
+        (..., out)
+    """
+    # a linear whose own weights train has gradients that the function below does not know
+    base_trains = any(param.requires_grad for param in linear.parameters())
+    if needs_gradient(x, A, B) and not base_trains:
+        return LowRankFunction.apply(x, x_low, A, B, scaling, linear)
+    y, _, _ = low_rank_forward(x, x_low, A, B, scaling, linear)
+    return y
+
+
+class LowRankFunction(torch.autograd.Function):
+    """`low_rank_linear` over a frozen linear. With l = x A^T and the gradient g of the output:
+
+    dB = scaling g^T l        dl = scaling g B        dA = dl^T x        dx = g W + dl A
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        x_low: torch.Tensor | None,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        scaling: float,
+        linear: nn.Module,
+    ) -> torch.Tensor:
+        y, rows, low = low_rank_forward(x, x_low, A, B, scaling, linear)
+        ctx.save_for_backward(rows, low, A, B)
+        ctx.scaling = scaling
+        ctx.linear = linear
+        ctx.x_shape = x.shape
+        ctx.x_dtype = x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, low, A, B = ctx.saved_tensors
+        needs_x, needs_x_low, needs_A, needs_B, _, _ = ctx.needs_input_grad
+        grad = grad.flatten(0, -2)  # (N, out)
+        low_grad = ctx.scaling * (grad @ B.to(grad.dtype))  # (N, r)
+        A_grad = (low_grad.T @ rows).to(A.dtype) if needs_A else None
+        B_grad = (grad.T @ low).to(B.dtype).mul_(ctx.scaling) if needs_B else None
+
+        # through A go the gradients of x, or of what stands in its place
+        x_grad = input_gradient(ctx.linear, grad) if needs_x else None
+        x_low_grad = None
+        half_A = A.to(grad.dtype)
+        if needs_x_low:
+            x_low_grad = (low_grad @ half_A).view(ctx.x_shape).to(ctx.x_dtype)
+        elif x_grad is not None:
+            x_grad.addmm_(low_grad, half_A)
+        if x_grad is not None:
+            x_grad = x_grad.view(ctx.x_shape).to(ctx.x_dtype)
+        return x_grad, x_low_grad, A_grad, B_grad, None, None
+
+
+def low_rank_forward(
+    x: torch.Tensor,
+    x_low: torch.Tensor | None,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    scaling: float,
+    linear: nn.Module,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The output (..., out); and, in its dtype, the rows (N, in) that A multiplied, and what came of it, (N, r)."""
+    y = linear(x)
+    # under autocast x and y have two dtypes
+    rows = (x if x_low is None else x_low).flatten(0, -2).to(y.dtype)
+    low = rows @ A.to(y.dtype).T
+    # in place: nothing else holds the linear's output, and its backward does not need it
+    y.flatten(0, -2).addmm_(low, B.to(y.dtype).T, alpha=scaling)
+    return y, rows, low
+
+
+def input_gradient(linear: nn.Module, grad: torch.Tensor) -> torch.Tensor:
+    """The gradient of a frozen linear's input, (N, in), from that of its output, (N, out)."""
+    if isinstance(linear, nn.Linear):
+        return grad @ linear.weight.to(grad.dtype)
+    return linear.input_gradient(grad)  # a linear of another kind knows how
+
+
+# ---- loss
+
+
+def cross_entropy_and_gradient(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed cross entropy of logits (N, V) to target (N,), a scalar, and its gradient, (N, V).
+
+    The scalar is in float32 or wider, the gradient in the dtype of the logits.
+    """
+    return in_one_kernel(loss_and_gradient, logits, target)
+
+
+def loss_and_gradient(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """-log p of the targets; and p, less one where the target is."""
+    log_p = logits.log_softmax(-1, dtype=at_least_float32(logits.dtype))
+    loss = -log_p.gather(1, target[:, None]).sum()
+    if logits.is_cuda:
+        # one kernel for all of it, which writes nothing but the gradient
+        is_target = torch.arange(logits.size(1), device=logits.device) == target[:, None]
+        return loss, (log_p.exp() - is_target.to(log_p.dtype)).to(logits.dtype)
+    grad = log_p.exp_()
+    grad.scatter_add_(1, target[:, None], -torch.ones_like(grad[:, :1]))
+    return loss, grad.to(logits.dtype)

@@ -11,7 +11,6 @@ dict, a safetensors file, DDP and `fully_shard` take them for what they are: ten
 """
 
 import logging
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -33,6 +32,10 @@ SCALE_BLOCK_SIZE = 256  # scales that share one, with -dq: bitsandbytes' kernels
 VALUES_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
 
 
+# what `QuantizedLinear.tensors` gives
+Kept = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
 class QuantizedLinear(nn.Module):
     """y = x W^T + b, where W (out, in) is frozen and kept as codes. It is computed in the dtype of x.
 
@@ -50,7 +53,6 @@ class QuantizedLinear(nn.Module):
         self.format = kind.removeprefix("bnb.").removesuffix("-dq")
         self.double_quant = kind.endswith("-dq")
         self.bias = bias
-        self.tensor_names = list(self.layout())
         for name, (shape, dtype) in self.layout().items():
             empty = torch.empty(shape, dtype=dtype, device="meta")
             setattr(self, name, frozen_parameter(empty))
@@ -127,9 +129,11 @@ class QuantizedLinear(nn.Module):
         """The weight (out, in) that the codes stand for."""
         return dequantize(self.format, self.tensors(), dtype)
 
-    def tensors(self) -> list[torch.Tensor]:
-        """What is kept of the weight, in the order of `layout`."""
-        return [getattr(self, name) for name in self.tensor_names]
+    def tensors(self) -> Kept:
+        """What is kept of the weight, in the order of `layout`; None is what this kind does not have."""
+        if self.double_quant:
+            return self.codes, self.scales, self.scale_scales, self.scale_mean, self.scale_values
+        return self.codes, self.scales, None, None, None
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """A plain linear of the weight that the codes stand for."""
@@ -147,8 +151,17 @@ class QuantizedMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, format: str, *tensors: torch.Tensor
+        ctx: Any,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        format: str,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        scale_scales: torch.Tensor | None,
+        scale_mean: torch.Tensor | None,
+        scale_values: torch.Tensor | None,
     ) -> torch.Tensor:
+        tensors = (codes, scales, scale_scales, scale_mean, scale_values)
         ctx.save_for_backward(*tensors)
         ctx.format = format
         # with a bias, F.linear returns a view, and autograd refuses LoRA's adding in place to a view that comes out of
@@ -157,30 +170,30 @@ class QuantizedMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        needs_x, needs_bias, _, *needs_tensors = ctx.needs_input_grad
         x_grad = None
         bias_grad = None
-        if needs_x:
+        if ctx.needs_input_grad[0]:
             x_grad = grad @ dequantize(ctx.format, ctx.saved_tensors, grad.dtype)  # (B, T, out) -> (B, T, in)
-        if needs_bias:
+        if ctx.needs_input_grad[1]:
             bias_grad = grad.flatten(0, -2).sum(0)  # (B, T, out) -> (out,)
-        return x_grad, bias_grad, None, *(None for _ in needs_tensors)
+        return x_grad, bias_grad, None, None, None, None, None, None
 
 
-def multiply(x: torch.Tensor, bias: torch.Tensor | None, format: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def multiply(
+    x: torch.Tensor, bias: torch.Tensor | None, format: str, tensors: Sequence[torch.Tensor | None]
+) -> torch.Tensor:
     """x W^T + b, (..., out). `tensors` are those of `QuantizedLinear.tensors`."""
     # no kernel multiplies by these codes, or computes in float64
     if format == "int8" or x.dtype == torch.float64:
         return F.linear(x, dequantize(format, tensors, x.dtype), bias)
-    codes, scales, *scales_of_scales = tensors
+    codes, scales, scale_scales, scale_mean, scale_values = tensors
     n_out = codes.size(0)
     if x.numel() == 0:  # an expert without tokens
         return x.new_empty(*x.shape[:-1], n_out)
 
     # .float() changes nothing, unless the whole model was cast: the kernels would read other dtypes as float32
     nested: dict[str, torch.Tensor] = {}
-    if scales_of_scales:
-        scale_scales, scale_mean, scale_values = scales_of_scales
+    if scale_scales is not None:
         nested = {
             "absmax_8bit": scales.view(-1),
             "absmax_code": scale_values.float(),
@@ -192,15 +205,14 @@ def multiply(x: torch.Tensor, bias: torch.Tensor | None, format: str, tensors: S
     )
 
 
-def dequantize(format: str, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """The weight (out, in) that codes stand for. `tensors` are those of `QuantizedLinear.tensors`."""
-    codes, scales, *scales_of_scales = tensors
+def dequantize(format: str, tensors: Kept, dtype: torch.dtype) -> torch.Tensor:
+    """The weight (out, in) that codes stand for."""
+    codes, scales, scale_scales, scale_mean, scale_values = tensors
     if format == "int8":
         return codes.to(dtype, copy=True).mul_(scales.unsqueeze(1).mul(1 / 127))
 
     # the scales; see `multiply` for .float()
-    if scales_of_scales:
-        scale_scales, scale_mean, scale_values = scales_of_scales
+    if scale_scales is not None:
         scales = torch.ops.bitsandbytes.dequantize_blockwise(
             scales.view(-1), scale_scales.float(), scale_values.float(), SCALE_BLOCK_SIZE, torch.float32
         )

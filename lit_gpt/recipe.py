@@ -113,9 +113,10 @@ def start_processes(args: LaunchArgs, trains_base: bool = False, shard: bool = F
 
 def recompute_or_compile_blocks(model: GPT, args: LaunchArgs) -> None:
     """Changes how the blocks run, if --activation_checkpointing or --compile asks for it; nothing by default."""
-    recompute_blocks(model, args.activation_checkpointing)
+    # in this order: what is compiled is computed again as a whole
     if args.compile:
         compile_blocks(model)
+    recompute_blocks(model, args.activation_checkpointing)
 
 
 def new_checkpoints(

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.flash import flash_on_a_cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -61,32 +62,10 @@ def test_loss_and_gradients_are_those_of_separate_records(model, records, share)
         assert_equal(gradients(model, loss), gradients(model, expected))
 
 
-def plain_varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale=None, window_size=(-1, -1)) -> torch.Tensor:
-    """torch.nn.attention.varlen.varlen_attn, which needs a GPU, in plain PyTorch: (T, nh, hs)"""
-    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-
-    # padded to (texts, longest)
-    columns_q, columns_k = torch.arange(max_q), torch.arange(max_k)
-    lengths_q, lengths_k = cu_seq_q.diff(), cu_seq_k.diff()
-    rows_q = (cu_seq_q[:-1, None] + columns_q).clamp(max=len(q) - 1)
-    rows_k = (cu_seq_k[:-1, None] + columns_k).clamp(max=len(k) - 1)
-    scores = torch.einsum("nqhd,nkhd->nhqk", q[rows_q], k[rows_k]) * (scale or q.size(-1) ** -0.5)
-
-    # the mask is aligned to the lower right; the queries of the padding see everything, and are dropped
-    left, right = (max_k if size < 0 else size for size in window_size)
-    distance = (lengths_k - lengths_q)[:, None, None] + columns_q[:, None] - columns_k
-    seen = (distance >= -right) & (distance <= left) & (columns_k < lengths_k[:, None, None])
-    is_query = columns_q < lengths_q[:, None]
-    scores = scores.masked_fill(~(seen | ~is_query[..., None])[:, None], -torch.inf)
-    y = torch.einsum("nhqk,nkhd->nqhd", scores.softmax(-1), v[rows_k])
-    return y[is_query]
-
-
 @pytest.fixture(scope="module")
-def plain_varlen():
-    """The kernel of one call, with plain PyTorch inside."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "varlen_attention", lambda: plain_varlen_attn)
+def flash():
+    """The kernels of the one call, with plain PyTorch inside."""
+    with flash_on_a_cpu():
         yield
 
 
@@ -96,7 +75,7 @@ def plain_varlen():
     share=st.booleans(),
     window=st.sampled_from([None, 1, 3, 6]),
 )
-def test_one_call_is_the_loop_over_segments(plain_varlen, records, share, window) -> None:
+def test_one_call_is_the_loop_over_segments(flash, records, share, window) -> None:
     """The same attention and gradients, in float64."""
     _, layout = Layout.end_to_end(tensors(records), share)
     q, k, v = (torch.randn(1, heads, layout.n_tokens, 8).double().requires_grad_() for heads in (4, 2, 2))
@@ -112,7 +91,7 @@ def test_one_call_is_the_loop_over_segments(plain_varlen, records, share, window
 
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("changes", [{}, {"sliding_window": 4, "sliding_layers": [1]}, {"attn_softcap": 2.0}], ids=str)
-def test_a_model_takes_one_call_where_it_can(changes, share, plain_varlen, monkeypatch) -> None:
+def test_a_model_takes_one_call_where_it_can(changes, share, flash, monkeypatch) -> None:
     """Loss and gradients of a whole model are those of the loop, and with a soft cap the loop stays."""
     torch.manual_seed(0)
     model = GPT(Config(**SIZES | changes)).double()
@@ -129,7 +108,7 @@ def test_a_model_takes_one_call_where_it_can(changes, share, plain_varlen, monke
     assert ("varlen" in vars(layout)) == ("attn_softcap" not in changes)
 
 
-def test_a_wrong_index_would_be_seen(plain_varlen) -> None:
+def test_a_wrong_index_would_be_seen(flash) -> None:
     _, layout = Layout.end_to_end(tensors([([1, 2, 3, 0], 0), ([1, 2, 0, 2, 1], 0), ([3], 0)]), share_prefixes=True)
     q, k, v = (torch.randn(1, heads, layout.n_tokens, 8).double() for heads in (4, 2, 2))
     expected = attend_by_segment(q, k, v, layout)

@@ -7,8 +7,6 @@
 
 The legend of the shapes is in `gpt.py`."""
 
-import inspect
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, Protocol
 
@@ -49,7 +47,6 @@ class CausalSelfAttention(nn.Module):
         self.window = config.window_of(layer)
         self.scale = config.attn_scale_of(layer)
         self.softcap = config.attn_softcap or None  # a cap of 0 in somebody's config.json means none
-        # a part like the linears, for which `compile.py` puts in one that it does not compile
         self.attention_function: Kernel = compute_attention
 
     def forward(
@@ -136,6 +133,7 @@ def compute_attention(
     return attend_by_segment(q, k, v, mask, window=window, scale=scale, softcap=softcap)
 
 
+@torch.compiler.disable  # how many segments there are differs from batch to batch
 def attend_by_segment(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -189,6 +187,7 @@ def has_flash_attention(q: torch.Tensor) -> bool:
     return head_size % 8 == 0 and head_size <= 256 and compute_capability(q.device) >= (8, 0)
 
 
+@torch.compiler.assume_constant_result
 @cache  # every block asks in every pass
 def compute_capability(device: torch.device) -> tuple[int, int]:
     """The generation of an NVIDIA GPU: (8, 0) is Ampere, the first with bfloat16."""
@@ -214,7 +213,7 @@ def attend_in_one_call(
     if index.key_index is not None:  # each segment gets a copy of the prefix that it continues
         k = gather_rows(k, index.key_index)
         v = gather_rows(v, index.key_index)
-    y = varlen_attention()(
+    y = FlashFunction.apply(
         q,
         k,
         v,
@@ -222,22 +221,80 @@ def attend_in_one_call(
         index.cu_seqlens_k,
         index.max_seqlen_q,
         index.max_seqlen_k,
-        scale=scale,
-        window_size=(-1 if window is None else window - 1, 0),  # how far a token sees to its left and to its right
+        -1 if window is None else window - 1,  # how far a token sees to its left; -1 is without an end
+        scale,
     )
     return y.transpose(0, 1)[None]
 
 
-@cache
-def varlen_attention() -> Callable[..., Any]:
-    """PyTorch's function for attention within texts of many lengths that lie end to end."""
-    from torch.nn.attention.varlen import varlen_attn
+class FlashFunction(torch.autograd.Function):
+    """Causal flash attention within texts of many lengths that lie end to end: https://arxiv.org/abs/2307.08691
 
-    # from torch 2.12 on it must be told that groups of queries share a head of keys, before it just saw it:
-    # https://github.com/pytorch/pytorch/pull/172238
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        return partial(varlen_attn, enable_gqa=True)
-    return varlen_attn
+    `torch.nn.attention.varlen.varlen_attn` calls the same two operations. It is written in Python and costs the host
+    more time than all else in a layer, and its signature is another one in each of torch 2.10, 2.11 and 2.12.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        left: int,
+        scale: float | None,
+    ) -> torch.Tensor:
+        """Queries (Tq, nh, hs), keys and values (Tk, ng, hs), where each text begins, and the longest one's length.
+
+        A token sees `left` tokens before it (all, if -1) and itself.
+        """
+        y, logsumexp, _, _, _ = torch.ops.aten._flash_attention_forward(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            0.0,  # dropout
+            left == -1,  # causal and no more
+            False,  # for tests of dropout
+            scale=scale,
+            window_size_left=left,
+            window_size_right=0,
+        )
+        ctx.save_for_backward(q, k, v, y, logsumexp, cu_seqlens_q, cu_seqlens_k)
+        ctx.settings = (max_seqlen_q, max_seqlen_k, left, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, y, logsumexp, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+        max_seqlen_q, max_seqlen_k, left, scale = ctx.settings
+        random_state = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout, of which there is none
+        q_grad, k_grad, v_grad = torch.ops.aten._flash_attention_backward(
+            grad.contiguous(),
+            q,
+            k,
+            v,
+            y,
+            logsumexp,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            0.0,
+            left == -1,
+            random_state,
+            random_state,
+            scale=scale,
+            window_size_left=left,
+            window_size_right=0,
+        )
+        return q_grad, k_grad, v_grad, None, None, None, None, None, None
 
 
 def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

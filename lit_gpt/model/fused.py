@@ -5,9 +5,9 @@
     gated           activation(gate) * up                       keeps gate and up
     low_rank_linear W x + scaling * B A x                       keeps x, and A x
 
-Built from PyTorch's own operations, each of these reads and writes its inputs several times over, and keeps for backward
+Built from PyTorch's own operations, each of these reads and writes its inputs several times, and keeps for backward
 what is soon computed again: in float32, whatever the model is. On a GPU that took a third of a step's time and of its
-memory (tutorials/gpu.md). Here a formula stands beside its gradient, and on CUDA torch.compile makes one kernel of each.
+memory (tutorials/gpu.md). Here a formula stands beside its gradient; on CUDA torch.compile makes one kernel of each.
 Where no gradient is asked for, to generate and to validate, formulas run as they are: there is nothing to keep, and
 nothing to wait for while a compiler works. Inside of a compiled block (`compile.py`) they run as they are, too: the
 compiler sees all of the block, and writes its own backward.

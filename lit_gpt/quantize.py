@@ -179,10 +179,8 @@ class QuantizedMatmul(torch.autograd.Function):
         return x_grad, bias_grad, None, None, None, None, None, None
 
 
-def multiply(
-    x: torch.Tensor, bias: torch.Tensor | None, format: str, tensors: Sequence[torch.Tensor | None]
-) -> torch.Tensor:
-    """x W^T + b, (..., out). `tensors` are those of `QuantizedLinear.tensors`."""
+def multiply(x: torch.Tensor, bias: torch.Tensor | None, format: str, tensors: Kept) -> torch.Tensor:
+    """x W^T + b, (..., out)."""
     # no kernel multiplies by these codes, or computes in float64
     if format == "int8" or x.dtype == torch.float64:
         return F.linear(x, dequantize(format, tensors, x.dtype), bias)

@@ -27,6 +27,8 @@ from typing import Any, get_args
 import pytest
 import torch
 from conftest import ROOT, SAMPLE_DIR
+from helpers.fused_cases import CASES as FUSED
+from helpers.fused_cases import inputs_of, results
 from helpers.models import cached, make_checkpoint
 from helpers.runs import write_data
 from helpers.scripts import lora as lora_script
@@ -46,7 +48,10 @@ from lit_gpt.distributed import launch
 from lit_gpt.lora import LoRA, apply_lora, lora_filter, mark_only_lora_as_trainable
 from lit_gpt.make_optimizer import make_optimizer
 from lit_gpt.memory.plan import Setup, adapt, batch_of, plan, watch_step
+from lit_gpt.model.activation_checkpointing import recompute_blocks
 from lit_gpt.model.attention import compute_attention, has_flash_attention
+from lit_gpt.model.compile import compile_blocks
+from lit_gpt.model.fused import can_compile, cross_entropy_and_gradient
 from lit_gpt.model.packing import Layout
 from lit_gpt.quantize import Quantize, QuantizedLinear, quantize_linears
 from lit_gpt.runs.log import read_metrics
@@ -158,10 +163,7 @@ def test_machine() -> None:
         query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
         say(subprocess.run(query, capture_output=True, text=True).stdout.strip())
     say(f"cuDNN {torch.backends.cudnn.version()}, gcc {shutil.which('gcc')}, {os.cpu_count()} cores")
-    with suppress(ImportError):
-        from torch.nn.attention.varlen import varlen_attn
-
-        say(f"varlen_attn{inspect.signature(varlen_attn)}")
+    say(str(torch.ops.aten._flash_attention_forward.default._schema))
 
     precision = resolve_precision("auto")
     say(f"lit_gpt chooses {accelerator()}, --precision auto is {precision}")
@@ -293,6 +295,96 @@ def formula(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
+
+
+# ---- the small functions of a block, and compiled blocks
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_small_function_is_the_formula(name: str) -> None:
+    """What it returns and all gradients, against float64 on the CPU; on CUDA most are one compiled kernel."""
+    case = FUSED[name]
+    errors = {}
+    for dtype in DTYPES:
+        inputs = [x.to(dtype) for x in inputs_of(case)]
+        constants = [x.to(dtype) if isinstance(x, torch.Tensor) else x for x in case.constants]
+        if name.startswith("rotations"):  # whose cosine and sine are float32
+            constants = [x.float() for x in case.constants]
+        on_device = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in constants]
+        in_float64 = [x.double() if isinstance(x, torch.Tensor) else x for x in constants]
+        found = results(case.function, [x.to(DEVICE) for x in inputs], on_device)
+        expected = results(case.expected, [x.double() for x in inputs], in_float64)
+        errors[dtype] = [error(a, b) for a, b in zip(found, expected, strict=True)]
+    say(f"{name}: off by {', '.join(f'{name_of(dtype)} {max(errors[dtype]):.0e}' for dtype in DTYPES)}")
+    for dtype in DTYPES:
+        assert max(errors[dtype]) < TOLERANCE[dtype], dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_loss_and_its_gradient(dtype: torch.dtype) -> None:
+    """Of logits (N, V), against float64."""
+    logits = (3 * random_tensor(50, 3000)).to(dtype)
+    target = random_ids(50, below=3000)
+    loss, grad = cross_entropy_and_gradient(logits.to(DEVICE), target.to(DEVICE))
+    wide = logits.double().requires_grad_()
+    expected = F.cross_entropy(wide, target, reduction="sum")
+    (wanted,) = torch.autograd.grad(expected, wide)
+    say(f"loss of {name_of(dtype)} logits off by {error(loss, expected):.0e}, its gradient {error(grad, wanted):.0e}")
+    assert error(loss, expected) < 1e-5
+    assert error(grad, wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("quantize", "recompute"), [(None, "none"), ("bnb.nf4", "none"), ("bnb.nf4-dq", "block")])
+def test_compiled_blocks_compute_the_same(quantize: Quantize | None, recompute: str) -> None:
+    """LoRA's gradients in float32 and bfloat16 beside those of the blocks as they are; records of many lengths."""
+    from torch._dynamo.utils import counters
+
+    if DEVICE.type == "cuda" and not can_compile():
+        pytest.skip("no Triton, no C compiler, or no Python.h")
+    errors = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch._dynamo.reset()
+        counters.clear()
+        plain = small_lora(quantize, dtype)
+        compiled = small_lora(quantize, dtype)
+        compile_blocks(compiled)
+        recompute_blocks(compiled, recompute)  # type: ignore[arg-type] # one of its words
+        for lengths in (LENGTHS, (33, 150), (90, 41, 77)):
+            layout = layout_of(lengths).to(DEVICE)
+            idx = random_ids(1, layout.n_tokens, below=500).to(DEVICE)
+            wanted = [plain(idx, layout=layout), *gradients_of(plain, idx, layout)]
+            found = [compiled(idx, layout=layout), *gradients_of(compiled, idx, layout)]
+            errors.append(max(error(a, b) for a, b in zip(found, wanted, strict=True)))
+        made = counters["stats"]["unique_graphs"]
+        breaks = sum(counters["graph_break"].values())
+        say(
+            f"compiled {quantize}, recomputed {recompute}, {name_of(dtype)}: off by {max(errors):.0e}; {made} graphs,"
+            f" {breaks} breaks"
+        )
+        assert max(errors) < (1e-4 if dtype == torch.float32 else 3e-2)
+    if has_flash_attention(torch.empty(1, 4, 1, 32, device=DEVICE, dtype=torch.bfloat16)):
+        assert (made, breaks) == (1, 0)
+
+
+def small_lora(quantize: Quantize | None, dtype: torch.dtype) -> GPT:
+    """Two blocks with LoRA, the same in every call."""
+    torch.manual_seed(0)
+    sizes = dict(n_head=4, n_query_groups=2, n_embd=128, intermediate_size=256, vocab_size=500, block_size=512)
+    model = GPT(Config(n_layer=2, **sizes)).to(DEVICE, dtype)
+    for rope in model.ropes.values():
+        rope.theta = rope.theta.float()
+    quantize_linears(model, quantize)
+    apply_lora(model, LoRA(r=4))
+    mark_only_lora_as_trainable(model)
+    for name, param in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(param, std=0.1)
+    return model
+
+
+def gradients_of(model: GPT, idx: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]:
+    params = [param for param in model.parameters() if param.requires_grad]
+    return torch.autograd.grad(model(idx, layout=layout), params)
 
 
 # ---- quantized linears

@@ -22,7 +22,6 @@ plans anew for each shape, is off for all programs but in section 6.
 
 import argparse
 import gc
-import inspect
 import json
 import math
 import os
@@ -53,13 +52,19 @@ from lit_gpt.data.dataset import NEEDED, OTHER, TRAIN, Dataset, micro_batches, s
 from lit_gpt.generate.decode import generate
 from lit_gpt.lora import LoRA, LoRALinear, apply_lora, mark_only_lora_as_trainable
 from lit_gpt.make_optimizer import make_optimizer
-from lit_gpt.memory.plan import Setup, plan
+from lit_gpt.memory.plan import OUTSIDE_GB, Setup, plan
+from lit_gpt.model.activation_checkpointing import ActivationCheckpointing
 from lit_gpt.quantize import Quantize, quantize_linears
 from lit_gpt.recipe import LaunchArgs, recompute_or_compile_blocks
 from lit_gpt.train import TrainArgs
 
 PLANS = Path(".gpu/plans.json")
-MODELS = {"1B": "meta-llama/Llama-3.2-1B", "8B": "meta-llama/Llama-3.1-8B"}
+MODELS = {
+    "0.6B": "Qwen/Qwen3-0.6B",
+    "1B": "meta-llama/Llama-3.2-1B",
+    "8B": "meta-llama/Llama-3.1-8B",
+    "32B": "Qwen/Qwen3-32B",
+}
 TINY = dict(n_layer=2, n_embd=64, n_head=4, n_query_groups=2, head_size=16, intermediate_size=128, vocab_size=512)
 WARM_UP = 2
 TIMED = 5
@@ -125,6 +130,9 @@ PLANNED: list[tuple[str, LoRA, Quantize | None, Work]] = [
     ("8B", ALL_LINEARS, None, LONG_4K),
     ("8B", QUERY_VALUE, "bnb.nf4", SHORT_8),
     ("8B", QUERY_VALUE, "bnb.nf4", LONG_8K),
+    ("0.6B", ALL_LINEARS, None, SHORT),
+    ("0.6B", ALL_LINEARS, None, LONG_2K),
+    ("32B", LoRA(), "bnb.nf4-dq", SHORT_8),
 ]
 
 
@@ -283,7 +291,7 @@ def write_records(folder: Path, work: Work, vocab_size: int) -> None:
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def update(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> float:
+def their_update(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> float:
     """Clips the gradient, takes the step, and returns the norm that the gradient had."""
     norm = nn.utils.clip_grad_norm_(params, 1.0).item()
     optimizer.step()
@@ -316,14 +324,16 @@ class Ours:
         lora: LoRA = QUERY_VALUE,
         quantize: Quantize | None = None,
         compiled: bool = False,
+        recompute: ActivationCheckpointing = "none",
     ) -> None:
         self.bench = bench
         self.config = config
         self.share_prefixes = True
+        self.prepared: dict[Any, Any] = {}
         self.model = our_model(bench, config, quantize)
         apply_lora(self.model, lora)
         mark_only_lora_as_trainable(self.model)
-        recompute_or_compile_blocks(self.model, LaunchArgs(compile=compiled))
+        recompute_or_compile_blocks(self.model, LaunchArgs(compile=compiled, activation_checkpointing=recompute))
         self.model.train()
         self.params = [param for param in self.model.parameters() if param.requires_grad]
         self.start()
@@ -338,17 +348,35 @@ class Ours:
                 module.lora_B.zero_()
         self.optimizer = make_optimizer(self.model, TrainArgs())
 
-    def step(self, data: Dataset, records: Sequence[int], micro_batch: int) -> tuple[float, float]:
+    def step(
+        self, data: Dataset, records: Sequence[int], micro_batch: int, next_records: Sequence[int]
+    ) -> tuple[float, float]:
         """The loss, and the norm of the gradient."""
         device = self.bench.device
-        batches = micro_batches(data, records, micro_batch, share_prefixes=self.share_prefixes)
+        batches = self.prepare(data, records, micro_batch)
         n_targets = sum(data.n_targets(i) for i in records)
         total = torch.zeros((), device=device)
         for idx, layout in batches:
-            part = self.model(idx.to(device), layout=layout.to(device)) / n_targets
+            part = self.model(idx.to(device, non_blocking=True), layout=layout.to(device)) / n_targets
             part.backward()
             total += part.detach()
-        return total.item(), update(self.params, self.optimizer)
+
+        # while the device is at work
+        self.prepared.clear()
+        self.prepare(data, next_records, micro_batch)
+
+        norm = nn.utils.clip_grad_norm_(self.params, 1.0)
+        loss, norm = torch.stack((total, norm)).tolist()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss, norm
+
+    def prepare(self, data: Dataset, records: Sequence[int], micro_batch: int) -> Any:
+        """The micro-batches of a step, made once."""
+        key = (tuple(records), micro_batch, self.share_prefixes)
+        if key not in self.prepared:
+            self.prepared[key] = micro_batches(data, records, micro_batch, share_prefixes=self.share_prefixes)
+        return self.prepared[key]
 
 
 # ---- transformers with peft
@@ -457,7 +485,9 @@ class Theirs:
             fused=self.bench.is_cuda,  # the Trainer's default
         )
 
-    def step(self, data: Dataset, records: Sequence[int], micro_batch: int) -> tuple[float, float]:
+    def step(
+        self, data: Dataset, records: Sequence[int], micro_batch: int, next_records: Sequence[int]
+    ) -> tuple[float, float]:
         """The loss, and the norm of the gradient."""
         device = self.bench.device
         by_length = sorted(records, key=data.length)
@@ -475,7 +505,7 @@ class Theirs:
             part = self.model(ids.to(device), num_items_in_batch=n_targets, use_cache=False, **inputs).loss
             part.backward()
             total += part.detach()
-        return total.item(), update(self.params, self.optimizer)
+        return total.item(), their_update(self.params, self.optimizer)
 
 
 @contextmanager
@@ -573,9 +603,13 @@ def time_steps(bench: Bench, trainer: Any, config: Config, work: Work, limit: fl
     for step in range(WARM_UP + TIMED):
         if bench.seconds() > min(bench.deadline, began + limit):
             break
-        records = step_records(len(data), step, work.records, seed=0)
+        records, following = (step_records(len(data), n, work.records, seed=0) for n in (step, step + 1))
         results: list[tuple[float, float]] = []
-        seconds.append(bench.time(lambda r=records, to=results: to.append(trainer.step(data, r, work.micro_batch))))
+
+        def take(records: Sequence[int] = records, following: Sequence[int] = following, to: list = results) -> None:
+            to.append(trainer.step(data, records, work.micro_batch, following))
+
+        seconds.append(bench.time(take))
         speeds.append(sum(data.length(i) for i in records) / seconds[-1])
         if step == 0:
             first = results[0]
@@ -606,10 +640,7 @@ def ceilings(bench: Bench) -> None:
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.sm,power.limit", "--format=csv"]
         print(subprocess.run(query, capture_output=True, text=True).stdout, flush=True)
-    with suppress(ImportError):
-        from torch.nn.attention.varlen import varlen_attn
-
-        print(f"varlen_attn{inspect.signature(varlen_attn)}", flush=True)
+    print(torch.ops.aten._flash_attention_forward.default._schema, flush=True)
 
     a = torch.randn(n, n, device=bench.device).to(bench.dtype)
     b = torch.randn(n, n, device=bench.device).to(bench.dtype)
@@ -628,77 +659,104 @@ def ceilings(bench: Bench) -> None:
 
 def one_b(bench: Bench) -> None:
     """7: 1B, where the host limits."""
-    cases = [Case(SHORT), Case(SHORT, apart=True), Case(LONG_2K), Case(SHORT_64)]
-    bench.attempt("1B ours", train, Ours, "1B", cases)
-    bench.attempt("1B hf", train, Theirs, "1B", [Case(SHORT), Case(LONG_2K), Case(SHORT, mask=True)])
+    apart = Case(SHORT, apart=True)
+    bench.attempt("1B ours", train, Ours, "1B", [Case(SHORT), apart, Case(SHORT_64, apart=True), Case(LONG_2K)])
+    bench.attempt("1B ours compiled", train_compiled, "1B", [apart, Case(LONG_2K), Case(SHORT)])
     bench.attempt("1B hf liger", train_with_liger, "1B", [Case(SHORT), Case(LONG_2K)])
-    # peft's default: A and B stay in float32, and their input is cast to it
-    bench.attempt("1B hf float32 A, B", train, Theirs, "1B", [Case(SHORT)], float32_adapter=True)
+    bench.attempt("1B hf", train, Theirs, "1B", [Case(SHORT), Case(LONG_2K)])
+    bench.attempt("1B ours plain", train_variant, "1B", [apart, Case(LONG_2K)], ["plain"])
 
 
 def eight_b(bench: Bench) -> None:
     """8: 8B, the headline."""
-    cases = [Case(SHORT), Case(SHORT, apart=True), Case(LONG_4K), Case(SHORT_64, apart=True)]
-    bench.attempt("8B ours", train, Ours, "8B", cases)
-    bench.attempt("8B hf", train, Theirs, "8B", [Case(SHORT), Case(LONG_4K)])
-    bench.attempt("8B hf liger", train_with_liger, "8B", [Case(SHORT), Case(LONG_4K)])
-    bench.attempt("8B ours all linears", train, Ours, "8B", [Case(LONG_4K)], ALL_LINEARS)
-    bench.attempt("8B hf all linears", train, Theirs, "8B", [Case(LONG_4K)], ALL_LINEARS)
-    bench.attempt("8B hf float32 A, B", train, Theirs, "8B", [Case(SHORT)], float32_adapter=True)
+    short = Case(SHORT)
+    apart = Case(SHORT, apart=True)
+    long = Case(LONG_4K)
+    bench.attempt("8B ours", train, Ours, "8B", [short, apart, Case(SHORT_64), long])
+    bench.attempt("8B ours compiled", train_compiled, "8B", [apart, long, short, Case(SHORT_64)])
+    bench.attempt("8B hf liger", train_with_liger, "8B", [short, long])
+    bench.attempt("8B ours all linears", train, Ours, "8B", [short, long], ALL_LINEARS)
+    bench.attempt("8B ours all linears compiled", train_compiled, "8B", [apart, long], ALL_LINEARS)
+    bench.attempt("8B hf liger all linears", train_with_liger, "8B", [short, long], ALL_LINEARS)
+    bench.attempt("8B ours plain", train_variant, "8B", [short, apart, long], ["plain"])
+    bench.attempt("8B hf", train, Theirs, "8B", [short, long])
 
 
-def train_with_liger(bench: Bench, what: str, model: str, cases: list[Case]) -> None:
+def train_compiled(bench: Bench, what: str, model: str, cases: list[Case], *args: Any, **options: Any) -> None:
+    """Ours with --compile: how many graphs, and how long they take, besides."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    train(bench, what, Ours, model, cases, *args, compiled=True, **options)
+    breaks = sum(counters["graph_break"].values())
+    bench.add(f"{what}, graphs", made=counters["stats"]["unique_graphs"], breaks=breaks)
+
+
+def train_with_liger(bench: Bench, what: str, model: str, cases: list[Case], *args: Any) -> None:
     if not bench.is_cuda:
         bench.add(what, skipped="liger needs Triton")
         return
     with liger():
-        train(bench, what, Theirs, model, cases)
+        train(bench, what, Theirs, model, cases, *args)
 
 
 def quantized(bench: Bench) -> None:
     """9: QLoRA of 8B, with few tokens and many in a micro-batch."""
     cases = [Case(SHORT_8), Case(SHORT_8, apart=True), Case(LONG_8K)]
     bench.attempt("8B nf4 ours", train, Ours, "8B", cases, quantize="bnb.nf4")
+    bench.attempt("8B nf4 ours compiled", train_compiled, "8B", cases[1:], quantize="bnb.nf4")
     bench.attempt("8B nf4 hf", train, Theirs, "8B", [Case(SHORT_8), Case(LONG_8K)], quantize="bnb.nf4")
     bench.attempt("8B nf4 loading", time_loading)
 
 
 def time_loading(bench: Bench, what: str) -> None:
-    """Seconds to make all codes, by how many values are quantized in one call."""
-    import lit_gpt.quantize
-
-    usual = lit_gpt.quantize.VALUES_AT_ONCE
+    """Seconds to make all weights and their codes."""
     config = bench.config("8B")
+    bench.add(what, s=bench.time(lambda: our_model(bench, config, "bnb.nf4")))
+
+
+def other_models(bench: Bench) -> None:
+    """12: a small model, and one of 32B in the memory of a card with 24 GB."""
+    apart = Case(SHORT, apart=True)
+    bench.attempt("0.6B ours", train, Ours, "0.6B", [apart, Case(LONG_2K)], ALL_LINEARS)
+    bench.attempt("0.6B ours compiled", train_compiled, "0.6B", [apart, Case(LONG_2K)], ALL_LINEARS)
+    bench.attempt("32B nf4-dq ours in 24 GB", train_in_24_gb)
+
+
+def train_in_24_gb(bench: Bench, what: str) -> None:
+    """QLoRA of all linears, each block recomputed."""
+    if bench.is_cuda:
+        everything = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((24e9 - OUTSIDE_GB * 1e9) / everything)
     try:
-        for values in (usual, 2**26):
-            lit_gpt.quantize.VALUES_AT_ONCE = values
-            seconds = bench.time(lambda: our_model(bench, config, "bnb.nf4"))
-            bench.add(f"{what}, {values:,} values at once", s=seconds)
+        settings: dict[str, Any] = {"quantize": "bnb.nf4-dq", "recompute": "block"}
+        train(bench, what, Ours, "32B", [Case(SHORT_8, apart=True)], LoRA(), **settings)
     finally:
-        lit_gpt.quantize.VALUES_AT_ONCE = usual
+        if bench.is_cuda:
+            torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def profiles(bench: Bench) -> None:
     """10: where the time of a micro-batch goes."""
-    bench.attempt("8B ours, profile", profile, "8B")
-    bench.attempt("1B ours, profile", profile, "1B")
-    with variant("rms", "chunk", "gate", "rope"):
-        bench.attempt("8B ours rms+chunk+gate+rope, profile", profile, "8B")
-        bench.attempt("1B ours rms+chunk+gate+rope, profile", profile, "1B")
+    for model in ("8B", "1B"):
+        bench.attempt(f"{model} ours, profile", profile, model)
+        bench.attempt(f"{model} ours compiled, profile", profile, model, True)
 
 
-def profile(bench: Bench, what: str, model: str) -> None:
+def profile(bench: Bench, what: str, model: str, compiled: bool = False) -> None:
     """The kernels of one step of 16 records; how long the card computes, and how often it is asked to."""
     from torch.profiler import ProfilerActivity
 
     config = bench.config(model)
     work = bench.sized(SHORT_FEW)
     data = bench.records(work, config)
-    ours = Ours(bench, config)
+    ours = Ours(bench, config, compiled=compiled)
+    ours.share_prefixes = False
 
     def step(number: int) -> float:
-        records = step_records(len(data), number, work.records, seed=0)
-        return bench.time(lambda: ours.step(data, records, work.micro_batch))
+        records, following = (step_records(len(data), n, work.records, seed=0) for n in (number, number + 1))
+        return bench.time(lambda: ours.step(data, records, work.micro_batch, following))
 
     seconds = statistics.median([step(number) for number in range(7)][WARM_UP:])
     # of the host, only on a CPU: it would be slowed by being watched
@@ -807,48 +865,24 @@ def time_decoding(bench: Bench, what: str, continued: Callable[[torch.Tensor, in
     bench.add(what, **{"tok/s": n_made / min(seconds), "tokens": n_made, "s_first": first}, **bench.memory())
 
 
-def compiled(bench: Bench) -> None:
-    """13: --compile at 1B."""
-    from torch._dynamo.utils import counters
-
-    counters.clear()
-    bench.attempt("1B ours, compiled", train, Ours, "1B", [Case(SHORT), Case(LONG_2K)], compiled=True)
-    bench.add("graphs", made=counters["stats"]["unique_graphs"], breaks=sum(counters["graph_break"].values()))
-    torch._dynamo.reset()
-
-
-# ---- what could be slower or faster: pieces of the model, replaced while they are measured
+# ---- the model as it would be without its faster pieces
 
 
 @contextmanager
 def variant(*names: str) -> Iterator[None]:
     """Models that run in here have these pieces.
 
-    loop    attention by a loop over records
-    rms     PyTorch's fused RMSNorm
-    chunk   the loss of 1,024 rows at a time
-    gate    the product in the MLP, compiled
-    rope    the rotations, compiled
+    plain    norms, rotations, the gate of the MLP and LoRA as PyTorch's operations one by one, with their own gradients
+    loop     attention by a loop over records
+    chunk    the loss of 128 rows at a time
     """
-    from lit_gpt.model import attention, loss, mlp, norms
+    from lit_gpt.model import attention, fused, loss
 
-    def rms_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, (x.size(-1),), self.weight.to(x.dtype), self.eps)
-
-    def gate(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return F.silu(a) * b
-
-    fused_gate = torch.compile(gate, dynamic=True)
-
-    def gated(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(fused_gate(self.fc_1(x), self.fc_2(x)))
-
+    small_chunks = dict.fromkeys(loss.LOGITS, 128 * 128_256)
     pieces: dict[str, tuple[Any, str, Any]] = {
+        "plain": (fused, "needs_gradient", lambda *tensors: False),
         "loop": (attention, "has_flash_attention", lambda q: False),
-        "rms": (norms.RMSNorm, "forward", rms_norm),
-        "chunk": (loss.SummedLoss, "CHUNK", 1024),
-        "gate": (mlp.LLaMAMLP, "forward", gated),
-        "rope": (attention, "apply_rope", torch.compile(attention.apply_rope, dynamic=True)),
+        "chunk": (loss, "LOGITS", small_chunks),
     }
     kept = []
     for name in names:
@@ -863,14 +897,10 @@ def variant(*names: str) -> Iterator[None]:
 
 
 def variants(bench: Bench) -> None:
-    """14: what a piece of the model gains or costs; sections 7 and 8 measure it as it is."""
-    pieces = [["loop"], ["rms", "chunk"], ["rms", "chunk", "gate", "rope"]]
-    for names in pieces:
-        what = f"8B ours {'+'.join(names)}"
-        bench.attempt(what, train_variant, "8B", [Case(SHORT), Case(SHORT, apart=True), Case(LONG_4K)], names)
-    for names in pieces:
-        what = f"1B ours {'+'.join(names)}"
-        bench.attempt(what, train_variant, "1B", [Case(SHORT), Case(SHORT, apart=True), Case(LONG_2K)], names)
+    """14: what a piece of the model gains or costs; sections 7 and 8 measure it as it is, and without any of them."""
+    for names in (["loop"], ["chunk"]):
+        bench.attempt(f"8B ours {names[0]}", train_variant, "8B", [Case(SHORT), Case(LONG_4K)], names)
+        bench.attempt(f"1B ours {names[0]}", train_variant, "1B", [Case(SHORT, apart=True), Case(LONG_2K)], names)
 
 
 def train_variant(bench: Bench, what: str, model: str, cases: list[Case], names: list[str]) -> None:
@@ -881,14 +911,14 @@ def train_variant(bench: Bench, what: str, model: str, cases: list[Case], names:
 # in order of worth, with the seconds that each takes on an H100
 SECTIONS: dict[int, tuple[Callable[[Bench], None], float]] = {
     0: (ceilings, 5),
+    8: (eight_b, 60),
     7: (one_b, 45),
-    8: (eight_b, 75),
-    14: (variants, 95),
-    10: (profiles, 25),
-    6: (cudnn, 15),
     9: (quantized, 50),
+    12: (other_models, 40),
+    10: (profiles, 60),
+    14: (variants, 60),
+    6: (cudnn, 15),
     11: (decoding, 90),
-    13: (compiled, 120),  # the first step alone took 88
 }
 
 
@@ -896,7 +926,7 @@ SECTIONS: dict[int, tuple[Callable[[Bench], None], float]] = {
 
 
 def plan_key(model: str, lora: LoRA, quantize: Quantize | None, work: Work) -> str:
-    linears = "all linears" if lora == ALL_LINEARS else "q, v"
+    linears = "q, v" if lora == QUERY_VALUE else f"all linears {lora.r}"
     return f"{model}, {quantize or 'bf16'}, {linears}, {work.name}"
 
 
@@ -912,7 +942,10 @@ def write_plans(bench: Bench, path: Path) -> None:
             for _, layout in micro_batches(data, records, work.micro_batch):
                 lengths = tuple(segment.length for segment in layout.segments)
                 heaviest = max(heaviest, lengths, key=sum)
-        planned = plan(Setup(config, settings=lora, quantize=quantize, lengths=heaviest))
+        recompute: ActivationCheckpointing = "block" if model == "32B" else "none"
+        planned = plan(
+            Setup(config, settings=lora, quantize=quantize, lengths=heaviest, activation_checkpointing=recompute)
+        )
         key = plan_key(model, lora, quantize, work)
         plans[key] = round(planned.gb, 3)
         print(f"{key}: {sum(heaviest)} tokens, {planned}", flush=True)

@@ -10,28 +10,53 @@ devices have their names nowhere else.
 """
 
 import sys
+import warnings
 from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 
 from lit_gpt.errors import InputError
+from lit_gpt.nvidia_driver import explain_unseen_card
 
 Precision = Literal["auto", "bf16-true", "bf16-mixed", "16-true", "16-mixed", "32-true"]
 DType = Literal["float32", "bfloat16", "float16"]
 
 
 def accelerator() -> str:
-    """The kind of device that this machine has, as torch and Fabric call it: the first of CUDA, MPS and the CPU."""
-    if torch.cuda.is_available():
+    """The kind of device that this machine has, as torch and Fabric call it: the first of CUDA, MPS and the CPU.
+
+    Raises:
+        InputError: there is an NVIDIA card that torch cannot use; see lit_gpt/nvidia_driver.py.
+    """
+    sees_cuda, why_not = look_for_cuda()
+    if sees_cuda:
         return "cuda"
     if torch.backends.mps.is_available():
         return "mps"
+    if why_not is not None:
+        raise InputError(why_not)
     return "cpu"
 
 
+def look_for_cuda() -> tuple[bool, str | None]:
+    """Whether torch can use a GPU through CUDA; and why not, in a line, if this machine has an NVIDIA card."""
+    with warnings.catch_warnings(record=True) as said:  # our line says it, too
+        warnings.simplefilter("always")
+        # is_available alone may have asked the driver's NVML, which also counts cards that CUDA cannot use: importing
+        # Fabric makes it do so
+        if torch.cuda.is_available() and torch._C._cuda_getDeviceCount() > 0:
+            return True, None
+    first_line = str(said[0].message).splitlines()[0] if said else ""
+    return False, explain_unseen_card(first_line)
+
+
 def default_device() -> torch.device:
-    """The device of a script that runs in one process, ready to use."""
+    """The device of a script that runs in one process, ready to use.
+
+    Raises:
+        InputError: see `accelerator`.
+    """
     kind = accelerator()
     prepare_device(kind)
     return torch.device(kind)
@@ -46,7 +71,11 @@ def prepare_device(kind: str) -> None:
 
 
 def resolve_precision(precision: Precision) -> str:
-    """The precision that "auto" stands for: bf16-true on a GPU that has bfloat16, else 32-true."""
+    """The precision that "auto" stands for: bf16-true on a GPU that has bfloat16, else 32-true.
+
+    Raises:
+        InputError: see `accelerator`.
+    """
     if precision != "auto":
         return precision
     # False: a GPU that only emulates bfloat16 does not count. On a CPU it can be 100 times slower than float32

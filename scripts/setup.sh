@@ -49,4 +49,7 @@ pip() { .venv/bin/python -m pip --quiet --disable-pip-version-check "$@" 2>&1 | 
 pip install -c scripts/constraints.txt ${index[@]+"${index[@]}"} torch # first: a later package must not choose another
 pip install -c scripts/constraints.txt ${index[@]+"${index[@]}"} -e ".[$extras]"
 echo "$want" > "$stamp"
+# a card that torch will not see, said now and not at the first run
+unseen=$(.venv/bin/python -c 'from lit_gpt.device import look_for_cuda; print(look_for_cuda()[1] or "")') || true
+[ -z "$unseen" ] || echo "warning: $unseen" >&2
 echo "Installed: $extras, in .venv. To use it: source .venv/bin/activate" >&2

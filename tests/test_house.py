@@ -109,7 +109,8 @@ MAY_KNOW = {
     "display": "errors files packages",
     "data": "model.packing config display errors ranges lock files packages",
     "checkpoint": "model lora quantize config families errors lock files download name_patterns",
-    "device sharding distributed make_optimizer": "device sharding interruption failures errors packages",
+    "device nvidia_driver sharding distributed make_optimizer": "device nvidia_driver sharding interruption failures"
+    " errors packages",
     "generate": "model data errors ranges",
     "runs": "checkpoint data model lora adapter full quantize config device sharding distributed display cli"
     " failures errors lock ranges files packages",

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_type_hi
 from lit_gpt.errors import InputError, Interrupted
 from lit_gpt.failures import end_failed_process, end_process, how_to_go_on, is_one_of_several
 from lit_gpt.files import expand_home, write_whole
+from lit_gpt.out_of_memory import explain_memory
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -43,8 +44,8 @@ DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 def run(main: Callable[..., None]) -> None:
     """Parses the command line into the parameters of `main`, and calls it.
 
-    What the user can mend (an InputError, a flag, a file that cannot be opened, a full disk) ends in one line on
-    stderr and status 2. Anything else is a bug and keeps its traceback.
+    What the user can mend (an InputError, a flag, a file that cannot be opened, a full disk, memory that does not
+    suffice) ends in one line on stderr and status 2. Anything else is a bug and keeps its traceback.
     """
     open_closed_streams()
     try:
@@ -83,29 +84,14 @@ def line_to_mend(error: Exception) -> str | None:
     """What the user should know about an error and can mend; None for a bug."""
     if isinstance(error, InputError):
         return str(error)
-    if isinstance(error, RuntimeError):
-        return line_of_memory(error)
     if not isinstance(error, OSError):
-        return None
+        return explain_memory(error)
     if error.errno in DISK_FULL:
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{where}. Free some space and run again."
     if error.filename is None:
         return None
     return f"{error.strerror}: {error.filename}"
-
-
-def line_of_memory(error: RuntimeError) -> str | None:
-    """What the user should know about a CPU's memory that does not suffice; None for another error of torch."""
-    # torch has no class for it: OutOfMemoryError is for accelerators
-    asked = re.search(r"DefaultCPUAllocator: can't allocate memory: you tried to allocate (\d+) bytes", str(error))
-    if asked is None:
-        return None
-    gb = int(asked[1]) / 1e9
-    return (
-        f"This machine has no {gb:,.2f} GB of memory left. Lower what the flags ask for: tutorials/out_of_memory.md"
-        " says what needs less."
-    )
 
 
 def is_stdout_closed() -> bool:

@@ -21,6 +21,7 @@ from lit_gpt.failures import how_to_go_on
 from lit_gpt.interruption import Interruption
 from lit_gpt.make_optimizer import make_optimizer
 from lit_gpt.model.packing import Layout
+from lit_gpt.out_of_memory import explain_memory
 from lit_gpt.ranges import check_range, check_seed
 from lit_gpt.runs.log import Log
 from lit_gpt.runs.resume import Progress, check_finite, save_progress, start_or_resume
@@ -268,6 +269,9 @@ def fit(
             norm = clip_gradient(fabric, model, optimizer, args.max_norm)
             total = sum_over_devices(fabric, total)
             loss, grad_norm = torch.stack((total, norm.to(total.dtype))).tolist()
+                to_lower = "--train.micro_batch_size (or --train.micro_batch_tokens)"
+                raise InputError(explain_memory(error, f"Step {progress.step + 1}", to_lower)) from None
+            loss = sum_over_devices(fabric, loss).item()
             check_finite(loss, f"The loss of step {progress.step + 1}")
 
             # step

@@ -101,7 +101,7 @@ def closure(start: Iterable[str]) -> set[str]:
 # several in one row know the same, and not each other unless it says so. tutorials/architecture.md draws it
 MAY_KNOW = {
     "errors packages lock ranges files download name_patterns replace_modules": "errors lock",
-    "cli failures interruption": "errors lock files failures",
+    "cli failures interruption out_of_memory": "errors lock files failures out_of_memory",
     "config families": "errors files families",
     "model": "config",
     # no surgeon knows another one
@@ -116,7 +116,7 @@ MAY_KNOW = {
     " failures errors lock ranges files packages",
     # no method, no tokenizer, no file format
     "train": "data.dataset make_optimizer device sharding runs.log runs.resume display.words interruption failures"
-    " errors ranges",
+    " out_of_memory errors ranges",
     "recipe": "make_optimizer runs data model quantize config device sharding distributed ranges",
     "adapter_recipe": "recipe train runs generate checkpoint data quantize config device sharding",
     "memory": "train make_optimizer runs checkpoint data model quantize config device sharding display"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 from lit_gpt.errors import InputError, Interrupted
-from lit_gpt.failures import end_failed_process, end_process, how_to_go_on, is_one_of_several
+from lit_gpt.failures import end_failed_process, end_process, end_stopped_process, how_to_go_on, is_one_of_several
 from lit_gpt.files import expand_home, write_whole
 from lit_gpt.out_of_memory import explain_memory
 
@@ -55,7 +55,7 @@ def run(main: Callable[..., None]) -> None:
     except KeyboardInterrupt:
         fail(f"Interrupted.{how_to_go_on()}", status=130)
     except Interrupted as stop:
-        end_failed_process(str(stop), stop.status)
+        end_stopped_process(str(stop), stop.status)
     except Exception as error:
         # what reads the output, such as `head`, has read enough
         if isinstance(error, BrokenPipeError) and is_stdout_closed():

@@ -85,6 +85,8 @@ def launch(
     import_fabric()
     from lightning_fabric import Fabric
 
+    # it announces each process in a box of lines, and advises on an Ampere to multiply float32 with fewer bits
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     fabric = Fabric(
         accelerator=kind,
         devices=devices,
@@ -93,7 +95,6 @@ def launch(
         plugins=[precision_plugin(resolve_precision(precision), kind)],
         loggers=list(loggers),
     )
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces each process in a box of lines
     fabric.launch()
     prepare_device(kind)
     if fabric.world_size > 1:
@@ -159,10 +160,13 @@ def is_first() -> bool:
 
 
 def close_connections() -> None:
-    """Closes the connections to the other processes, after a run without a failure.
+    """Closes the connections to the other processes, as the interpreter ends.
 
-    Without it gloo's threads outlive the interpreter and abort it, about every second time with torch 2.13:
-    https://github.com/pytorch/pytorch/issues/190489. A failed process ends by `failures.end_process`, without this.
+    So ends a process of a run that went well, that had no time left, that was finished when it was resumed, or that all
+    processes have agreed to stop. NCCL waits here until all have come, and says so on stderr if it is left out. Gloo's
+    threads would outlive the interpreter and abort it, about every second time with torch 2.13:
+    https://github.com/pytorch/pytorch/issues/190489. A failed process ends by `failures.end_process`, without this:
+    the others do not come.
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -182,10 +186,12 @@ def fabric_strategy(n_processes: int, split: bool) -> Any:
     """How Fabric runs so many processes: with a copy of the weights in each, or with slices of them."""
     if n_processes == 1:
         return "auto"
-    if not split:
-        return "ddp"
-    from lightning_fabric.strategies import ModelParallelStrategy
+    from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 
+    if not split:
+        # Buffers, such as the frequencies of positions, never change, and DDP would send them before each forward pass.
+        # Gradients lie in the memory in which they are summed, and not there and once more
+        return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
     return ModelParallelStrategy(shard_weights, data_parallel_size=n_processes, tensor_parallel_size=1)
 
 

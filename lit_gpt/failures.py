@@ -1,4 +1,4 @@
-"""The end of a process that failed: who prints why, and how it leaves.
+"""The end of a process that failed or is stopped: who prints why, and how it leaves.
 
 A process that `distributed.supervise` started prints nothing. It writes a record of its failure and ends, and the
 supervisor prints the first record of all. So the cause is printed once, and not the complaints of the other processes,
@@ -52,11 +52,22 @@ def is_connected() -> bool:
 
 def end_failed_process(text: str, status: int) -> NoReturn:
     """Ends this process with `status`; `text` says why, on stderr or to the supervisor."""
+    say_why(text, status)
+    end_process(status)
+
+
+def end_stopped_process(text: str, status: int) -> NoReturn:
+    """Ends a process that all processes of the run have agreed to stop: the connections are closed on the way out."""
+    say_why(text, status)
+    sys.exit(status)
+
+
+def say_why(text: str, status: int) -> None:
+    """Says why this process ends with `status`, on stderr or to the supervisor."""
     if is_supervised():
         record_failure(text, status)
     else:
         print(text, file=sys.stderr, flush=True)
-    end_process(status)
 
 
 def end_process(status: int) -> NoReturn:

@@ -4,11 +4,13 @@ What runs on GPUs differs in the kernels and in NCCL, not in this code. On one G
 several it has not.
 """
 
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,7 +88,21 @@ def one_of_two(tiny_dir: Path, data_dir: Path, out_dir: Path) -> None:
         for name in NAMES:
             found[f"{strategy} {name}"] = step(fabric, name, tiny_dir, data_dir, out_dir / strategy / name)
         found[f"{strategy} refuses"] = [path for path in OPTIMIZERS if refusal(fabric, path)]
+        if strategy == "ddp":
+            found["ddp buffer"], found["ddp storages"] = buffer_and_storages(fabric)
     torch.save(found, out_dir / f"{fabric.global_rank}.pt")
+
+
+def buffer_and_storages(fabric: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A buffer after a step, to which each process had given its rank; and how many memories the gradients are in."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    model.register_buffer("here", torch.zeros(()))
+    wrapped = fabric.setup_module(model)
+    model.here.fill_(fabric.global_rank)
+    for _ in range(2):  # the first pass finds out in which order gradients are ready
+        fabric.backward(wrapped(torch.ones(5, 3)).sum())
+    storages = {param.grad.untyped_storage().data_ptr() for param in model.parameters()}
+    return model.here, torch.tensor(len(storages))
 
 
 def refusal(fabric: Any, path: str) -> str | None:
@@ -124,7 +140,38 @@ def test_optimizers_that_cannot_step_with_split_weights_are_refused(two) -> None
         assert rank["ddp refuses"] == [] and rank["fsdp refuses"] == list(OPTIMIZERS[2:])
 
 
+def test_ddp_sends_no_buffers_and_keeps_each_gradient_once(two) -> None:
+    assert [rank["ddp buffer"].item() for rank in two] == [0, 1]
+    assert [rank["ddp storages"].item() for rank in two] == [1, 1], "a bucket for all"
+
+
 # ---- whole runs
+
+# Python runs this as it starts, and what is registered first comes last
+SITECUSTOMIZE = """
+import atexit, os, sys
+from pathlib import Path
+
+def tell() -> None:
+    if "LOCAL_RANK" in os.environ:
+        is_open = sys.modules["torch"].distributed.is_initialized()
+        Path(__file__).with_name(f"{os.getpid()}.txt").write_text("open" if is_open else "closed")
+
+atexit.register(tell)
+"""
+
+
+@pytest.fixture
+def connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """What the connections of each process that a launcher has started were at its very end, "closed" or "open".
+
+    NCCL complains of those that are open, and may wait for them. A process that is ended by a signal says nothing.
+    """
+    folder = tmp_path / "connections"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+    return lambda: [path.read_text() for path in folder.glob("*.txt")]
 
 
 def run(name: str, tiny_dir: Path, data_dir: Path, out_dir: Path, *flags: Any, command: tuple = ()) -> str:
@@ -145,7 +192,7 @@ def run(name: str, tiny_dir: Path, data_dir: Path, out_dir: Path, *flags: Any, c
 
 
 @pytest.mark.parametrize("name", ["full", "lora nf4"])
-def test_a_run_goes_on_with_another_number_of_processes(name, tiny_dir, data_dir, tmp_path) -> None:
+def test_a_run_goes_on_with_another_number_of_processes(name, tiny_dir, data_dir, tmp_path, connections) -> None:
     """One process, two with half of the weights, two with all of them: each takes over from another."""
     finetune(name, tiny_dir, data_dir, tmp_path / "one")
     soon = replace(TRAIN, max_hours=1e-9)
@@ -167,9 +214,10 @@ def test_a_run_goes_on_with_another_number_of_processes(name, tiny_dir, data_dir
             for file in sorted((tmp_path / folder / "last").glob("*.safetensors"))
         ]
         assert shapes[:2] == shapes[2:], "weights and the optimizer's state"
+    assert connections() == ["closed"] * (6 if name == "full" else 2)
 
 
-def test_torchrun_and_what_auto_means(tiny_dir, data_dir, tmp_path) -> None:
+def test_torchrun_and_what_auto_means(tiny_dir, data_dir, tmp_path, connections) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
     finetune("full", tiny_dir, data_dir, tmp_path / "one")
     run("full", tiny_dir, data_dir, tmp_path / "two", command=torchrun)
@@ -177,6 +225,7 @@ def test_torchrun_and_what_auto_means(tiny_dir, data_dir, tmp_path) -> None:
     report = (tmp_path / "two/report.md").read_text()
     assert "Optimizer steps | 4" in report
     AutoModelForCausalLM.from_pretrained(tmp_path / "two/last")  # whole, though no process ever had it whole
+    assert connections() == ["closed", "closed"]
 
 
 def test_split_in_bfloat16(tiny_dir, data_dir, tmp_path) -> None:
@@ -302,7 +351,7 @@ def test_a_signal_ends_all_processes(sent, status, last_line, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("launcher", [(), ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")])
-def test_a_signal_to_a_run_that_trains_finishes_the_step(launcher, tiny_dir, data_dir, tmp_path) -> None:
+def test_a_signal_to_a_run_that_trains_finishes_the_step(launcher, tiny_dir, data_dir, tmp_path, connections) -> None:
     """All processes end after the same step, which is saved; the command that is printed goes on."""
     finetune("lora", tiny_dir, data_dir, tmp_path / "one", replace(TRAIN, max_steps=40, epochs=4))
     devices = [] if launcher else ["--devices", "2"]
@@ -321,6 +370,7 @@ def test_a_signal_to_a_run_that_trains_finishes_the_step(launcher, tiny_dir, dat
     assert "Traceback" not in said or launcher, "torchrun ends with one of its own"
     stopped_after = len(column(tmp_path / "two", "loss"))
     assert stopped_after < 40
+    assert set(connections()) == {"closed"}, "of those that the launcher, which ends them all, has let come so far"
 
     settings = ["--config", tmp_path / "two/hyperparameters.yaml", "--resume"]
     assert python(ROOT / "finetune/lora.py", *settings, "--devices", "1").returncode == 0
@@ -388,6 +438,29 @@ def test_attention_of_cudnn_is_off_on_a_gpu() -> None:
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_fabric_gives_no_advice(monkeypatch) -> None:
+    """Of a card of the kind of an A100 it says, on stderr, that float32 could be multiplied with fewer bits."""
+    from lightning_fabric.accelerators import cuda
+
+    launch(1, "32-true")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    monkeypatch.setattr(cuda, "_is_ampere_or_later", lambda _: True)
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger = logging.getLogger("lightning_fabric")
+    logger.addHandler(handler)
+    for level, n in ((logger.level, 0), (logging.INFO, 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(logger, "level", level)
+            logger.manager._clear_cache()
+            cuda._check_cuda_matmul_precision.__wrapped__(torch.device("cuda"))
+            assert len(records) == n
+    logger.removeHandler(handler)
+    logger.manager._clear_cache()
 
 
 def test_an_old_torch_cannot_split_codes(monkeypatch) -> None:

@@ -8,11 +8,13 @@ import pytest
 import torch
 from helpers.models import cached, edit_config, error, make_checkpoint, make_record, reference, small_gpt
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_gpt import GPT, Config, InputError, families
 from lit_gpt.checkpoint.load import load_model
 from lit_gpt.generate.decode import generate
 from lit_gpt.model import KVCache
+from lit_gpt.model.embeddings import ScaledEmbedding
 from lit_gpt.model.loss import LOGITS
 from lit_gpt.model.norms import RMSNorm
 from lit_gpt.model.packing import Layout, Segment
@@ -242,6 +244,72 @@ def test_a_bfloat16_norm_and_rotation_round_once() -> None:
     assert torch.equal(norm(x), wide(x.float()).bfloat16())
     cos, sin = Rope(Config(n_embd=48, n_head=1))(torch.arange(1000, 1050), [])
     assert torch.equal(apply_rope(x, cos, sin), apply_rope(x.float(), cos, sin).bfloat16())
+
+
+SCALES = (2048**0.5, 12.0, 0.1)  # Gemma's and Granite's, and one that no dtype has
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_scaled_embedding_has_the_bits_of_a_factor_of_its_dtype(scale: float, dtype: torch.dtype) -> None:
+    """Vectors and gradients, as if the factor were a tensor."""
+    embedding = ScaledEmbedding(Config(vocab_size=97, n_embd=48, n_head=1, embedding_scale=scale)).to(dtype)
+    idx = torch.arange(97)[None]
+    found = embedding(idx)
+    expected = F.embedding(idx, embedding.weight) * torch.tensor(scale, dtype=dtype)
+    assert found.dtype == dtype and torch.equal(found, expected)
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    gradients = [torch.autograd.grad(x, embedding.weight, weights)[0] for x in (found, expected)]
+    assert torch.equal(*gradients)
+
+
+class CopiesFromTheCPU(TorchDispatchMode):
+    """Counts the tensors that are copied from the CPU to the device meta, for which a GPU would have to wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default:
+            self.n += args[0].device.type == "cpu" and result.device.type == "meta"
+        return result
+
+
+def test_what_waits_for_the_cpu_in_a_forward_pass() -> None:
+    """No factor of the embedding, and one copy of frequencies for all records that have their own."""
+    scaled = ScaledEmbedding(Config(n_embd=48, n_head=1, embedding_scale=12.0)).to("meta")
+    dynamic = Rope(Config(n_embd=48, n_head=1, rope_scaling=DYNAMIC)).to("meta")
+    with CopiesFromTheCPU() as copies:
+        scaled(torch.zeros(1, 5, dtype=torch.int64, device="meta"))
+    assert copies.n == 0
+    with CopiesFromTheCPU() as copies:
+        cos, _ = dynamic(torch.arange(90, device="meta"), [(20, 20), (30, 30), (40, 40)])
+    assert copies.n == 1 and cos.shape == (90, 24)
+
+
+DYNAMIC = dict(rope_type="dynamic", factor=2.0, original_max_position_embeddings=32)
+LONGROPE = dict(
+    rope_type="longrope",
+    short_factor=[1.0 + i / 9 for i in range(24)],
+    long_factor=[1.0 + i / 3 for i in range(24)],
+    original_max_position_embeddings=32,
+)
+
+
+@pytest.mark.parametrize("scaling", [DYNAMIC, LONGROPE], ids=lambda scaling: scaling["rope_type"])
+def test_each_record_is_turned_by_the_frequencies_of_its_length(scaling: dict) -> None:
+    rope = Rope(Config(n_embd=48, n_head=1, rope_scaling=scaling))
+    lengths = [20, 50, 33, 70, 50]
+    pos = torch.cat([torch.arange(length) for length in lengths])
+    found = rope(pos, [(length, length) for length in lengths])
+    alone = [rope(torch.arange(length), [(length, length)]) for length in lengths]
+    for together, parts in zip(found, zip(*alone)):
+        assert torch.equal(together, torch.cat(parts))
+    theta, factor = rope.frequencies(70)
+    assert torch.equal(alone[3][0], torch.outer(torch.arange(70.0), theta).cos() * factor)
+    assert not torch.equal(alone[3][0][:20], alone[0][0]), "longer than the original context"
 
 
 def test_known_names() -> None:

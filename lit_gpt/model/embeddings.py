@@ -24,13 +24,15 @@ class ScaledEmbedding(Embedding):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.scale = config.embedding_scale
+        # the factor is rounded to the dtype of the weights, as it was in training. It is a number: a GPU would wait for
+        # a tensor of the CPU
+        self.scales: dict[torch.dtype, float] = {}
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            self.scales[dtype] = torch.tensor(config.embedding_scale, dtype=dtype, device="cpu").item()
 
     def forward(self, idx: torch.Tensor, pos: torch.Tensor | None = None) -> torch.Tensor:
         x = super().forward(idx)
-        # the factor is rounded to the dtype of the weights, as it was in training
-        scale = torch.tensor(self.scale, dtype=x.dtype, device="cpu")
-        return x * scale.to(x.device)
+        return x * self.scales[x.dtype]
 
 
 class PositionEmbedding(Embedding):

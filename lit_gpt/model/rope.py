@@ -65,11 +65,12 @@ class Rope(nn.Module):
         """
         pos = pos.to(self.theta.dtype)
         if self.by_length:
-            # the tokens of each record by the record's own frequencies
+            # the tokens of each record by the record's own frequencies, which are made on the CPU: one copy for all
+            thetas = torch.stack([self.frequencies(length)[0] for _, length in lengths])
+            thetas = thetas.to(self.theta, non_blocking=True)
             counts = [count for count, _ in lengths]
             angles_of_records = []
-            for record_pos, (_, length) in zip(pos.split(counts), lengths, strict=True):
-                theta = self.frequencies(length)[0].to(self.theta)
+            for record_pos, theta in zip(pos.split(counts), thetas, strict=True):
                 angles_of_records.append(torch.outer(record_pos, theta))
             angles = torch.cat(angles_of_records)
         else:

@@ -3,7 +3,8 @@
 #
 #     bash scripts/test.sh                  everything that runs without a GPU: 15 minutes or so on two cores
 #     bash scripts/test.sh --fast           style, types, and the properties that matter most: about 30 seconds
-#     bash scripts/test.sh --gpu            only what needs a GPU; prints a page of results to paste
+#     bash scripts/test.sh --gpu            only what needs a GPU; prints a page of results to paste. Where nothing can be
+#                                           installed, or scripts/pack_for_gpu.sh has packed, with the python3 at hand
 #     bash scripts/test.sh tests/test_lora.py -k merge        only these tests: any arguments of pytest
 #
 # The first run takes minutes more: it installs packages into .venv, fetches the sample model, and mypy, which checks the
@@ -12,8 +13,21 @@ set -euo pipefail
 usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0; } # the comment above
 case ${1:-} in -h | --help) usage ;; esac
 cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1
+
+if [ "${1:-}" = --gpu ]; then
+    if [ ! -d .gpu/site ] && bash scripts/setup.sh test; then
+        export PATH="$PWD/.venv/bin:$PATH"
+        python3 scripts/download_sample.py >&2 || echo "Without the sample model: its tests are skipped." >&2
+    else
+        echo "With the Python at hand: $(command -v python3), $(python3 --version)." >&2
+        export PYTHONPATH="$PWD:$PWD/.gpu/site${PYTHONPATH:+:$PYTHONPATH}"
+    fi
+    exec python3 -m pytest -m gpu -s -q tests/test_gpu.py "${@:2}"
+fi
+
 bash scripts/setup.sh test
-export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
+export PATH="$PWD/.venv/bin:$PATH"
 python scripts/download_sample.py >&2
 
 fast=( # of each property one case; tutorials/development.md says more
@@ -34,6 +48,5 @@ case ${1:-} in
     # three workers for two cores: half of the time one of them waits for a process that it has started
     "") check_style_and_types && exec python -m pytest -m "not gpu" -n 3 --dist loadfile --no-loadscope-reorder ;;
     --fast) check_style_and_types && exec python -m pytest -q -n 2 --dist loadfile "${fast[@]}" "${@:2}" ;;
-    --gpu) exec python -m pytest -m gpu -s -q tests/test_gpu.py ;;
     *) exec python -m pytest "$@" ;;
 esac

@@ -1,5 +1,7 @@
-"""The shell scripts: their --help, and what setup.sh refuses: `pytest tests/test_setup.py`, about 2 s"""
+"""The shell scripts: their --help, what setup.sh refuses, and test.sh --gpu: `pytest tests/test_setup.py`, about 2 s"""
 
+import os
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -23,6 +25,41 @@ def test_help_is_the_comment_at_the_top(script: Path, tmp_path: Path) -> None:
         result = bash(copy, flag, cwd=tmp_path)
         assert (result.returncode, result.stderr) == (0, "")
         assert f"bash scripts/{script.name}" in result.stdout and "set -euo" not in result.stdout
+
+
+PYTHON = """#!/bin/sh
+[ "$1" = --version ] && echo Python 3.12.3 && exit
+[ "$1" = scripts/download_sample.py ] && exit 1
+echo "{name} $*; ${PYTHONPATH:-}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("packed", "installed", "which", "said"),
+    [
+        (False, True, "of .venv", "Without the sample model: its tests are skipped."),
+        (False, False, "at hand", "With the Python at hand: {bin}/python3, Python 3.12.3."),
+        (True, True, "at hand", "With the Python at hand: {bin}/python3, Python 3.12.3."),
+    ],
+)
+def test_gpu_tests_run_with_and_without_a_network(packed, installed, which, said, tmp_path: Path) -> None:
+    """Nothing is installed where packages are packed; where that fails, what the machine has is taken."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts/test.sh", tmp_path / "scripts")
+    (tmp_path / "scripts/setup.sh").write_text(f"exit {0 if installed else 1}\n")
+    for folder, name in ((".venv/bin", "of .venv"), ("bin", "at hand")):
+        python = tmp_path / folder / "python3"
+        python.parent.mkdir(parents=True)
+        python.write_text(PYTHON.replace("{name}", name))
+        python.chmod(0o755)
+    if packed:
+        (tmp_path / ".gpu/site").mkdir(parents=True)
+    environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHONPATH": "/before"}
+    command = ["bash", str(tmp_path / "scripts/test.sh"), "--gpu"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    path = "/before" if which == "of .venv" else f"{tmp_path}:{tmp_path}/.gpu/site:/before"
+    assert result.stdout == f"{which} -m pytest -m gpu -s -q tests/test_gpu.py; {path}\n"
+    assert result.stderr == said.format(bin=tmp_path / "bin") + "\n"
 
 
 def test_setup_explains_every_extra() -> None:

@@ -193,28 +193,30 @@ def run(name: str, tiny_dir: Path, data_dir: Path, out_dir: Path, *flags: Any, c
 
 @pytest.mark.parametrize("name", ["full", "lora nf4"])
 def test_a_run_goes_on_with_another_number_of_processes(name, tiny_dir, data_dir, tmp_path, connections) -> None:
-    """One process, two with half of the weights, two with all of them: each takes over from another."""
+    """One process, two with half of the weights, one, two with all of them: each takes over after a step."""
     finetune(name, tiny_dir, data_dir, tmp_path / "one")
     soon = replace(TRAIN, max_hours=1e-9)
-    finetune(name, tiny_dir, data_dir, tmp_path / "in", soon)
-    split = ("--devices", 2, "--strategy", "fsdp")
-    run(name, tiny_dir, data_dir, tmp_path / "in", *split, "--resume", "true")
+    finetune(name, tiny_dir, data_dir, tmp_path / "two", soon)
+    go_on = ("--devices", 2, "--resume", "true", "--strategy")
     if name == "full":
-        run(name, tiny_dir, data_dir, tmp_path / "out", *split, "--train.max_hours", 1e-9)
-        finetune(name, tiny_dir, data_dir, tmp_path / "out", soon, resume=True)
-        run(name, tiny_dir, data_dir, tmp_path / "out", "--devices", 2, "--strategy", "ddp", "--resume", "true")
-    for other in ("in", "out") if name == "full" else ("in",):
-        losses = [column(tmp_path / folder, "loss") for folder in ("one", other)]
-        assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-5)
-        one, two = (load_finetuned(None, tmp_path / folder / "last")[0].state_dict() for folder in ("one", other))
-        assert all(torch.allclose(one[key], two[key], rtol=0, atol=2e-3) for key in one)
-        shapes = [
-            {key: (tensor.shape, tensor.dtype) for key, tensor in load_file(file).items()}
-            for folder in ("one", other)
-            for file in sorted((tmp_path / folder / "last").glob("*.safetensors"))
-        ]
-        assert shapes[:2] == shapes[2:], "weights and the optimizer's state"
-    assert connections() == ["closed"] * (6 if name == "full" else 2)
+        run(name, tiny_dir, data_dir, tmp_path / "two", *go_on, "fsdp", "--train.max_hours", 1e-9)
+        finetune(name, tiny_dir, data_dir, tmp_path / "two", soon, resume=True)
+        run(name, tiny_dir, data_dir, tmp_path / "two", *go_on, "ddp")
+    else:
+        run(name, tiny_dir, data_dir, tmp_path / "two", *go_on, "fsdp")
+
+    folders = [tmp_path / "one", tmp_path / "two"]
+    losses = [column(folder, "loss") for folder in folders]
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+    one, two = (load_finetuned(None, folder / "last")[0].state_dict() for folder in folders)
+    assert all(torch.allclose(one[key], two[key], rtol=0, atol=2e-3) for key in one)
+    shapes = [
+        {key: (tensor.shape, tensor.dtype) for key, tensor in load_file(file).items()}
+        for folder in folders
+        for file in sorted((folder / "last").glob("*.safetensors"))
+    ]
+    assert shapes[:2] == shapes[2:], "weights and the optimizer's state"
+    assert connections() == ["closed"] * (4 if name == "full" else 2)
 
 
 def test_torchrun_and_what_auto_means(tiny_dir, data_dir, tmp_path, connections) -> None:

@@ -134,11 +134,11 @@ for setup in LARGE.values():
     train_steps(prepared(setup), setup)
     print(status("VmHWM") - before)
 """
-MODEL = Config(name="large", n_layer=4, n_head=8, n_embd=512, intermediate_size=1376, vocab_size=8000, block_size=512)
+MODEL = Config(name="large", n_layer=3, n_head=8, n_embd=512, intermediate_size=1376, vocab_size=8000, block_size=512)
 LARGE = {
-    "full": Setup(MODEL, "full", Full(), torch.float32, lengths=(400, 400)),
-    "lora": Setup(MODEL, "lora", LoRA(), torch.float32, lengths=(400, 400)),
-    "lora nf4, block": Setup(MODEL, "lora", LoRA(), torch.float32, None, "bnb.nf4", "block", lengths=(400, 400)),
+    "full": Setup(MODEL, "full", Full(), torch.float32, lengths=(250, 250)),
+    "lora": Setup(MODEL, "lora", LoRA(), torch.float32, lengths=(250, 250)),
+    "lora nf4, block": Setup(MODEL, "lora", LoRA(), torch.float32, None, "bnb.nf4", "block", lengths=(250, 250)),
 }
 
 

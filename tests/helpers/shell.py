@@ -9,7 +9,9 @@ status          <---------- a line of the server ----------------  and streams a
 """
 
 import atexit
+import contextlib
 import functools
+import io
 import json
 import os
 import runpy
@@ -67,15 +69,24 @@ def server() -> subprocess.Popen[str]:
 
 def serve() -> None:
     """Forks a process for each job; returns in that process, which has become what the job asks for."""
+    import jsonargparse  # noqa: F401
     import matplotlib.figure  # noqa: F401
     import torch
 
-    import lit_gpt.memory.plan  # noqa: F401
     import lit_gpt.recipe  # noqa: F401
+    from lit_gpt import Config
+    from lit_gpt.memory.plan import Setup, plan
     from lit_gpt.packages import import_fabric
 
     import_fabric()
+    with contextlib.redirect_stderr(io.StringIO()):  # it misses a package that nobody needs
+        import bitsandbytes  # noqa: F401
     torch.set_num_threads(1)
+    if torch.version.cuda is None:
+        # Half of the time of a short run is its plan's, and a fifth of that goes into what torch finds out about each
+        # operation, once in a process. With CUDA a backward pass starts threads, and a process with threads cannot fork
+        with torch.random.fork_rng():
+            plan(Setup(Config(n_layer=1, n_head=2, n_embd=16, vocab_size=99), dtype=torch.float32))
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

@@ -257,9 +257,8 @@ def fit(
                         fabric.backward(part * fabric.world_size)  # devices average their gradients; ours is a sum
                     total += part.detach()
             except torch.OutOfMemoryError as error:
-                raise InputError(
-                    f"Step {progress.step + 1} does not fit. Lower --train.micro_batch_size (or _tokens). ({error})"
-                ) from None
+                to_lower = "--train.micro_batch_size (or --train.micro_batch_tokens)"
+                raise InputError(explain_memory(error, f"Step {progress.step + 1}", to_lower)) from None
 
             # a GPU is still at work on all that: time to prepare the next step
             if progress.step + 1 < steps:
@@ -269,9 +268,6 @@ def fit(
             norm = clip_gradient(fabric, model, optimizer, args.max_norm)
             total = sum_over_devices(fabric, total)
             loss, grad_norm = torch.stack((total, norm.to(total.dtype))).tolist()
-                to_lower = "--train.micro_batch_size (or --train.micro_batch_tokens)"
-                raise InputError(explain_memory(error, f"Step {progress.step + 1}", to_lower)) from None
-            loss = sum_over_devices(fabric, loss).item()
             check_finite(loss, f"The loss of step {progress.step + 1}")
 
             # step

@@ -20,7 +20,7 @@ SETTINGS = {"ours": ["cache"], "hf": ["dynamic", "static"], "litgpt": ["cache"]}
 
 
 def main() -> None:
-    parser = benchmark_arguments("Speed of greedy decoding next to litgpt and transformers.")
+    parser = benchmark_arguments("Speed of greedy decoding next to litgpt and transformers.", list(SETTINGS))
     parser.add_argument("--prompt_tokens", type=int, default=100)
     parser.add_argument("--new_tokens", type=int, default=100)
     args = parser.parse_args()

@@ -5,6 +5,7 @@ long: several docstrings one after the other, 500 to 1,000 tokens.
 """
 
 import ast
+import os
 import random
 import statistics
 import sysconfig
@@ -58,7 +59,9 @@ def make_records(checkpoint_dir: Path, kind: str, count: int) -> list[dict]:
 def describe(records: list[dict]) -> str:
     lengths = [len(record["ids"]) for record in records]
     share = sum(sum(record["trained"]) for record in records) / sum(lengths)
+    shared = len(os.path.commonprefix([record["ids"] for record in records]))
     return (
         f"{len(records)} records of {min(lengths)} to {max(lengths)} tokens, median {statistics.median(lengths):.0f},"
-        f" mean {statistics.mean(lengths):.0f}, {share:.0%} trained"
+        f" mean {statistics.mean(lengths):.0f}, {share:.0%} trained;"
+        f" the first {shared} are the same in all"
     )

@@ -15,8 +15,8 @@ environment() {  # name, packages
     "$python" -m pip check
 }
 
-environment hf transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 tokenizers==0.23.3 safetensors==0.8.0 \
-    huggingface_hub==2.4.0 numpy==2.4.6
-environment litgpt litgpt==0.5.13 lightning==2.6.6 jsonargparse==4.41.0 requests==2.34.2 tokenizers==0.23.3 safetensors==0.8.0 \
-    huggingface_hub==1.3.7 numpy==1.26.4
+environment hf transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 bitsandbytes==0.50.2 tokenizers==0.23.3 \
+    safetensors==0.8.0 huggingface_hub==2.4.0 numpy==2.4.6
+environment litgpt litgpt==0.5.13 lightning==2.6.6 jsonargparse==4.41.0 requests==2.34.2 tokenizers==0.23.3 \
+    safetensors==0.8.0 huggingface_hub==1.3.7 numpy==1.26.4
 echo "$peers is ready."

@@ -9,6 +9,8 @@ one line on its standard output; what the program prints goes to standard error.
                         {"seconds": 9.1, "losses": [2.1, 2.0], "records": 32, "tokens": 3040, "peak_gb": 2.3}
     decode              {"setting": "static", "prompt": [1, 2, ...], "new_tokens": 100}
                         {"seconds": 3.1, "tokens": [5, 6, ...], "peak_gb": 1.1}
+    count operations    {"setting": "lean", "micro_batch": 4}
+                        {"forward": {"frozen": 31e12, ...}, "backward": {...}, "peak_gb": 0.6}
 """
 
 import argparse
@@ -27,8 +29,18 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-PROGRAMS = {"ours": "ours.py", "hf": "peer_hf.py", "litgpt": "peer_litgpt.py"}
+# what is compared -> the file that runs it, and its environment of setup_peers.sh; None is that of the benchmark
+PROGRAMS = {
+    "ours": ("ours.py", None),
+    "hf": ("peer_hf.py", "hf"),
+    "trainer": ("peer_hf.py", "hf"),  # transformers once more, as its stock Trainer trains
+    "litgpt": ("peer_litgpt.py", "litgpt"),
+}
 RANK, ALPHA = 8, 16
+# AdamW, as lit_gpt's TrainArgs have it; the rates are the defaults of --train.learning_rate, see finetune/full.py
+LEARNING_RATES = {"lora": 3e-4, "qlora": 3e-4, "full": 5e-5}
+BETAS = (0.9, 0.95)
+WEIGHT_DECAY = 0.01  # of matrices; norms and biases do not decay
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,8 @@ def serve(tasks: dict[str, Callable[[argparse.Namespace], Callable[[dict], dict]
     args = parser.parse_args()
     pipe, sys.stdout = sys.stdout, sys.stderr
     task = tasks[args.task](args)
+    if args.task == "qlora":
+        packages = [*packages, "bitsandbytes"]
     versions = {name: version(name) for name in ["torch", *packages]}
     print(json.dumps({"versions": versions, "threads": torch.get_num_threads()}), file=pipe, flush=True)
     for line in sys.stdin:
@@ -73,44 +87,71 @@ def peak_gb() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
-def trainer(
+def optimizer_steps(
     args: argparse.Namespace,
-    params: list[Any],
-    micro_batch_loss: Callable[[list[Record], str, int], Any],
-    sorting: tuple[str, ...] = (),
+    optimizer: Any,
+    micro_batches: Callable[[list[int], str, int], list[Any]],
+    micro_batch_loss: Callable[[Any, str, int], Any],
 ) -> Callable[[dict], dict]:
     """The optimizer steps that every program does alike.
 
-    `micro_batch_loss(records, setting, trained)` is the sum of the loss over their targets, divided by `trained`, the
-    number of targets of the whole step: the losses of a step add up to its mean over all trained tokens. The settings
-    in `sorting` put the step's records of like length together.
+    Args:
+        args: `work_dir` has the records, `records_per_step` says how many a step takes.
+        optimizer: Has the parameters that train.
+        micro_batches: The records of these numbers, in a setting, as batches of at most so many records.
+        micro_batch_loss: The sum of the loss over a batch's targets, in a setting, divided by a number: that of the
+            targets of the whole step. So the losses of a step add up to its mean over all trained tokens.
     """
-    import torch
-
-    optimizer = torch.optim.AdamW(params, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.01)
     records = read_records(args.work_dir / "records.jsonl")
 
     def train(question: dict) -> dict:
-        losses, n_tokens, size, n = [], 0, question["micro_batch"], args.records_per_step
+        losses, n_tokens, n = [], 0, args.records_per_step
+        setting = question["setting"]
         start = time.perf_counter()
         for step in range(question["first"], question["first"] + question["steps"]):
-            chosen = [records[i % len(records)] for i in range(step * n, (step + 1) * n)]
-            if question["setting"] in sorting:
-                chosen.sort(key=lambda record: len(record.ids))
-            trained, loss = sum(sum(record.targets()) for record in chosen), 0.0
-            for i in range(0, n, size):
-                share = micro_batch_loss(chosen[i : i + size], question["setting"], trained)
+            numbers = [i % len(records) for i in range(step * n, (step + 1) * n)]
+            trained = sum(sum(records[i].targets()) for i in numbers)
+            loss = 0.0
+            for batch in micro_batches(numbers, setting, question["micro_batch"]):
+                share = micro_batch_loss(batch, setting, trained)
                 share.backward()
                 loss += share.item()
             if question["update"]:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss)
-            n_tokens += sum(len(record.ids) for record in chosen)
+            n_tokens += sum(len(records[i].ids) for i in numbers)
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "losses": losses, "records": n * question["steps"], "tokens": n_tokens}
 
     return train
+
+
+def adamw(model: Any, method: str) -> Any:
+    """A peer's optimizer for what trains in `model`: that of the others, by PyTorch's fused kernel, its fastest."""
+    import torch
+
+    params = [param for param in model.parameters() if param.requires_grad]
+    groups = [
+        {"params": [param for param in params if param.ndim >= 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [param for param in params if param.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=LEARNING_RATES[method], betas=BETAS, fused=True)
+
+
+def in_slices(
+    records: list[Record], by_length: tuple[str, ...] = ()
+) -> Callable[[list[int], str, int], list[list[Record]]]:
+    """A peer's micro-batches: the records in their order, or those of like length together in these settings."""
+
+    def micro_batches(numbers: list[int], setting: str, size: int) -> list[list[Record]]:
+        chosen = [records[i] for i in numbers]
+        if setting in by_length:
+            chosen.sort(key=lambda record: len(record.ids))
+        return [chosen[i : i + size] for i in range(0, len(chosen), size)]
+
+    return micro_batches
 
 
 def padded(records: list[Record]) -> tuple[Any, Any, Any]:
@@ -144,11 +185,12 @@ class Worker:
     """One program in its own process."""
 
     def __init__(self, program: str, task: str, args: argparse.Namespace, work_dir: Path) -> None:
-        python = Path(sys.executable) if program == "ours" else args.peers_dir / program / "bin" / "python"
+        file, environment = PROGRAMS[program]
+        python = Path(sys.executable) if environment is None else args.peers_dir / environment / "bin" / "python"
         if not python.exists():
             sys.exit(f"{python} is missing: run PEERS_DIR={args.peers_dir} bash {HERE}/setup_peers.sh")
         self.log = work_dir / f"{program}.log"
-        command = [python, HERE / PROGRAMS[program], task, "--checkpoint_dir", args.checkpoint_dir.resolve()]
+        command = [python, HERE / file, task, "--checkpoint_dir", args.checkpoint_dir.resolve()]
         command += ["--work_dir", work_dir, "--records_per_step", str(getattr(args, "records_per_step", 0))]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log.open("w")}
         self.process = subprocess.Popen(command, text=True, **pipes)
@@ -174,15 +216,20 @@ class Worker:
         self.process.wait()
 
 
-def benchmark_arguments(description: str) -> argparse.ArgumentParser:
-    root = HERE.parents[1]
+def peers_dir() -> Path:
+    """Where setup_peers.sh makes its environments, if nobody says otherwise."""
+    return Path(os.environ.get("PEERS_DIR", HERE.parents[1] / ".peers"))
+
+
+def benchmark_arguments(description: str, programs: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    sample = root / "checkpoints/sample/SmolLM2-135M-Instruct-Q4_1"
+    sample = HERE.parents[1] / "checkpoints/sample/SmolLM2-135M-Instruct-Q4_1"
     parser.add_argument("--checkpoint_dir", type=Path, default=sample, help="a Hugging Face folder, float32")
-    parser.add_argument("--peers_dir", type=Path, default=Path(os.environ.get("PEERS_DIR", root / ".peers")))
-    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
+    parser.add_argument("--peers_dir", type=Path, default=peers_dir())
+    parser.add_argument("--programs", nargs="+", choices=programs, default=programs)
     parser.add_argument("--data", type=Path, help='JSON lines {"ids": [...], "trained": [0, 1, ...]}')
-    parser.add_argument("--kind", choices=["short", "chat", "long"], default="short", help="without --data: records.py")
+    kinds = "without --data: records.py; those of chat begin with the same template, the others share nothing"
+    parser.add_argument("--kind", choices=["short", "chat", "long"], default="short", help=kinds)
     parser.add_argument("--rounds", type=int, default=5, help="how often each program has its turn")
     parser.add_argument("--out", type=Path, help="write all measurements to this JSON file")
     parser.add_argument("--force", action="store_true", help="run although the machine is busy")

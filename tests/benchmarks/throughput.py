@@ -39,7 +39,7 @@ SETTINGS = {
 }
 METHODS = ("lora", "qlora", "full")
 # the largest relative difference between the losses of a step that is rounding. It was 3e-7 in eight steps of full and
-# in four of qlora, before the first update as after the last
+# in four of lora and qlora, before the first update as after the last
 TOLERANCE = 1e-5
 
 

@@ -39,6 +39,8 @@ SMALLER = [  # what is printed -> what is typed here, where the printed one woul
     (r"--model_name \S+", "--model_name pythia-14m"),
     (r"--tokens \d{4}\b", "--tokens 64"),
     (r"--card_gb 24", "--card_gb 1.1"),
+    # a model that is on the hub alone
+    (r"checkpoints/Qwen/Qwen3-4B", "checkpoints/sample/SmolLM2-135M-Instruct-Q4_1"),
     # comparisons
     (r"compare_config_keys\.py", r"\g<0> --keys removed --cases olmo2,"),
     (r"compare_methods\.py(?! --)", r"\g<0> --steps 1"),
@@ -56,6 +58,8 @@ NOT_RUN = [  # pages, commands, why not
     (".*", r"checkpoints/bigcode", "needs the hub"),
     (".*", r"download_spam\.py", "needs npm: the fixture writes the file"),
     (".*", r"HOST|--nnodes", "needs two machines; test_devices.py has two torchruns on one"),
+    ("tutorials/rented_gpu.md", r"nvidia-smi|\.venv/bin|git clone|rsync|tmux|ssh ", "needs a rented machine"),
+    ("tutorials/rented_gpu.md", r"convert_hf_to_gguf\.py", "is a script of llama.cpp's"),
     ("tutorials/gpu.md", ".*", "needs a GPU; REHEARSE_ON_CPU=1 in test_gpu.py"),
     ("tutorials/development.md", r"git worktree|nothing_moved\.py", "half an hour, two trees"),
     (".*", r"tests/benchmarks/", "minutes, and peers"),

@@ -441,3 +441,41 @@ def test_scripts_refuse_before_they_write(sample_dir, tmp_path) -> None:
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         assert "lm_head.weight differs from model.embed_tokens.weight" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_text_of_a_gemma_3_that_reads_images(sample_dir: Path, tmp_path: Path) -> None:
+    """tutorials/rented_gpu.md takes it out with transformers; then it answers as the whole model does."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    # a tiny one, which is refused as it is
+    text = dict(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=6, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, sliding_window=8,
+    )  # fmt: skip
+    vision = dict(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    torch.manual_seed(0)
+    whole = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=60)
+    )
+    whole.save_pretrained(tmp_path / "whole")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(sample_dir / name, tmp_path / "whole")
+    with pytest.raises(InputError, match="also reads images"):
+        Config.from_checkpoint(tmp_path / "whole")
+
+    # the lines of the page
+    page = (ROOT / "tutorials/rented_gpu.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    lines = lines.replace("google/gemma-3-4b-it", f"{tmp_path}/whole").replace(
+        "checkpoints/mine/gemma-3-4b-text", f"{tmp_path}/text"
+    )
+    exec(lines, {})
+
+    model = load_model(tmp_path / "text")
+    idx = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        expected = whole(input_ids=idx).logits
+        assert (model(idx) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (tmp_path / "text/tokenizer.json").is_file() and (tmp_path / "text/generation_config.json").is_file()

@@ -10,8 +10,10 @@ import pytest
 import torch
 from conftest import ROOT
 from helpers.runs import write_data
-from helpers.scripts import script
+from helpers.scripts import load, script
 from helpers.shell import python
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from lit_gpt import Config, InputError
 from lit_gpt.adapter import Adapter
@@ -288,3 +290,83 @@ def test_every_run_says_its_plan(n_train: int, tiny_dir: Path, tmp_path: Path) -
     )
     logged = max(row["memory_gb"] for row in read_metrics(tmp_path / "out/metrics.csv") if row["memory_gb"])
     assert logged - 0.3 < float(total) < logged * 1.1
+
+
+# ---- the table of recipes for rented cards
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    return load(ROOT / "tests/benchmarks/recipes.py")
+
+
+class CountedProducts(TorchDispatchMode):
+    """Floating-point operations of the matrix products that run while it is on, but for those of attention.
+
+    PyTorch's FlopCounterMode stops at gradients that are taken in a forward pass, as `SummedLoss` does.
+    """
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.n += flop_registry[func.overloadpacket](*args, out_val=out)
+        return out
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "block"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_counted_products_are_those_of_a_step(method: str, checkpointing: str, recipes) -> None:
+    """To 6 percent: below the first change nothing needs a gradient, and the last product of an MLP is not redone."""
+    settings = {"lora": LoRA(r=4), "full": Full()}[method]
+    setup = replace(
+        BASE, config=SMALL.replace(n_layer=6), method=method, settings=settings, activation_checkpointing=checkpointing
+    )
+    model = build_model(setup.config)
+    fill_with_zeros(model, setup)
+    model = adapt(model, setup)
+    idx, layout = batch_of(setup.lengths)
+    with CountedProducts() as counted:
+        model(idx, layout=layout).backward()
+    assert counted.n / layout.n_tokens == pytest.approx(recipes.products_per_token(setup), rel=0.065)
+
+
+def test_a_recipe_is_the_first_that_fits(recipes, monkeypatch) -> None:
+    monkeypatch.setattr(recipes, "TOKENS", (480, 240))
+    monkeypatch.setattr(recipes, "FEWER_TOKENS", (120,))
+    monkeypatch.setattr(recipes, "RECORD", 240)
+    of_small = recipes.Recipes(SMALL, recipes.WAYS[0])
+    rows = [(kind, n) for kind in ("none", "selective") for n in recipes.TOKENS]
+    rows += [("block", n) for n in recipes.TOKENS + recipes.FEWER_TOKENS]
+    gb = {row: of_small.gb(*row) for row in rows}
+    for card in gb.values():
+        first = next(row for row in rows if gb[row] <= card)
+        recipe = of_small.fitting(card)
+        assert (recipe.checkpointing, recipe.tokens, recipe.gb) == (*first, gb[first])
+    assert of_small.fitting(0.5 * min(gb.values())) is None
+
+    # records of other lengths take what was planned with these
+    setup = replace(of_small.setup, lengths=(60,) * 4)
+    assert plan(setup).gb == pytest.approx(gb["none", 240], rel=0.01)
+
+
+@pytest.mark.parametrize("case", ["lora, block", "lora nf4"])
+def test_some_blocks_tell_of_all(case: str, recipes) -> None:
+    setup = replace(SETUPS[case], config=SMALL.replace(n_layer=12))
+    whole = plan(setup)
+    by_blocks = recipes.plan_by_blocks(setup)
+    assert by_blocks.gb == pytest.approx(whole.gb, rel=1e-3)
+    assert by_blocks.parts["trained"] == whole.parts["trained"]
+
+
+def test_the_table_goes_into_its_page(recipes, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n\n{recipes.MARK}\n\n| old |\n|---|\n| 1 |\n\nafter\n")
+    recipes.put_into(page, "| new |\n|---|\n| 2 |")
+    assert page.read_text() == f"before\n\n{recipes.MARK}\n\n| new |\n|---|\n| 2 |\n\nafter\n"
+
+    # the page itself has a table of these models, and all of them
+    _, _, after = (ROOT / "tutorials/rented_gpu.md").read_text().partition(f"{recipes.MARK}\n\n| model | method |")
+    table, _, _ = after.partition("\n\n")
+    assert set(re.findall(r"^\| (\S+) \|", table, re.MULTILINE)) == {config.name for config in recipes.MODELS}

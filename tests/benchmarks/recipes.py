@@ -291,14 +291,12 @@ def put_into(page: Path, table: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", help="their names, such as Qwen3-8B; all if left out")
+    names = [config.name for config in MODELS]
+    parser.add_argument("--models", nargs="+", choices=names, default=names, metavar="NAME", help="all if left out")
     parser.add_argument("--share", type=float, default=SHARE, help="of a card's bfloat16 rate")
     parser.add_argument("--page", type=Path, help="a page that has a table of these")
     args = parser.parse_args()
-    if args.models:
-        models = [config for config in MODELS if config.name in args.models]
-    else:
-        models = list(MODELS)
+    models = [config for config in MODELS if config.name in args.models]
     heads = ["model", "method"]
     for card in reversed(CARDS):
         heads.append(f"{card.gb} GB ({card.name})")

@@ -243,7 +243,7 @@ def make_parser(main: Callable[..., None]) -> "ArgumentParser":
     groups = groups_of(parser)
     for action in parser._actions:
         # a switch needs no value: --resume is --resume true
-        if getattr(action, "_typehint", None) is bool:
+        if getattr(action, "_typehint", None) in (bool, bool | None):
             action.nargs = "?"
             action.const = True
 

@@ -70,6 +70,11 @@ def prepare_device(kind: str) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def compiling_pays(device: torch.device) -> bool:
+    """Whether torch.compile is worth its time on a device: on CUDA, where steps wait for Python without it."""
+    return device.type == "cuda"
+
+
 def resolve_precision(precision: Precision) -> str:
     """The precision that "auto" stands for: bf16-true on a GPU that has bfloat16, else 32-true.
 

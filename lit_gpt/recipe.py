@@ -3,6 +3,7 @@
 `finetune/lora.py` shows a run act by act.
 """
 
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from lit_gpt.config import SAMPLE
 from lit_gpt.data.dataset import Dataset
 from lit_gpt.data.tokenizer import Tokenizer
-from lit_gpt.device import Precision, trained_dtype
+from lit_gpt.device import Precision, compiling_pays, trained_dtype
 from lit_gpt.distributed import Strategy, launch
+from lit_gpt.errors import InputError
 from lit_gpt.make_optimizer import check_optimizer
 from lit_gpt.model.activation_checkpointing import ActivationCheckpointing, recompute_blocks
-from lit_gpt.model.compile import compile_blocks
+from lit_gpt.model.compile import compile_blocks, missing_for_compiling
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantize import quantization
 from lit_gpt.ranges import check_range, check_seed
@@ -44,8 +46,9 @@ class LaunchArgs:
     activation_checkpointing: ActivationCheckpointing = "none"
     """Save memory by computing again in backward: block all but what goes into a block, selective the MLPs, which keep
     the most. The result stays the same."""
-    compile: bool = False
-    """Compile the blocks with torch.compile: the first steps take minutes, all others less time."""
+    compile: bool | None = None
+    """Compile the blocks with torch.compile: the first steps take half a minute more, all others less time. null
+    compiles on a GPU, if it has what that takes."""
     devices: int = 1
     """GPUs of each machine, or processes where there is no GPU. Under torchrun, its number."""
     num_nodes: int = 1
@@ -112,11 +115,40 @@ def start_processes(args: LaunchArgs, trains_base: bool = False, shard: bool = F
 
 
 def recompute_or_compile_blocks(model: GPT, args: LaunchArgs) -> None:
-    """Changes how the blocks run, if --activation_checkpointing or --compile asks for it; nothing by default."""
+    """Changes how the blocks run, as --activation_checkpointing and --compile say; nothing by default on a CPU.
+
+    Raises:
+        InputError: see `is_to_compile`.
+    """
     # in this order: what is compiled is computed again as a whole
-    if args.compile:
+    if is_to_compile(model, args.compile):
         compile_blocks(model)
     recompute_blocks(model, args.activation_checkpointing)
+
+
+def is_to_compile(model: GPT, wish: bool | None) -> bool:
+    """Whether to compile the blocks; `wish` is --compile, and None leaves it to the device.
+
+    A GPU waits for Python less with compiled blocks: tutorials/gpu.md. On a CPU they gain little. A mixture of experts
+    asks for values as it runs, where a graph has to end.
+
+    Raises:
+        InputError: it is asked for, and something is missing that it needs.
+    """
+    device = next(model.parameters()).device
+    if wish is None and (not compiling_pays(device) or model.config.n_expert):
+        return False
+    if wish is False:
+        return False
+    missing = missing_for_compiling(device)
+    if not missing:
+        return True
+    what = f"torch.compile needs {' and '.join(missing)}, and this machine has none."
+    how = "Debian and Ubuntu: apt install build-essential python3-dev."
+    if wish:
+        raise InputError(f"--compile: {what} {how} Or leave the flag out.")
+    print(f"Steps will take longer than they could: {what} {how}", file=sys.stderr)
+    return False
 
 
 def new_checkpoints(

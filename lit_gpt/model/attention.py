@@ -7,7 +7,7 @@
 
 The legend of the shapes is in `gpt.py`."""
 
-from functools import cache, partial
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -188,10 +188,20 @@ def has_flash_attention(q: torch.Tensor) -> bool:
 
 
 @torch.compiler.assume_constant_result
-@cache  # every block asks in every pass
 def compute_capability(device: torch.device) -> tuple[int, int]:
     """The generation of an NVIDIA GPU: (8, 0) is Ampere, the first with bfloat16."""
-    return torch.cuda.get_device_capability(device)
+    return KNOWN_CAPABILITIES[device]
+
+
+class Capabilities(dict[torch.device, tuple[int, int]]):
+    """Every block asks in every pass: the driver is asked once."""
+
+    def __missing__(self, device: torch.device) -> tuple[int, int]:
+        self[device] = torch.cuda.get_device_capability(device)
+        return self[device]
+
+
+KNOWN_CAPABILITIES = Capabilities()
 
 
 def attend_in_one_call(

@@ -1,26 +1,60 @@
 """Compiled blocks: faster steps after a slow first one."""
 
+import shutil
+import sysconfig
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
 import torch
+from torch import nn
 
 from lit_gpt.model.gpt import GPT
 
 
 def compile_blocks(model: GPT) -> None:
-    """Compiles the blocks with torch.compile, in place. Lengths stay free, so that a batch compiles nothing anew.
+    """Compiles the blocks and the loss with torch.compile, in place, for training.
 
-    Blocks of one kind are one graph, which is compiled once. On CUDA in half precision attention is in it; elsewhere it
-    is a loop over records, which runs as it is between two graphs.
+    Blocks of one kind are one graph, which is compiled once, within 15 seconds or so; lengths stay free, so that no
+    batch compiles anything anew. On CUDA in half precision attention is in the graph; elsewhere it is a loop over
+    records, which runs as it is between two graphs. Without gradients, to validate and to answer, blocks run as they
+    are: each kind of call would have to be compiled for itself.
     """
-    # Dynamo gives up on a function that it has compiled so often, with a warning, and runs it as it is. A model has few
-    # kinds of blocks, but each is compiled for training, for validation and for answers
+    # Dynamo gives up on a function that it has compiled so often, with a warning, and runs it as it is. Half a dozen
+    # are usual: records that share prefixes and others, blocks with LoRA and others
     torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+    model.loss_and_gradient = torch.compile(model.loss_and_gradient, dynamic=True)
     model.transformer.wte.register_forward_hook(ask_for_gradient)
     for block in model.transformer.h:
         # `forward`, and not the block: the hooks by which weights are put together from slices stay outside
-        block.forward = torch.compile(block.forward, dynamic=True)
+        block.forward = compiled_in_training(block.forward)
 
 
-def ask_for_gradient(wte: torch.nn.Module, inputs: tuple, x: torch.Tensor) -> None:
+def compiled_in_training(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A function that does what `forward` does, compiled where gradients are asked for."""
+    compiled = torch.compile(forward, dynamic=True)
+
+    def run(*args: Any, **kwargs: Any) -> torch.Tensor:
+        chosen = compiled if torch.is_grad_enabled() else forward
+        return chosen(*args, **kwargs)
+
+    return run
+
+
+def ask_for_gradient(wte: nn.Module, inputs: tuple, x: torch.Tensor) -> None:
     """A hook: the first block gets an input like that of all others, or it would be compiled for itself."""
     if torch.is_grad_enabled():
         x.requires_grad_()
+
+
+def missing_for_compiling(device: torch.device) -> list[str]:
+    """What torch.compile needs for a device, and this machine does not have."""
+    missing = []
+    if device.type != "cpu" and find_spec("triton") is None:
+        missing.append("the package triton")
+    if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+        missing.append("a C compiler")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        missing.append("Python's headers (Python.h)")
+    return missing

@@ -5,21 +5,14 @@
     gated           activation(gate) * up                       keeps gate and up
     low_rank_linear W x + scaling * B A x                       keeps x, and A x
 
-Built from PyTorch's own operations, each of these reads and writes its inputs several times, and keeps for backward
-what is soon computed again: in float32, whatever the model is. On a GPU that took a third of a step's time and of its
-memory (tutorials/gpu.md). Here a formula stands beside its gradient; on CUDA torch.compile makes one kernel of each.
-Where no gradient is asked for, to generate and to validate, formulas run as they are: there is nothing to keep, and
-nothing to wait for while a compiler works. Inside of a compiled block (`compile.py`) they run as they are, too: the
-compiler sees all of the block, and writes its own backward.
+Built from PyTorch's own operations, each of these makes autograd keep what is soon computed again, in float32 whatever
+the model is, and read and write it several times in backward: a third of a step's memory. Here each formula stands
+beside its gradient. Where no gradient is asked for, formulas run as they are. In a compiled block (`compile.py`) they
+do, too: the compiler sees all of the block, makes few kernels of it, and writes its own backward.
 
 Half precision is computed in float32, and rounded once. The legend of the shapes is in `gpt.py`."""
 
-import shutil
-import sys
-import sysconfig
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -32,43 +25,6 @@ from lit_gpt.model.rope import apply_rope
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """Half precision becomes float32; float32 and float64 stay."""
     return torch.promote_types(dtype, torch.float32)
-
-
-# ---- one kernel on CUDA
-
-
-def in_one_kernel(formula: Callable[..., Any], first: torch.Tensor, *others: Any) -> Any:
-    """formula(first, *others), of which torch.compile makes one kernel if the tensors are on CUDA."""
-    if first.is_cuda and can_compile():
-        return compiled(formula)(first, *others)
-    return formula(first, *others)
-
-
-@cache
-def compiled(formula: Callable[..., Any]) -> Callable[..., Any]:
-    """The formula, compiled when it is called for the first time. Lengths stay free."""
-    return torch.compile(formula, dynamic=True)
-
-
-@cache
-def can_compile() -> bool:
-    """Whether this machine has what torch.compile needs for CUDA; says once what is missing, since it costs speed."""
-    missing = []
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        missing.append("the package triton")
-    if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
-        missing.append("a C compiler")
-    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        missing.append("Python.h")
-    if missing:
-        print(
-            f"Training is slower than it could be: torch.compile needs {' and '.join(missing)} to write kernels for the"
-            " GPU. Debian and Ubuntu: apt install build-essential python3-dev.",
-            file=sys.stderr,
-        )
-    return not missing
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:
@@ -104,12 +60,12 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
-        # PyTorch's own kernel is launched faster than a compiled one; it wants one dtype
+        # PyTorch has a kernel of its own for GPUs, which wants one dtype
         ctx.native = x.is_cuda and x.dtype == weight.dtype and offset == 0
         if ctx.native:
             y, r = torch.ops.aten._fused_rms_norm(x, list(weight.shape), weight, eps)
         else:
-            y, r = in_one_kernel(norm_forward, x, weight, eps, offset)
+            y, r = norm_forward(x, weight, eps, offset)
         ctx.save_for_backward(x, weight, r)
         ctx.offset = offset
         return y
@@ -123,8 +79,8 @@ class RMSNormFunction(torch.autograd.Function):
                 grad, x, list(weight.shape), r, weight, [needs_x, needs_weight]
             )
             return x_grad, weight_grad, None, None
-        x_grad = in_one_kernel(norm_backward, grad, x, weight, r, ctx.offset) if needs_x else None
-        weight_grad = in_one_kernel(norm_weight_gradient, grad, x, weight, r) if needs_weight else None
+        x_grad = norm_backward(grad, x, weight, r, ctx.offset) if needs_x else None
+        weight_grad = norm_weight_gradient(grad, x, weight, r) if needs_weight else None
         return x_grad, weight_grad, None, None
 
 
@@ -176,12 +132,12 @@ class RotateFunction(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(cos, sin)
-        return in_one_kernel(rotate_forward, q, k, cos, sin)
+        return rotate_forward(q, k, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, q_grad: torch.Tensor, k_grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        q_grad, k_grad = in_one_kernel(rotate_back, q_grad, k_grad, cos, sin)
+        q_grad, k_grad = rotate_back(q_grad, k_grad, cos, sin)
         return q_grad, k_grad, None, None
 
 
@@ -245,12 +201,12 @@ class GatedFunction(torch.autograd.Function):
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return in_one_kernel(gated_forward, gate, up, activation)
+        return gated_forward(gate, up, activation)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         gate, up = ctx.saved_tensors
-        gate_grad, up_grad = in_one_kernel(gated_backward, grad, gate, up, ctx.activation)
+        gate_grad, up_grad = gated_backward(grad, gate, up, ctx.activation)
         return gate_grad, up_grad, None
 
 
@@ -372,20 +328,15 @@ def input_gradient(linear: nn.Module, grad: torch.Tensor) -> torch.Tensor:
 # ---- loss
 
 
-def cross_entropy_and_gradient(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_and_gradient(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The summed cross entropy of logits (N, V) to target (N,), a scalar, and its gradient, (N, V).
 
-    The scalar is in float32 or wider, the gradient in the dtype of the logits.
+    The scalar is in float32 or wider, the gradient in the dtype of the logits: p, less one where the target is.
     """
-    return in_one_kernel(loss_and_gradient, logits, target)
-
-
-def loss_and_gradient(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """-log p of the targets; and p, less one where the target is."""
     log_p = logits.log_softmax(-1, dtype=at_least_float32(logits.dtype))
     loss = -log_p.gather(1, target[:, None]).sum()
-    if logits.is_cuda:
-        # one kernel for all of it, which writes nothing but the gradient
+    if torch.compiler.is_compiling():
+        # few kernels for all of it, which write nothing but the gradient
         is_target = torch.arange(logits.size(1), device=logits.device) == target[:, None]
         return loss, (log_p.exp() - is_target.to(log_p.dtype)).to(logits.dtype)
     grad = log_p.exp_()

@@ -32,8 +32,9 @@ from torch import nn
 from lit_gpt.config import Config
 from lit_gpt.model.attention import CausalSelfAttention, Mask, cache_masks
 from lit_gpt.model.embeddings import EMBEDDINGS
+from lit_gpt.model.fused import loss_and_gradient
 from lit_gpt.model.kv_cache import KVCache, LayerCache
-from lit_gpt.model.loss import summed_loss
+from lit_gpt.model.loss import LossAndGradient, summed_loss
 from lit_gpt.model.mlp import MLPS
 from lit_gpt.model.norms import NORMS
 from lit_gpt.model.packing import Layout
@@ -69,6 +70,8 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
         # called for every family: most multiply by 1, which changes no bit
         self.scale_logits = SoftCap(config.final_softcap) if config.final_softcap else Scale(config.logit_scale)
+        # a part like any other, for which `compile.py` puts in a compiled one
+        self.loss_and_gradient: LossAndGradient = loss_and_gradient
 
         # rotations and masks are made once per call for all blocks; there is one of each kind that a block needs
         kinds = {block.rope for block in self.transformer.h}
@@ -129,7 +132,14 @@ class GPT(nn.Module):
         x = x[0].index_select(0, layout.target_index)  # (N, C)
         x = self.transformer.ln_f(x)
         # the cross entropy of all targets, added up over chunks: the logits of all positions are never in memory
-        return summed_loss(self.logits, self.lm_head.out_features, self.lm_head.parameters(), x, layout.target)
+        return summed_loss(
+            self.logits,
+            self.loss_and_gradient,
+            self.lm_head.out_features,
+            self.lm_head.parameters(),
+            x,
+            layout.target,
+        )
 
     def hidden(
         self,

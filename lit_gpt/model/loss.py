@@ -8,10 +8,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lit_gpt.model.fused import at_least_float32, cross_entropy_and_gradient
+from lit_gpt.model.fused import at_least_float32
 
 # from hidden states (N, C) to logits (N, V)
 Head = Callable[[torch.Tensor], torch.Tensor]
+# from logits (N, V) and targets (N,) to the summed loss, a scalar, and the gradient of the logits: see `fused.py`
+LossAndGradient = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class SummedLoss(torch.autograd.Function):
@@ -24,7 +26,13 @@ class SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, head: Head, n_rows: int, x: torch.Tensor, target: torch.Tensor, *trained: torch.Tensor
+        ctx,
+        head: Head,
+        loss_and_gradient: LossAndGradient,
+        n_rows: int,
+        x: torch.Tensor,
+        target: torch.Tensor,
+        *trained: torch.Tensor,
     ) -> torch.Tensor:
         """The loss, a scalar, of x (N, C) and target (N,). `trained` are the parameters of the head that train."""
         loss = x.new_zeros((), dtype=at_least_float32(x.dtype))
@@ -36,7 +44,7 @@ class SummedLoss(torch.autograd.Function):
             with torch.enable_grad():
                 x_rows = x[rows].detach().requires_grad_()
                 logits = head(x_rows)
-            chunk_loss, logits_grad = cross_entropy_and_gradient(logits.detach(), target[rows])
+            chunk_loss, logits_grad = loss_and_gradient(logits.detach(), target[rows])
             x_grad[rows], *chunk_grads = torch.autograd.grad(logits, (x_rows, *trained), logits_grad)
             for head_grad, chunk_grad in zip(head_grads, chunk_grads, strict=True):
                 head_grad += chunk_grad
@@ -56,16 +64,22 @@ class SummedLoss(torch.autograd.Function):
             return (kept * grad.to(dtype)).to(kept.dtype)
 
         x_grad, *head_grads = map(times_grad, ctx.saved_tensors)
-        return None, None, x_grad, None, *head_grads
+        return None, None, None, x_grad, None, *head_grads
 
 
 def summed_loss(
-    head: Head, vocab_size: int, params: Iterable[nn.Parameter], x: torch.Tensor, target: torch.Tensor
+    head: Head,
+    loss_and_gradient: LossAndGradient,
+    vocab_size: int,
+    params: Iterable[nn.Parameter],
+    x: torch.Tensor,
+    target: torch.Tensor,
 ) -> torch.Tensor:
     """The sum over N targets of -log p(target), a scalar, in float32 or wider.
 
     Args:
         head: Makes logits (N, V) from x.
+        loss_and_gradient: The cross entropy of logits, with its gradient.
         vocab_size: V.
         params: The parameters that `head` uses.
         x: Hidden states, (N, C). N may be 0.
@@ -74,7 +88,7 @@ def summed_loss(
     n_rows = rows_at_once(vocab_size, x.dtype)
     if torch.is_grad_enabled():
         trained = [param for param in params if param.requires_grad]
-        return SummedLoss.apply(head, n_rows, x, target, *trained)
+        return SummedLoss.apply(head, loss_and_gradient, n_rows, x, target, *trained)
     loss = x.new_zeros((), dtype=at_least_float32(x.dtype))
     for rows in chunks(x.size(0), n_rows):
         logits = head(x[rows])

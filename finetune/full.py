@@ -54,7 +54,7 @@ def main(
     model: GPT = build_model(config)  # no weights yet
     base_fingerprint = load_weights(model, args.checkpoint_dir, weight_dtype(args.precision), loading_device(fabric))
     mark_chosen_as_trainable(model, full)
-    recompute_or_compile_blocks(model, args)  # if --activation_checkpointing or --compile says so
+    recompute_or_compile_blocks(model, args)  # as --activation_checkpointing and --compile say
 
     # out_dir: --overwrite sets the old run aside until this one has saved, --resume refuses other settings than its
     # own. Then hyperparameters.yaml is written. `fit` will save the whole model to `best` and `last`, as Hugging Face

@@ -62,7 +62,7 @@ def main(
     base_fingerprint = load_weights(model, args.checkpoint_dir, weight_dtype(args.precision), loading_device(fabric))
     apply_lora(model, lora)  # the chosen linears -> LoRALinear, in place; B is zero, so nothing has changed yet
     mark_only_lora_as_trainable(model)
-    recompute_or_compile_blocks(model, args)  # if --activation_checkpointing or --compile says so
+    recompute_or_compile_blocks(model, args)  # as --activation_checkpointing and --compile say
 
     # out_dir: --overwrite sets the old run aside until this one has saved, --resume refuses other settings than its
     # own. Then hyperparameters.yaml is written. `fit` will save A and B to `best` and `last`, as lora.safetensors

@@ -6,13 +6,15 @@ from helpers.flash import flash_on_a_cpu
 from helpers.fused_cases import CASES, C, T, inputs_of, random, results
 from torch.nn import functional as F
 
-from lit_gpt import GPT, Config
+from lit_gpt import GPT, Config, InputError, recipe
 from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
 from lit_gpt.model import attention, fused
 from lit_gpt.model.activation_checkpointing import recompute_blocks
 from lit_gpt.model.compile import compile_blocks
+from lit_gpt.model.loss import chunks
 from lit_gpt.model.packing import Layout
 from lit_gpt.quantize import quantize_linears
+from lit_gpt.recipe import is_to_compile
 
 each_case = pytest.mark.parametrize("name", CASES)
 
@@ -101,7 +103,28 @@ def test_the_gradient_of_the_loss(dtype: torch.dtype) -> None:
     assert (grad.double() - wanted).abs().max() <= tolerance
 
 
+@pytest.mark.parametrize(("n", "at_most"), [(0, 5), (1, 5), (5, 5), (6, 5), (23, 5), (1000, 1)])
+def test_chunks_are_of_nearly_one_size(n: int, at_most: int) -> None:
+    rows = [list(range(n))[chunk] for chunk in chunks(n, at_most)]
+    assert sum(rows, []) == list(range(n))
+    sizes = {len(chunk) for chunk in rows}
+    assert all(0 < size <= at_most for size in sizes) and (not sizes or max(sizes) - min(sizes) <= 1)
+
+
 # ---- compiled blocks
+
+
+def test_what_is_compiled(monkeypatch) -> None:
+    """On a GPU by default, on a CPU by a flag; where something is missing, it is said."""
+    model = tiny_model(None, n_layer=1)
+    assert not is_to_compile(model, None) and not is_to_compile(model, False) and is_to_compile(model, True)
+    monkeypatch.setattr(recipe, "compiling_pays", lambda device: True)
+    assert is_to_compile(model, None) and not is_to_compile(model, False)
+    monkeypatch.setenv("PATH", "")
+    assert not is_to_compile(model, None)
+    with pytest.raises(InputError, match="--compile: torch.compile needs a C compiler.*apt install"):
+        is_to_compile(model, True)
+
 
 RECORDS = [(0, 3), (1, 4), (2, 2), (3, 6)]  # a seed, and how many records
 

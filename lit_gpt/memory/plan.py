@@ -6,7 +6,6 @@ Nothing is estimated, except what no dispatcher sees: memory inside a kernel, th
 the allocator wastes, and where CUDA's kernels keep other things than the CPU's:
 
     attention with a mask or in float32      keys and values of grouped heads are repeated for every query head
-    AdamW                                    works on all parameters at once: up to one more copy of the trained ones
     8-bit optimizers                         cannot step without values: `Adam8bitMemory` steps for them
     4 bits, a few tokens                     multiplies by the codes, and makes no weight
 """

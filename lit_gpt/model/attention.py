@@ -184,24 +184,13 @@ def has_flash_attention(q: torch.Tensor) -> bool:
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
         return False
     head_size = q.size(-1)
-    return head_size % 8 == 0 and head_size <= 256 and compute_capability(q.device) >= (8, 0)
+    return head_size % 8 == 0 and head_size <= 256 and is_ampere_or_newer(q.device)
 
 
 @torch.compiler.assume_constant_result
-def compute_capability(device: torch.device) -> tuple[int, int]:
-    """The generation of an NVIDIA GPU: (8, 0) is Ampere, the first with bfloat16."""
-    return KNOWN_CAPABILITIES[device]
-
-
-class Capabilities(dict[torch.device, tuple[int, int]]):
-    """Every block asks in every pass: the driver is asked once."""
-
-    def __missing__(self, device: torch.device) -> tuple[int, int]:
-        self[device] = torch.cuda.get_device_capability(device)
-        return self[device]
-
-
-KNOWN_CAPABILITIES = Capabilities()
+def is_ampere_or_newer(device: torch.device) -> bool:
+    """Whether an NVIDIA GPU is of the first generation with bfloat16, compute capability 8.0, or of a later one."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attend_in_one_call(

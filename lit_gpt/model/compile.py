@@ -2,6 +2,7 @@
 
 import shutil
 import sysconfig
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,7 @@ def compile_blocks(model: GPT) -> None:
     """
     # Dynamo gives up on a function that it has compiled so often, with a warning, and runs it as it is. Half a dozen
     # are usual: records that share prefixes and others, blocks with LoRA and others
+    warnings.filterwarnings("ignore", message=r"\s*Online softmax is disabled")  # of the loss: nothing can be done
     torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
     model.loss_and_gradient = torch.compile(model.loss_and_gradient, dynamic=True)
     model.transformer.wte.register_forward_hook(ask_for_gradient)

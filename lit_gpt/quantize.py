@@ -27,9 +27,10 @@ Quantize = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8"]
 UNQUANTIZED = "lm_head|gate"  # linears that stay as they are, by the ends of their names; a gate chooses experts
 BLOCK_SIZE = 64  # values that share a scale
 SCALE_BLOCK_SIZE = 256  # scales that share one, with -dq: bitsandbytes' kernels know no other number
-# values to quantize in one call, by the kind of device. The kernels need four times as much room as these; on a GPU a
+# values to quantize in one call: on a CPU, whose kernels need four times as much room as these; and on a GPU, where a
 # call costs more than so few values do
-VALUES_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
+VALUES_AT_ONCE = 2**18
+VALUES_AT_ONCE_ON_A_GPU = 2**26
 
 
 # what `QuantizedLinear.tensors` gives
@@ -231,7 +232,7 @@ def quantize_to_8_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
     codes = []
     scales = []
-    rows_at_once = max(1, VALUES_AT_ONCE[weight.device.type] // weight.size(1))
+    rows_at_once = max(1, values_at_once(weight) // weight.size(1))
     for rows in weight.split(rows_at_once):
         row_codes, row_scales, _ = int8_vectorwise_quant(rows.half().contiguous())
         codes.append(row_codes)
@@ -248,11 +249,16 @@ def quantize_to_4_bits(weight: torch.Tensor, format: str) -> tuple[torch.Tensor,
     codes = []
     scales = []
     # pieces of whole blocks: the codes are those of the whole weight
-    for piece in weight.flatten().split(VALUES_AT_ONCE[weight.device.type]):
+    for piece in weight.flatten().split(values_at_once(weight)):
         piece_codes, state = quantize_4bit(piece, blocksize=BLOCK_SIZE, quant_type=format)
         codes.append(piece_codes)
         scales.append(state.absmax)
     return torch.cat(codes), torch.cat(scales)
+
+
+def values_at_once(weight: torch.Tensor) -> int:
+    """How many values of a weight are quantized in one call."""
+    return VALUES_AT_ONCE if weight.device.type == "cpu" else VALUES_AT_ONCE_ON_A_GPU
 
 
 def frozen_parameter(tensor: torch.Tensor) -> nn.Parameter:

@@ -429,7 +429,7 @@ def test_codes_are_those_of_bitsandbytes(kind: Quantize, monkeypatch: pytest.Mon
 
         # another number of parts
         with monkeypatch.context() as patch:
-            patch.setitem(lit_gpt.quantize.VALUES_AT_ONCE, DEVICE.type, 2**12)
+            patch.setattr(lit_gpt.quantize, "values_at_once", lambda weight: 2**12)
             in_parts = quantized(weight.to(DEVICE), kind)
         for name in ours.layout():
             assert torch.equal(getattr(in_parts, name), getattr(ours, name)), name

@@ -115,9 +115,9 @@ MAY_KNOW = {
     "runs": "checkpoint data model lora adapter full quantize config device sharding distributed display cli"
     " failures errors lock ranges files packages",
     # no method, no tokenizer, no file format
-    "train": "data.dataset make_optimizer device sharding runs.log runs.resume display.words interruption failures"
-    " out_of_memory errors ranges",
-    "recipe": "make_optimizer runs data model quantize config device sharding distributed ranges",
+    "train": "data.dataset make_optimizer model.packing device sharding runs.log runs.resume display.words interruption"
+    " failures out_of_memory errors ranges",
+    "recipe": "make_optimizer runs data model quantize config device sharding distributed ranges errors",
     "adapter_recipe": "recipe train runs generate checkpoint data quantize config device sharding",
     "memory": "train make_optimizer runs checkpoint data model quantize config device sharding display"
     " interruption errors",
@@ -351,7 +351,8 @@ def test_importing_a_file_only_defines(path: Path) -> None:
 
 ENVIRONMENT = (
     "os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')",
-    "os.environ.setdefault('PYTORCH_ALLOC_CONF', os.environ.get('PYTORCH_CUDA_ALLOC_CONF', 'expandable_segments:True'))",
+    "os.environ.setdefault('PYTORCH_ALLOC_CONF',"
+    " os.environ.get('PYTORCH_CUDA_ALLOC_CONF', 'expandable_segments:True'))",
 )
 """What importing the package does, and nothing else: lit_gpt/__init__.py says why."""
 

@@ -105,7 +105,7 @@ def test_a_part_at_a_time_gives_the_same_codes(kind: Quantize, monkeypatch) -> N
     """Of 3,000 values in parts of 128, or two rows each: the last one is short."""
     linear = make_linear(50, 60, torch.float32)
     whole = quantized(linear, kind).state_dict()
-    monkeypatch.setitem(lit_gpt.quantize.VALUES_AT_ONCE, "cpu", 128)
+    monkeypatch.setattr(lit_gpt.quantize, "VALUES_AT_ONCE", 128)
     assert equal(quantized(linear, kind).state_dict(), whole)
     assert quantized(make_linear(1, 2, torch.float32), kind).dequantize().shape == (1, 2), "a single byte, with 4 bits"
 

@@ -47,6 +47,7 @@ class CausalSelfAttention(nn.Module):
         self.window = config.window_of(layer)
         self.scale = config.attn_scale_of(layer)
         self.softcap = config.attn_softcap or None  # a cap of 0 in somebody's config.json means none
+        # a part like the linears, for which `compile.py` puts in one that a graph can hold
         self.attention_function: Kernel = compute_attention
 
     def forward(
@@ -128,12 +129,12 @@ def compute_attention(
     This is the one place where a kernel is chosen, by device, dtype and mask. To add one, write a function with the
     signature of `Kernel`.
     """
-    if isinstance(mask, Layout) and softcap is None and has_flash_attention(q):
+    if takes_one_call(q, mask, softcap):
+        assert isinstance(mask, Layout)
         return attend_in_one_call(q, k, v, mask, window=window, scale=scale)
     return attend_by_segment(q, k, v, mask, window=window, scale=scale, softcap=softcap)
 
 
-@torch.compiler.disable  # how many segments there are differs from batch to batch
 def attend_by_segment(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -179,6 +180,11 @@ def attend_by_segment(
     return torch.cat(outputs, dim=2)
 
 
+def takes_one_call(q: torch.Tensor, mask: Mask, softcap: float | None) -> bool:
+    """Whether all records of a packed row are one call of flash attention, which knows no soft cap."""
+    return isinstance(mask, Layout) and softcap is None and has_flash_attention(q)
+
+
 def has_flash_attention(q: torch.Tensor) -> bool:
     """Whether flash attention for records of many lengths knows this device, this dtype and this size of heads."""
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
@@ -187,7 +193,6 @@ def has_flash_attention(q: torch.Tensor) -> bool:
     return head_size % 8 == 0 and head_size <= 256 and is_ampere_or_newer(q.device)
 
 
-@torch.compiler.assume_constant_result
 def is_ampere_or_newer(device: torch.device) -> bool:
     """Whether an NVIDIA GPU is of the first generation with bfloat16, compute capability 8.0, or of a later one."""
     return torch.cuda.get_device_capability(device) >= (8, 0)

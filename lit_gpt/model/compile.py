@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lit_gpt.model.attention import Kernel, Mask, compute_attention, takes_one_call
 from lit_gpt.model.gpt import GPT
 
 
@@ -26,11 +27,36 @@ def compile_blocks(model: GPT) -> None:
     # are usual: records that share prefixes and others, blocks with LoRA and others
     warnings.filterwarnings("ignore", message=r"\s*Online softmax is disabled")  # of the loss: nothing can be done
     torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+    attention = one_call_in_the_graph()
     model.loss_and_gradient = torch.compile(model.loss_and_gradient, dynamic=True)
     model.transformer.wte.register_forward_hook(ask_for_gradient)
     for block in model.transformer.h:
         # `forward`, and not the block: the hooks by which weights are put together from slices stay outside
         block.forward = compiled_in_training(block.forward)
+        block.attn.attention_function = attention
+
+
+def one_call_in_the_graph() -> Kernel:
+    """Attention for compiled blocks: one call is part of the graph, all else runs as it is.
+
+    How many segments a loop goes through differs from batch to batch, and with a cache so does the mask.
+    """
+    not_compiled = torch.compiler.disable(compute_attention)
+
+    def attend(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: Mask,
+        window: int | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        if takes_one_call(q, mask, softcap):
+            return compute_attention(q, k, v, mask, window=window, scale=scale)
+        return not_compiled(q, k, v, mask, window=window, scale=scale, softcap=softcap)
+
+    return attend
 
 
 def compiled_in_training(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -23,10 +23,13 @@ def compile_blocks(model: GPT) -> None:
     records, which runs as it is between two graphs. Without gradients, to validate and to answer, blocks run as they
     are: each kind of call would have to be compiled for itself.
     """
+    # of the loss, whose rows are long: nothing can be done about it
+    warnings.filterwarnings("ignore", message=r"\s*Online softmax is disabled")
+
     # Dynamo gives up on a function that it has compiled so often, with a warning, and runs it as it is. Half a dozen
     # are usual: records that share prefixes and others, blocks with LoRA and others
-    warnings.filterwarnings("ignore", message=r"\s*Online softmax is disabled")  # of the loss: nothing can be done
     torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+
     attention = one_call_in_the_graph()
     model.loss_and_gradient = torch.compile(model.loss_and_gradient, dynamic=True)
     model.transformer.wte.register_forward_hook(ask_for_gradient)

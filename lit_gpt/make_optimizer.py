@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from lit_gpt.train import TrainArgs
 
-# those that PyTorch has a fused step of on every kind of device; AdamW is an Adam
-FUSED = (torch.optim.Adam, torch.optim.SGD)
+# has a fused step on every kind of device, which takes weights that are split, too: SGD's does not. AdamW is an Adam
+FUSED = (torch.optim.Adam,)
 
 # for a step that is thrown away: any settings will do
 TRIAL_SETTINGS: Any = SimpleNamespace(learning_rate=1e-4, weight_decay=0.01, beta1=0.9, beta2=0.95)

@@ -64,7 +64,7 @@ def how_to_join_pieces() -> str:
         return ""
     return (
         " If much more was reserved than held, the memory is in pieces: PYTORCH_ALLOC_CONF=expandable_segments:True"
-        " before the command joins them, and is the default if no such variable is set."
+        " before the command joins them."
     )
 
 

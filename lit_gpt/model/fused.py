@@ -105,7 +105,7 @@ def norm_backward(
     g = grad * factor
     n = x * r
     inner = (g * n).mean(-1, keepdim=True)
-    return ((g - n * inner) * r).to(x.dtype)
+    return g.sub_(n.mul_(inner)).mul_(r).to(x.dtype)  # in place: both are ours alone
 
 
 def norm_weight_gradient(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, r: torch.Tensor) -> torch.Tensor:

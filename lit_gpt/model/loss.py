@@ -106,7 +106,7 @@ def rows_at_once(vocab_size: int, dtype: torch.dtype) -> int:
 
 
 # logits of a chunk, by the dtype of the hidden states
-LOGITS = {torch.bfloat16: 2**26, torch.float16: 2**26, torch.float32: 2**23, torch.float64: 2**23}
+LOGITS = {torch.bfloat16: 2**26, torch.float16: 2**26, torch.float32: 2**22, torch.float64: 2**22}
 
 
 def chunks(n: int, at_most: int) -> list[slice]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from lit_gpt.errors import InputError
 from lit_gpt.model.fused import low_rank_linear
@@ -155,17 +154,6 @@ class LoRALinear(nn.Module):
         x_low = self.dropout(x) if self.training and self.dropout.p else None
         return low_rank_linear(x, self.linear, self.lora_A, self.lora_B, self.scaling, x_low)  # (B, T, out)
 
-    def down(self, x: torch.Tensor) -> torch.Tensor:
-        """(alpha / r) A x, in the dtype of x."""
-        A = self.lora_A.to(x.dtype)
-        x = self.dropout(x)
-        return self.scaling * F.linear(x, A)
-
-    def up(self, low: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """B times the output of `down`. `dtype` is that of x: under autocast the output of `down` has another."""
-        B = self.lora_B.to(dtype)
-        return F.linear(low, B)
-
     @torch.no_grad()
     def merged(self) -> nn.Module:
         """The wrapped linear with the change added to its weight: in float32, rounded once.
@@ -212,13 +200,11 @@ class DoRALinear(LoRALinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             lengths = super().changed(self.base_weight()).norm(dim=1)
-        low = self.down(x)  # (B, T, in) -> (B, T, r)
         # m / |V| is for V x alone: the bias is taken off the linear's output, and put back
         bias = self.linear.bias
         if bias is None:
             bias = 0
-        y = self.linear(x) - bias  # (B, T, out)
-        y = y + self.up(low, x.dtype)
+        y = super().forward(x) - bias  # (B, T, out)
         scale = (self.lora_magnitude / lengths).to(x.dtype)
         return y * scale + bias
 

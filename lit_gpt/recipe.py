@@ -136,9 +136,8 @@ def is_to_compile(model: GPT, wish: bool | None) -> bool:
         InputError: it is asked for, and something is missing that it needs.
     """
     device = next(model.parameters()).device
-    if wish is None and (not compiling_pays(device) or model.config.n_expert):
-        return False
-    if wish is False:
+    by_default = compiling_pays(device) and not model.config.n_expert
+    if wish is False or (wish is None and not by_default):
         return False
     missing = missing_for_compiling(device)
     if not missing:

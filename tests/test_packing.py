@@ -100,6 +100,7 @@ def test_a_model_takes_one_call_where_it_can(changes, share, flash, monkeypatch)
     idx, layout = Layout.end_to_end(records, share)
     expected = model(idx, layout=layout)
     expected_gradients = gradients(model, expected)
+    assert "varlen" not in vars(layout), "the loop over segments does not pay for it"
 
     monkeypatch.setattr(attention, "has_flash_attention", lambda q: True)
     called = 0
@@ -114,6 +115,7 @@ def test_a_model_takes_one_call_where_it_can(changes, share, flash, monkeypatch)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     assert_equal(gradients(model, loss), expected_gradients)
     assert called == (2 if "attn_softcap" not in changes else 0)
+    assert ("varlen" in vars(layout)) == ("attn_softcap" not in changes)
 
 
 def test_a_wrong_index_would_be_seen(flash) -> None:

@@ -54,8 +54,7 @@ def test_peft_gives_the_same_logits(name, folder, tmp_path) -> None:
     plain = base(tokens(1, 15)).logits
     theirs = PeftModel.from_pretrained(base, tmp_path).eval()
     assert error(model(tokens(1, 15)), plain) > 1e-2
-    # sums in other orders, in float32: most cases are within 1e-6, one with large changes of small weights 2.1e-5
-    assert error(theirs(tokens(1, 15)).logits, model(tokens(1, 15))) < 5e-5
+    assert error(theirs(tokens(1, 15)).logits, model(tokens(1, 15))) < 2e-5
     theirs.save_pretrained(tmp_path / "theirs")
     again, _ = load_finetuned(folder, tmp_path / "theirs")
     assert error(again(tokens(1, 15)), model(tokens(1, 15))) < 2e-5

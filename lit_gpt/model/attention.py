@@ -8,7 +8,7 @@
 The legend of the shapes is in `gpt.py`."""
 
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import nn
@@ -63,7 +63,8 @@ class CausalSelfAttention(nn.Module):
         q = self.split_heads(self.norm_q(self.q(x)))  # (B, nh, T, hs)
         k = self.split_heads(self.norm_k(self.k(x)))  # (B, ng, T, hs)
         v = self.split_heads(self.norm_v(self.v(x)))  # (B, ng, T, hs)
-        q, k = rotate(q, k, cos, sin)
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
 
         # keys are cached as they are rotated: a token's position never changes
         if cache is not None:
@@ -129,8 +130,7 @@ def compute_attention(
     This is the one place where a kernel is chosen, by device, dtype and mask. To add one, write a function with the
     signature of `Kernel`.
     """
-    if takes_one_call(q, mask, softcap):
-        assert isinstance(mask, Layout)
+    if takes_one_call(mask, q, softcap):
         return attend_in_one_call(q, k, v, mask, window=window, scale=scale)
     return attend_by_segment(q, k, v, mask, window=window, scale=scale, softcap=softcap)
 
@@ -180,7 +180,7 @@ def attend_by_segment(
     return torch.cat(outputs, dim=2)
 
 
-def takes_one_call(q: torch.Tensor, mask: Mask, softcap: float | None) -> bool:
+def takes_one_call(mask: Mask, q: torch.Tensor, softcap: float | None) -> TypeGuard[Layout]:
     """Whether all records of a packed row are one call of flash attention, which knows no soft cap."""
     return isinstance(mask, Layout) and softcap is None and has_flash_attention(q)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from lit_gpt.model.attention import Kernel, Mask, compute_attention, takes_one_call
 from lit_gpt.model.gpt import GPT
+from lit_gpt.model.packing import Layout
 
 
 def compile_blocks(model: GPT) -> None:
@@ -55,7 +56,7 @@ def one_call_in_the_graph() -> Kernel:
         scale: float | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        if takes_one_call(q, mask, softcap):
+        if takes_one_call(mask, q, softcap):
             return compute_attention(q, k, v, mask, window=window, scale=scale)
         return not_compiled(q, k, v, mask, window=window, scale=scale, softcap=softcap)
 
@@ -66,9 +67,12 @@ def compiled_in_training(forward: Callable[..., torch.Tensor]) -> Callable[..., 
     """A function that does what `forward` does, compiled where gradients are asked for."""
     compiled = torch.compile(forward, dynamic=True)
 
-    def run(*args: Any, **kwargs: Any) -> torch.Tensor:
-        chosen = compiled if torch.is_grad_enabled() else forward
-        return chosen(*args, **kwargs)
+    def run(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: Mask = None, *others: Any) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return forward(x, cos, sin, mask, *others)
+        if isinstance(mask, Layout):
+            _ = mask.varlen  # made by the first block that asks: the compiler cannot read how
+        return compiled(x, cos, sin, mask, *others)
 
     return run
 
@@ -83,7 +87,7 @@ def missing_for_compiling(device: torch.device) -> list[str]:
     """What torch.compile needs for a device, and this machine does not have."""
     missing = []
     if device.type != "cpu" and find_spec("triton") is None:
-        missing.append("the package triton")
+        missing.append("the package triton (pip install triton)")
     if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
         missing.append("a C compiler")
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():

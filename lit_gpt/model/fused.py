@@ -88,21 +88,21 @@ def norm_forward(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: floa
     """The norm of x (..., C), and what each row was multiplied by for it, (..., 1)."""
     wide = x.to(at_least_float32(x.dtype))
     r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    # the sum is made in the wider dtype: a bfloat16 1 + weight would lose most of a small weight
-    factor = weight.to(wide.dtype)
-    if offset:
-        factor = factor + offset
-    return (wide * r * factor).to(x.dtype), r
+    return (wide * r * norm_factor(weight, offset, wide.dtype)).to(x.dtype), r
+
+
+def norm_factor(weight: torch.Tensor, offset: float, dtype: torch.dtype) -> torch.Tensor:
+    """What a normed row is multiplied by, (C,). The sum is made in `dtype`, that of the arithmetic: a bfloat16
+    1 + weight would lose most of a small weight."""
+    factor = weight.to(dtype)
+    return factor + offset if offset else factor
 
 
 def norm_backward(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, r: torch.Tensor, offset: float
 ) -> torch.Tensor:
     """The gradient of x, (..., C)."""
-    factor = weight.to(r.dtype)
-    if offset:
-        factor = factor + offset
-    g = grad * factor
+    g = grad * norm_factor(weight, offset, r.dtype)
     n = x * r
     inner = (g * n).mean(-1, keepdim=True)
     return g.sub_(n.mul_(inner)).mul_(r).to(x.dtype)  # in place: both are ours alone
@@ -117,41 +117,25 @@ def norm_weight_gradient(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tens
 # ---- rotary positions
 
 
-def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries (B, nh, T, hs) and keys (B, ng, T, hs) by `apply_rope`, with cosine and sine of (T, rope_n_elem / 2)."""
-    if needs_gradient(q, k):
-        return RotateFunction.apply(q, k, cos, sin)
-    return rotate_forward(q, k, cos, sin)
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Queries or keys (B, heads, T, hs) by `apply_rope`, with cosine and sine of (T, rope_n_elem / 2)."""
+    if needs_gradient(x):
+        return RotateFunction.apply(x, cos, sin)
+    return apply_rope(x, cos, sin)
 
 
 class RotateFunction(torch.autograd.Function):
     """`rotate`. The gradient of a rotation is the rotation back."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        return rotate_forward(q, k, cos, sin)
+        return apply_rope(x, cos, sin)
 
     @staticmethod
-    def backward(ctx: Any, q_grad: torch.Tensor, k_grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        q_grad, k_grad = rotate_back(q_grad, k_grad, cos, sin)
-        return q_grad, k_grad, None, None
-
-
-def rotate_forward(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-
-
-def rotate_back(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both turned by the same angles the other way."""
-    return apply_rope(q, cos, -sin), apply_rope(k, cos, -sin)
+        return apply_rope(grad, cos, -sin), None, None
 
 
 # ---- gated MLP
@@ -206,20 +190,12 @@ class GatedFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         gate, up = ctx.saved_tensors
-        gate_grad, up_grad = gated_backward(grad, gate, up, ctx.activation)
-        return gate_grad, up_grad, None
+        activation = ACTIVATIONS[ctx.activation]
+        return activation.backward(grad * up, gate), grad * activation.forward(gate), None
 
 
 def gated_forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     return ACTIVATIONS[activation].forward(gate) * up
-
-
-def gated_backward(
-    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of gate and of up."""
-    function = ACTIVATIONS[activation]
-    return function.backward(grad * up, gate), grad * function.forward(gate)
 
 
 # ---- a linear with a low-rank change
@@ -247,17 +223,16 @@ def low_rank_linear(
         (..., out)
     """
     # a linear whose own weights train has gradients that the function below does not know
-    base_trains = any(param.requires_grad for param in linear.parameters())
-    if needs_gradient(x, A, B) and not base_trains:
+    if needs_gradient(x, A, B) and not any(param.requires_grad for param in linear.parameters()):
         return LowRankFunction.apply(x, x_low, A, B, scaling, linear)
     y, _, _ = low_rank_forward(x, x_low, A, B, scaling, linear)
     return y
 
 
 class LowRankFunction(torch.autograd.Function):
-    """`low_rank_linear` over a frozen linear. With l = x A^T and the gradient g of the output:
+    """`low_rank_linear` over a frozen linear. With l = scaling x A^T and the gradient g of the output:
 
-    dB = scaling g^T l        dl = scaling g B        dA = dl^T x        dx = g W + dl A
+    dB = g^T l        dl = g B        dA = scaling dl^T x        dx = g W + scaling dl A
     """
 
     @staticmethod
@@ -285,7 +260,7 @@ class LowRankFunction(torch.autograd.Function):
         grad = grad.flatten(0, -2)  # (N, out)
         low_grad = ctx.scaling * (grad @ B.to(grad.dtype))  # (N, r)
         A_grad = (low_grad.T @ rows).to(A.dtype) if needs_A else None
-        B_grad = (grad.T @ low).to(B.dtype).mul_(ctx.scaling) if needs_B else None
+        B_grad = (grad.T @ low).to(B.dtype) if needs_B else None
 
         # through A go the gradients of x, or of what stands in its place
         x_grad = input_gradient(ctx.linear, grad) if needs_x else None
@@ -308,13 +283,13 @@ def low_rank_forward(
     scaling: float,
     linear: nn.Module,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The output (..., out); and, in its dtype, the rows (N, in) that A multiplied, and what came of it, (N, r)."""
+    """The output (..., out); and, in its dtype, the rows (N, in) that A multiplied, and what B did, (N, r)."""
     y = linear(x)
     # under autocast x and y have two dtypes
     rows = (x if x_low is None else x_low).flatten(0, -2).to(y.dtype)
-    low = rows @ A.to(y.dtype).T
+    low = scaling * (rows @ A.to(y.dtype).T)
     # in place: nothing else holds the linear's output, and its backward does not need it
-    y.flatten(0, -2).addmm_(low, B.to(y.dtype).T, alpha=scaling)
+    y.flatten(0, -2).addmm_(low, B.to(y.dtype).T)
     return y, rows, low
 
 

@@ -190,7 +190,6 @@ class GPT(nn.Module):
             pos = layout.pos
             lengths = layout.record_lengths()
             masks: dict[int | None, Mask] = dict.fromkeys(self.windows, layout)
-            _ = layout.varlen  # made here, once for all blocks: torch.compile cannot read how it is made
             check_longest_record(lengths, self.config.block_size)
         elif input_pos is None:
             # whole texts, one per row

@@ -137,7 +137,10 @@ class Layout:
 
     @cached_property
     def varlen(self) -> "VarlenIndex":
-        """The segments as one fused call takes them, on the device of `pos`."""
+        """The segments as one fused call takes them, on the device of `pos`.
+
+        Built from Python integers when a kernel first asks: a loop over segments never pays for it.
+        """
         return VarlenIndex.from_segments(self.segments).to(self.pos.device)
 
     def to(self, device: torch.device) -> "Layout":

@@ -36,6 +36,10 @@ def both_rotated(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch
     return rotated(q, cos, sin), rotated(k, cos, sin)
 
 
+def rotate_both(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return fused.rotate(q, cos, sin), fused.rotate(k, cos, sin)
+
+
 def gated_by(activation: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
     return lambda gate, up, name: activation(gate) * up
 
@@ -68,9 +72,9 @@ CASES = {
     "norm": Case(fused.rms_norm, norm, [(2, T, C), (C,)], [1e-5]),
     "norm of heads": Case(fused.rms_norm, norm, [(2, T, 4, C), (C,)], [1e-6]),
     "norm of Gemma": Case(fused.rms_norm, norm, [(2, T, C), (C,)], [1e-5, 1.0]),
-    "rotations": Case(fused.rotate, both_rotated, HEADS, [ANGLES.cos(), ANGLES.sin()]),
+    "rotations": Case(rotate_both, both_rotated, HEADS, [ANGLES.cos(), ANGLES.sin()]),
     "rotations of all elements": Case(
-        fused.rotate, both_rotated, [(1, 3, T, 12), (1, 1, T, 12)], [ANGLES.cos(), ANGLES.sin()]
+        rotate_both, both_rotated, [(1, 3, T, 12), (1, 1, T, 12)], [ANGLES.cos(), ANGLES.sin()]
     ),
     "silu": Case(fused.gated, gated_by(lambda x: x * torch.sigmoid(x)), [(2, T, C)] * 2, ["silu"]),
     "gelu": Case(fused.gated, gated_by(F.gelu), [(2, T, C)] * 2, ["gelu"]),

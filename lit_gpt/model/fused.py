@@ -55,7 +55,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 
 class RMSNormFunction(torch.autograd.Function):
     """`rms_norm` with n = x r, r = 1 / sqrt(mean(x^2) + eps):
 
-    y = n w        dw = sum over rows of g n        dx = r (g w - n mean(g w n))
+    y = n w        dw = sum over rows of g n        dx = r (g w - n mean(g w n)) = r (g w - x r^2 mean(g w x))
     """
 
     @staticmethod
@@ -87,8 +87,9 @@ class RMSNormFunction(torch.autograd.Function):
 def norm_forward(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The norm of x (..., C), and what each row was multiplied by for it, (..., 1)."""
     wide = x.to(at_least_float32(x.dtype))
-    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * r * norm_factor(weight, offset, wide.dtype)).to(x.dtype), r
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # reads x once, and writes no squares
+    r = torch.rsqrt(length.square() / x.size(-1) + eps)
+    return (wide * r).mul_(norm_factor(weight, offset, wide.dtype)).to(x.dtype), r
 
 
 def norm_factor(weight: torch.Tensor, offset: float, dtype: torch.dtype) -> torch.Tensor:
@@ -103,9 +104,9 @@ def norm_backward(
 ) -> torch.Tensor:
     """The gradient of x, (..., C)."""
     g = grad * norm_factor(weight, offset, r.dtype)
-    n = x * r
-    inner = (g * n).mean(-1, keepdim=True)
-    return g.sub_(n.mul_(inner)).mul_(r).to(x.dtype)  # in place: both are ours alone
+    wide = x.to(g.dtype)
+    inner = (g * wide).mean(-1, keepdim=True)
+    return g.addcmul_(wide, inner * r.square(), value=-1).mul_(r).to(x.dtype)  # in place: g is ours alone
 
 
 def norm_weight_gradient(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
@@ -175,7 +176,7 @@ def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor
     """activation(gate) * up, all of one shape: arXiv 2002.05202. `activation` is a name in ACTIVATIONS."""
     if needs_gradient(gate, up):
         return GatedFunction.apply(gate, up, activation)
-    return gated_forward(gate, up, activation)
+    return ACTIVATIONS[activation].forward(gate) * up
 
 
 class GatedFunction(torch.autograd.Function):
@@ -185,17 +186,13 @@ class GatedFunction(torch.autograd.Function):
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return gated_forward(gate, up, activation)
+        return ACTIVATIONS[activation].forward(gate).mul_(up)  # in place: what is multiplied is ours alone
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         gate, up = ctx.saved_tensors
         activation = ACTIVATIONS[ctx.activation]
-        return activation.backward(grad * up, gate), grad * activation.forward(gate), None
-
-
-def gated_forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    return ACTIVATIONS[activation].forward(gate) * up
+        return activation.backward(grad * up, gate), activation.forward(gate).mul_(grad), None
 
 
 # ---- a linear with a low-rank change

@@ -144,7 +144,11 @@ def attend_by_segment(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """The kernel of all devices; see `Kernel`. A packed row is one dense attention for each of its segments."""
+    """The kernel of all devices; see `Kernel`. A packed row is one dense attention for each of its segments.
+
+    On a CPU one call for all of them, padded, is no faster: with 32 records of 22 to 66 tokens after a shared prefix it
+    takes 1.1 times as long, forward and backward, and so do batched products with the softmax between.
+    """
     # how one segment is computed; a family has a cap or has none, so that this is the same in every call
     dense = partial(sdpa, scale=scale)
     if softcap is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lit_gpt.errors import InputError
+from lit_gpt.out_of_memory import explain_memory
 from lit_gpt.sharding import as_weight, is_sharded
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ def check_optimizer(path: str, fabric: "Fabric | None" = None) -> None:
     try:
         optimizer.step()
     except Exception as error:
+        if explain_memory(error) is not None:
+            raise  # a card that others have filled says nothing about the optimizer
         reason = str(error).strip(".!")
         where = ""
         instead = "torch.optim.AdamW"

@@ -110,7 +110,7 @@ MAY_KNOW = {
     "data": "model.packing config display errors ranges lock files packages",
     "checkpoint": "model lora quantize config families errors lock files download name_patterns",
     "device nvidia_driver sharding distributed make_optimizer": "device nvidia_driver sharding interruption failures"
-    " errors packages",
+    " errors packages out_of_memory",
     "generate": "model data errors ranges",
     "runs": "checkpoint data model lora adapter full quantize config device sharding distributed display cli"
     " failures errors lock ranges files packages",

@@ -21,6 +21,7 @@ from lit_gpt.cli import line_to_mend
 from lit_gpt.data.dataset import Dataset
 from lit_gpt.distributed import launch
 from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
+from lit_gpt.make_optimizer import check_optimizer
 from lit_gpt.runs.saves import Checkpoints
 
 OF_TORCH = (
@@ -84,6 +85,15 @@ def test_another_error_is_a_bug() -> None:
         KeyError("a"),
     ):
         assert line_to_mend(error) is None
+
+
+def test_a_full_card_is_no_fault_of_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill_the_card(*_: Any) -> None:
+        raise torch.OutOfMemoryError(OF_TORCH)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", fill_the_card)
+    with pytest.raises(torch.OutOfMemoryError):
+        check_optimizer("torch.optim.AdamW")
 
 
 def test_a_step_of_a_training(card: None, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

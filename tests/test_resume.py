@@ -36,11 +36,12 @@ from lit_gpt.runs.out_dir import command_to_go_on
 KILLABLE = Path(__file__).parent / "helpers/killable.py"
 FLAGS = {  # 9 steps; dropout has to be the same, too
     "lora.r": 8,
+    "lora.query": "false",  # at such a rate its softmax makes the last bits decide what is learned
     "lora.key": "false",
-    "lora.projection": "false",
+    "lora.projection": "true",
     "lora.mlp": "false",
     "lora.dropout": 0.1,
-    "train.learning_rate": 4.0,  # so high that the best is not the last
+    "train.learning_rate": 0.6,  # so high that what is learned soon harms the validation: see `data_dirs`
     "train.warmup_steps": 3,
     "train.global_batch_size": 4,
     "train.micro_batch_size": 2,
@@ -119,12 +120,21 @@ class Lora:
 
 @pytest.fixture(scope="module")
 def data_dirs(tmp_path_factory, tiny_dir: Path) -> list[Path]:
-    """Two of the same size: the second has other records for validation."""
-    methods = [(name, getattr(str, name).__doc__.split("\n")[0]) for name in dir(str) if not name.startswith("_")]
+    """Two of the same size: the second has other records for validation.
+
+    What is trained in the first is one letter, and what is validated is sentences: the validation loss falls as weights
+    leave their random beginning, and then rises, whatever is rounded how.
+    """
+    methods = [name for name in dir(str) if not name.startswith("_")]
     folder = tmp_path_factory.mktemp("data")
-    for name, seed in (("one", 1), ("two", 2)):
-        records = [{"instruction": f"What does str.{name} do?", "output": doc} for name, doc in methods[:28]]
-        prepare(records, DataArgs(checkpoint_dir=tiny_dir, data_dir=folder / name, val_fraction=1 / 7, seed=seed))
+    for number, data in enumerate(("one", "two")):
+        records = []
+        for i, name in enumerate(methods[:28]):
+            sentence = getattr(str, name).__doc__.split("\n")[0]
+            output = sentence if i % 7 == 0 else "z z z z z z z z"
+            split = "val" if i % 7 == number else "train"
+            records.append({"instruction": f"What does str.{name} do?", "output": output, "split": split})
+        prepare(records, DataArgs(checkpoint_dir=tiny_dir, data_dir=folder / data))
     return [folder / "one", folder / "two"]
 
 

@@ -339,7 +339,7 @@ def test_a_recipe_is_the_first_that_fits(recipes, monkeypatch) -> None:
     of_small = recipes.Recipes(SMALL, recipes.WAYS[0])
     rows = [(kind, n) for kind in ("none", "selective") for n in recipes.TOKENS]
     rows += [("block", n) for n in recipes.TOKENS + recipes.FEWER_TOKENS]
-    gb = {row: of_small.gb(*row) for row in rows}
+    gb = {row: of_small.plan(*row).gb for row in rows}
     for card in gb.values():
         first = next(row for row in rows if gb[row] <= card)
         recipe = of_small.fitting(card)

@@ -98,6 +98,7 @@ class Kernel(Protocol):
         k: torch.Tensor,
         v: torch.Tensor,
         mask: Mask,
+        *,
         window: int | None = None,
         scale: float | None = None,
         softcap: float | None = None,

@@ -52,13 +52,11 @@ def one_call_in_the_graph() -> Kernel:
         k: torch.Tensor,
         v: torch.Tensor,
         mask: Mask,
-        window: int | None = None,
-        scale: float | None = None,
         softcap: float | None = None,
+        **settings: Any,
     ) -> torch.Tensor:
-        if takes_one_call(mask, q, softcap):
-            return compute_attention(q, k, v, mask, window=window, scale=scale)
-        return not_compiled(q, k, v, mask, window=window, scale=scale, softcap=softcap)
+        kernel = compute_attention if takes_one_call(mask, q, softcap) else not_compiled
+        return kernel(q, k, v, mask, softcap=softcap, **settings)
 
     return attend
 

@@ -142,24 +142,21 @@ class Recipes:
             print(".", end="", flush=True, file=sys.stderr)
         return self.planned[key]
 
-    def gb(self, checkpointing: ActivationCheckpointing, tokens: int) -> float:
-        """The planned peak of a step on a GPU."""
-        return self.plan(checkpointing, tokens).gb
-
     def fitting(self, gb: float) -> Recipe | None:
         """The first recipe that fits into `gb`; None if none does."""
         for checkpointing in CHECKPOINTING:
             choice = TOKENS + FEWER_TOKENS if checkpointing == "block" else TOKENS
             fewest = choice[-1]
-            if self.gb(checkpointing, fewest) > gb:
+            smallest = self.plan(checkpointing, fewest)
+            if smallest.gb > gb:
                 continue
-            activations = self.plan(checkpointing, fewest).parts["activations"] / 1e9
+            activations = smallest.parts["activations"] / 1e9
             for tokens in choice:
                 # n times the tokens keep n times the activations: what is far too large needs no plan
                 more = activations * (tokens / fewest - 1)
-                if self.gb(checkpointing, fewest) + 0.9 * more > gb:
+                if smallest.gb + 0.9 * more > gb:
                     continue
-                peak = self.gb(checkpointing, tokens)
+                peak = self.plan(checkpointing, tokens).gb
                 if peak <= gb:
                     return Recipe(tokens, checkpointing, peak)
         return None

@@ -107,8 +107,8 @@ MAY_KNOW = {
     # no surgeon knows another one
     "lora adapter full quantize": "model errors ranges packages name_patterns replace_modules",
     "display": "errors files packages",
-    "data": "model.packing config display errors ranges lock files packages",
-    "checkpoint": "model lora quantize config families errors lock files download name_patterns",
+    "data": "model.packing config display errors ranges lock files packages out_of_memory",
+    "checkpoint": "model lora quantize config families errors lock files download name_patterns out_of_memory",
     "device nvidia_driver sharding distributed make_optimizer": "device nvidia_driver sharding interruption failures"
     " errors packages out_of_memory",
     "generate": "model data errors ranges",

@@ -8,7 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from helpers.methods import TRAIN
@@ -17,8 +19,10 @@ from helpers.runs import DESCRIPTION, write_data
 import lit_gpt.train
 from lit_gpt import InputError
 from lit_gpt.checkpoint.load import load_model
+from lit_gpt.checkpoint.weight_files import read_bin
 from lit_gpt.cli import line_to_mend
 from lit_gpt.data.dataset import Dataset
+from lit_gpt.data.read_files import file_of_dataset, read_records
 from lit_gpt.distributed import launch
 from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
 from lit_gpt.make_optimizer import check_optimizer
@@ -94,6 +98,33 @@ def test_a_full_card_is_no_fault_of_the_optimizer(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.optim.AdamW, "step", fill_the_card)
     with pytest.raises(torch.OutOfMemoryError):
         check_optimizer("torch.optim.AdamW")
+
+
+def fill_the_machine(*_: Any, **__: Any) -> None:
+    raise pyarrow.ArrowMemoryError("malloc of size 8589934592 failed")
+
+
+def test_a_full_machine_is_no_fault_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of weights that `torch.save` wrote, a parquet file, another file of a data set, and a set saved to disk."""
+    weights = tmp_path / "pytorch_model.bin"
+    torch.save({"weight": torch.zeros(2)}, weights)
+    of_one_record = datasets.Dataset.from_list([{"text": "a"}])
+    of_one_record.save_to_disk(tmp_path / "saved")
+    of_one_record.to_parquet(tmp_path / "records.parquet")
+
+    monkeypatch.setattr(torch, "load", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8))
+    monkeypatch.setattr(pyarrow.parquet, "ParquetFile", fill_the_machine)
+    for loading in ("load_dataset", "load_from_disk"):
+        monkeypatch.setattr(datasets, loading, fill_the_machine)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        read_bin(weights)
+    for records in (
+        read_records(tmp_path / "records.parquet"),
+        read_records(tmp_path / "saved"),
+        file_of_dataset(tmp_path / "records.arrow", "arrow", {}),
+    ):
+        with pytest.raises(MemoryError):
+            list(records)
 
 
 def test_a_step_of_a_training(card: None, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

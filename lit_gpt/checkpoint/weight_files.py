@@ -12,6 +12,7 @@ import torch
 from lit_gpt.config import check_is_checkpoint, read_json
 from lit_gpt.errors import InputError, reading
 from lit_gpt.files import INSTEAD_OF_POINTER, is_pointer, list_some
+from lit_gpt.out_of_memory import explain_memory
 
 # a set of weights is a file of this name, or several and NAME.index.json
 CONVERTED = "lit_model.safetensors"  # scripts/convert_hf_checkpoint.py wrote it
@@ -212,6 +213,8 @@ def read_bin(file: Path) -> dict[str, torch.Tensor]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:
+        if explain_memory(error) is not None:
+            raise  # the file is not at fault
         if is_pointer(file):
             raise damaged(file, "") from error
         # A damaged file makes the unpickler fail with almost any error. Only its kind is shown: for what

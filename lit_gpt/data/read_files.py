@@ -26,6 +26,7 @@ from lit_gpt.data.folder_layout import (
 from lit_gpt.data.reader_keys import IS_REPEAT, NUMBER, PART_OF_FILE, SOURCE, UNREADABLE
 from lit_gpt.errors import InputError
 from lit_gpt.files import check_no_pointer, expand_home, list_some
+from lit_gpt.out_of_memory import explain_memory
 from lit_gpt.packages import import_optional
 
 Delimiter = Literal["comma", "semicolon", "tab"]
@@ -196,6 +197,8 @@ def file_of_dataset(path: Path, builder: str, settings: Mapping[str, Any]) -> It
     try:
         yield from datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True, **settings)
     except Exception as error:  # the library raises whatever its parts raise, also in the midst of reading
+        if explain_memory(error) is not None:
+            raise
         raise InputError(f"{path} cannot be read: {in_one_line(error)}") from None
 
 
@@ -227,6 +230,8 @@ def parquet_records(path: Path) -> Iterator[dict[str, Any]]:
             for batch in parquet.ParquetFile(file).iter_batches(1000):
                 yield from batch.to_pylist()
     except (ArrowException, OSError, UnicodeDecodeError) as error:
+        if explain_memory(error) is not None:  # Arrow has an error of its own for that
+            raise
         raise InputError(f"{path} is no parquet file that can be read: {error}") from None
 
 
@@ -256,6 +261,8 @@ def dataset_records(source: str, split_key: str, config: str | None = None) -> I
             for record in records:
                 yield record if len(splits) == 1 else {split_key: split, **record}
     except Exception as error:  # the library raises whatever its parts raise, also in the midst of reading
+        if explain_memory(error) is not None:
+            raise
         hint = f" Name one of them: {source}:NAME." if "Config name is missing" in str(error) else ""
         raise InputError(f"The data set {source} cannot be read: {in_one_line(error)}{hint}") from None
 

@@ -16,18 +16,26 @@ from lit_gpt.device import weight_dtype
 from lit_gpt.full import Full, mark_chosen_as_trainable
 from lit_gpt.generate.answers import answers
 from lit_gpt.memory.plan import print_plan
-from lit_gpt.recipe import RunArgs, new_checkpoints, number_of_answers, recompute_or_compile_blocks, start_processes
+from lit_gpt.recipe import (
+    RunArgs,
+    new_checkpoints,
+    number_of_answers,
+    recompute_or_compile_blocks,
+    saves_slices,
+    start_processes,
+)
 from lit_gpt.runs.methods import METHODS
 from lit_gpt.runs.out_dir import claim_out_dir, start_run
 from lit_gpt.runs.report import report_run
 from lit_gpt.runs.saves import Checkpoints
-from lit_gpt.sharding import loading_device
+from lit_gpt.sharding import mesh_of, split_among_devices
 from lit_gpt.train import TrainArgs, fit
 
 
 def main(
     args: Flags[RunArgs] = RunArgs(out_dir=Path("out/full/docstrings")),
     full: Flags[Full] = Full(train_only=None),
+    save_slices: bool | None = None,
     train: TrainArgs = TrainArgs(learning_rate=5e-5, warmup_steps=10, global_batch_size=16, epochs=1),
 ) -> None:
     """Fine-tune all weights, or some.
@@ -35,10 +43,12 @@ def main(
     Args:
         args: Each of its fields is a flag, as in every recipe: --checkpoint_dir, --data_dir ...; see lit_gpt/recipe.py.
         full: Which weights train: --train_only; see lit_gpt/full.py. `best` is a Hugging Face folder.
+        save_slices: With several devices let each write its own slice of `last`, in place of the first one all of it.
+            null does so from 32 GB on.
         train: The optimizer, the batch and the intervals; see lit_gpt/train.py.
     """
     # settings: all flags, for hyperparameters.yaml and the report
-    settings = vars(args) | vars(full) | {"train": train}
+    settings = vars(args) | vars(full) | {"save_slices": save_slices, "train": train}
     # refused if in use, or not empty and without a flag
     claim_out_dir(args.out_dir, args.resume, args.overwrite, args.checkpoint_dir)
 
@@ -52,16 +62,21 @@ def main(
 
     # build, load, choose what trains
     model: GPT = build_model(config)  # no weights yet
-    base_fingerprint = load_weights(model, args.checkpoint_dir, weight_dtype(args.precision), loading_device(fabric))
+    dtype = weight_dtype(args.precision)
+    base_fingerprint = load_weights(model, args.checkpoint_dir, dtype, fabric.device, mesh_of(fabric))
     mark_chosen_as_trainable(model, full)
     recompute_or_compile_blocks(model, args)  # as --activation_checkpointing and --compile say
+    split_among_devices(fabric, model)  # with --strategy fsdp each device keeps a slice of every weight
+    in_slices = saves_slices(model, save_slices)  # as --save_slices says, or the size of the model
 
     # out_dir: --overwrite sets the old run aside until this one has saved, --resume refuses other settings than its
     # own. Then hyperparameters.yaml is written. `fit` will save the whole model to `best` and `last`, as Hugging Face
     # folders
     start_run(fabric, args.out_dir, settings)
     method = METHODS["full"]  # a name and a filter, for saving: all tensors
-    checkpoints: Checkpoints = new_checkpoints(method, full, args, model, base_fingerprint, tokenizer, train_data)
+    checkpoints: Checkpoints = new_checkpoints(
+        method, full, args, model, base_fingerprint, tokenizer, train_data, in_slices
+    )
     # a step's memory, worked out; you may delete this line
     print_plan(fabric, method, settings | {"full": full}, config, train_data)
 

@@ -21,7 +21,7 @@ from lit_gpt.runs.methods import METHODS
 from lit_gpt.runs.out_dir import claim_out_dir, start_run
 from lit_gpt.runs.report import report_run
 from lit_gpt.runs.saves import Checkpoints
-from lit_gpt.sharding import loading_device
+from lit_gpt.sharding import mesh_of, split_among_devices
 from lit_gpt.train import TrainArgs, fit
 
 
@@ -59,10 +59,12 @@ def main(
     # build, quantize, load, adapt. The fingerprint tells this base from others: what is trained fits no other
     model: GPT = build_model(config)  # no weights yet
     quantize_linears(model, quantize)  # if --quantize says so, linears will keep their weights in 4 or 8 bits
-    base_fingerprint = load_weights(model, args.checkpoint_dir, weight_dtype(args.precision), loading_device(fabric))
+    dtype = weight_dtype(args.precision)
+    base_fingerprint = load_weights(model, args.checkpoint_dir, dtype, fabric.device, mesh_of(fabric))
     apply_lora(model, lora)  # the chosen linears -> LoRALinear, in place; B is zero, so nothing has changed yet
     mark_only_lora_as_trainable(model)
     recompute_or_compile_blocks(model, args)  # as --activation_checkpointing and --compile say
+    split_among_devices(fabric, model)  # with --strategy fsdp each device keeps a slice of every weight
 
     # out_dir: --overwrite sets the old run aside until this one has saved, --resume refuses other settings than its
     # own. Then hyperparameters.yaml is written. `fit` will save A and B to `best` and `last`, as lora.safetensors

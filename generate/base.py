@@ -14,7 +14,8 @@ from lit_gpt.cli import Flags, run
 from lit_gpt.data.conversation_tokens import encode_question
 from lit_gpt.data.embedding_rows import check_prompt
 from lit_gpt.data.prompts import render, resolve_style
-from lit_gpt.device import default_device, peak_memory_gb
+from lit_gpt.device import peak_memory_gb
+from lit_gpt.distributed import devices_for_answers, is_first
 from lit_gpt.generate.decode import collected, is_cut, stream
 from lit_gpt.generate.sampling import check_sampling, seeded_generator
 from lit_gpt.ranges import check_range
@@ -29,6 +30,7 @@ def main(
     max_new_tokens: int = 200,
     temperature: float = 0.0,
     top_k: int | None = None,
+    devices: int = 1,
     args: Flags[UseArgs] = UseArgs(),
 ) -> None:
     """Answer a prompt.
@@ -43,6 +45,8 @@ def main(
         max_new_tokens: The longest answer, in tokens. A line on stderr says if one was cut.
         temperature: 0 takes the likeliest token each time; 1 samples from what the model says.
         top_k: Sample from the k likeliest tokens only.
+        devices: Split the model among so many GPUs, or processes where there is none: for one that is larger than a
+            device. Each token then waits until all weights have been sent, so that it is slow.
         args: With which model, such as --finetuned, and how; see lit_gpt/runs/load_finetuned.py.
     """
     check_sampling(temperature, top_k, args.top_p)
@@ -53,19 +57,22 @@ def main(
             "At --temperature 0 all answers are the same: --num_samples, --top_k and --top_p need a higher one."
         )
 
-    device = default_device()
-
     # the prompt, as it was written in training; it is looked at before a weight is read
     tokenizer, config, trained_style = read_for_use(args)
     style = resolve_style(prompt_style, tokenizer, trained_style)
     rendered = render(style, {"instruction": prompt, "input": input}, tokenizer)
-    idx = encode_question(rendered, tokenizer, device)
+    idx = encode_question(rendered, tokenizer)
     check_prompt(idx.tolist(), tokenizer, config)
+
+    # devices: with --devices 2 two processes of this command are started here, and the first one prints
+    device, mesh = devices_for_answers(devices, args.precision, args.seed)
+    speaks = is_first()
 
     # the model, as it was loaded or fine-tuned
     began = time.perf_counter()
-    model = load_model_for_use(args, device)
-    print(f"Loaded in {time.perf_counter() - began:.1f} s.", file=sys.stderr)
+    model = load_model_for_use(args, device, mesh)
+    if speaks:
+        print(f"Loaded in {time.perf_counter() - began:.1f} s.", file=sys.stderr)
     generator = seeded_generator(args.seed, device)
 
     # the answers; all draw from one generator, so that they differ
@@ -74,7 +81,7 @@ def main(
         tokens: list[int] = []
         new_tokens = stream(
             model,
-            idx,
+            idx.to(device),
             len(idx) + max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -83,7 +90,10 @@ def main(
             generator=generator,
         )
         for text in tokenizer.stream(collected(new_tokens, tokens)):
-            print(text, end="", flush=True)
+            if speaks:
+                print(text, end="", flush=True)
+        if not speaks:
+            continue
         print()
         if is_cut(tokens, tokenizer.stop_ids):
             print(f"Cut at --max_new_tokens {max_new_tokens}.", file=sys.stderr)

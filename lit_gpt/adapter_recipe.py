@@ -14,7 +14,7 @@ from lit_gpt.recipe import RunArgs, new_checkpoints, number_of_answers, recomput
 from lit_gpt.runs.methods import Method
 from lit_gpt.runs.out_dir import claim_out_dir, start_run
 from lit_gpt.runs.report import report_run
-from lit_gpt.sharding import loading_device
+from lit_gpt.sharding import mesh_of, split_among_devices
 from lit_gpt.train import TrainArgs, fit
 
 
@@ -45,11 +45,13 @@ def finetune_adapter(
     # build, quantize, load, adapt
     model = build_model(config)
     quantize_linears(model, quantize)
-    base_fingerprint = load_weights(model, args.checkpoint_dir, weight_dtype(args.precision), loading_device(fabric))
+    dtype = weight_dtype(args.precision)
+    base_fingerprint = load_weights(model, args.checkpoint_dir, dtype, fabric.device, mesh_of(fabric))
     method.apply(model, method_settings)
     for name, param in model.named_parameters():
         param.requires_grad = method.filter(name, param)
     recompute_or_compile_blocks(model, args)
+    split_among_devices(fabric, model)
 
     # what the run writes
     start_run(fabric, args.out_dir, settings)

@@ -24,15 +24,23 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 
-from lit_gpt.device import Precision, accelerator, precision_plugin, prepare_device, resolve_precision
+from lit_gpt.device import (
+    Precision,
+    accelerator,
+    default_device,
+    precision_plugin,
+    prepare_device,
+    resolve_precision,
+)
 from lit_gpt.errors import InputError
 from lit_gpt.failures import SUPERVISOR, is_supervised
 from lit_gpt.interruption import STOP_FILE, Interruption, supervisor_asks_to_stop
 from lit_gpt.packages import import_fabric
-from lit_gpt.sharding import shard_weights
+from lit_gpt.sharding import mesh_of, shard_weights
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
     from torch.distributed.launcher.api import LaunchConfig
 
@@ -102,6 +110,18 @@ def launch(
         fabric.barrier()  # if one failed while others still connect to it, gloo would print an error of theirs
     torch.manual_seed(seed)
     return fabric
+
+
+def devices_for_answers(devices: int, precision: Precision, seed: int) -> "tuple[torch.device, DeviceMesh | None]":
+    """The device of this process; and all of them, if there are several, which then split the model among them.
+
+    Raises:
+        InputError: see `launch`.
+    """
+    if devices == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return default_device(), None
+    fabric = launch(devices, precision, seed, strategy="fsdp")
+    return fabric.device, mesh_of(fabric)
 
 
 def numbers_of_torchrun(devices: int, num_nodes: int) -> tuple[int, int]:

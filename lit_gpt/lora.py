@@ -20,6 +20,7 @@ from lit_gpt.model.gpt import GPT
 from lit_gpt.name_patterns import check_patterns, matches_end, value_by_end
 from lit_gpt.ranges import check_range
 from lit_gpt.replace_modules import replace_modules
+from lit_gpt.sharding import full_tensor
 
 # a switch of LoRA -> the ends of the names of the linears that it adapts
 TARGETS = {
@@ -192,9 +193,9 @@ class DoRALinear(LoRALinear):
         self.lora_magnitude = nn.Parameter(lengths.to(self.lora_A.dtype))
 
     def base_weight(self) -> torch.Tensor:
-        """W (out, in) of the wrapped linear, quantized or not."""
+        """W (out, in) of the wrapped linear, quantized or not. If it is split, all processes must call it."""
         if isinstance(self.linear, nn.Linear):
-            return self.linear.weight
+            return full_tensor(self.linear.weight)
         return self.linear.dequantize()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

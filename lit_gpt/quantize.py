@@ -21,6 +21,7 @@ from lit_gpt.errors import InputError
 from lit_gpt.name_patterns import matches_end
 from lit_gpt.packages import import_optional
 from lit_gpt.replace_modules import replace_modules
+from lit_gpt.sharding import full_tensor
 
 Quantize = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8"]
 
@@ -90,29 +91,50 @@ class QuantizedLinear(nn.Module):
         """Keeps the codes of a weight (out, in), which has the values of the checkpoint, and not the weight.
 
         Raises:
-            InputError: int8 codes come from float16, and the weight exceeds it.
+            InputError: see `quantize_rows`.
         """
-        # codes and scales
-        if self.format == "int8":
-            codes, scales = quantize_to_8_bits(weight)
-        else:
-            codes, scales = quantize_to_4_bits(weight, self.format)
-        if not scales.isfinite().all():
-            raise InputError("bnb.int8 reads weights as float16, which some of these exceed. Use bnb.nf4.")
-        tensors = {"codes": codes, "scales": scales}
-
-        # codes of the scales
-        if self.double_quant:
-            from bitsandbytes.functional import quantize_blockwise
-
-            mean = scales.mean()
-            tensors["scales"], state = quantize_blockwise(scales - mean, blocksize=SCALE_BLOCK_SIZE)
-            tensors["scale_scales"] = state.absmax
-            tensors["scale_mean"] = mean
-            tensors["scale_values"] = state.code
-
+        codes, scales = self.quantize_rows(weight)
+        tensors = {"codes": codes} | self.pack_scales(scales)
         for name, (shape, _) in self.layout().items():
             setattr(self, name, frozen_parameter(tensors[name].view(shape)))
+
+    @property
+    def rows_are_alone(self) -> bool:
+        """Whether the codes and scales of some rows of the weight can be computed without the others."""
+        return self.format == "int8" or self.in_features % BLOCK_SIZE == 0
+
+    def quantize_rows(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes (rows, in) or (rows, in / 2), and float32 scales, of rows (rows, in) of the weight, or of all of it.
+
+        Scales are (rows,) with int8, else (rows, in / 64), or (blocks,) where rows are no whole blocks.
+
+        Raises:
+            InputError: int8 codes come from float16, and the weight exceeds it.
+        """
+        if self.format == "int8":
+            codes, scales = quantize_to_8_bits(rows)
+        else:
+            codes, scales = quantize_to_4_bits(rows, self.format)
+            codes = codes.view(len(rows), -1)
+            scales = scales.view(len(rows), -1) if self.rows_are_alone else scales
+        if not scales.isfinite().all():
+            raise InputError("bnb.int8 reads weights as float16, which some of these exceed. Use bnb.nf4.")
+        return codes, scales
+
+    def pack_scales(self, scales: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is kept of the scales of a whole weight: themselves; or, with -dq, 8-bit codes and the codes' scales."""
+        if not self.double_quant:
+            return {"scales": scales}
+        from bitsandbytes.functional import quantize_blockwise
+
+        mean = scales.mean()
+        codes, state = quantize_blockwise(scales.flatten() - mean, blocksize=SCALE_BLOCK_SIZE)
+        return {
+            "scales": codes,
+            "scale_scales": state.absmax,
+            "scale_mean": mean,
+            "scale_values": state.code,
+        }
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # autocast casts the inputs of nn.Linear; of other modules it does not know
@@ -127,8 +149,9 @@ class QuantizedLinear(nn.Module):
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight (out, in) that the codes stand for."""
-        return dequantize(self.format, self.tensors(), dtype)
+        """The weight (out, in) that the codes stand for. If they are split, all processes must call it."""
+        whole = tuple(None if tensor is None else full_tensor(tensor) for tensor in self.tensors())
+        return dequantize(self.format, whole, dtype)  # type: ignore[arg-type] # five of them
 
     def tensors(self) -> Kept:
         """What is kept of the weight, in the order of `layout`; None is what this kind does not have."""

@@ -24,10 +24,13 @@ from lit_gpt.runs.header import Header
 from lit_gpt.runs.loggers import LoggerName, make_loggers
 from lit_gpt.runs.methods import Method
 from lit_gpt.runs.saves import Checkpoints
-from lit_gpt.sharding import is_sharded
+from lit_gpt.sharding import computes_split, is_sharded
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+
+WHOLE_AT_MOST = 32 * 10**9  # bytes of `last` that one process writes by default, in half a minute on a fast disk
 
 
 @dataclass(frozen=True)
@@ -158,10 +161,12 @@ def new_checkpoints(
     base_fingerprint: str,
     tokenizer: Tokenizer,
     train_data: Dataset,
+    in_slices: bool = False,
 ) -> Checkpoints:
     """The folders `last` and `best` of a run; in each stands all that is needed to use the weights again.
 
     `base_fingerprint` is that of the weights that `model` was loaded with: they are used with no other base.
+    `in_slices` is that of `Checkpoints`.
     """
     header = Header(
         method=method.name,
@@ -172,12 +177,31 @@ def new_checkpoints(
         prompt_style=train_data.meta["prompt_style"],
         quantize=quantization(model),
     )
-    return Checkpoints(args.out_dir, model, header, method)
+    return Checkpoints(args.out_dir, model, header, method, in_slices)
+
+
+def saves_slices(model: GPT, wish: bool | None) -> bool:
+    """Whether each process writes its own slice of `last`; `wish` is --save_slices, and None leaves it to the size.
+
+    Raises:
+        InputError: it is asked for, and the model is not split.
+    """
+    if not computes_split(model):
+        if wish:
+            raise InputError("--save_slices is for weights that are split among several devices. Leave it out.")
+        return False
+    if wish is not None:
+        return wish
+    # the weights, and the two values that AdamW keeps for each that trains
+    size = 0
+    for param in model.parameters():
+        size += param.numel() * param.dtype.itemsize * (3 if param.requires_grad else 1)
+    return size > WHOLE_AT_MOST
 
 
 def number_of_answers(fabric: "Fabric", args: RunArgs) -> int:
-    """How many answers this process gives before and after, for the report: the first one gives all.
+    """How many answers this process gives before and after, for the report.
 
-    A model that is sharded answers only if all processes ask it: the report then goes without.
+    The first process gives all of them, and the others none; a model that is split answers only if all ask it.
     """
-    return args.n_answers if fabric.is_global_zero and not is_sharded(fabric) else 0
+    return args.n_answers if fabric.is_global_zero or is_sharded(fabric) else 0

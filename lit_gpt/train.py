@@ -193,7 +193,7 @@ def fit(
             is_best = progress.note_val_loss(loss, extra)
             if is_best:
                 checkpoints.save("best")
-        if show_sample is not None and fabric.is_global_zero:
+        if show_sample is not None:
             for sample in show_sample():
                 log.note(f"{sample.question}\n    -> {sample.answer}")
         fabric.barrier()  # the others wait for the sample

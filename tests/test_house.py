@@ -105,13 +105,13 @@ MAY_KNOW = {
     "config families": "errors files families",
     "model": "config",
     # no surgeon knows another one
-    "lora adapter full quantize": "model errors ranges packages name_patterns replace_modules",
+    "lora adapter full quantize": "model errors ranges packages name_patterns replace_modules sharding",
     "display": "errors files packages",
     "data": "model.packing config display errors ranges lock files packages out_of_memory",
-    "checkpoint": "model lora quantize config families errors lock files download name_patterns out_of_memory",
+    "checkpoint": "model lora quantize config families errors lock files download name_patterns out_of_memory sharding",
     "device nvidia_driver sharding distributed make_optimizer": "device nvidia_driver sharding interruption failures"
     " errors packages out_of_memory",
-    "generate": "model data errors ranges",
+    "generate": "model data errors ranges sharding distributed",
     "runs": "checkpoint data model lora adapter full quantize config device sharding distributed display cli"
     " failures errors lock ranges files packages",
     # no method, no tokenizer, no file format

@@ -4,6 +4,7 @@ import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -23,7 +24,11 @@ from lit_gpt.checkpoint.weight_files import (
 from lit_gpt.config import Config
 from lit_gpt.errors import InputError
 from lit_gpt.model.gpt import GPT
-from lit_gpt.quantize import Quantize, QuantizedLinear, quantize_linears
+from lit_gpt.quantize import Quantize, QuantizedLinear, frozen_parameter, quantize_linears
+from lit_gpt.sharding import as_slice, full_tensor, own_rows
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 MAX_PROBLEMS = 5  # of a checkpoint's tensors, that one error tells
 HEAD = "lm_head.weight"
@@ -45,26 +50,35 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     quantize: Quantize | None = None,
+    mesh: "DeviceMesh | None" = None,
 ) -> GPT:
-    """A GPT that is ready to use. `dtype` None is that of the files, see `load_weights`.
+    """A GPT that is ready to use. `dtype` None is that of the files, and `mesh` splits it: see `load_weights`.
 
     Raises:
         InputError: see `load_weights` and `quantize_linears`.
     """
     model = build_model(Config.from_checkpoint(checkpoint_dir))
     quantize_linears(model, quantize)
-    load_weights(model, checkpoint_dir, dtype, device)
+    load_weights(model, checkpoint_dir, dtype, device, mesh)
     return model.eval()
 
 
 def load_weights(
-    model: GPT, checkpoint_dir: Path, dtype: torch.dtype | None = None, device: torch.device | None = None
+    model: GPT,
+    checkpoint_dir: Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    mesh: "DeviceMesh | None" = None,
 ) -> str:
     """Puts a checkpoint's tensors into `model`, one at a time and in file order, and returns their fingerprint.
 
     Takes a Hugging Face folder as it is, or one that `scripts/convert_hf_checkpoint.py` wrote. Each tensor goes to its
     dtype and device the moment it arrives, so that the peak is the model and one tensor. `dtype` None is that of the
     files; of several the widest, since a model computes in one.
+
+    With a `mesh`, the devices that will split the weights among them, each process reads its own rows of every matrix,
+    and codes are made of these; then the peak is its share of the model and one tensor. All processes must call it,
+    and `sharding.split_among_devices` before the model computes.
 
     Raises:
         InputError: there are no weights, or two sets of them; files are damaged; weights were quantized by another
@@ -73,30 +87,38 @@ def load_weights(
     """
     checkpoint_dir = Path(checkpoint_dir)
     digests = {}
-    tensors = checked_tensors(model, checkpoint_dir)
+    tensors = checked_tensors(model, checkpoint_dir, mesh)
     if dtype is None:
         dtype = widest(stored_dtypes(checkpoint_dir, model.config).values())
     for name, tensor in tensors:
-        replace_parameter(model, name, tensor.to(device), dtype)
+        if mesh is None:
+            replace_parameter(model, name, tensor.to(device), dtype)
+        elif tensor.ndim == 1:  # vectors are a thousandth of a model. A copy, since it would keep the mapped file
+            replace_parameter(model, name, tensor.to(device, copy=True), dtype)
+        else:
+            replace_by_rows(model, name, tensor, dtype, device, mesh)
         digests[name] = tensor_digest(name, tensor)
     if model.config.tie_embeddings:
         model.lm_head.weight = model.transformer.wte.weight
-    model.to(device)  # the rotary frequencies too, which are in no file
+    move_buffers(model, device)
     return stored_fingerprint(checkpoint_dir) or model_fingerprint(digests)
 
 
-def checked_tensors(model: GPT, checkpoint_dir: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def checked_tensors(
+    model: GPT, checkpoint_dir: Path, mesh: "DeviceMesh | None" = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """A checkpoint's tensors under our names, in file order, which are those that `model` has.
 
     Names, shapes and dtypes are checked at once, before a weight is read. Values are checked as they are read: those
-    that are not finite are left out, and named by an error after the last one.
+    that are not finite are left out, and named by an error after the last one. With a `mesh` each process checks its
+    own rows. Tensors come whole, but are read from the file only where they are looked at.
 
     Raises:
         InputError: see `load_weights`.
     """
     files = weight_files(checkpoint_dir)
     headers = checked_headers(files, model.config, checkpoint_dir)
-    return values_checked(files, headers, model.config, checkpoint_dir)
+    return values_checked(files, headers, model.config, checkpoint_dir, mesh)
 
 
 def checked_headers(files: list[Path], config: Config, checkpoint_dir: Path) -> dict[str, TensorHeader]:
@@ -112,7 +134,11 @@ def checked_headers(files: list[Path], config: Config, checkpoint_dir: Path) -> 
 
 
 def values_checked(
-    files: list[Path], headers: Mapping[str, TensorHeader], config: Config, checkpoint_dir: Path
+    files: list[Path],
+    headers: Mapping[str, TensorHeader],
+    config: Config,
+    checkpoint_dir: Path,
+    mesh: "DeviceMesh | None" = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields the tensors of files whose headers are right. See `checked_tensors`."""
     converted = is_converted(files)
@@ -122,10 +148,14 @@ def values_checked(
     digests: dict[str, str] = {}
     problems = []
 
-    for stored_name, stored in read_tensors(files):
+    def looked_at(tensor: torch.Tensor) -> torch.Tensor:
+        """The part of a tensor whose values this process checks."""
+        return tensor if mesh is None else tensor[own_rows(len(tensor), mesh)]
+
+    for stored_name, stored in read_tensors(files, let_go=mesh is not None):
         # a head that should be the embedding is: then it is not needed twice
         if stored_name in to_compare:
-            digests[stored_name] = digest_of_values(stored)
+            digests[stored_name] = digest_of_values(looked_at(stored))
             if len(set(digests.values())) > 1:
                 raise not_tied(checkpoint_dir, *heads, *embeddings)
             if stored_name in heads:
@@ -133,7 +163,7 @@ def values_checked(
 
         # under our names; the parts of a fused tensor have one each
         for name, tensor in [(stored_name, stored)] if converted else to_lit(stored_name, stored, config):
-            if not is_finite(tensor):
+            if not is_finite(looked_at(tensor)):
                 problems.append(f"{stored_name} holds NaN or infinite values")
             elif config.tie_embeddings and name == HEAD:
                 yield EMBEDDING, tensor  # the file has the tensor of both under the name of the head alone
@@ -272,6 +302,66 @@ def replace_parameter(model: nn.Module, name: str, tensor: torch.Tensor, dtype: 
         return
     value = cast_without_overflow(name, tensor, dtype)
     setattr(module, leaf, nn.Parameter(value, requires_grad=False))  # trained ones are chosen after loading
+
+
+def replace_by_rows(
+    model: nn.Module,
+    name: str,
+    tensor: torch.Tensor,
+    dtype: torch.dtype,
+    device: torch.device | None,
+    mesh: "DeviceMesh",
+) -> None:
+    """Puts this process' rows of a matrix in the place of a parameter, as `sharding` holds them; see above."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf == "weight" and isinstance(module, QuantizedLinear):
+        load_rows_as_codes(module, tensor, device, mesh)
+        return
+    rows = tensor[own_rows(len(tensor), mesh)]
+    rows = cast_without_overflow(name, rows.to(device, copy=True), dtype)
+    setattr(module, leaf, frozen_parameter(as_slice(rows, len(tensor), mesh)))
+
+
+@torch.no_grad()
+def load_rows_as_codes(
+    linear: QuantizedLinear, weight: torch.Tensor, device: torch.device | None, mesh: "DeviceMesh"
+) -> None:
+    """Keeps the codes of this process' rows of a weight (out, in): the same codes as `QuantizedLinear.load_weight`."""
+    if not linear.rows_are_alone or len(weight) % mesh.size():
+        # of a small model: every process computes all codes
+        linear.load_weight(weight.to(device))
+        for tensor_name in linear.layout():
+            keep_own_rows(linear, tensor_name, mesh)
+        return
+
+    codes, scales = linear.quantize_rows(weight[own_rows(len(weight), mesh)].to(device))
+    codes = as_slice(codes, len(weight), mesh)
+    scales = as_slice(scales, len(weight), mesh)
+    if linear.double_quant:
+        # scales have scales in blocks that know no rows, and a mean over all of them: from all processes, for a moment
+        scales = full_tensor(scales)
+    tensors = {"codes": codes} | linear.pack_scales(scales)
+    for tensor_name, (shape, _) in linear.layout().items():
+        setattr(linear, tensor_name, frozen_parameter(tensors[tensor_name].view(shape)))
+    if linear.double_quant:
+        keep_own_rows(linear, "scales", mesh)
+
+
+def keep_own_rows(module: nn.Module, name: str, mesh: "DeviceMesh") -> None:
+    """Puts this process' rows in the place of a parameter that is a whole matrix; a vector stays."""
+    param = getattr(module, name)
+    if param.ndim < 2:
+        return
+    rows = param[own_rows(len(param), mesh)].clone()
+    setattr(module, name, frozen_parameter(as_slice(rows, len(param), mesh)))
+
+
+def move_buffers(model: nn.Module, device: torch.device | None) -> None:
+    """Moves what is in no file, such as the rotary frequencies, to the device of the weights."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
 
 
 def cast_without_overflow(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

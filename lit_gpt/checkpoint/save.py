@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -61,7 +62,10 @@ class SafetensorsWriter:
     https://github.com/safetensors/safetensors/issues/291
     """
 
-    DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8"}
+    DTYPES = {
+        "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
+        "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+    }  # fmt: skip
     BYTES_PER_TENSOR = 256  # of header: its name, dtype, shape and place
 
     def __init__(self, path: Path, metadata: Mapping[str, str], n_tensors: int) -> None:
@@ -71,6 +75,7 @@ class SafetensorsWriter:
         self.room = len(json.dumps(self.header)) + self.BYTES_PER_TENSOR * (n_tensors + 1)
         self.room += -self.room % 8  # the tensors begin at a multiple of 8
         self.size = 0
+        self.path = path
         self.file = path.open("wb")
         self.file.seek(8 + self.room)
 
@@ -84,16 +89,28 @@ class SafetensorsWriter:
             "data_offsets": [begin, self.size],
         }
         content = tensor.detach().cpu().contiguous().flatten()
-        self.file.write(content.view(torch.uint8).numpy().data)  # as bytes: numpy has no bfloat16
+        with naming(self.path):
+            self.file.write(content.view(torch.uint8).numpy().data)  # as bytes: numpy has no bfloat16
 
     def close(self) -> None:
         """Writes the header into the room that was left for it."""
         self.header["__metadata__"] |= self.metadata
         header = json.dumps(self.header).encode()
         assert len(header) <= self.room, f"{self.file.name}: a header of {len(header)} bytes in room for {self.room}"
-        self.file.seek(0)
-        self.file.write(struct.pack("<Q", self.room) + header.ljust(self.room))
-        self.file.close()
+        with naming(self.path):
+            self.file.seek(0)
+            self.file.write(struct.pack("<Q", self.room) + header.ljust(self.room))
+            self.file.close()
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the path into the system's errors about an open file, such as a full disk, which do not name it."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 @locks("out_dir")

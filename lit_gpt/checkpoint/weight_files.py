@@ -19,6 +19,8 @@ CONVERTED = "lit_model.safetensors"  # scripts/convert_hf_checkpoint.py wrote it
 HUGGING_FACE = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
 OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "original/*.pth")
 
+MAPPED_AT_ONCE = 64 * 10**6  # bytes of a file whose tensors are copied
+
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names of dtypes
 
 
@@ -173,15 +175,28 @@ def read_headers(files: Iterable[Path]) -> dict[str, TensorHeader]:
     return headers
 
 
-def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields every tensor with its name, in file order."""
+def read_tensors(files: Iterable[Path], let_go: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields every tensor with its name, in file order.
+
+    A tensor of a safetensors file is mapped into memory: what is looked at is read, and counts as the process' memory
+    for as long as a tensor of the same mapping is there. With `let_go` there is a new mapping after every 64 MB, for
+    who copies what it needs of each tensor.
+    """
     for file in files:
         if file.suffix == ".bin":
             yield from read_bin(file).items()
             continue
         with open_safetensors(file) as tensors:
-            for name in tensors.offset_keys():
-                yield name, tensors.get_tensor(name)
+            names = tensors.offset_keys()
+        while names:
+            with open_safetensors(file) as tensors:
+                mapped = 0
+                while names and (mapped < MAPPED_AT_ONCE or not let_go):
+                    name = names.pop(0)
+                    tensor = tensors.get_tensor(name)
+                    mapped += tensor.nbytes
+                    yield name, tensor
+                    del tensor
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import torch
 from lit_gpt.data.dataset import Dataset
 from lit_gpt.data.prompts import render
 from lit_gpt.data.tokenizer import Tokenizer
+from lit_gpt.distributed import is_first
 from lit_gpt.generate.decode import stream
 from lit_gpt.model.gpt import GPT
 
@@ -24,13 +25,16 @@ class Answered(NamedTuple):
 
 
 def answers(model: GPT, tokenizer: Tokenizer, dataset: Dataset, n: int, max_new_tokens: int = 60) -> list[Answered]:
-    """The greedy answers to the first n prompts of a dataset, or to all if it has fewer."""
+    """The greedy answers to the first n prompts of a dataset, or to all if it has fewer.
+
+    If the model is split among devices, all processes must call it.
+    """
     was_training = model.training
     device = model.transformer.wte.weight.device
     model.eval()
 
     n = min(n, len(dataset))
-    if n > 1:
+    if n > 1 and is_first():
         print(f"Answering {n} validation records ...", file=sys.stderr)
 
     answered = []

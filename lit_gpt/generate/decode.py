@@ -9,9 +9,9 @@ from lit_gpt.errors import InputError
 from lit_gpt.generate.sampling import check_sampling, sample
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.kv_cache import KVCache
+from lit_gpt.sharding import agreed_by_all, without_gradients
 
 
-@torch.inference_mode()
 def stream(
     model: GPT,
     idx: torch.Tensor,
@@ -48,11 +48,13 @@ def stream(
 
         # what the model has not read yet: all of the prompt, then the last token
         input_pos = torch.arange(n_cached, text.size(1), device=idx.device)
-        logits = model(text[:, n_cached:], input_pos, cache=cache)[:, -1]  # (1, V)
+        with without_gradients(model):
+            logits = model(text[:, n_cached:], input_pos, cache=cache)[:, -1]  # (1, V)
         n_cached = text.size(1)
 
         # the next token
         next_token = sample(logits, temperature, top_k, top_p, generator)  # (1, 1)
+        next_token = agreed_by_all(model, next_token)
         text = torch.cat((text, next_token), dim=1)
         token = int(next_token)
         yield token

@@ -20,6 +20,7 @@ from lit_gpt.files import list_some, not_there, partial_and_old
 from lit_gpt.quantize import Quantize
 from lit_gpt.runs.methods import METHODS
 from lit_gpt.runs.overwrite import as_it_was
+from lit_gpt.runs.slices import SLICES
 
 KEY = "lit_gpt"  # of the header, in the metadata of the safetensors file
 
@@ -92,6 +93,10 @@ def finetuned_file(finetuned_dir: Path) -> Path:
         # a run that is saving just now has its folder under another name for an instant: it is read there, and left
         _, old = partial_and_old(name.absolute())
         for folder in (name, old):
+            if (folder / SLICES).is_dir():
+                raise InputError(
+                    f"{path} holds a run in slices, with which it goes on by --resume. Name its weights, those of best."
+                )
             if (folder / "config.json").is_file():  # a model of its own
                 return weight_files(folder)[0]
             for file in sorted(folder.glob("*.safetensors")):

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -25,7 +25,10 @@ from lit_gpt.quantize import Quantize, quantize_linears
 from lit_gpt.ranges import check_range, check_seed
 from lit_gpt.runs.header import Header, finetuned_file, is_peft, read_header, read_peft_header
 from lit_gpt.runs.methods import METHODS, Method
-from lit_gpt.sharding import shard_like
+from lit_gpt.sharding import let_go_of_wholes, local_tensor, mesh_of_model, rows_like, shard_weights
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 QuantizeAs = Literal["auto", "none", Quantize]  # auto: as in training
 
@@ -118,13 +121,22 @@ def has_own_tokenizer(finetuned_dir: Path) -> bool:
     return False
 
 
-def load_model_for_use(args: UseArgs, device: torch.device) -> GPT:
-    """The model that the flags name. Raises InputError: see `load_finetuned` and `load_weights`."""
+def load_model_for_use(args: UseArgs, device: torch.device, mesh: "DeviceMesh | None" = None) -> GPT:
+    """The model that the flags name. With a `mesh` its weights are split among these devices.
+
+    Raises:
+        InputError: see `load_finetuned` and `load_weights`.
+    """
     dtype = inference_dtype(args.precision)
     if args.finetuned is None:
         quantize = None if args.quantize == "auto" or args.quantize == "none" else args.quantize
-        return load_model(args.checkpoint_dir or SAMPLE, dtype, device, quantize)
-    model, _ = load_finetuned(args.checkpoint_dir, args.finetuned, dtype=dtype, device=device, quantize=args.quantize)
+        model = load_model(args.checkpoint_dir or SAMPLE, dtype, device, quantize, mesh)
+    else:
+        model, _ = load_finetuned(
+            args.checkpoint_dir, args.finetuned, dtype=dtype, device=device, quantize=args.quantize, mesh=mesh
+        )
+    if mesh is not None:
+        shard_weights(model, mesh)
     return model
 
 
@@ -135,10 +147,12 @@ def load_finetuned(
     device: torch.device | None = None,
     quantize: QuantizeAs = "auto",
     methods: Mapping[str, Method] = METHODS,
+    mesh: "DeviceMesh | None" = None,
 ) -> tuple[GPT, Header]:
     """A base model with what was trained on it, unmerged. `checkpoint_dir` None is the base it was trained on.
 
     `quantize` "auto" quantizes the base as it was in training. A line on stderr says if it is quantized otherwise.
+    `mesh` is that of `load_weights`.
 
     Raises:
         InputError: another base, or keys that do not fit it.
@@ -150,7 +164,7 @@ def load_finetuned(
     kind = choose_quantization(header, quantize, finetuned_dir)
     model = build_model(Config.from_checkpoint(base_dir))
     quantize_linears(model, kind)
-    base = load_weights(model, base_dir, dtype, device)
+    base = load_weights(model, base_dir, dtype, device, mesh)
 
     # and the trained weights on it
     if from_peft:
@@ -238,7 +252,8 @@ def load_trained(model: nn.Module, finetuned_dir: Path, method: Method) -> None:
     """
     file = finetuned_file(finetuned_dir)
     if method.trains_base:  # a Hugging Face folder, under its names and perhaps in several files
-        tensors = checked_tensors(model, file.parent)  # type: ignore[arg-type] # the base itself: a GPT
+        mesh = mesh_of_model(model)
+        tensors = checked_tensors(model, file.parent, mesh)  # type: ignore[arg-type] # the base itself: a GPT
     else:
         tensors = read_tensors([file])
     copy_parameters(model, tensors, method.filter, file)
@@ -256,6 +271,7 @@ def copy_parameters(
         InputError: a tensor has no such parameter, or another shape, or a parameter has no tensor; a value is not
             finite, or no plain number.
     """
+    let_go_of_wholes(model)
     params = {}
     for name, param in model.named_parameters():
         if keep(name, param):
@@ -276,10 +292,10 @@ def copy_parameters(
                 unfit.append(f"{name} has shape {list(tensor.shape)}, expected {list(param.shape)}")
             elif dtype not in PLAIN:
                 unfit.append(f"{name} is {dtype}, expected float32, bfloat16 or float16")
-            elif not is_finite(tensor):
+            elif not is_finite(rows_like(tensor, param)):
                 not_finite.append(name)
             else:
-                param.copy_(shard_like(tensor, param))
+                local_tensor(param).copy_(rows_like(tensor, param))
 
     unfit += [f"{name} is missing" for name in sorted(missing)]
     if unfit:

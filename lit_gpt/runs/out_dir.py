@@ -63,6 +63,7 @@ MAY_CHANGE = (
     "activation_checkpointing",
     "devices",
     "num_nodes",
+    "save_slices",
     "strategy",
 )
 

@@ -40,6 +40,7 @@ def watch_calls(kill: list | None) -> Counter[str]:
     import torch
     from lightning_fabric import Fabric
 
+    from lit_gpt.checkpoint.save import SafetensorsWriter
     from lit_gpt.runs.log import Log
 
     number = getattr(signal, kill[3]) if kill and len(kill) > 3 else signal.SIGKILL
@@ -84,6 +85,12 @@ def watch_calls(kill: list | None) -> Counter[str]:
         "save_file",
         lambda _, path, *rest: f"save {path.parent.name}/{path.name}",
         lambda _, path, *rest: truncate(path, os.path.getsize(path) // 2),
+    )
+    watch(
+        SafetensorsWriter,
+        "close",
+        lambda writer: f"save {writer.path.parent.name}/{writer.path.name}",
+        lambda writer: truncate(writer.path, os.path.getsize(writer.path) // 2),
     )
     watch(os, "rename", lambda a, b: f"rename {Path(a).name} {Path(b).name}")
     watch(os, "replace", lambda a, b: f"write {Path(b).name}")

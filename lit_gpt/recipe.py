@@ -24,7 +24,7 @@ from lit_gpt.runs.header import Header
 from lit_gpt.runs.loggers import LoggerName, make_loggers
 from lit_gpt.runs.methods import Method
 from lit_gpt.runs.saves import Checkpoints
-from lit_gpt.sharding import computes_split, is_sharded
+from lit_gpt.sharding import computes_split, is_sharded, mesh_of_model
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -133,13 +133,14 @@ def is_to_compile(model: GPT, wish: bool | None) -> bool:
     """Whether to compile the blocks; `wish` is --compile, and None leaves it to the device.
 
     A GPU waits for Python less with compiled blocks: tutorials/gpu.md. On a CPU they gain little. A mixture of experts
-    asks for values as it runs, where a graph has to end.
+    asks for values as it runs, where a graph has to end. Blocks of weights that are split among several GPUs have
+    never been compiled: that is left to who asks for it.
 
     Raises:
         InputError: it is asked for, and something is missing that it needs.
     """
     device = next(model.parameters()).device
-    by_default = compiling_pays(device) and not model.config.n_expert
+    by_default = compiling_pays(device) and not model.config.n_expert and mesh_of_model(model) is None
     if wish is False or (wish is None and not by_default):
         return False
     missing = missing_for_compiling(device)

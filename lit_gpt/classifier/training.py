@@ -27,7 +27,6 @@ from lit_gpt.lora import LoRA, apply_lora
 from lit_gpt.quantize import Quantize, quantize_linears
 from lit_gpt.recipe import LaunchArgs, recompute_or_compile_blocks
 from lit_gpt.runs.overwrite import drop_earlier_run
-from lit_gpt.sharding import mesh_of
 from lit_gpt.train import TrainArgs, fit
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def train_classifier(
     gpt = build_model(config)
     quantize_linears(gpt, quantize)
     dtype = weight_dtype(args.precision)
-    base = load_weights(gpt, args.checkpoint_dir, dtype, fabric.device, mesh_of(fabric))
+    base = load_weights(gpt, args.checkpoint_dir, dtype, fabric.device)
     if classifier.uses_lora:
         apply_lora(gpt, lora)
     weights = class_weights(train_data.labels, classifier.balanced)

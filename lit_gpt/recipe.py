@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_gpt.config import SAMPLE
+from lit_gpt.config import SAMPLE, Config
 from lit_gpt.data.dataset import Dataset
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.device import Precision, compiling_pays, trained_dtype
 from lit_gpt.distributed import Strategy, launch
 from lit_gpt.errors import InputError
 from lit_gpt.make_optimizer import check_optimizer
-from lit_gpt.model.activation_checkpointing import ActivationCheckpointing, recompute_blocks
+from lit_gpt.model.activation_checkpointing import ActivationCheckpointing, check_recomputed, recompute_blocks
 from lit_gpt.model.compile import compile_blocks, missing_for_compiling
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantize import quantization
@@ -48,7 +48,8 @@ class LaunchArgs:
     """The path of its class, such as bitsandbytes.optim.AdamW8bit or bitsandbytes.optim.PagedAdamW8bit on a GPU."""
     activation_checkpointing: ActivationCheckpointing = "none"
     """Save memory by computing again in backward: block all but what goes into a block, selective the MLPs, which keep
-    the most. The result stays the same."""
+    the most. A number such as 12 is block for the first 12 blocks, which keep theirs the longest, and none for the
+    others. The result stays the same."""
     compile: bool | None = None
     """Compile the blocks with torch.compile: the first steps take half a minute more, all others less time. null
     compiles on a GPU, if it has what that takes."""
@@ -100,8 +101,11 @@ def start_processes(args: LaunchArgs, trains_base: bool = False, shard: bool = F
         shard: Whether --strategy auto splits the weights among several devices.
 
     Raises:
-        InputError: see `trained_dtype`, `launch` and `check_optimizer`.
+        InputError: see `check_recomputed`, `trained_dtype`, `launch` and `check_optimizer`.
     """
+    if isinstance(args.activation_checkpointing, int):
+        n_layer = Config.from_checkpoint(args.checkpoint_dir).n_layer
+        check_recomputed(args.activation_checkpointing, n_layer)
     if trains_base:
         trained_dtype(args.precision)
     fabric = launch(

@@ -103,7 +103,7 @@ MAY_KNOW = {
     "errors packages lock ranges files download name_patterns replace_modules": "errors lock",
     "cli failures interruption out_of_memory": "errors lock files failures out_of_memory",
     "config families": "errors files families",
-    "model": "config",
+    "model": "config ranges",
     # no surgeon knows another one
     "lora adapter full quantize": "model errors ranges packages name_patterns replace_modules sharding",
     "display": "errors files packages",

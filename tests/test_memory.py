@@ -47,6 +47,7 @@ BASE = Setup(SMALL, settings=LoRA(mlp=True), dtype=torch.float32, lengths=(90, 4
 SETUPS = {
     "lora": BASE,
     "lora, block": replace(BASE, activation_checkpointing="block"),
+    "lora, 2 blocks": replace(BASE, activation_checkpointing=2),
     "lora, selective": replace(BASE, activation_checkpointing="selective"),
     "lora nf4": replace(BASE, quantize="bnb.nf4"),
     "lora nf4-dq, block": replace(BASE, quantize="bnb.nf4-dq", activation_checkpointing="block"),
@@ -55,6 +56,7 @@ SETUPS = {
     "lora, mixed": replace(BASE, autocast=torch.bfloat16),
     "full, mixed": replace(BASE, method="full", settings=Full(), autocast=torch.bfloat16),
     "full": replace(BASE, method="full", settings=Full()),
+    "full, 1 block": replace(BASE, method="full", settings=Full(), activation_checkpointing=1),
     "full last": replace(BASE, method="full", settings=Full(1)),
     "full, sgd": replace(BASE, method="full", settings=Full(), optimizer="torch.optim.SGD"),
     "adapter": replace(BASE, method="adapter", settings=Adapter(start_layer=1)),
@@ -115,6 +117,18 @@ def test_every_switch_saves() -> None:
     for name, other in switches(BASE).items():
         assert plan(other).gb < gb, name
     assert {"--quantize bnb.nf4", "--activation_checkpointing block"} < switches(BASE).keys()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_each_block_that_is_computed_again_saves(method: str) -> None:
+    """From none to all of them, where activations and not gradients decide about the peak."""
+    setup = replace(BASE, method=method, settings=None, lengths=(200, 200))
+    hows = ("none", 1, 2, 3)
+    sizes = [plan(replace(setup, activation_checkpointing=how)).gb for how in hows]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+    assert plan(replace(setup, activation_checkpointing="block")).gb == sizes[-1]
+    with pytest.raises(InputError, match="--activation_checkpointing is 4, expected 1 to 3"):
+        plan(replace(setup, activation_checkpointing=4))
 
 
 # ---- against a process
@@ -249,6 +263,7 @@ def test_a_recipe_is_planned(tmp_path: Path) -> None:
         ("scripts/merge_lora.py", "no plan for finetune/merge_lora.py"),
         ("--optimizer torch.optim.SparseAdam --model_name pythia-14m --tokens 8", "SparseAdam cannot step"),
         ("--card_gb -3", "--card_gb is -3, expected more than the 1 that CUDA itself takes"),
+        ("--activation_checkpointing 7 --model_name pythia-14m", "--activation_checkpointing is 7, expected 1 to 6."),
         ("--card_gb 0.5", "--card_gb is 0.5, expected more than the 1 that CUDA itself takes"),
         ("--model_name SmolLM2-135M --tokens -5", "--tokens is -5, expected 1 or more."),
         ("--model_name SmolLM2-135M --tokens 0", "--tokens is 0, expected 1 or more."),
@@ -315,9 +330,9 @@ class CountedProducts(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "block"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", 2, "block"])
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_counted_products_are_those_of_a_step(method: str, checkpointing: str, recipes) -> None:
+def test_counted_products_are_those_of_a_step(method: str, checkpointing: str | int, recipes) -> None:
     """To 6 percent: below the first change nothing needs a gradient, and the last product of an MLP is not redone."""
     settings = {"lora": LoRA(r=4), "full": Full()}[method]
     setup = replace(

@@ -37,7 +37,7 @@ from lit_gpt.full import Full, mark_chosen_as_trainable
 from lit_gpt.generate.decode import generate
 from lit_gpt.lora import LoRA, lora_filter
 from lit_gpt.make_optimizer import make_optimizer
-from lit_gpt.model.activation_checkpointing import recompute_blocks
+from lit_gpt.model.activation_checkpointing import ActivationCheckpointing, recompute_blocks
 from lit_gpt.runs.load_finetuned import load_finetuned
 
 
@@ -319,10 +319,31 @@ def test_sharing_prefixes_and_computing_again_change_no_gradient(name, tiny_dir,
             assert (found[key] - expected[key]).abs().max() <= 1e-10 * expected[key].abs().max(), (key, how, share)
 
 
+def test_blocks_computed_again_singly_give_the_same_bits(tiny_dir, data_dir) -> None:
+    n_layer = Config.from_checkpoint(tiny_dir).n_layer
+    expected = gradients(exact("full", tiny_dir), data_dir, 6, share=False)
+    for how in range(1, n_layer + 1):
+        model = exact("full", tiny_dir)
+        recompute_blocks(model, how)
+        found = gradients(model, data_dir, 6, share=False)
+        assert equal(found, expected)
+
+
+def test_a_run_may_go_on_with_other_blocks_computed_again(tiny_dir, data_dir, tmp_path) -> None:
+    """It is the same run, and hyperparameters.yaml repeats it."""
+    finetune("lora", tiny_dir, data_dir, tmp_path / "whole")
+    out_dir = tmp_path / "parts"
+    finetune("lora", tiny_dir, data_dir, out_dir, replace(TRAIN, max_hours=1e-9), activation_checkpointing=1)
+    repeated = parse(script("finetune/lora.py").main, ["--config", str(out_dir / "hyperparameters.yaml")])
+    assert repeated["args"].activation_checkpointing == 1
+    finetune("lora", tiny_dir, data_dir, out_dir, activation_checkpointing=2, resume=True)
+    assert column(out_dir, "loss") == column(tmp_path / "whole", "loss")
+
+
 def test_less_is_kept_for_backward(tiny_dir, data_dir) -> None:
     ((idx, layout),) = micro_batches(Dataset(data_dir, "train"), range(6), 6, 0, 1, False)
 
-    def kept(how: str) -> int:
+    def kept(how: ActivationCheckpointing) -> int:
         """Bytes, without the parameters."""
         model, sizes = exact("full", tiny_dir), {}
         recompute_blocks(model, how)
@@ -332,6 +353,7 @@ def test_less_is_kept_for_backward(tiny_dir, data_dir) -> None:
         return sum(size for at, size in sizes.items() if at not in weights)
 
     assert kept("block") < 0.5 * kept("selective") and kept("selective") < 0.8 * kept("none")
+    assert kept("block") == kept(2) < kept(1) < kept("none")
 
 
 def test_dropout_is_the_same_when_computed_again(tiny_dir, data_dir, tmp_path) -> None:
@@ -364,6 +386,8 @@ def test_compiled(tiny_dir, data_dir, tmp_path) -> None:
         ("lora", {"optimizer": "torch.optim.LBFGS"}, "LBFGS cannot step: .*closure'. Choose torch.optim.AdamW"),
         ("adapter", {"optimizer": "torch.optim.SparseAdam"}, "SparseAdam cannot step: .*dense gradients"),
         ("lora", {"optimizer": "torch.optim.Adam2"}, "Adam2.*Name a class by its path"),
+        ("lora", {"activation_checkpointing": 3}, "--activation_checkpointing is 3, expected 1 to 2"),
+        ("full", {"activation_checkpointing": 0}, "--activation_checkpointing is 0, expected 1 to 2"),
         ("full", {"precision": "16-true"}, "weights in float16 cannot be trained themselves. Choose 16-mixed or bf16"),
     ],
 )

@@ -29,7 +29,7 @@ from lit_gpt.errors import InputError
 from lit_gpt.interruption import signals_wait
 from lit_gpt.make_optimizer import TRIAL_SETTINGS, check_optimizer, make_optimizer
 from lit_gpt.memory.ledger import PARTS, Ledger, Plan, enter_model, part_of_head, quantized_params
-from lit_gpt.model.activation_checkpointing import ActivationCheckpointing, recompute_blocks
+from lit_gpt.model.activation_checkpointing import ActivationCheckpointing, check_recomputed, recompute_blocks
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.packing import Layout
 from lit_gpt.quantize import Quantize, frozen_parameter, quantize_linears
@@ -82,12 +82,13 @@ def setup_of_script(method: str, settings: dict[str, Any], config: Config, token
 
     Raises:
         InputError: the model reads no such record, or there are no prepared data and `tokens` is not given; or see
-            `check_optimizer` and `trained_dtype`.
+            `check_optimizer`, `check_recomputed` and `trained_dtype`.
     """
     check_method(method)
     if tokens is not None and not 1 <= tokens <= config.block_size:
         raise InputError(f"--tokens is {tokens}, but {config.name} reads 1 to {config.block_size}.")
     flags = vars(settings["args"]) | settings
+    check_recomputed(flags["activation_checkpointing"], config.n_layer)
     if flags["optimizer"] not in EIGHT_BITS:  # they need not be installed here
         check_optimizer(flags["optimizer"])
 
@@ -359,7 +360,7 @@ def switches(setup: Setup) -> dict[str, Setup]:
     # activations
     if setup.activation_checkpointing == "none":
         setups["--activation_checkpointing selective"] = replace(setup, activation_checkpointing="selective")
-    if setup.activation_checkpointing != "block":
+    if setup.activation_checkpointing not in ("block", setup.config.n_layer):
         setups["--activation_checkpointing block"] = replace(setup, activation_checkpointing="block")
     # dtype
     if setup.dtype == torch.float32:

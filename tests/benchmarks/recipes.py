@@ -194,10 +194,7 @@ def products_per_token(setup: Setup) -> float:
         if not isinstance(linear, nn.Linear):
             continue
         n += 4 * linear.weight.numel()
-        in_block = name.startswith("transformer.h.")
-        again = setup.activation_checkpointing == "block" and in_block
-        again |= setup.activation_checkpointing == "selective" and ".mlp." in name
-        if again:
+        if is_computed_again(name, setup.activation_checkpointing):
             n += 2 * linear.weight.numel()
         if setup.method == "full":
             n += 2 * linear.weight.numel()
@@ -205,6 +202,16 @@ def products_per_token(setup: Setup) -> float:
         if "lora_" in name:
             n += 6 * param.numel()
     return n
+
+
+def is_computed_again(name: str, checkpointing: ActivationCheckpointing) -> bool:
+    """Whether a linear of that name, such as transformer.h.3.mlp.fc_1, is computed a second time in backward."""
+    if checkpointing == "none" or not name.startswith("transformer.h."):
+        return False
+    if checkpointing == "selective":
+        return ".mlp." in name
+    n_block = int(name.split(".")[2])
+    return checkpointing == "block" or n_block < checkpointing
 
 
 def linears_of(setup: Setup) -> GPT:

@@ -16,7 +16,14 @@ from lit_gpt.generate.answers import answers
 from lit_gpt.lora import LoRA, apply_lora, lora_learning_rate, mark_only_lora_as_trainable
 from lit_gpt.memory.plan import print_plan
 from lit_gpt.quantize import Quantize, quantize_linears
-from lit_gpt.recipe import RunArgs, new_checkpoints, number_of_answers, recompute_or_compile_blocks, start_processes
+from lit_gpt.recipe import (
+    RunArgs,
+    check_streaming,
+    new_checkpoints,
+    number_of_answers,
+    recompute_or_compile_blocks,
+    start_processes,
+)
 from lit_gpt.runs.methods import METHODS
 from lit_gpt.runs.out_dir import claim_out_dir, start_run
 from lit_gpt.runs.report import report_run
@@ -29,6 +36,7 @@ def main(
     args: Flags[RunArgs] = RunArgs(out_dir=Path("out/lora/docstrings")),
     lora: LoRA = LoRA(r=8, alpha=16, dropout=0.0),
     quantize: Quantize | None = None,
+    stream_blocks: bool = False,
     train: TrainArgs = TrainArgs(learning_rate=None, warmup_steps=10, global_batch_size=16, epochs=1),
 ) -> None:
     """Fine-tune with LoRA.
@@ -37,6 +45,9 @@ def main(
         args: Each of its fields is a flag, as in every recipe: --checkpoint_dir, --data_dir ...; see lit_gpt/recipe.py.
         lora: The rank, and which matrices of which layers, by default all linears of all blocks; see lit_gpt/lora.py.
         quantize: Keep the frozen linears in 4 or 8 bits (QLoRA); see lit_gpt/quantize.py.
+        stream_blocks: Keep the frozen weights of the blocks in the host's memory, and copy the next block to the device
+            while one computes: much less of its memory. Every block is computed again in backward. The result stays
+            the same; see lit_gpt/stream_blocks.py.
         train: The optimizer, the batch and the intervals; see lit_gpt/train.py. Without a learning rate it is 2e-3 for
             the sample model, and less for wider ones; see lit_gpt/lora.py.
     """
@@ -45,7 +56,9 @@ def main(
     train = train.or_learning_rate(lora_learning_rate(config.n_embd))
 
     # settings: all flags, for hyperparameters.yaml and the report
-    settings = vars(args) | {"lora": lora, "quantize": quantize, "train": train}
+    settings = vars(args) | {"lora": lora, "quantize": quantize, "stream_blocks": stream_blocks, "train": train}
+    if stream_blocks:
+        check_streaming(args)  # it is for one device
     # refused if in use, or not empty and without a flag
     claim_out_dir(args.out_dir, args.resume, args.overwrite, args.checkpoint_dir)
 
@@ -60,10 +73,13 @@ def main(
     model: GPT = build_model(config)  # no weights yet
     quantize_linears(model, quantize)  # if --quantize says so, linears will keep their weights in 4 or 8 bits
     dtype = weight_dtype(args.precision)
-    base_fingerprint = load_weights(model, args.checkpoint_dir, dtype, fabric.device, mesh_of(fabric))
+    base_fingerprint = load_weights(
+        model, args.checkpoint_dir, dtype, fabric.device, mesh_of(fabric), blocks_on_host=stream_blocks
+    )
     apply_lora(model, lora)  # the chosen linears -> LoRALinear, in place; B is zero, so nothing has changed yet
     mark_only_lora_as_trainable(model)
-    recompute_or_compile_blocks(model, args)  # as --activation_checkpointing and --compile say
+    # as --activation_checkpointing, --compile and --stream_blocks say
+    recompute_or_compile_blocks(model, args, stream_to=fabric.device if stream_blocks else None)
     split_among_devices(fabric, model)  # with --strategy fsdp each device keeps a slice of every weight
 
     # out_dir: --overwrite sets the old run aside until this one has saved, --resume refuses other settings than its

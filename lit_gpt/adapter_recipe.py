@@ -10,7 +10,14 @@ from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.device import weight_dtype
 from lit_gpt.generate.answers import answers
 from lit_gpt.quantize import Quantize, quantize_linears
-from lit_gpt.recipe import RunArgs, new_checkpoints, number_of_answers, recompute_or_compile_blocks, start_processes
+from lit_gpt.recipe import (
+    RunArgs,
+    check_streaming,
+    new_checkpoints,
+    number_of_answers,
+    recompute_or_compile_blocks,
+    start_processes,
+)
 from lit_gpt.runs.methods import Method
 from lit_gpt.runs.out_dir import claim_out_dir, start_run
 from lit_gpt.runs.report import report_run
@@ -23,6 +30,7 @@ def finetune_adapter(
     args: RunArgs,
     method_settings: Any,
     quantize: Quantize | None,
+    stream_blocks: bool,
     train: TrainArgs,
     show_plan: Callable[..., None] | None = None,
 ) -> None:
@@ -31,7 +39,14 @@ def finetune_adapter(
     `show_plan` says before the first step what memory it will take: `memory.plan.print_plan`.
     """
     # settings
-    settings = vars(args) | {method.flag: method_settings, "quantize": quantize, "train": train}
+    settings = vars(args) | {
+        method.flag: method_settings,
+        "quantize": quantize,
+        "stream_blocks": stream_blocks,
+        "train": train,
+    }
+    if stream_blocks:
+        check_streaming(args)
     claim_out_dir(args.out_dir, args.resume, args.overwrite, args.checkpoint_dir)
 
     # data
@@ -46,11 +61,13 @@ def finetune_adapter(
     model = build_model(config)
     quantize_linears(model, quantize)
     dtype = weight_dtype(args.precision)
-    base_fingerprint = load_weights(model, args.checkpoint_dir, dtype, fabric.device, mesh_of(fabric))
+    base_fingerprint = load_weights(
+        model, args.checkpoint_dir, dtype, fabric.device, mesh_of(fabric), blocks_on_host=stream_blocks
+    )
     method.apply(model, method_settings)
     for name, param in model.named_parameters():
         param.requires_grad = method.filter(name, param)
-    recompute_or_compile_blocks(model, args)
+    recompute_or_compile_blocks(model, args, stream_to=fabric.device if stream_blocks else None)
     split_among_devices(fabric, model)
 
     # what the run writes

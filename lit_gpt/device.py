@@ -171,3 +171,57 @@ def peak_memory_gb(device: torch.device) -> float:
     # getrusage counts in bytes on macOS and in KiB on Linux
     unit = 1 if sys.platform == "darwin" else 1024
     return peak * unit / 1e9
+
+
+def host_buffer(n_bytes: int, device: torch.device) -> torch.Tensor:
+    """Bytes in the host's memory, uint8 (n_bytes,), from which `CopyStream` copies to a device.
+
+    For CUDA they are pinned: the card reads them by itself, at the full speed of PCIe, and the system never moves them.
+    PyTorch takes pinned memory in powers of two, 512 MiB for 441 MB; see `host_bytes_taken`.
+
+    Raises:
+        InputError: the host has no such memory left.
+    """
+    is_pinned = device.type == "cuda"
+    try:
+        return torch.empty(n_bytes, dtype=torch.uint8, device="cpu", pin_memory=is_pinned)
+    except RuntimeError as error:
+        first_line = str(error).splitlines()[0]
+        raise InputError(f"The host has no {n_bytes / 1e9:.2f} GB of memory left to pin: {first_line}") from None
+
+
+def host_bytes_taken(n_bytes: int) -> int:
+    """What `host_buffer` takes of the host's memory for so many bytes where it pins them: the next power of two."""
+    # CachingHostAllocator.h of PyTorch 2.13. There its setting pinned_max_round_threshold_mb ends the rounding
+    return 1 << max(0, n_bytes - 1).bit_length()
+
+
+class CopyStream:
+    """Copies from the host's memory to a device, beside what the device computes.
+
+        computing    ...block 0...|............block 1...........|............block 2.........
+        copying                   |block 2 to where block 0 was  |block 3 to where block 1 was
+
+    On CUDA a copy begins when the device is done with all that it was asked for before, and what is to read it has to
+    `wait`. Elsewhere nothing runs beside anything: a copy is done when it was asked for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> Any:
+        """Asks for a copy of `source`, which is in the host's memory. What is returned is for `wait`."""
+        if self.stream is None:
+            target.copy_(source)
+            return None
+        # kernels that were asked for before may still read what is in `target`
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
+            return self.stream.record_event()
+
+    def wait(self, copied: Any) -> None:
+        """Lets the device begin what it is asked for from now on when that copy is complete; the host does not wait."""
+        if copied is not None:
+            torch.cuda.current_stream(self.device).wait_event(copied)

@@ -124,6 +124,17 @@ def devices_for_answers(devices: int, precision: Precision, seed: int) -> "tuple
     return fabric.device, mesh_of(fabric)
 
 
+def check_one_device(flag: str, devices: int, num_nodes: int, strategy: Strategy) -> None:
+    """Raises InputError if `flag`, which is for a model that is too large for its one device, meets several of them."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        devices, num_nodes = numbers_of_torchrun(devices, num_nodes)
+    if devices * num_nodes > 1 or strategy == "fsdp":
+        raise InputError(
+            f"{flag} is for one device, but there are {devices * num_nodes}, with --strategy {strategy}. Leave it out:"
+            " with several devices, --strategy fsdp splits the weights among them."
+        )
+
+
 def numbers_of_torchrun(devices: int, num_nodes: int) -> tuple[int, int]:
     """The processes of each machine and the machines that torchrun, or our own supervisor, has started.
 

@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lit_gpt.config import SAMPLE, Config
 from lit_gpt.data.dataset import Dataset
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.device import Precision, compiling_pays, trained_dtype
-from lit_gpt.distributed import Strategy, launch
+from lit_gpt.distributed import Strategy, check_one_device, launch
 from lit_gpt.errors import InputError
 from lit_gpt.make_optimizer import check_optimizer
 from lit_gpt.model.activation_checkpointing import ActivationCheckpointing, check_recomputed, recompute_blocks
@@ -25,6 +27,7 @@ from lit_gpt.runs.loggers import LoggerName, make_loggers
 from lit_gpt.runs.methods import Method
 from lit_gpt.runs.saves import Checkpoints
 from lit_gpt.sharding import computes_split, is_sharded, mesh_of_model
+from lit_gpt.stream_blocks import stream_blocks
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -121,16 +124,31 @@ def start_processes(args: LaunchArgs, trains_base: bool = False, shard: bool = F
     return fabric
 
 
-def recompute_or_compile_blocks(model: GPT, args: LaunchArgs) -> None:
+def check_streaming(args: LaunchArgs) -> None:
+    """Raises InputError if --stream_blocks cannot work with the other flags."""
+    check_one_device("--stream_blocks", args.devices, args.num_nodes, args.strategy)
+    if args.activation_checkpointing not in ("none", "block"):
+        raise InputError(
+            f"--stream_blocks computes every block again in backward, but --activation_checkpointing is"
+            f" {args.activation_checkpointing}. Leave one of them out."
+        )
+
+
+def recompute_or_compile_blocks(model: GPT, args: LaunchArgs, stream_to: torch.device | None = None) -> None:
     """Changes how the blocks run, as --activation_checkpointing and --compile say; nothing by default on a CPU.
 
+    With `stream_to` their frozen weights wait in the host's memory, and come to that device block by block.
+
     Raises:
-        InputError: see `is_to_compile`.
+        InputError: see `is_to_compile` and `stream_blocks`.
     """
     # in this order: what is compiled is computed again as a whole
     if is_to_compile(model, args.compile):
         compile_blocks(model)
-    recompute_blocks(model, args.activation_checkpointing)
+    if stream_to is not None:
+        stream_blocks(model, stream_to)  # computes every block again, too
+    else:
+        recompute_blocks(model, args.activation_checkpointing)
 
 
 def is_to_compile(model: GPT, wish: bool | None) -> bool:

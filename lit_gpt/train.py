@@ -26,6 +26,7 @@ from lit_gpt.ranges import check_range, check_seed
 from lit_gpt.runs.log import Log
 from lit_gpt.runs.resume import Progress, check_finite, save_progress, start_or_resume
 from lit_gpt.sharding import any_device, full_tensor, sum_over_devices
+from lit_gpt.stream_blocks import stream_of
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -157,7 +158,8 @@ def fit(
 
     # the model on its device. This comes before the optimizer, since fsdp replaces each parameter by a slice of it.
     # From here on `model` is Fabric's wrapper; inside it is the model that `checkpoints` saves
-    model = fabric.setup_module(model)
+    is_streamed = stream_of(model) is not None  # then all that belongs on the device is there, and the rest must not be
+    model = fabric.setup_module(model, move_to_device=not is_streamed)
     obstacle = obstacle_to_sharing(model)
     share_prefixes = args.share_prefixes and obstacle is None
 

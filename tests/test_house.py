@@ -111,15 +111,16 @@ MAY_KNOW = {
     "checkpoint": "model lora quantize config families errors lock files download name_patterns out_of_memory sharding",
     "device nvidia_driver sharding distributed make_optimizer": "device nvidia_driver sharding interruption failures"
     " errors packages out_of_memory",
+    "stream_blocks": "model device errors",
     "generate": "model data errors ranges sharding distributed",
     "runs": "checkpoint data model lora adapter full quantize config device sharding distributed display cli"
     " failures errors lock ranges files packages",
     # no method, no tokenizer, no file format
-    "train": "data.dataset make_optimizer model.packing device sharding runs.log runs.resume display.words interruption"
-    " failures out_of_memory errors ranges",
-    "recipe": "make_optimizer runs data model quantize config device sharding distributed ranges errors",
+    "train": "data.dataset make_optimizer model.packing stream_blocks device sharding runs.log runs.resume"
+    " display.words interruption failures out_of_memory errors ranges",
+    "recipe": "make_optimizer runs data model quantize stream_blocks config device sharding distributed ranges errors",
     "adapter_recipe": "recipe train runs generate checkpoint data quantize config device sharding",
-    "memory": "train make_optimizer runs checkpoint data model quantize config device sharding display"
+    "memory": "train make_optimizer runs checkpoint data model quantize stream_blocks config device sharding display"
     " interruption errors",
     "classifier": "recipe train runs checkpoint data model lora quantize config device sharding distributed display"
     " errors ranges files packages",

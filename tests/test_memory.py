@@ -1,5 +1,6 @@
 """The plan is what a real step takes: `pytest tests/test_memory.py`, about 2 min"""
 
+import math
 import re
 import subprocess
 import sys
@@ -63,6 +64,9 @@ SETUPS = {
     "adapter_v2": replace(BASE, method="adapter_v2", settings=Adapter(start_layer=1)),
     "tied": replace(BASE, config=SMALL.replace(tie_embeddings=True), method="full", settings=Full()),
     "windows": replace(BASE, config=SMALL.replace(sliding_window=32)),
+    "lora, streamed": replace(BASE, stream_blocks=True),
+    "lora nf4-dq bf16, streamed": replace(BASE, quantize="bnb.nf4-dq", dtype=torch.bfloat16, stream_blocks=True),
+    "adapter_v2, streamed": replace(BASE, method="adapter_v2", settings=Adapter(start_layer=1), stream_blocks=True),
 }
 
 
@@ -116,7 +120,26 @@ def test_every_switch_saves() -> None:
     gb = plan(BASE).gb
     for name, other in switches(BASE).items():
         assert plan(other).gb < gb, name
-    assert {"--quantize bnb.nf4", "--activation_checkpointing block"} < switches(BASE).keys()
+    assert {"--quantize bnb.nf4", "--activation_checkpointing block", "--stream_blocks true"} < switches(BASE).keys()
+    streamed = switches(replace(BASE, stream_blocks=True))
+    assert "--quantize bnb.nf4" in streamed and not any("blocks" in flag or "activation" in flag for flag in streamed)
+
+
+def test_streamed_blocks_take_two_of_them() -> None:
+    """And what the embedding, the head and the last norm take. All else of a step is that of recomputed blocks."""
+    model = build_model(SMALL)
+    sizes = {name: 4 * param.numel() for name, param in model.named_parameters()}
+    block = sum(size for name, size in sizes.items() if name.startswith("transformer.h.0."))
+    rest = sum(size for name, size in sizes.items() if not name.startswith("transformer.h."))
+    recomputed = plan(replace(BASE, activation_checkpointing="block"))
+    streamed = plan(replace(BASE, stream_blocks=True))
+    buffers = sum(4 * buffer.numel() for buffer in model.buffers())
+    assert streamed.parts["weights"] == 2 * block + rest + buffers  # norms and linears of whole 256 bytes
+    assert {**streamed.parts, "weights": recomputed.parts["weights"]} == recomputed.parts
+    assert (recomputed.host_bytes, streamed.host_bytes) == (0, 3 * 2 ** math.ceil(math.log2(block)))
+    assert f"and {streamed.host_bytes / 1e9:.2f} GB of the host's memory" in str(streamed)
+    generating = plan_generation(replace(BASE, stream_blocks=True))
+    assert generating.parts["weights"] == streamed.parts["weights"]
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 MAX_PROBLEMS = 5  # of a checkpoint's tensors, that one error tells
 HEAD = "lm_head.weight"
 EMBEDDING = "transformer.wte.weight"
+BLOCKS = "transformer.h."  # how the names of all that is in a block begin
 ROWS_AT_ONCE = 1024  # of a tensor whose values are compared
 
 
@@ -69,12 +70,14 @@ def load_weights(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     mesh: "DeviceMesh | None" = None,
+    blocks_on_host: bool = False,
 ) -> str:
     """Puts a checkpoint's tensors into `model`, one at a time and in file order, and returns their fingerprint.
 
     Takes a Hugging Face folder as it is, or one that `scripts/convert_hf_checkpoint.py` wrote. Each tensor goes to its
     dtype and device the moment it arrives, so that the peak is the model and one tensor. `dtype` None is that of the
-    files; of several the widest, since a model computes in one.
+    files; of several the widest, since a model computes in one. `blocks_on_host` keeps what a block is made of in the
+    host's memory, for `stream_blocks`: codes are computed on the device, one weight at a time.
 
     With a `mesh`, the devices that will split the weights among them, each process reads its own rows of every matrix,
     and codes are made of these; then the peak is its share of the model and one tensor. All processes must call it,
@@ -91,12 +94,14 @@ def load_weights(
     if dtype is None:
         dtype = widest(stored_dtypes(checkpoint_dir, model.config).values())
     for name, tensor in tensors:
-        if mesh is None:
-            replace_parameter(model, name, tensor.to(device), dtype)
-        elif tensor.ndim == 1:  # vectors are a thousandth of a model. A copy, since it would keep the mapped file
-            replace_parameter(model, name, tensor.to(device, copy=True), dtype)
-        else:
+        if mesh is not None and tensor.ndim > 1:
             replace_by_rows(model, name, tensor, dtype, device, mesh)
+        else:
+            # with a mesh vectors, a thousandth of a model, stay whole until it is split; as copies, since a tensor that
+            # is left where it is keeps the mapped file
+            tensor_there = tensor.to(device, copy=mesh is not None)
+            on_host = blocks_on_host and name.startswith(BLOCKS)
+            replace_parameter(model, name, tensor_there, dtype, on_host)
         digests[name] = tensor_digest(name, tensor)
     if model.config.tie_embeddings:
         model.lm_head.weight = model.transformer.wte.weight
@@ -290,18 +295,25 @@ def stored_fingerprint(checkpoint_dir: Path) -> str | None:
     return read_metadata(first_file).get(FINGERPRINT_KEY)
 
 
-def replace_parameter(model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+def replace_parameter(
+    model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype, on_host: bool = False
+) -> None:
     """Puts a tensor in the place of a parameter, which may be on the meta device.
 
-    A quantized linear takes the checkpoint's own values and computes its codes from them: `dtype` is not for it.
+    A quantized linear takes the checkpoint's own values and computes its codes from them: `dtype` is not for it. With
+    `on_host` what is kept goes to the host's memory, wherever it was computed.
     """
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf == "weight" and isinstance(module, QuantizedLinear):
         module.load_weight(tensor)
-        return
-    value = cast_without_overflow(name, tensor, dtype)
-    setattr(module, leaf, nn.Parameter(value, requires_grad=False))  # trained ones are chosen after loading
+    else:
+        value = cast_without_overflow(name, tensor, dtype)
+        setattr(module, leaf, nn.Parameter(value, requires_grad=False))  # trained ones are chosen after loading
+    if on_host:
+        for key, param in list(module.named_parameters(recurse=False)):
+            if not param.is_meta:  # a bias that has not been read yet
+                setattr(module, key, nn.Parameter(param.cpu(), requires_grad=False))
 
 
 def replace_by_rows(

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantize import QuantizedLinear
+from lit_gpt.stream_blocks import stream_of
 
 PARTS = ("weights", "quantized", "trained", "gradients", "optimizer", "activations", "logits", "workspace")
 
@@ -98,6 +99,8 @@ class Plan:
 
     parts: dict[str, int]
     """Bytes at the peak, by PARTS."""
+    host_bytes: int = 0
+    """What streamed blocks take of the host's memory, besides."""
 
     @property
     def gb(self) -> float:
@@ -117,7 +120,8 @@ class Plan:
             size = self.parts[part]
             if size > least:
                 texts.append(f"{part} {size / 1e9:.2f}")
-        return f"{self.gb:.2f} GB ({', '.join(texts)})"
+        besides = f" and {self.host_bytes / 1e9:.2f} GB of the host's memory" if self.host_bytes else ""
+        return f"{self.gb:.2f} GB ({', '.join(texts)}){besides}"
 
 
 def quantized_params(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -129,9 +133,20 @@ def quantized_params(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def enter_model(model: GPT, ledger: Ledger) -> None:
-    """Enters the parameters and buffers of a model, trained or frozen."""
+    """Enters the parameters and buffers of a model, trained or frozen.
+
+    Of streamed blocks the slots are entered, and not what lies in the host's memory.
+    """
     quantized = {id(param) for param in quantized_params(model)}
+    stream = stream_of(model)
+    on_host = set()
+    if stream is not None:
+        on_host = {id(param) for block in stream.blocks for param in block.params}
+        for slot in stream.slots:
+            ledger.enter(slot.buffer, "quantized" if quantized else "weights")
     for param in model.parameters():
+        if id(param) in on_host:
+            continue
         if param.requires_grad:
             ledger.enter(param, "trained")
         elif id(param) in quantized:

@@ -35,6 +35,7 @@ from lit_gpt.model.packing import Layout
 from lit_gpt.quantize import Quantize, frozen_parameter, quantize_linears
 from lit_gpt.runs.methods import METHODS, Method
 from lit_gpt.sharding import is_sharded
+from lit_gpt.stream_blocks import stream_blocks, stream_of
 from lit_gpt.train import TrainArgs
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class Setup:
     """The dtype that mixed precision computes in. None is no mixed precision."""
     quantize: Quantize | None = None
     activation_checkpointing: ActivationCheckpointing = "none"
+    stream_blocks: bool = False
+    """Whether frozen blocks wait in the host's memory; each is computed again in backward then."""
     optimizer: str = "torch.optim.AdamW"
     lengths: tuple[int, ...] = (512,)
     """Tokens of each record of a micro-batch; all are trained on."""
@@ -118,6 +121,7 @@ def setup_of(method: Method, flags: dict[str, Any], config: Config, lengths: tup
         autocast=autocast_dtype(precision),
         quantize=flags.get("quantize"),
         activation_checkpointing=flags["activation_checkpointing"],
+        stream_blocks=flags.get("stream_blocks", False),
         optimizer=flags["optimizer"],
         lengths=lengths,
     )
@@ -213,7 +217,7 @@ def fill_with_zeros(model: GPT, setup: Setup) -> None:
 
 
 def adapt(model: GPT, setup: Setup) -> GPT:
-    """Applies the method and activation checkpointing, as a script does, and says which parameters train."""
+    """Applies the method, and activation checkpointing or streaming, as a script does; says which parameters train."""
     method = METHODS[setup.method]
     settings = method.settings() if setup.settings is None else setup.settings
     adapted = method.apply(model, settings)
@@ -221,7 +225,10 @@ def adapt(model: GPT, setup: Setup) -> GPT:
     if not method.trains_base:  # a method that does has said what trains
         for name, param in adapted.named_parameters():
             param.requires_grad = method.filter(name, param)
-    recompute_blocks(adapted, setup.activation_checkpointing)
+    if setup.stream_blocks:
+        stream_blocks(adapted, adapted.transformer.wte.weight.device)
+    else:
+        recompute_blocks(adapted, setup.activation_checkpointing)
     return adapted
 
 
@@ -262,13 +269,14 @@ def watch_step(model: GPT, batch: tuple[torch.Tensor, Layout], setup: Setup) -> 
         loss.backward()
         del loss
         step()
-    return peak_of(ledger)
+    return peak_of(ledger, model)
 
 
-def peak_of(ledger: Ledger) -> Plan:
-    """The peak that a ledger has seen, with a figure for each of PARTS."""
+def peak_of(ledger: Ledger, model: GPT) -> Plan:
+    """The peak that a ledger has seen, with a figure for each of PARTS, and what the model has on the host."""
     sizes = ledger.at_peak()
-    return Plan({part: sizes[part] for part in PARTS})
+    stream = stream_of(model)
+    return Plan({part: sizes[part] for part in PARTS}, 0 if stream is None else stream.host_bytes)
 
 
 class Adam8bitMemory(torch.optim.Optimizer):
@@ -307,6 +315,8 @@ def plan_generation(setup: Setup, n_prompt: int = 64, n_total: int = 256) -> Pla
     input_pos = torch.arange(n_prompt)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         fill_with_zeros(model, setup)
+        if setup.stream_blocks:
+            stream_blocks(model, model.transformer.wte.weight.device)
         enter_model(model, ledger)
         with ledger, part_of_head(model, ledger):
             # the ledger enters the cache as it is made: under this name, since there is no backward
@@ -315,7 +325,7 @@ def plan_generation(setup: Setup, n_prompt: int = 64, n_total: int = 256) -> Pla
             # reading the prompt takes the most
             ledger.part = "workspace"
             model(torch.zeros(1, n_prompt, dtype=torch.int64), input_pos, cache=cache)
-    return peak_of(ledger)
+    return peak_of(ledger, model)
 
 
 def largest_batch(setup: Setup, gb: float, limit: int = MOST_RECORDS) -> int:
@@ -357,10 +367,16 @@ def switches(setup: Setup) -> dict[str, Setup]:
     if setup.quantize is None and not METHODS[setup.method].trains_base:
         for kind in ("bnb.nf4", "bnb.nf4-dq"):
             setups[f"--quantize {kind}"] = replace(setup, quantize=kind)
+    if not setup.stream_blocks and not METHODS[setup.method].trains_base:
+        flag = "--stream_blocks true"
+        if setup.activation_checkpointing not in ("none", "block"):  # it computes all blocks again
+            flag += " --activation_checkpointing block"
+        setups[flag] = replace(setup, stream_blocks=True, activation_checkpointing="block")
     # activations
-    if setup.activation_checkpointing == "none":
+    if setup.activation_checkpointing == "none" and not setup.stream_blocks:
         setups["--activation_checkpointing selective"] = replace(setup, activation_checkpointing="selective")
-    if setup.activation_checkpointing not in ("block", setup.config.n_layer):
+    recomputes_all = setup.stream_blocks or setup.activation_checkpointing in ("block", setup.config.n_layer)
+    if not recomputes_all:
         setups["--activation_checkpointing block"] = replace(setup, activation_checkpointing="block")
     # dtype
     if setup.dtype == torch.float32:

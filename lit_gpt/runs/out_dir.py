@@ -61,6 +61,7 @@ MAY_CHANGE = (
     "train.micro_batch_tokens",
     "train.share_prefixes",
     "activation_checkpointing",
+    "stream_blocks",
     "devices",
     "num_nodes",
     "save_slices",

@@ -2,6 +2,8 @@
 
     python scripts/plan_memory.py --quantize bnb.nf4 --train.micro_batch_size 1 --card_gb 24
     python scripts/plan_memory.py finetune/full.py --model_name Llama-3.2-1B --tokens 1024
+    python scripts/plan_memory.py --model_name Llama-3.3-70B-Instruct --tokens 2048 --card_gb 24 \\
+        --quantize bnb.nf4-dq --stream_blocks true --train.micro_batch_size 1
     python scripts/plan_memory.py --model_name Mistral-7B-v0.1 --tokens 1304 \\
         --config finetune/recipes/mistral-7b-qlora-24gb.yaml
 """
@@ -30,6 +32,7 @@ from lit_gpt.memory.plan import (
     switches,
 )
 from lit_gpt.ranges import check_range
+from lit_gpt.recipe import check_streaming
 from lit_gpt.runs.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +66,8 @@ def main(
     check_method(path.stem)
     settings = parse(runpy.run_path(str(path))["main"], flags, also=flags_of(main))
     args = settings["args"]
+    if settings.get("stream_blocks"):
+        check_streaming(args)
     precision_is_auto = args.precision == "auto"
     if precision_is_auto and card_gb is not None:
         args = replace(args, precision="bf16-true")
@@ -73,6 +78,8 @@ def main(
     # what is planned
     longest = max(setup.lengths)
     weights = setup.quantize or str(setup.dtype).removeprefix("torch.")
+    if setup.stream_blocks:
+        weights += ", blocks streamed"
     n_processes = args.devices * args.num_nodes
     split = is_to_split(args.strategy, n_processes, shard=METHODS[setup.method].trains_base)
     when = ", before it is split among the devices" if split else ""
@@ -91,6 +98,9 @@ def main(
         plans.append((f"with `{switch}`", plan(smaller)))
     plans.append(("generating 256 tokens", plan_generation(setup)))
     print(plans_table(plans))
+    on_host = max(peak.host_bytes for _, peak in plans)
+    if on_host:
+        print(f"\nWith --stream_blocks the blocks take {on_host / 1e9:.1f} GB of the host's memory instead, pinned.")
 
     # what fits on a card
     if card_gb is not None:

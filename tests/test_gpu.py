@@ -56,6 +56,7 @@ from lit_gpt.model.packing import Layout
 from lit_gpt.quantize import Quantize, QuantizedLinear, quantize_linears
 from lit_gpt.runs.log import read_metrics
 from lit_gpt.sharding import full_tensor, is_sharded, shard_weights
+from lit_gpt.stream_blocks import stream_of
 from lit_gpt.train import TrainArgs, clip_gradient
 
 IS_REHEARSAL = os.environ.get("REHEARSE_ON_CPU") == "1"
@@ -682,6 +683,88 @@ def fill_with_random(model: GPT, dtype: torch.dtype) -> None:
     model.to(DEVICE)
 
 
+# ---- streamed blocks
+
+WIDE = dict(n_embd=64, intermediate_size=96) if IS_REHEARSAL else dict(n_embd=2048, intermediate_size=5632)
+STREAMED = Config(n_layer=6, n_head=8, n_query_groups=4, vocab_size=1000, block_size=4096, **WIDE)
+# with few tokens the card waits for copies, which must not be read too soon; with many, copies wait for the card
+TOKENS_OF_STREAMS = ((40, 25), (30,)) if IS_REHEARSAL else ((40, 25), (30,), (3000, 2000, 4000), (20, 11))
+
+
+@pytest.mark.parametrize(("kind", "compiled"), [(None, False), ("bnb.nf4-dq", False), ("bnb.nf4-dq", True)])
+def test_streamed_blocks_are_resident_ones(kind: Quantize | None, compiled: bool) -> None:
+    """Losses and gradients of passes that follow each other, a validation and an answer; and memory and pinning."""
+    if compiled and missing_for_compiling(DEVICE):
+        pytest.skip(f"no {missing_for_compiling(DEVICE)}")
+    found = {}
+    peaks = {}
+    for stream in (False, True):
+        gc.collect()
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
+        model = streamed_or_resident(kind, compiled, stream)
+        if DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # the streamed model was built on the card
+        found[stream] = results_of_passes(model)
+        synchronize()
+        peaks[stream] = (torch.cuda.max_memory_allocated() - before) / 1e9 if DEVICE.type == "cuda" else 0.0
+    blocks = stream_of(model)
+    assert blocks is not None
+    size = blocks.device_bytes / 2e9
+    errors = [error(a, b) for a, b in zip(found[True], found[False], strict=True)]
+    say(
+        f"streamed {kind}, compiled {compiled}: off by {max(errors):.0e}; {peaks[True]:.2f} GB, resident"
+        f" {peaks[False]:.2f} GB; a block is {size:.3f} GB, pinned {blocks.blocks[0].buffer.is_pinned()}"
+    )
+    # flash attention adds in any order in backward; another block's weights would be off by 1
+    assert max(errors) < 3e-2
+    if DEVICE.type == "cuda":
+        assert all(block.buffer.is_pinned() for block in blocks.blocks)
+        assert peaks[False] - peaks[True] > 0.8 * (STREAMED.n_layer - 2) * size
+    else:
+        assert max(errors) == 0
+
+
+def streamed_or_resident(kind: Quantize | None, compiled: bool, stream: bool) -> GPT:
+    """A model with LoRA, the same in every call, whose blocks are computed again in backward."""
+    torch.manual_seed(0)
+    model = build_model(STREAMED)
+    quantize_linears(model, kind)
+    for seed, (name, shape) in enumerate(parameter_shapes(STREAMED).items()):
+        weight = 0.02 * random_tensor(*shape, seed=seed) + float(len(shape) == 1)
+        replace_parameter(model, name, weight.to(DEVICE), torch.bfloat16)
+    model.to(DEVICE)
+    if compiled:
+        torch._dynamo.reset()
+        compile_blocks(model)
+    # without the MLP, whose linears then keep views of their weights
+    settings = LoRA(r=4, mlp=False)
+    setup = Setup(STREAMED, settings=settings, activation_checkpointing="block", stream_blocks=stream)
+    model = adapt(model, setup)
+    for seed, param in enumerate(trained(model).values()):
+        param.data.copy_(0.05 * random_tensor(*param.shape, seed=seed))
+    return model.train()
+
+
+def results_of_passes(model: GPT) -> list[torch.Tensor]:
+    """Losses and gradients; the host never waits in between, so that the device lags behind as far as it can."""
+    results = []
+    for lengths in TOKENS_OF_STREAMS:
+        layout = layout_of(lengths).to(DEVICE)
+        idx = random_ids(1, layout.n_tokens).to(DEVICE)
+        with torch.no_grad():
+            results.append(model(idx, layout=layout))
+        loss = model(idx, layout=layout)
+        loss.backward()
+        results.append(loss.detach())
+        results += [param.grad.clone() for param in trained(model).values()]
+    with torch.inference_mode():
+        results.append(model(random_ids(1, 30).to(DEVICE)).clone())
+    return results
+
+
 # ---- processes: as much of them as one device can show
 
 
@@ -785,6 +868,7 @@ RUNS = {  # the name of a run -> its script, and flags besides those in COMMON
     "QLoRA nf4": "finetune/lora.py --precision bf16-true --quantize bnb.nf4",
     "LoRA 16-true": "finetune/lora.py --precision 16-true",
     "full bf16-mixed": "finetune/full.py --precision bf16-mixed",
+    "QLoRA, blocks streamed": "finetune/lora.py --precision bf16-true --quantize bnb.nf4-dq --stream_blocks true",
     "LoRA, blocks computed again": "finetune/lora.py --activation_checkpointing block",
     "adapter v2": "finetune/adapter_v2.py --adapter.start_layer 1",
     "LoRA, experts": "finetune/lora.py --precision bf16-true",

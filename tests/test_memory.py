@@ -263,6 +263,7 @@ def test_script(tiny_dir: Path) -> None:
     """Flags of its own and of the script that is planned, in any order; for another script, its name comes first."""
     said = planned("--tokens", "100", "--checkpoint_dir", str(tiny_dir), "--card_gb=1.08", "--compile")
     assert "checkpoint, lora, bfloat16, 16 records of up to 100 tokens" in said and "as it is set" in said
+    assert "With --stream_blocks the blocks take 0.0 GB of the host's memory instead, pinned." in said
     assert "Precision: bf16-true, as on a GPU, since --card_gb is given." in said
     assert "On a card of 1.08 GB, of which 0.08 are usable, --train.micro_batch_size" in said
     assert "split" not in said
@@ -290,6 +291,7 @@ def test_a_recipe_is_planned(tmp_path: Path) -> None:
         ("--card_gb 0.5", "--card_gb is 0.5, expected more than the 1 that CUDA itself takes"),
         ("--model_name SmolLM2-135M --tokens -5", "--tokens is -5, expected 1 or more."),
         ("--model_name SmolLM2-135M --tokens 0", "--tokens is 0, expected 1 or more."),
+        ("--model_name SmolLM2-135M --tokens 8 --stream_blocks true --devices 2", "--stream_blocks is for one device"),
         ("--model_name SmolLM2-135M --tokens 100000", "--tokens is 100000, but SmolLM2-135M reads 1 to"),
         ("--model_name Mixtral-8x7B-v0.1 --tokens 64", "mixture of experts"),
         ("--model_nam pythia-14m", "There is no flag --model_nam. Did you mean --model_name?"),
@@ -307,7 +309,7 @@ def test_documented_commands_are_flags_of_the_script(monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     planner = script("scripts/plan_memory.py")
     commands = re.findall(r"python \S+(.*)", planner.__doc__.replace("\\\n", " "))
-    assert len(commands) == 3
+    assert len(commands) == 4
     for command in commands:
         words = parse(planner.main, command.split())["script"]
         path, flags = planner.split_script(words)

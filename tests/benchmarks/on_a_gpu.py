@@ -18,6 +18,7 @@ plans anew for each shape, is off for all programs but in section 6.
     tok/s, ms      the median of five steps after two others, and how long one takes
     loss, norm     of the first step and its gradient; loss_off, norm_off: the relative difference to the program before
     GB, reserved   the peak, and what the allocator held; planned: the peak by lit_gpt/memory/plan.py
+    GB_copied      by a step from the host, where blocks are streamed; GB/s: that by the time of the step
 """
 
 import argparse
@@ -49,13 +50,15 @@ from lit_gpt import GPT, Config
 from lit_gpt.checkpoint.load import build_model, parameter_shapes, replace_parameter
 from lit_gpt.checkpoint.tensor_names import hf_name
 from lit_gpt.data.dataset import NEEDED, OTHER, TRAIN, Dataset, micro_batches, step_records
+from lit_gpt.device import CopyStream, host_buffer
 from lit_gpt.generate.decode import generate
 from lit_gpt.lora import LoRA, LoRALinear, apply_lora, mark_only_lora_as_trainable
 from lit_gpt.make_optimizer import make_optimizer
 from lit_gpt.memory.plan import OUTSIDE_GB, Setup, plan
 from lit_gpt.model.activation_checkpointing import ActivationCheckpointing
-from lit_gpt.quantize import Quantize, quantize_linears
+from lit_gpt.quantize import Quantize, QuantizedLinear, frozen_parameter, quantize_linears
 from lit_gpt.recipe import LaunchArgs, recompute_or_compile_blocks
+from lit_gpt.stream_blocks import stream_of
 from lit_gpt.train import TrainArgs
 
 PLANS = Path(".gpu/plans.json")
@@ -64,8 +67,9 @@ MODELS = {
     "1B": "meta-llama/Llama-3.2-1B",
     "8B": "meta-llama/Llama-3.1-8B",
     "32B": "Qwen/Qwen3-32B",
+    "70B": "meta-llama/Llama-3.3-70B-Instruct",
 }
-TINY = dict(n_layer=2, n_embd=64, n_head=4, n_query_groups=2, head_size=16, intermediate_size=128, vocab_size=512)
+TINY = dict(n_layer=4, n_embd=64, n_head=4, n_query_groups=2, head_size=16, intermediate_size=128, vocab_size=512)
 WARM_UP = 2
 TIMED = 5
 
@@ -119,6 +123,10 @@ SHORT_FEW = replace(SHORT, records=16)
 LONG_2K = Work("2,048", 2048, 2048, records=8, micro_batch=4)
 LONG_4K = Work("4,096", 4096, 4096, records=2, micro_batch=1)
 LONG_8K = replace(LONG_4K, micro_batch=2)
+# one micro-batch a step, for which streamed blocks are copied twice
+ONE_2K = Work("2,048", 2048, 2048, records=1, micro_batch=1)
+ONE_4K = replace(ONE_2K, records=2, micro_batch=2)
+ONE_8K = replace(ONE_2K, records=4, micro_batch=4)
 
 # what is planned beforehand, since a plan of an 8B model takes some seconds: prefixes are apart in it
 PLANNED: list[tuple[str, LoRA, Quantize | None, Work]] = [
@@ -133,6 +141,12 @@ PLANNED: list[tuple[str, LoRA, Quantize | None, Work]] = [
     ("0.6B", ALL_LINEARS, None, SHORT),
     ("0.6B", ALL_LINEARS, None, LONG_2K),
     ("32B", LoRA(), "bnb.nf4-dq", SHORT_8),
+]
+PLANNED_STREAMED: list[tuple[str, LoRA, Quantize | None, Work]] = [
+    ("8B", ALL_LINEARS, "bnb.nf4", ONE_2K),
+    ("8B", ALL_LINEARS, "bnb.nf4", ONE_8K),
+    ("70B", LoRA(), "bnb.nf4-dq", ONE_2K),
+    ("70B", LoRA(), "bnb.nf4-dq", ONE_4K),
 ]
 
 
@@ -314,6 +328,34 @@ def our_model(bench: Bench, config: Config, quantize: Quantize | None = None) ->
     return model.to(bench.device)  # the rotary frequencies
 
 
+def model_of_random_codes(bench: Bench, config: Config, quantize: Quantize | None) -> GPT:
+    """As `our_model`, but codes are random bytes and no weight is quantized: the blocks of a 70B take half a minute.
+
+    They lie in the host's memory, as `load_weights` leaves them for streaming.
+    """
+    model = build_model(config)
+    quantize_linears(model, quantize)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            for name, (shape, dtype) in module.layout().items():
+                setattr(module, name, frozen_parameter(random_part(bench, name, shape, dtype).cpu()))
+    for name, param in list(model.named_parameters()):
+        if param.is_meta:
+            their_name, _ = hf_name(name, config)
+            replace_parameter(model, name, bench.weight(their_name, param.shape), bench.dtype)
+    model.ropes.to(bench.device)
+    return model
+
+
+def random_part(bench: Bench, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Codes or scales as `QuantizedLinear.layout` names them: those of 4 bits stand for weights of 0.02 or so."""
+    if not dtype.is_floating_point:
+        return torch.randint(0, 127, shape, dtype=dtype, device=bench.device)
+    # a weight is the value of its code, up to 1, times mean + value of the scale's code * scale_scales
+    values = {"scale_mean": 0.04, "scale_scales": 0.01, "scale_values": 1.0, "scales": 0.04}
+    return torch.full(shape, values[name], device=bench.device)
+
+
 class Ours:
     """Our model with LoRA, and the optimizer step of `fit` in lit_gpt/train.py, with all that the host does for it."""
 
@@ -325,15 +367,18 @@ class Ours:
         quantize: Quantize | None = None,
         compiled: bool = False,
         recompute: ActivationCheckpointing = "none",
+        stream: bool = False,
+        build: Callable[[Bench, Config, Quantize | None], GPT] = our_model,
     ) -> None:
         self.bench = bench
         self.config = config
         self.share_prefixes = True
         self.prepared: dict[Any, Any] = {}
-        self.model = our_model(bench, config, quantize)
+        self.model = build(bench, config, quantize)
         apply_lora(self.model, lora)
         mark_only_lora_as_trainable(self.model)
-        recompute_or_compile_blocks(self.model, LaunchArgs(compile=compiled, activation_checkpointing=recompute))
+        args = LaunchArgs(compile=compiled, activation_checkpointing=recompute)
+        recompute_or_compile_blocks(self.model, args, stream_to=bench.device if stream else None)
         self.model.train()
         self.params = [param for param in self.model.parameters() if param.requires_grad]
         self.start()
@@ -573,13 +618,21 @@ def train(
         if case.mask:
             label += " mask"
         quantize = options.get("quantize")
-        planned = bench.plans.get(plan_key(model, lora, quantize, case.work))
+        stream = stream_of(trainer.model)
+        copied_before = 0 if stream is None else stream.n_copied
+        planned = bench.plans.get(plan_key(model, lora, quantize, case.work, stream is not None))
         try:
             figures = time_steps(bench, trainer, config, case.work, limit)
         except torch.OutOfMemoryError:
             trainer.optimizer.zero_grad()
             bench.add(label, failed="out of memory", **bench.memory(), planned=planned)
             continue
+
+        # what a step copies: the first ones of a case, which warm up, copy as much as the others
+        if stream is not None:
+            copied = (stream.n_copied - copied_before) / len(figures["all"])
+            figures["GB_copied"] = copied / 1e9
+            figures["GB/s"] = copied / 1e6 / figures["ms"]
 
         # the first program's loss and gradient are what those of the others are compared with
         same = f"{model} {quantize} {lora.r} {case.work.kind} {case.work.records}"
@@ -722,15 +775,54 @@ def other_models(bench: Bench) -> None:
 
 def train_in_24_gb(bench: Bench, what: str) -> None:
     """QLoRA of all linears, each block recomputed."""
+    settings: dict[str, Any] = {"quantize": "bnb.nf4-dq", "recompute": "block"}
+    with card_of_24_gb(bench):
+        train(bench, what, Ours, "32B", [Case(SHORT_8, apart=True)], LoRA(), **settings)
+
+
+@contextmanager
+def card_of_24_gb(bench: Bench) -> Iterator[None]:
+    """In here a card has as much memory as one of 24 GB."""
     if bench.is_cuda:
         everything = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction((24e9 - OUTSIDE_GB * 1e9) / everything)
     try:
-        settings: dict[str, Any] = {"quantize": "bnb.nf4-dq", "recompute": "block"}
-        train(bench, what, Ours, "32B", [Case(SHORT_8, apart=True)], LoRA(), **settings)
+        yield
     finally:
         if bench.is_cuda:
             torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def streamed(bench: Bench) -> None:
+    """15: blocks that come from the host's memory, beside blocks on the card; and 70B on a card of 24 GB."""
+    bench.attempt("copy from the host", time_host_copies)
+    cases = [Case(ONE_2K), Case(ONE_4K), Case(ONE_8K)]
+    settings: dict[str, Any] = {"quantize": "bnb.nf4", "recompute": "block"}
+    bench.attempt("8B nf4 resident", train_compiled, "8B", cases, ALL_LINEARS, **settings)
+    bench.attempt("8B nf4 streamed", train_compiled, "8B", cases, ALL_LINEARS, **settings, stream=True)
+    bench.attempt("70B nf4-dq streamed in 24 GB", train_70b_in_24_gb)
+
+
+def time_host_copies(bench: Bench, what: str) -> None:
+    """The speed of the copy of a block alone: what GB/s of a step can come to."""
+    n_bytes = 2**20 if bench.tiny else 2**28
+    source = host_buffer(n_bytes, bench.device)
+    target = torch.empty(n_bytes, dtype=torch.uint8, device=bench.device)
+    copies = CopyStream(bench.device)
+
+    def copy() -> None:
+        copies.wait(copies.copy(target, source))
+
+    bench.add(what, **{"GB/s": n_bytes * bench.rate(copy) / 1e9})
+
+
+def train_70b_in_24_gb(bench: Bench, what: str) -> None:
+    """QLoRA of all linears; about 43 GB of the host's memory."""
+    settings: dict[str, Any] = {"quantize": "bnb.nf4-dq", "stream": True, "build": model_of_random_codes}
+    began = bench.seconds()
+    with card_of_24_gb(bench):
+        train_compiled(bench, what, "70B", [Case(ONE_2K), Case(ONE_4K)], LoRA(), limit=60, **settings)
+    bench.add(f"{what}, in all", s=bench.seconds() - began)
 
 
 def profiles(bench: Bench) -> None:
@@ -913,6 +1005,7 @@ SECTIONS: dict[int, tuple[Callable[[Bench], None], float]] = {
     7: (one_b, 60),
     9: (quantized, 80),
     12: (other_models, 50),
+    15: (streamed, 240),
     14: (variants, 60),
     10: (profiles, 60),
     6: (cudnn, 15),
@@ -923,15 +1016,17 @@ SECTIONS: dict[int, tuple[Callable[[Bench], None], float]] = {
 # ---- plans
 
 
-def plan_key(model: str, lora: LoRA, quantize: Quantize | None, work: Work) -> str:
+def plan_key(model: str, lora: LoRA, quantize: Quantize | None, work: Work, streamed: bool = False) -> str:
     linears = "q, v" if lora == QUERY_VALUE else f"all linears {lora.r}"
-    return f"{model}, {quantize or 'bf16'}, {linears}, {work.name}"
+    key = f"{model}, {quantize or 'bf16'}, {linears}, {work.name}"
+    return f"{key}, streamed" if streamed else key
 
 
 def write_plans(bench: Bench, path: Path) -> None:
-    """The planned peak of every case in `PLANNED`, in GB."""
+    """The planned peak of every case in `PLANNED` and `PLANNED_STREAMED`, in GB."""
     plans = {}
-    for model, lora, quantize, work in PLANNED:
+    for model, lora, quantize, work in PLANNED + PLANNED_STREAMED:
+        is_streamed = (model, lora, quantize, work) in PLANNED_STREAMED
         config = bench.config(model)
         data = bench.records(work, config)
         heaviest: tuple[int, ...] = ()
@@ -942,9 +1037,16 @@ def write_plans(bench: Bench, path: Path) -> None:
                 heaviest = max(heaviest, lengths, key=sum)
         recompute: ActivationCheckpointing = "block" if model == "32B" else "none"
         planned = plan(
-            Setup(config, settings=lora, quantize=quantize, lengths=heaviest, activation_checkpointing=recompute)
+            Setup(
+                config,
+                settings=lora,
+                quantize=quantize,
+                lengths=heaviest,
+                activation_checkpointing=recompute,
+                stream_blocks=is_streamed,
+            )
         )
-        key = plan_key(model, lora, quantize, work)
+        key = plan_key(model, lora, quantize, work, is_streamed)
         plans[key] = round(planned.gb, 3)
         print(f"{key}: {sum(heaviest)} tokens, {planned}", flush=True)
     path.write_text(json.dumps(plans, indent=1) + "\n")
@@ -953,7 +1055,7 @@ def write_plans(bench: Bench, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--tiny", action="store_true", help="two small layers and short records")
+    parser.add_argument("--tiny", action="store_true", help="four small layers and short records")
     parser.add_argument("--deadline", type=float, default=520, help="seconds after which nothing new is begun")
     parser.add_argument("--only", default="", help="numbers of sections, such as 8,11; 0 runs always")
     parser.add_argument("--plan", type=Path, metavar="JSON", help="write the planned memory, and measure nothing")

@@ -71,7 +71,11 @@ def main(
     depths = {step.first_trained_block(config.n_layer) for step in steps.values()} - {0}
 
     # device: from here on, one process for each
-    fabric = start_processes(args, trains_base=any(step.trains_base for step in steps.values()))
+    fabric = start_processes(
+        args,
+        trains_base=any(step.trains_base for step in steps.values()),
+        optimizer_in_backward=train.optimizer_in_backward,
+    )
     if fabric.world_size > 1 and (depths or is_sharded(fabric)):
         raise InputError("Several devices train --method lora, qlora or full, with --strategy auto and no --sweep.")
 

@@ -29,7 +29,7 @@ from lit_gpt.runs.out_dir import claim_out_dir, start_run
 from lit_gpt.runs.report import report_run
 from lit_gpt.runs.saves import Checkpoints
 from lit_gpt.sharding import mesh_of, split_among_devices
-from lit_gpt.train import TrainArgs, fit
+from lit_gpt.train import TrainArgs, check_run, fit
 
 
 def main(
@@ -56,9 +56,10 @@ def main(
     tokenizer = Tokenizer(args.checkpoint_dir)
     config = Config.from_checkpoint(args.checkpoint_dir)
     train_data, val_data = open_splits(args.data_dir, tokenizer, config)
+    check_run(train_data, val_data, train)  # what the settings need of the data
 
     # devices: with --devices 2 two processes of this command are started here, and this one only waits for them
-    fabric = start_processes(args, trains_base=True, shard=True)
+    fabric = start_processes(args, trains_base=True, shard=True, optimizer_in_backward=train.optimizer_in_backward)
 
     # build, load, choose what trains
     model: GPT = build_model(config)  # no weights yet

@@ -22,7 +22,7 @@ from lit_gpt.runs.methods import Method
 from lit_gpt.runs.out_dir import claim_out_dir, start_run
 from lit_gpt.runs.report import report_run
 from lit_gpt.sharding import mesh_of, split_among_devices
-from lit_gpt.train import TrainArgs, fit
+from lit_gpt.train import TrainArgs, check_run, fit
 
 
 def finetune_adapter(
@@ -53,9 +53,10 @@ def finetune_adapter(
     tokenizer = Tokenizer(args.checkpoint_dir)
     config = Config.from_checkpoint(args.checkpoint_dir)
     train_data, val_data = open_splits(args.data_dir, tokenizer, config)
+    check_run(train_data, val_data, train)
 
     # device
-    fabric = start_processes(args)
+    fabric = start_processes(args, optimizer_in_backward=train.optimizer_in_backward)
 
     # build, quantize, load, adapt
     model = build_model(config)

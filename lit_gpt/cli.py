@@ -440,6 +440,7 @@ OTHER_NAMES = {
     "--train.micro_batch_size": "per_device_train_batch_size micro_batch",
     "--train.epochs": "num_epochs num_train_epochs n_epochs",
     "--train.max_steps": "steps iters max_iters num_steps",
+    "--train.optimizer_in_backward": "optimizer_in_bwd",
     "--train.max_norm": "max_grad_norm gradient_clip_val clip_grad",
     "--lora.r": "lora_r lora_rank rank",
     "--lora.alpha": "lora_alpha",

@@ -20,6 +20,7 @@ from lit_gpt.make_optimizer import check_optimizer
 from lit_gpt.model.activation_checkpointing import ActivationCheckpointing, check_recomputed, recompute_blocks
 from lit_gpt.model.compile import compile_blocks, missing_for_compiling
 from lit_gpt.model.gpt import GPT
+from lit_gpt.optimizer_in_backward import check_in_backward
 from lit_gpt.quantize import quantization
 from lit_gpt.ranges import check_range, check_seed
 from lit_gpt.runs.header import Header
@@ -92,7 +93,9 @@ class RunArgs(LaunchArgs):
         check_range("--n_answers", self.n_answers, at_least=0)
 
 
-def start_processes(args: LaunchArgs, trains_base: bool = False, shard: bool = False) -> "Fabric":
+def start_processes(
+    args: LaunchArgs, trains_base: bool = False, shard: bool = False, optimizer_in_backward: bool = False
+) -> "Fabric":
     """One process for each device, with the same --seed, on which the weights that start at random depend.
 
     With several devices this process starts its own command again for each, waits for them, and does not return. Each
@@ -102,9 +105,10 @@ def start_processes(args: LaunchArgs, trains_base: bool = False, shard: bool = F
         args: The flags of the recipe.
         trains_base: Whether the model's own weights train, which float16 does not allow.
         shard: Whether --strategy auto splits the weights among several devices.
+        optimizer_in_backward: Whether the optimizer steps in backward.
 
     Raises:
-        InputError: see `check_recomputed`, `trained_dtype`, `launch` and `check_optimizer`.
+        InputError: see `check_recomputed`, `trained_dtype`, `launch`, `check_optimizer` and `check_in_backward`.
     """
     if isinstance(args.activation_checkpointing, int):
         n_layer = Config.from_checkpoint(args.checkpoint_dir).n_layer
@@ -121,6 +125,8 @@ def start_processes(args: LaunchArgs, trains_base: bool = False, shard: bool = F
         shard=shard,
     )
     check_optimizer(args.optimizer, fabric)
+    if optimizer_in_backward:
+        check_in_backward(args.optimizer, fabric)
     return fabric
 
 

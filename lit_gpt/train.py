@@ -21,6 +21,7 @@ from lit_gpt.failures import how_to_go_on
 from lit_gpt.interruption import Interruption
 from lit_gpt.make_optimizer import make_optimizer
 from lit_gpt.model.packing import Layout
+from lit_gpt.optimizer_in_backward import OptimizerInBackward
 from lit_gpt.out_of_memory import explain_memory
 from lit_gpt.ranges import check_range, check_seed
 from lit_gpt.runs.log import Log
@@ -53,6 +54,10 @@ class TrainArgs:
     """AdamW's decay rate of the mean squared gradient."""
     max_norm: float | None = 1.0
     """Clip the gradient to this norm. None leaves it alone."""
+    optimizer_in_backward: bool = False
+    """Step with each gradient as soon as it is there, and free it: gradients are never held together, which saves the
+    most where all weights train. The result stays the same. On one device, with one micro-batch in a step. With a
+    max_norm each step takes twice the time, since a first pass measures the norm; null takes one pass."""
     global_batch_size: int = 16
     """Records per optimizer step, over all devices."""
     micro_batch_size: int = 16
@@ -101,6 +106,14 @@ class TrainArgs:
         for name in ("beta1", "beta2"):
             check_range(f"--train.{name}", getattr(self, name), at_least=0, below=1)
         check_seed("--train.seed", self.seed)
+        by_number = self.micro_batch_tokens is None
+        if self.optimizer_in_backward and by_number and self.micro_batch_size < self.global_batch_size:
+            raise InputError(
+                "train.optimizer_in_backward cannot add up the gradients of several micro-batches: a step has"
+                f" {self.global_batch_size} records in micro-batches of {self.micro_batch_size}, expected one. Set"
+                f" --train.global_batch_size {self.micro_batch_size}, or --train.micro_batch_size"
+                f" {self.global_batch_size}."
+            )
         if self.keep_steps and self.save_interval is None:
             raise InputError("train.keep_steps keeps what train.save_interval saves, and there is none. Set it, too.")
 
@@ -167,6 +180,7 @@ def fit(
     scales_loss = bool(fabric.strategy.precision.state_dict())  # the factor is all that a precision has to keep
     own_optimizer = make_optimizer(model, args, optimizer_path, scales_loss)
     optimizer: Any = fabric.setup_optimizers(own_optimizer)  # Fabric's wrapper
+    in_backward = OptimizerInBackward(own_optimizer, args.max_norm) if args.optimizer_in_backward else None
 
     # step 0, or the step, the weights and the optimizer that `last` holds; the log writes metrics.csv and shows the
     # progress
@@ -182,6 +196,10 @@ def fit(
         log.note(f"So few steps teach little. {args.enough_steps} or more: {for_more_steps} --overwrite")
     if args.share_prefixes and obstacle is not None:
         log.note(f"Prefixes are not shared: {obstacle}.")
+    if args.optimizer_in_backward and args.max_norm is not None:
+        log.note(
+            "Each step goes forward and backward twice: first for the norm, to clip by. Not so with a max_norm null."
+        )
 
     def validate(extra: bool = False) -> None:
         """Measures the validation loss, saves `best` if it is the lowest so far, and shows a sample.
@@ -236,7 +254,8 @@ def fit(
 
             # dropout: its random numbers depend on step and rank alone, so that a resumed run has no state to restore.
             # The factors are primes, far enough apart that no two steps and ranks get the same seed
-            torch.manual_seed((args.seed * 1_000_003 + progress.step) * 1_009 + fabric.global_rank)
+            dropout_seed = (args.seed * 1_000_003 + progress.step) * 1_009 + fabric.global_rank
+            torch.manual_seed(dropout_seed)
 
             # learning rate
             lr = learning_rate(progress.step, steps, args)
@@ -267,16 +286,23 @@ def fit(
                 upcoming = batches_of_step(progress.step + 1)
 
             # clip; here we wait for the GPU, once in a step
-            norm = clip_gradient(fabric, model, optimizer, args.max_norm)
+            if in_backward is None:
+                norm = clip_gradient(fabric, model, optimizer, args.max_norm)
+            else:
+                norm = in_backward.norm()
             total = sum_over_devices(fabric, total)
             loss, grad_norm = torch.stack((total, norm.to(total.dtype))).tolist()
             check_finite(loss, f"The loss of step {progress.step + 1}")
 
-            # step
+            # step; backward has taken it if the optimizer is there, or takes it now, with the gradient clipped
             if leaves_out_step(fabric, grad_norm, progress.step + 1):
                 log.note(f"Step {progress.step + 1} changes no weight: its gradient has overflowed in float16.")
-            optimizer.step()
-            optimizer.zero_grad()
+            if in_backward is None:
+                optimizer.step()
+                optimizer.zero_grad()
+            else:
+                torch.manual_seed(dropout_seed)
+                in_backward.step(fabric, model, batches[0], n_targets)
             progress.step += 1
 
             # log
@@ -321,6 +347,8 @@ def fit(
             if interrupted or out_of_time or out_of_patience:
                 break
 
+    if in_backward is not None:
+        in_backward.remove()
     if not len(val_data):
         checkpoints.save("best")  # nothing to judge by: the last is the best
     log.close()
@@ -411,7 +439,12 @@ def evaluate(fabric: "Fabric", model: nn.Module, dataset: Dataset, args: TrainAr
 
 
 def check_run(train_data: Dataset, val_data: Dataset, args: TrainArgs) -> None:
-    """Raises InputError where there is no learning rate, nothing to train on, or nothing to be patient by."""
+    """Checks what the settings need of the data; scripts do it before they read a weight, and `fit` once more.
+
+    Raises:
+        InputError: there is no learning rate, nothing to train on, nothing to be patient by, or see
+            `check_one_micro_batch`.
+    """
     if args.learning_rate is None:
         raise InputError("train.learning_rate is null, expected a number: this method has none of its own.")
     if args.patience is not None and not len(val_data):
@@ -419,6 +452,33 @@ def check_run(train_data: Dataset, val_data: Dataset, args: TrainArgs) -> None:
     if not len(train_data):
         raise InputError(
             "There are no training records: all went to validation. Prepare the data with a smaller fraction."
+        )
+    check_one_micro_batch(train_data, args)
+
+
+def check_one_micro_batch(train_data: Dataset, args: TrainArgs) -> None:
+    """Raises InputError if a step has more than --train.micro_batch_tokens: an optimizer in backward adds nothing up.
+
+    Where micro-batches have a number of records, the flags alone say it.
+    """
+    limit = args.micro_batch_tokens
+    if not args.optimizer_in_backward or limit is None:
+        return
+    n = len(train_data)
+    lengths = train_data.lengths()
+    # a run that ends within its first epoch begins with the heaviest steps of it: see `heaviest_first`
+    steps = max(args.steps(n), args.steps_per_epoch(n))
+    sizes = []  # of the steps that could be split
+    for step in range(steps):
+        records = step_records(n, step, args.global_batch_size, args.seed)
+        if len(records) > 1:
+            sizes.append(int(lengths[records].sum()))
+    most = max(sizes, default=0)
+    if most > limit:
+        raise InputError(
+            "train.optimizer_in_backward cannot add up the gradients of several micro-batches: a step has"
+            f" {most} tokens and a micro-batch up to {limit}, expected one for the whole step. Set"
+            f" --train.micro_batch_tokens {most}, or a smaller --train.global_batch_size."
         )
 
 

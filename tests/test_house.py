@@ -109,19 +109,20 @@ MAY_KNOW = {
     "display": "errors files packages",
     "data": "model.packing config display errors ranges lock files packages out_of_memory",
     "checkpoint": "model lora quantize config families errors lock files download name_patterns out_of_memory sharding",
-    "device nvidia_driver sharding distributed make_optimizer": "device nvidia_driver sharding interruption failures"
-    " errors packages out_of_memory",
+    "device nvidia_driver sharding distributed make_optimizer optimizer_in_backward": "device nvidia_driver sharding"
+    " make_optimizer interruption failures errors packages out_of_memory",
     "stream_blocks": "model device errors",
     "generate": "model data errors ranges sharding distributed",
     "runs": "checkpoint data model lora adapter full quantize config device sharding distributed display cli"
     " failures errors lock ranges files packages",
     # no method, no tokenizer, no file format
-    "train": "data.dataset make_optimizer model.packing stream_blocks device sharding runs.log runs.resume"
-    " display.words interruption failures out_of_memory errors ranges",
-    "recipe": "make_optimizer runs data model quantize stream_blocks config device sharding distributed ranges errors",
+    "train": "data.dataset make_optimizer optimizer_in_backward model.packing stream_blocks device sharding runs.log"
+    " runs.resume display.words interruption failures out_of_memory errors ranges",
+    "recipe": "make_optimizer optimizer_in_backward runs data model quantize stream_blocks config device sharding"
+    " distributed ranges errors",
     "adapter_recipe": "recipe train runs generate checkpoint data quantize config device sharding",
-    "memory": "train make_optimizer runs checkpoint data model quantize stream_blocks config device sharding display"
-    " interruption errors",
+    "memory": "train make_optimizer optimizer_in_backward runs checkpoint data model quantize stream_blocks config"
+    " device sharding display interruption errors",
     "classifier": "recipe train runs checkpoint data model lora quantize config device sharding distributed display"
     " errors ranges files packages",
     "formats": "runs checkpoint data model lora quantize config errors lock files packages",

@@ -32,11 +32,13 @@ from lit_gpt.memory.plan import (
     largest_batch,
     plan,
     plan_generation,
+    setup_of_script,
     switches,
     watch_step,
 )
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantize import QuantizedLinear, quantize_linears
+from lit_gpt.recipe import LaunchArgs
 from lit_gpt.runs.log import read_metrics
 from lit_gpt.train import TrainArgs
 
@@ -60,9 +62,21 @@ SETUPS = {
     "full, 1 block": replace(BASE, method="full", settings=Full(), activation_checkpointing=1),
     "full last": replace(BASE, method="full", settings=Full(1)),
     "full, sgd": replace(BASE, method="full", settings=Full(), optimizer="torch.optim.SGD"),
+    "full, in backward": replace(BASE, method="full", settings=Full(), optimizer_in_backward=True),
+    "full, in backward, sgd, block": replace(
+        BASE,
+        method="full",
+        settings=Full(),
+        optimizer_in_backward=True,
+        optimizer="torch.optim.SGD",
+        activation_checkpointing="block",
+    ),
     "adapter": replace(BASE, method="adapter", settings=Adapter(start_layer=1)),
     "adapter_v2": replace(BASE, method="adapter_v2", settings=Adapter(start_layer=1)),
     "tied": replace(BASE, config=SMALL.replace(tie_embeddings=True), method="full", settings=Full()),
+    "tied, in backward": replace(
+        BASE, config=SMALL.replace(tie_embeddings=True), method="full", settings=Full(), optimizer_in_backward=True
+    ),
     "windows": replace(BASE, config=SMALL.replace(sliding_window=32)),
     "lora, streamed": replace(BASE, stream_blocks=True),
     "lora nf4-dq bf16, streamed": replace(BASE, quantize="bnb.nf4-dq", dtype=torch.bfloat16, stream_blocks=True),
@@ -123,6 +137,10 @@ def test_every_switch_saves() -> None:
     assert {"--quantize bnb.nf4", "--activation_checkpointing block", "--stream_blocks true"} < switches(BASE).keys()
     streamed = switches(replace(BASE, stream_blocks=True))
     assert "--quantize bnb.nf4" in streamed and not any("blocks" in flag or "activation" in flag for flag in streamed)
+    short = replace(SETUPS["full"], lengths=(8,))  # where gradients weigh more than activations
+    in_backward = switches(short)["--train.optimizer_in_backward"]
+    assert in_backward.optimizer_in_backward and plan(in_backward).gb < 0.9 * plan(short).gb
+    assert "--train.optimizer_in_backward" not in switches(BASE).keys() | switches(in_backward).keys()
 
 
 def test_streamed_blocks_take_two_of_them() -> None:
@@ -140,6 +158,28 @@ def test_streamed_blocks_take_two_of_them() -> None:
     assert f"and {streamed.host_bytes / 1e9:.2f} GB of the host's memory" in str(streamed)
     generating = plan_generation(replace(BASE, stream_blocks=True))
     assert generating.parts["weights"] == streamed.parts["weights"]
+
+
+def test_a_gradient_at_a_time() -> None:
+    """At the peak of a backward pass there is the largest gradient at most, where there are all of them without it."""
+    largest = max(param.numel() for param in build_model(SMALL).parameters())
+    for name in ("full", "tied"):
+        setup = replace(SETUPS[name], lengths=(8,))
+        together = plan(setup).parts
+        assert together["gradients"] == together["trained"]
+        apart = plan(replace(setup, optimizer_in_backward=True))
+        assert apart.parts["gradients"] <= 4 * largest and apart.gb < 0.9 * plan(setup).gb
+
+
+def test_the_flag_of_a_run_is_planned(tiny_dir: Path, tmp_path: Path) -> None:
+    """And refused where a run would be."""
+    config = Config.from_checkpoint(tiny_dir)
+    train = TrainArgs(optimizer_in_backward=True)
+    settings = {"args": LaunchArgs(precision="32-true"), "train": train, "train_only": None, "full": Full()}
+    assert setup_of_script("full", settings, config, tokens=8).optimizer_in_backward
+    settings["args"] = LaunchArgs(precision="32-true", optimizer="torch.optim.LBFGS")
+    with pytest.raises(InputError, match="LBFGS cannot step"):
+        setup_of_script("full", settings, config, tokens=8)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -1,5 +1,6 @@
 """Every method from its script to answers, and what may be combined: `pytest tests/test_methods.py`, about 2 min"""
 
+import copy
 import io
 import math
 import re
@@ -38,7 +39,11 @@ from lit_gpt.generate.decode import generate
 from lit_gpt.lora import LoRA, lora_filter
 from lit_gpt.make_optimizer import make_optimizer
 from lit_gpt.model.activation_checkpointing import ActivationCheckpointing, recompute_blocks
+from lit_gpt.model.compile import compile_blocks
+from lit_gpt.optimizer_in_backward import OptimizerInBackward
 from lit_gpt.runs.load_finetuned import load_finetuned
+
+IN_BACKWARD = replace(TRAIN, optimizer_in_backward=True)
 
 
 def trains(name: str) -> Callable[[str], bool]:
@@ -388,6 +393,8 @@ def test_compiled(tiny_dir, data_dir, tmp_path) -> None:
         ("lora", {"optimizer": "torch.optim.Adam2"}, "Adam2.*Name a class by its path"),
         ("lora", {"activation_checkpointing": 3}, "--activation_checkpointing is 3, expected 1 to 2"),
         ("full", {"activation_checkpointing": 0}, "--activation_checkpointing is 0, expected 1 to 2"),
+        ("full", {"train": IN_BACKWARD, "precision": "16-mixed"}, "in_backward steps before .* overflows in float16"),
+        ("lora", {"train": IN_BACKWARD, "optimizer": "test_methods.SumsOverAll"}, "SumsOverAll needs all gradients at"),
         ("full", {"precision": "16-true"}, "weights in float16 cannot be trained themselves. Choose 16-mixed or bf16"),
     ],
 )
@@ -397,6 +404,59 @@ def test_what_cannot_train_is_refused_before_anything_is_written(
     with pytest.raises(InputError, match=message):
         finetune(name, tiny_dir, data_dir, tmp_path / "out", **flags)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("max_norm", "flags"),
+    [
+        (None, {}),
+        (0.5, {"activation_checkpointing": "block", "precision": "bf16-true"}),
+        (0.5, {"optimizer": "torch.optim.SGD", "activation_checkpointing": 1}),
+    ],
+)
+def test_all_weights_train_the_same_with_the_optimizer_in_backward(
+    max_norm, flags, tied_dir, data_dir, tmp_path
+) -> None:
+    """To the bit. The gradient of the embedding comes from two places."""
+    train = replace(TRAIN, max_steps=2, max_norm=max_norm)
+    finetune("full", tied_dir, data_dir, tmp_path / "after", train, **flags)
+    finetune("full", tied_dir, data_dir, tmp_path / "in", replace(train, optimizer_in_backward=True), **flags)
+    assert rows_of(tmp_path / "in") == rows_of(tmp_path / "after")
+    for file in ("model.safetensors", "state.safetensors"):
+        assert equal(*(load_file(tmp_path / run / "last" / file) for run in ("in", "after")))
+
+
+def test_compiled_blocks_with_the_optimizer_in_backward(tiny_dir, data_dir) -> None:
+    """The same bits as compiled blocks and the optimizer after backward."""
+    ((idx, layout),) = micro_batches(Dataset(data_dir, "train"), range(6), 6, 0, 1, False)
+    model = unmoved("full", tiny_dir)
+    mark_chosen_as_trainable(model, Full())
+    before = copy.deepcopy(model.state_dict())
+    compile_blocks(model)
+    recompute_blocks(model, 1)
+    weights = []
+    for in_backward in (False, True):
+        model.load_state_dict(before)
+        optimizer = make_optimizer(model, TRAIN)
+        if in_backward:
+            OptimizerInBackward(optimizer, max_norm=None)
+        for _ in range(2):
+            model(idx, layout=layout).backward()
+            optimizer.step()  # nothing is left to do for it in backward
+            optimizer.zero_grad()
+        weights.append(copy.deepcopy(model.state_dict()))
+    assert equal(*weights) and not equal(weights[0], before)
+
+
+class SumsOverAll(torch.optim.SGD):
+    """An optimizer that divides by the norm of all gradients that it finds."""
+
+    def step(self, closure=None):
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        for grad in grads:
+            grad /= norm
+        return super().step(closure)
 
 
 @pytest.mark.parametrize("path", ["torch.optim.SGD", "torch.optim.Adafactor", "bitsandbytes.optim.AdamW8bit"])

@@ -6,6 +6,7 @@ The part that needs two processes is this file itself, run as a script by `two_r
 import dataclasses
 import functools
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
 from lit_gpt.make_optimizer import make_optimizer
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.packing import Segment
+from lit_gpt.optimizer_in_backward import check_in_backward
 from lit_gpt.runs.resume import data_fingerprint
 from lit_gpt.runs.saves import Checkpoints
 from lit_gpt.train import TrainArgs, flags_for_more_steps, learning_rate
@@ -41,6 +43,8 @@ from lit_gpt.train import TrainArgs, flags_for_more_steps, learning_rate
 ROOT = Path(__file__).parents[1]
 EVERYWHERE = LoRA(r=4, alpha=8, query=True, key=True, value=True, projection=True, mlp=True, head=True)
 TRAIN = TrainArgs(learning_rate=5e-3, global_batch_size=8, micro_batch_size=4, epochs=2, max_steps=4, warmup_steps=2)
+IN_BACKWARD = dataclasses.replace(TRAIN, micro_batch_size=8, optimizer_in_backward=True)
+ONE_PASS = {"optimizer_in_backward": True, "micro_batch_size": 8}
 STEPS = {"8x1": (8, 1), "2x4": (8, 4), "1x8": (8, 8), "5x1": (5, 1), "1x5": (5, 8)}  # passes -> records, size of one
 
 
@@ -179,6 +183,8 @@ def one_of_two_ranks(tiny_dir: Path, data_dir: Path, out_dir: Path) -> None:
         data = first(Dataset(data_dir, "train"), n)
         gradients[name] = step_gradients(fabric, tiny_dir, data, out_dir / name, size, fit)
     dtypes = {precision: setup_dtypes(tiny_dir, precision, 2) for precision in FROZEN}
+    with pytest.raises(InputError, match="optimizer_in_backward is for one device, and there are 2"):
+        check_in_backward("torch.optim.AdamW", fabric)
     torch.save({"gradients": gradients, "dtypes": dtypes}, out_dir / f"{fabric.global_rank}.pt")
 
 
@@ -356,6 +362,7 @@ FLIPS: dict[str, tuple[Any, set[str]]] = {  # field -> another value, and all th
     "beta1": (0.5, LEARNED),
     "beta2": (0.5, LEARNED),
     "max_norm": (None, LEARNED),
+    "optimizer_in_backward": (True, {"passes", "computed"}),  # twice, since the gradient is clipped
     "global_batch_size": (16, LENGTH - {"step", "files", "passes", "learning_rate"}),
     "micro_batch_size": (4, {"passes", "computed"}),  # smaller batches have fewer prefixes to share
     "micro_batch_tokens": (60, {"passes", "computed"}),
@@ -414,6 +421,8 @@ def test_all_that_may_train_does_and_nothing_else(tiny_dir, data_dir, tmp_path) 
     "rate, intervals, message, kept",
     [
         (1e30, {"save_interval": 3}, "loss of step 5 is nan", 3),
+        (1e30, {"save_interval": 3, **ONE_PASS, "max_norm": None}, "loss of step 5 is nan", 3),
+        (1e30, {"save_interval": 3, **ONE_PASS}, "loss of step 5 is nan", 3),
         (math.nan, {"save_interval": 2}, "trained weight after step 4 is nan", 2),
         (1e30, {"save_interval": 2, "eval_interval": 1}, "validation loss after step 4 is nan", 2),
     ],
@@ -433,6 +442,55 @@ def test_what_is_not_finite_stops_the_run(
     assert all(t.isfinite().all() for t in load_file(tmp_path / "best/lora.safetensors").values())
     rows = run_fit(adapted(tiny_dir), data_dir, tmp_path, args, resume=True)
     assert [row["step"] for row in rows] == list(range(7)) and all(row["loss"] < 20 for row in rows[1:])
+
+
+# ---- the optimizer in backward
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.05])
+def test_the_optimizer_in_backward_trains_the_same_and_may_be_switched(max_norm, tiny_dir, data_dir, tmp_path) -> None:
+    """To the bit: weights, the optimizer's state, losses and norms; with dropout, in one and in two sittings."""
+    lora = dataclasses.replace(EVERYWHERE, dropout=0.3)
+    args = dataclasses.replace(IN_BACKWARD, max_norm=max_norm)
+    after = dataclasses.replace(args, optimizer_in_backward=False)
+    expected = run_fit(adapted(tiny_dir, lora), data_dir, tmp_path / "after", after)
+    assert run_fit(adapted(tiny_dir, lora), data_dir, tmp_path / "in", args) == expected
+    assert max_norm is None or all(row["grad_norm"] > max_norm for row in expected[1:]), "each step is clipped"
+
+    # one step with it, one without, the rest with it
+    for number, sitting in enumerate((args, after, args)):
+        stopped = dataclasses.replace(sitting, max_hours=1e-9 if number < 2 else None)
+        run_fit(adapted(tiny_dir, lora), data_dir, tmp_path / "parts", stopped, resume=number > 0)
+    assert column(tmp_path / "parts", "grad_norm") == column(tmp_path / "after", "grad_norm")
+    for file in ("lora.safetensors", "state.safetensors"):
+        states = [load_file(tmp_path / run / "last" / file) for run in ("after", "in", "parts")]
+        assert equal(states[0], states[1]) and equal(states[0], states[2])
+
+
+def test_gradients_are_never_held_together(tiny_dir, data_dir, tmp_path) -> None:
+    """When the optimizer steps, one parameter has a gradient; afterwards none has, and none is stepped on any more."""
+    model = adapted(tiny_dir, EVERYWHERE)
+    trained = [param for param in model.parameters() if param.requires_grad]
+    held = []
+    handle = register_optimizer_step_pre_hook(lambda *_: held.append(sum(p.grad is not None for p in trained)))
+    run_fit(model, data_dir, tmp_path, IN_BACKWARD)
+    assert held == [1] * IN_BACKWARD.max_steps * len(trained)
+    ids, _ = Dataset(data_dir, "train")[0]
+    model(ids[None]).sum().backward()
+    handle.remove()
+    assert len(held) == IN_BACKWARD.max_steps * len(trained) and all(p.grad is not None for p in trained)
+
+
+def test_several_micro_batches_are_refused_with_the_optimizer_in_backward(tiny_dir, data_dir, tmp_path) -> None:
+    expected = "8 records in micro-batches of 4, expected one. Set --train.global_batch_size 4, or .*micro_batch_size 8"
+    with pytest.raises(InputError, match=expected):
+        dataclasses.replace(IN_BACKWARD, micro_batch_size=4)
+    with pytest.raises(InputError, match="a micro-batch up to 100, expected one") as error:
+        run_fit(adapted(tiny_dir), data_dir, tmp_path, dataclasses.replace(IN_BACKWARD, micro_batch_tokens=100))
+    assert not list(tmp_path.iterdir()), "nothing has been written"
+    (enough,) = re.findall(r"--train.micro_batch_tokens (\d+)", str(error.value))
+    args = dataclasses.replace(IN_BACKWARD, micro_batch_tokens=int(enough))
+    assert len(run_fit(adapted(tiny_dir), data_dir, tmp_path, args)) == 1 + TRAIN.max_steps
 
 
 def test_a_step_whose_gradient_overflows_is_said(tiny_dir, data_dir, tmp_path, capfd) -> None:

@@ -32,6 +32,7 @@ from lit_gpt.memory.ledger import PARTS, Ledger, Plan, enter_model, part_of_head
 from lit_gpt.model.activation_checkpointing import ActivationCheckpointing, check_recomputed, recompute_blocks
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.packing import Layout
+from lit_gpt.optimizer_in_backward import OptimizerInBackward, check_in_backward
 from lit_gpt.quantize import Quantize, frozen_parameter, quantize_linears
 from lit_gpt.runs.methods import METHODS, Method
 from lit_gpt.sharding import is_sharded
@@ -64,6 +65,7 @@ class Setup:
     stream_blocks: bool = False
     """Whether frozen blocks wait in the host's memory; each is computed again in backward then."""
     optimizer: str = "torch.optim.AdamW"
+    optimizer_in_backward: bool = False
     lengths: tuple[int, ...] = (512,)
     """Tokens of each record of a micro-batch; all are trained on."""
 
@@ -85,7 +87,7 @@ def setup_of_script(method: str, settings: dict[str, Any], config: Config, token
 
     Raises:
         InputError: the model reads no such record, or there are no prepared data and `tokens` is not given; or see
-            `check_optimizer`, `check_recomputed` and `trained_dtype`.
+            `check_optimizer`, `check_in_backward`, `check_recomputed` and `trained_dtype`.
     """
     check_method(method)
     if tokens is not None and not 1 <= tokens <= config.block_size:
@@ -94,6 +96,8 @@ def setup_of_script(method: str, settings: dict[str, Any], config: Config, token
     check_recomputed(flags["activation_checkpointing"], config.n_layer)
     if flags["optimizer"] not in EIGHT_BITS:  # they need not be installed here
         check_optimizer(flags["optimizer"])
+        if flags["train"].optimizer_in_backward:
+            check_in_backward(flags["optimizer"])
 
     # the records of a micro-batch
     train = flags["train"]
@@ -123,6 +127,7 @@ def setup_of(method: Method, flags: dict[str, Any], config: Config, lengths: tup
         activation_checkpointing=flags["activation_checkpointing"],
         stream_blocks=flags.get("stream_blocks", False),
         optimizer=flags["optimizer"],
+        optimizer_in_backward=flags["train"].optimizer_in_backward,
         lengths=lengths,
     )
 
@@ -242,11 +247,15 @@ def watch_step(model: GPT, batch: tuple[torch.Tensor, Layout], setup: Setup) -> 
     ledger = Ledger()
     enter_model(model, ledger)
 
-    def step() -> None:
-        for param in params:
-            ledger.enter(param.grad, "gradients")
+    def enter_gradient(param: torch.Tensor) -> None:
+        assert param.grad is not None, "all that train have one"
+        ledger.enter(param.grad, "gradients")
+
+    def step(stepped: Sequence[torch.Tensor]) -> None:
+        for param in stepped:
+            enter_gradient(param)
         optimizer.step()
-        for tensor in tree_leaves(list(optimizer.state.values())):
+        for tensor in tree_leaves([optimizer.state[param] for param in stepped]):
             if isinstance(tensor, torch.Tensor):
                 ledger.enter(tensor, "optimizer")
         optimizer.zero_grad()
@@ -254,9 +263,15 @@ def watch_step(model: GPT, batch: tuple[torch.Tensor, Layout], setup: Setup) -> 
     with ledger, part_of_head(model, ledger):
         # an optimizer takes its memory in its first step: one with gradients out of nowhere, since a forward and a
         # backward pass would double the time of a plan
-        for param in params:
-            param.grad = torch.zeros_like(param)
-        step()
+        together = [[param] for param in params] if setup.optimizer_in_backward else [params]
+        for stepped in together:
+            for param in stepped:
+                param.grad = torch.zeros_like(param)
+            step(stepped)
+        if setup.optimizer_in_backward:
+            for param in params:
+                param.register_post_accumulate_grad_hook(enter_gradient)
+            OptimizerInBackward(optimizer, max_norm=None)
 
         # forward; from the final norm on, `part_of_head` says logits
         idx, layout = batch
@@ -268,7 +283,8 @@ def watch_step(model: GPT, batch: tuple[torch.Tensor, Layout], setup: Setup) -> 
         ledger.part = "workspace"
         loss.backward()
         del loss
-        step()
+        if not setup.optimizer_in_backward:
+            step(params)
     return peak_of(ledger, model)
 
 
@@ -286,14 +302,17 @@ class Adam8bitMemory(torch.optim.Optimizer):
         super().__init__(params, defaults={})
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Makes the state; parameters stay as they are."""
-        codes = []
+        """Makes the state of the parameters that have a gradient; they stay as they are."""
+        all_codes = []
         for group in self.param_groups:
             for param in group["params"]:
+                if param.grad is None:
+                    continue
                 size = self.state_bytes(param.numel())
-                codes.append(torch.empty(size, dtype=torch.uint8, device=param.device))
-        # those of the first step are kept; those of a later one are booked as its workspace, a cautious figure
-        self.state.setdefault("codes", codes)  # type: ignore[call-overload] # a key that is no parameter
+                codes = torch.empty(size, dtype=torch.uint8, device=param.device)
+                # those of the first step are kept; those of a later one are booked as its workspace, a cautious figure
+                self.state[param].setdefault("codes", codes)
+                all_codes.append(codes)
 
     @staticmethod
     def state_bytes(n: int) -> int:
@@ -385,6 +404,8 @@ def switches(setup: Setup) -> dict[str, Setup]:
     if setup.optimizer == "torch.optim.AdamW":
         adamw = EIGHT_BITS[0]
         setups[f"--optimizer {adamw}"] = replace(setup, optimizer=adamw)
+    if METHODS[setup.method].trains_base and not setup.optimizer_in_backward:
+        setups["--train.optimizer_in_backward"] = replace(setup, optimizer_in_backward=True)
     # micro-batch
     if len(setup.lengths) > 1:
         longest = max(setup.lengths)

@@ -60,6 +60,7 @@ MAY_CHANGE = (
     "train.micro_batch_size",
     "train.micro_batch_tokens",
     "train.share_prefixes",
+    "train.optimizer_in_backward",
     "activation_checkpointing",
     "stream_blocks",
     "devices",

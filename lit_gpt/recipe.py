@@ -74,6 +74,8 @@ class LaunchArgs:
     """Seed of the weights that start at random."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.activation_checkpointing, int):
+            check_range("--activation_checkpointing", self.activation_checkpointing, at_least=1)
         check_range("--devices", self.devices, at_least=1)
         check_range("--num_nodes", self.num_nodes, at_least=1)
         check_seed("--seed", self.seed)

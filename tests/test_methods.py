@@ -392,7 +392,6 @@ def test_compiled(tiny_dir, data_dir, tmp_path) -> None:
         ("adapter", {"optimizer": "torch.optim.SparseAdam"}, "SparseAdam cannot step: .*dense gradients"),
         ("lora", {"optimizer": "torch.optim.Adam2"}, "Adam2.*Name a class by its path"),
         ("lora", {"activation_checkpointing": 3}, "--activation_checkpointing is 3, expected 1 to 2"),
-        ("full", {"activation_checkpointing": 0}, "--activation_checkpointing is 0, expected 1 to 2"),
         ("full", {"train": IN_BACKWARD, "precision": "16-mixed"}, "in_backward steps before .* overflows in float16"),
         ("lora", {"train": IN_BACKWARD, "optimizer": "test_methods.SumsOverAll"}, "SumsOverAll needs all gradients at"),
         ("full", {"precision": "16-true"}, "weights in float16 cannot be trained themselves. Choose 16-mixed or bf16"),

@@ -79,6 +79,7 @@ OUT_OF_RANGE = {
     "--max_shard_size": f"{NOT_POSITIVE} 1e300",
     "--samples": "-1",
     "--n_mails": "1 -5",
+    "--activation_checkpointing": "0 -1",
 }
 TOGETHER = {"--sweep_seeds": ["--sweep"]}  # a flag that is read only beside another one
 ELSEWHERE = ("--sources",)  # weights of data, which data are read with: tests/test_sources.py

@@ -5,6 +5,7 @@ Two processes on the CPU stand for two GPUs. What they find is compared with one
 
 import json
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ from lit_gpt.generate.decode import generate
 from lit_gpt.lora import LoRA, apply_lora
 from lit_gpt.quantize import quantize_linears
 from lit_gpt.runs.load_finetuned import load_finetuned
+from lit_gpt.runs.slices import save_slices
 from lit_gpt.sharding import (
     computes_split,
     full_parameters,
@@ -269,6 +271,18 @@ def test_last_in_slices(tiny_dir, data_dir, tmp_path) -> None:
     settings = flags(tiny_dir, data_dir, run, "--save_slices", "true", "--n_answers", 0, "--resume")
     result = python(ROOT / "finetune/full.py", *settings)
     assert result.returncode == 2 and f"lacks {files[0]}" in result.stderr
+
+
+def test_a_full_disk_is_named(tmp_path) -> None:
+    """torch says it in an exception of its own, with the tracebacks of all processes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            save_slices({"a": torch.ones(1_000)}, tmp_path / "slices")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.filename == str(tmp_path / "slices")
 
 
 def test_slices_of_what_is_not_split_are_refused(tiny_dir, data_dir, tmp_path) -> None:

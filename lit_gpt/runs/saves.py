@@ -26,6 +26,7 @@ from lit_gpt.runs.overwrite import drop_earlier_run
 from lit_gpt.runs.slices import SLICES, check_files, load_slices, save_slices, sizes_of_files, stored_tensors
 from lit_gpt.sharding import (
     all_processes_are_here,
+    computes_split,
     full_parameters,
     full_tensor,
     let_go_of_wholes,
@@ -184,7 +185,7 @@ class Checkpoints:
     def whole_state(self, file: Path, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
         """The optimizer's state from a file of whole tensors, split among the devices as its parameters are."""
         params = params_of(optimizer)
-        for name, tensor in read_tensors([file]):
+        for name, tensor in read_tensors([file], let_go=computes_split(self.model)):
             param = params[number_of_param(name)]
             if tensor.shape == param.shape:
                 tensor = shard_like(tensor, param)

@@ -7,7 +7,9 @@ It is torch.distributed.checkpoint, with safetensors as its files: its own forma
 model is split among devices, nobody has to put it together, and all disks and networks are at work at once.
 """
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,12 +29,24 @@ def save_slices(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     """Writes the rows that this process has of each tensor. All processes must call it, with the same names.
 
     A tensor that is not split is written once.
+
+    Raises:
+        OSError: a process could not write, such as to a full disk.
     """
     from torch.distributed import checkpoint
 
     folder.mkdir(exist_ok=True)
     writer = checkpoint.HuggingFaceStorageWriter(str(folder), files_of(tensors), save_distributed=True)
-    checkpoint.save(dict(tensors), storage_writer=writer)
+    try:
+        with quietly():
+            checkpoint.save(dict(tensors), storage_writer=writer)
+    except checkpoint.CheckpointException as error:
+        # all processes raise what any of them has met, with a traceback of each in its text
+        first, _ = next(iter(error.failures.values()))
+        if not isinstance(first, OSError):
+            raise
+        first.filename = first.filename or str(folder)
+        raise first from None
 
 
 def files_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
@@ -60,10 +74,19 @@ def load_slices(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
 
     reader = checkpoint.HuggingFaceStorageReader(str(folder))
     try:
-        checkpoint.load(dict(tensors), storage_reader=reader)
+        with quietly():
+            checkpoint.load(dict(tensors), storage_reader=reader)
     except (checkpoint.CheckpointException, SafetensorError) as error:
         # torch's exception has a traceback of each process in its text
         raise InputError(f"{folder} is damaged, or is of another run. Begin anew with --overwrite.") from error
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Leaves out torch's warning that there is one process: one may well go on with what several wrote."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def stored_tensors(folder: Path) -> "dict[str, TensorStorageMetadata]":

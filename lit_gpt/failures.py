@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,6 +25,11 @@ SUPERVISOR = "LIT_GPT_SUPERVISOR"
 
 HOW_TO_GO_ON: list[str] = []
 """The command that continues the run of this process, once there is one; empty before."""
+
+
+LOOK_FOR_CAUSE: list[Callable[[str, int], str]] = []
+"""What finds the process whose failure made this one fail, given what this one is about to say, and its status; empty
+before there are others. See lit_gpt/watch.py."""
 
 
 def how_to_go_on() -> str:
@@ -50,9 +56,14 @@ def is_connected() -> bool:
     return torch is not None and torch.distributed.is_initialized()
 
 
-def end_failed_process(text: str, status: int) -> NoReturn:
-    """Ends this process with `status`; `text` says why, on stderr or to the supervisor."""
-    say_why(text, status)
+def end_failed_process(text: str, status: int, names_cause: bool = False) -> NoReturn:
+    """Ends this process with `status`; `text` says why, on stderr or to the supervisor.
+
+    `names_cause` says that the text is about the whole run, so that the supervisor looks no further.
+    """
+    for look in LOOK_FOR_CAUSE:
+        text += look(text, status)
+    say_why(text, status, names_cause)
     end_process(status)
 
 
@@ -62,10 +73,10 @@ def end_stopped_process(text: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def say_why(text: str, status: int) -> None:
+def say_why(text: str, status: int, names_cause: bool = False) -> None:
     """Says why this process ends with `status`, on stderr or to the supervisor."""
     if is_supervised():
-        record_failure(text, status)
+        record_failure(text, status, names_cause)
     else:
         print(text, file=sys.stderr, flush=True)
 
@@ -83,7 +94,7 @@ def end_process(status: int) -> NoReturn:
     sys.exit(status)
 
 
-def record_failure(text: str, status: int) -> None:
+def record_failure(text: str, status: int, names_cause: bool) -> None:
     """Writes why this process failed to the file that torch's launcher reads.
 
     torch's own `record` has the time in seconds only, while the others complain within milliseconds, and it leaves
@@ -91,4 +102,5 @@ def record_failure(text: str, status: int) -> None:
     """
     now = time.time_ns()
     record = {"message": text, "timestamp": now // 10**9, "nanoseconds": now, "status": status}
+    record["names_cause"] = names_cause
     write_whole(Path(os.environ["TORCHELASTIC_ERROR_FILE"]), json.dumps(record))

@@ -64,6 +64,9 @@ class LaunchArgs:
     strategy: Strategy = "auto"
     """ddp: each device has all weights. fsdp: they are split among the devices. auto is fsdp for full fine-tuning, and
     ddp for all that trains little."""
+    timeout_minutes: float = 30.0
+    """With several devices: end the run if nothing has moved for so long, and name the process that hangs. It has to be
+    longer than what the first process does alone, such as a save, or the answers for the report."""
     resume: bool = False
     """Continue the run in out_dir."""
     overwrite: bool = False
@@ -78,6 +81,7 @@ class LaunchArgs:
             check_range("--activation_checkpointing", self.activation_checkpointing, at_least=1)
         check_range("--devices", self.devices, at_least=1)
         check_range("--num_nodes", self.num_nodes, at_least=1)
+        check_range("--timeout_minutes", self.timeout_minutes, above=0)
         check_seed("--seed", self.seed)
 
 
@@ -125,6 +129,7 @@ def start_processes(
         num_nodes=args.num_nodes,
         strategy=args.strategy,
         shard=shard,
+        timeout_minutes=args.timeout_minutes,
     )
     check_optimizer(args.optimizer, fabric)
     if optimizer_in_backward:

@@ -28,6 +28,7 @@ from lit_gpt.runs.log import Log
 from lit_gpt.runs.resume import Progress, check_finite, save_progress, start_or_resume
 from lit_gpt.sharding import any_device, full_tensor, sum_over_devices
 from lit_gpt.stream_blocks import stream_of
+from lit_gpt.watch import note_place
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -251,6 +252,7 @@ def fit(
         # a run that stopped for want of patience is not trained further if it is resumed
         while progress.step < steps and not progress.out_of_patience(args.patience):
             step_began = time.perf_counter()
+            note_place(f"step {progress.step + 1}")  # for what is said if a process hangs
 
             # dropout: its random numbers depend on step and rank alone, so that a resumed run has no state to restore.
             # The factors are primes, far enough apart that no two steps and ranks get the same seed
@@ -347,6 +349,7 @@ def fit(
             if interrupted or out_of_time or out_of_patience:
                 break
 
+    note_place("after the last step")
     if in_backward is not None:
         in_backward.remove()
     if not len(val_data):

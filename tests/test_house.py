@@ -110,14 +110,15 @@ MAY_KNOW = {
     "data": "model.packing config display errors ranges lock files packages out_of_memory",
     "checkpoint": "model lora quantize config families errors lock files download name_patterns out_of_memory sharding",
     "device nvidia_driver sharding distributed make_optimizer optimizer_in_backward": "device nvidia_driver sharding"
-    " make_optimizer interruption failures errors packages out_of_memory",
+    " make_optimizer watch interruption failures errors packages out_of_memory",
+    "watch": "failures",
     "stream_blocks": "model device errors",
     "generate": "model data errors ranges sharding distributed",
     "runs": "checkpoint data model lora adapter full quantize config device sharding distributed display cli"
     " failures errors lock ranges files packages",
     # no method, no tokenizer, no file format
     "train": "data.dataset make_optimizer optimizer_in_backward model.packing stream_blocks device sharding runs.log"
-    " runs.resume display.words interruption failures out_of_memory errors ranges",
+    " runs.resume display.words interruption watch failures out_of_memory errors ranges",
     "recipe": "make_optimizer optimizer_in_backward runs data model quantize stream_blocks config device sharding"
     " distributed ranges errors",
     "adapter_recipe": "recipe train runs generate checkpoint data quantize config device sharding",

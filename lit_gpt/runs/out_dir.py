@@ -1,6 +1,7 @@
 """The out_dir of a run: whether it is free, who writes there, and its hyperparameters.yaml."""
 
 import os
+import socket
 import sys
 from fnmatch import fnmatch
 from functools import partial
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_gpt import failures
 from lit_gpt.cli import command, plain, read_hyperparameters, save_hyperparameters
+from lit_gpt.distributed import check_alike, may_be_started_again
 from lit_gpt.errors import InputError
 from lit_gpt.failures import is_supervised
 from lit_gpt.files import has_content, recover
@@ -23,6 +25,7 @@ from lit_gpt.runs.overwrite import (
     recover_aside,
     set_aside,
 )
+from lit_gpt.sharding import any_device
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -39,6 +42,9 @@ PLACES = (
     "MV2_COMM_WORLD_RANK",
     "JSM_NAMESPACE_RANK",
 )
+
+# Settings that may differ between machines: where things are. A fingerprint says whether they are the same
+PATHS = ("checkpoint_dir", "data_dir", "out_dir")
 
 # Settings that may differ when a run goes on. All others have to be those of its hyperparameters.yaml.
 MAY_CHANGE = (
@@ -67,6 +73,7 @@ MAY_CHANGE = (
     "num_nodes",
     "save_slices",
     "strategy",
+    "timeout_minutes",
 )
 
 
@@ -86,8 +93,15 @@ def claim_out_dir(out_dir: Path, resume: bool, overwrite: bool, checkpoint_dir: 
         raise InputError("--resume continues the run and --overwrite replaces it: choose one.")
     if out_dir.exists() and not out_dir.is_dir():
         raise InputError(f"{out_dir} is a file, expected a folder.")
-    if resume and not holds_run(out_dir):
-        there = "is empty" if out_dir.is_dir() and not has_content(out_dir) else "holds no run"
+    if may_be_started_again() and not resume:
+        raise InputError(
+            "torchrun --max_restarts starts this command again after a failure, and then it has to go on: add"
+            " --resume, which begins a run where there is none, and leave out --overwrite."
+        )
+    is_empty = not has_content(out_dir)
+    begins = may_be_started_again() and is_empty  # what is started again has to be started once
+    if resume and not begins and not holds_run(out_dir):
+        there = "is empty" if out_dir.is_dir() and is_empty else "holds no run"
         if not out_dir.exists():
             there = "is not there"
         raise InputError(f"{out_dir} {there}, expected a run to resume. Name its --out_dir, or leave out --resume.")
@@ -147,13 +161,23 @@ def start_run(fabric: "Fabric", out_dir: Path, settings: dict[str, Any]) -> None
     Says how to go on with this one if it is stopped or killed.
 
     Raises:
-        InputError: a run is to go on with settings that are not its own.
+        InputError: a run is to go on with settings that are not its own, or the processes have other ones.
     """
+    flags = by_flag(plain(settings))
+    check_alike(fabric, {f"--{flag}": value for flag, value in flags.items() if flag not in PATHS})
     to_go_on = command_to_go_on(out_dir)
     failures.HOW_TO_GO_ON[:] = [to_go_on]
-    if not fabric.is_global_zero:
-        return
+    if fabric.is_global_zero:
+        write_settings(out_dir, settings, to_go_on)
+    tell_of_own_disks(fabric, out_dir)
 
+
+def write_settings(out_dir: Path, settings: dict[str, Any], to_go_on: str) -> None:
+    """What `start_run` does in the first process alone; `to_go_on` is the command that continues the run.
+
+    Raises:
+        InputError: a run is to go on with settings that are not its own.
+    """
     # what an earlier run was killed at
     recover_aside(out_dir)
     hyperparameters = out_dir / "hyperparameters.yaml"
@@ -173,6 +197,18 @@ def start_run(fabric: "Fabric", out_dir: Path, settings: dict[str, Any]) -> None
     if EARLIER:
         print(f"The earlier run in {out_dir} is kept until this one has saved, and stays if it fails.", file=sys.stderr)
     print(f"If this run is stopped or killed, it goes on with: {to_go_on}", file=sys.stderr)
+
+
+def tell_of_own_disks(fabric: "Fabric", out_dir: Path) -> None:
+    """Says, once, if a machine does not see what the first process has written. All processes must call it."""
+    fabric.barrier()
+    (not_seen,) = any_device(fabric, not (out_dir / "hyperparameters.yaml").is_file())
+    if not_seen and fabric.is_global_zero:
+        print(
+            f"Not all machines see {out_dir} of {socket.gethostname()}, where this run saves: share that folder, or"
+            " copy it to the others before you --resume.",
+            file=sys.stderr,
+        )
 
 
 def command_to_go_on(out_dir: Path) -> str:

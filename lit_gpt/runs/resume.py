@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from lit_gpt.data.dataset import Dataset
+from lit_gpt.distributed import check_alike
 from lit_gpt.errors import InputError
 from lit_gpt.sharding import local_tensor, sum_over_devices
 
@@ -74,7 +75,8 @@ def start_or_resume(
     """Step 0 of a new run; or, to resume, the progress that `last` holds, with the weights and the optimizer put back.
 
     Raises:
-        InputError: the saved run had other data, another batch size or another seed, or see `Checkpoints.resume`.
+        InputError: the saved run had other data, another batch size or another seed; machines have not the same files;
+            or see `Checkpoints.resume`.
     """
     new_run = Progress(data_fingerprint(train_data), args.global_batch_size, args.seed)
 
@@ -83,6 +85,16 @@ def start_or_resume(
         checkpoints.recover()
     fabric.barrier()
 
+    # each machine may have disks of its own
+    facts = {
+        "The fingerprint of the base in --checkpoint_dir": checkpoints.header.base[:12],
+        "The fingerprint of the training records in --data_dir": new_run.data[:12],
+    }
+    if resume:
+        is_there = (checkpoints.out_dir / "last").is_dir()
+        facts["`last`, from which the run in --out_dir is to go on,"] = "there" if is_there else "not there"
+    check_alike(fabric, facts)
+
     # the weights and the optimizer, put back; nothing if the run was killed before its first save
     saved = checkpoints.resume(optimizer) if resume else None
     if saved is None:
@@ -90,6 +102,7 @@ def start_or_resume(
 
     # the position in the data and the schedule
     progress = Progress(**saved)
+    check_alike(fabric, {"The step of `last` in --out_dir": progress.step})
     check_same_batches(progress, new_run)
     if progress.scaler:
         fabric.strategy.precision.load_state_dict(progress.scaler)

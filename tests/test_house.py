@@ -114,8 +114,8 @@ MAY_KNOW = {
     "watch": "failures",
     "stream_blocks": "model device errors",
     "generate": "model data errors ranges sharding distributed",
-    "runs": "checkpoint data model lora adapter full quantize config device sharding distributed display cli"
-    " failures errors lock ranges files packages",
+    "runs": "checkpoint data model lora adapter full quantize stream_blocks config device sharding distributed"
+    " display cli failures errors lock ranges files packages",
     # no method, no tokenizer, no file format
     "train": "data.dataset make_optimizer optimizer_in_backward model.packing stream_blocks device sharding runs.log"
     " runs.resume display.words interruption watch failures out_of_memory errors ranges",

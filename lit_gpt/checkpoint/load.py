@@ -52,15 +52,16 @@ def load_model(
     device: torch.device | None = None,
     quantize: Quantize | None = None,
     mesh: "DeviceMesh | None" = None,
+    blocks_on_host: bool = False,
 ) -> GPT:
-    """A GPT that is ready to use. `dtype` None is that of the files, and `mesh` splits it: see `load_weights`.
+    """A GPT that is ready to use. `dtype` None is that of the files; see `load_weights`, for the others, too.
 
     Raises:
         InputError: see `load_weights` and `quantize_linears`.
     """
     model = build_model(Config.from_checkpoint(checkpoint_dir))
     quantize_linears(model, quantize)
-    load_weights(model, checkpoint_dir, dtype, device, mesh)
+    load_weights(model, checkpoint_dir, dtype, device, mesh, blocks_on_host)
     return model.eval()
 
 

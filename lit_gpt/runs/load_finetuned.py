@@ -26,6 +26,7 @@ from lit_gpt.ranges import check_range, check_seed
 from lit_gpt.runs.header import Header, finetuned_file, is_peft, read_header, read_peft_header
 from lit_gpt.runs.methods import METHODS, Method
 from lit_gpt.sharding import let_go_of_wholes, local_tensor, mesh_of_model, rows_like, shard_weights
+from lit_gpt.stream_blocks import stream_blocks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -48,6 +49,9 @@ class UseArgs:
     quantize: QuantizeAs = "auto"
     """Keep the linears in 4 or 8 bits: a smaller model, and on a CPU a slower one. auto is what the fine-tuned weights
     were trained on, none the weights as they are."""
+    stream_blocks: bool = False
+    """Keep the weights of the blocks in the host's memory, for a model that is larger than the device's: each token
+    takes the time to copy them all."""
     seed: int = 1337
     """Seed of the sampling."""
 
@@ -125,18 +129,29 @@ def load_model_for_use(args: UseArgs, device: torch.device, mesh: "DeviceMesh | 
     """The model that the flags name. With a `mesh` its weights are split among these devices.
 
     Raises:
-        InputError: see `load_finetuned` and `load_weights`.
+        InputError: --stream_blocks with several devices; or see `load_finetuned` and `load_weights`.
     """
     dtype = inference_dtype(args.precision)
+    if args.stream_blocks and mesh is not None:
+        raise InputError("--stream_blocks is for one device. Leave it out: --devices splits the model among them.")
     if args.finetuned is None:
         quantize = None if args.quantize == "auto" or args.quantize == "none" else args.quantize
-        model = load_model(args.checkpoint_dir or SAMPLE, dtype, device, quantize, mesh)
+        model = load_model(args.checkpoint_dir or SAMPLE, dtype, device, quantize, mesh, args.stream_blocks)
     else:
         model, _ = load_finetuned(
-            args.checkpoint_dir, args.finetuned, dtype=dtype, device=device, quantize=args.quantize, mesh=mesh
+            args.checkpoint_dir,
+            args.finetuned,
+            dtype=dtype,
+            device=device,
+            quantize=args.quantize,
+            mesh=mesh,
+            blocks_on_host=args.stream_blocks,
         )
     if mesh is not None:
         shard_weights(model, mesh)
+    if args.stream_blocks:
+        model.requires_grad_(False)  # what was trained on the base is streamed, too
+        stream_blocks(model, device)
     return model
 
 
@@ -148,11 +163,12 @@ def load_finetuned(
     quantize: QuantizeAs = "auto",
     methods: Mapping[str, Method] = METHODS,
     mesh: "DeviceMesh | None" = None,
+    blocks_on_host: bool = False,
 ) -> tuple[GPT, Header]:
     """A base model with what was trained on it, unmerged. `checkpoint_dir` None is the base it was trained on.
 
     `quantize` "auto" quantizes the base as it was in training. A line on stderr says if it is quantized otherwise.
-    `mesh` is that of `load_weights`.
+    `mesh` is that of `load_weights`, and so is `blocks_on_host`.
 
     Raises:
         InputError: another base, or keys that do not fit it.
@@ -164,7 +180,7 @@ def load_finetuned(
     kind = choose_quantization(header, quantize, finetuned_dir)
     model = build_model(Config.from_checkpoint(base_dir))
     quantize_linears(model, kind)
-    base = load_weights(model, base_dir, dtype, device, mesh)
+    base = load_weights(model, base_dir, dtype, device, mesh, blocks_on_host)
 
     # and the trained weights on it
     if from_peft:

@@ -215,6 +215,8 @@ class CopyStream:
         if self.stream is None:
             target.copy_(source)
             return None
+        # if `target` is freed while a copy is under way, PyTorch gives its memory to nobody before that has ended
+        target.record_stream(self.stream)
         # kernels that were asked for before may still read what is in `target`
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):

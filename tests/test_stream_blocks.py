@@ -1,4 +1,4 @@
-"""Streamed blocks compute what resident ones do, to the bit: `pytest tests/test_stream_blocks.py`, about 15 s
+"""Streamed blocks compute what resident ones do, to the bit: `pytest tests/test_stream_blocks.py`, about 30 s
 
 On a CPU two storages stand for the host and the device, and `OnlyCopiesReadTheHost` keeps them apart. There a copy is
 done when it is asked for, as early as on any device: a slot that is overwritten too soon shows. `LateCopies` does it as
@@ -30,12 +30,13 @@ from lit_gpt.checkpoint.load import build_model, load_weights, parameter_shapes,
 from lit_gpt.device import CopyStream
 from lit_gpt.generate.decode import generate
 from lit_gpt.lora import LoRA
-from lit_gpt.memory.plan import Setup, adapt, batch_of
+from lit_gpt.memory.ledger import Ledger, enter_model
+from lit_gpt.memory.plan import Setup, adapt, batch_of, fill_with_zeros
 from lit_gpt.model.compile import compile_blocks
 from lit_gpt.quantize import quantize_linears
 from lit_gpt.recipe import LaunchArgs, check_streaming
 from lit_gpt.runs.load_finetuned import UseArgs, load_for_use
-from lit_gpt.stream_blocks import BlockStream, stream_of
+from lit_gpt.stream_blocks import BlockStream, stream_blocks, stream_of
 from lit_gpt.train import TrainArgs
 
 SMALL = Config(
@@ -287,6 +288,21 @@ def test_parameters_point_to_the_host_or_to_a_slot() -> None:
     for name, value in plain.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
     assert stream.device_bytes == 2 * stream.blocks[0].buffer.numel()
+
+
+def test_no_block_is_in_memory_twice_for_longer_than_its_copy_takes() -> None:
+    """Streaming a model of 12 blocks takes the memory of one more block, and in the end that of two slots."""
+    setup = replace(BASE, config=SMALL.replace(n_layer=12))
+    model = build_model(setup.config)
+    fill_with_zeros(model, setup)
+    ledger = Ledger()
+    enter_model(model, ledger)
+    before = ledger.alive
+    with ledger:
+        stream_blocks(model, torch.device("cpu"))
+    stream = stream_of(model)
+    block = stream.blocks[0].buffer.numel()
+    assert ledger.peak - before <= 2 * block and ledger.alive - before == stream.device_bytes
 
 
 def test_after_an_exception_all_goes_on() -> None:

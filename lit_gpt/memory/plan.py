@@ -388,7 +388,7 @@ def switches(setup: Setup) -> dict[str, Setup]:
             setups[f"--quantize {kind}"] = replace(setup, quantize=kind)
     if not setup.stream_blocks and not METHODS[setup.method].trains_base:
         flag = "--stream_blocks true"
-        if setup.activation_checkpointing not in ("none", "block"):  # it computes all blocks again
+        if setup.activation_checkpointing not in ("none", "block"):  # streaming computes all blocks again
             flag += " --activation_checkpointing block"
         setups[flag] = replace(setup, stream_blocks=True, activation_checkpointing="block")
     # activations

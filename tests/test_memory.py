@@ -269,6 +269,17 @@ def test_qlora_of_7b_in_7_gb() -> None:
     assert plan(replace(setup, activation_checkpointing="block")).gb < 7
 
 
+def test_streamed_qlora_of_70b_in_24_gb() -> None:
+    """2,048 tokens. A plan of 80 blocks takes 10 s; each adds as much: its input, and LoRA with its optimizer."""
+    config = Config.from_name("Llama-3.3-70B-Instruct")
+    plans = []
+    for n_layer in (4, 8):
+        setup = Setup(config.replace(n_layer=n_layer), quantize="bnb.nf4-dq", stream_blocks=True, lengths=(2048,))
+        plans.append(plan(setup).gb)
+    each = (plans[1] - plans[0]) / 4
+    assert plans[0] + 76 * each == pytest.approx(10.2, abs=0.05)  # as tutorials/memory.md prints it
+
+
 @pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit"])
 def test_optimizers_of_8_bits(name) -> None:
     """Two bytes a value, and two floats for 256 of them; 8 bytes where a parameter is small."""

@@ -35,6 +35,7 @@ OUT_OF_RANGE = {
     "--batch_size": NOT_A_COUNT,
     # finetune/
     "--seed": NOT_A_SEED,
+    "--activation_checkpointing": NOT_A_COUNT,
     "--devices": NOT_A_COUNT,
     "--num_nodes": NOT_A_COUNT,
     "--n_answers": "-1",
@@ -79,7 +80,6 @@ OUT_OF_RANGE = {
     "--max_shard_size": f"{NOT_POSITIVE} 1e300",
     "--samples": "-1",
     "--n_mails": "1 -5",
-    "--activation_checkpointing": "0 -1",
 }
 TOGETHER = {"--sweep_seeds": ["--sweep"]}  # a flag that is read only beside another one
 ELSEWHERE = ("--sources",)  # weights of data, which data are read with: tests/test_sources.py

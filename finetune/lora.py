@@ -92,7 +92,7 @@ def main(
     print_plan(fabric, method, settings, config, train_data)  # a step's memory, worked out; you may delete this line
 
     # answers before, training, answers after by the best weights, report
-    n_answers = number_of_answers(fabric, args)  # the first process gives them all, the others none
+    n_answers = number_of_answers(fabric, args)  # the first process gives them all, or all do if the model is split
     before = answers(model, tokenizer, val_data, n_answers)
     log = fit(
         fabric,

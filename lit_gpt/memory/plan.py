@@ -11,7 +11,7 @@ the allocator wastes, and where CUDA's kernels keep other things than the CPU's:
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,8 @@ class Setup:
     optimizer_in_backward: bool = False
     lengths: tuple[int, ...] = (512,)
     """Tokens of each record of a micro-batch; all are trained on."""
+    accumulates: bool = False
+    """Whether a step has several micro-batches, so that the gradients of one are there while the next is computed."""
 
 
 def check_method(method: str) -> None:
@@ -175,8 +177,13 @@ def heaviest_lengths(data: Dataset, train: TrainArgs) -> tuple[int, ...]:
     return max(lengths_of_batches, key=sum)
 
 
-def plan(setup: Setup) -> Plan:
+def plan(setup: Setup, ledger: Ledger | None = None, prepare: Callable[[GPT], None] = lambda model: None) -> Plan:
     """The peak of a training step with these settings.
+
+    Args:
+        setup: The settings.
+        ledger: Keeps the books; one of its own kind, if more is to be known than the peak.
+        prepare: Is called with the model before the step.
 
     Raises:
         InputError: a mixture of experts, whose shapes are known only as it runs, or an optimizer that reads values.
@@ -191,7 +198,8 @@ def plan(setup: Setup) -> Plan:
         with signals_wait(), FakeTensorMode(allow_non_fake_inputs=True):
             fill_with_zeros(model, setup)
             adapted = adapt(model, setup)
-            return watch_step(adapted, batch, setup)
+            prepare(adapted)
+            return watch_step(adapted, batch, setup, ledger)
     except (DataDependentOutputException, DynamicOutputShapeException):
         raise InputError(f"--optimizer {setup.optimizer} reads values as it steps: there is no plan for it.") from None
 
@@ -237,14 +245,15 @@ def adapt(model: GPT, setup: Setup) -> GPT:
     return adapted
 
 
-def watch_step(model: GPT, batch: tuple[torch.Tensor, Layout], setup: Setup) -> Plan:
+def watch_step(model: GPT, batch: tuple[torch.Tensor, Layout], setup: Setup, ledger: Ledger | None = None) -> Plan:
     """Trains a model, fake or real, for one step, at the beginning of which the optimizer has its memory already."""
     params = [param for param in model.parameters() if param.requires_grad]
     if setup.optimizer in EIGHT_BITS:
         optimizer = Adam8bitMemory(params)
     else:
         optimizer = make_optimizer(model, TRIAL_SETTINGS, setup.optimizer)
-    ledger = Ledger()
+    if ledger is None:
+        ledger = Ledger()
     enter_model(model, ledger)
 
     def enter_gradient(param: torch.Tensor) -> None:
@@ -272,6 +281,12 @@ def watch_step(model: GPT, batch: tuple[torch.Tensor, Layout], setup: Setup) -> 
             for param in params:
                 param.register_post_accumulate_grad_hook(enter_gradient)
             OptimizerInBackward(optimizer, max_norm=None)
+
+        # gradients of an earlier micro-batch
+        if setup.accumulates:
+            for param in params:
+                param.grad = torch.zeros_like(param)
+                ledger.enter(param.grad, "gradients")
 
         # forward; from the final norm on, `part_of_head` says logits
         idx, layout = batch

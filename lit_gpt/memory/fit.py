@@ -1,0 +1,398 @@
+"""The settings with which a step takes the least time within the memory of a card.
+
+What is chosen, unless the user has set it:
+
+    micro-batch         how many tokens are computed at once: more of them make fewer, larger products
+    recomputation       which blocks are computed again in backward: less memory, more time
+    streaming           frozen blocks in the host's memory: less memory; it costs time if a block is copied more slowly
+                        than it is computed
+    quantization        frozen blocks in 4 bits, and
+    8-bit optimizer     for full fine-tuning: both change the result a little, so they are taken only if nothing else
+                        fits, or if all else is much slower
+
+Time and memory of each choice come from the sections of a step (`profile.py`). What is chosen at last is planned as a
+whole, and given up if that does not fit.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from lit_gpt.checkpoint.load import build_model
+from lit_gpt.errors import InputError
+from lit_gpt.memory.plan import EIGHT_BITS, OUTSIDE_GB, Setup, adapt
+from lit_gpt.memory.profile import TINY, FewBlocks, Profile, Templates, profile_of
+from lit_gpt.memory.speed import Speed
+from lit_gpt.model.activation_checkpointing import ActivationCheckpointing
+from lit_gpt.runs.methods import METHODS
+
+# Of what a step makes anew, what the allocator may waste between tensors: not measured since it joins its pieces
+# (tutorials/gpu.md)
+WASTE = 0.03
+
+# a choice that changes the result a little has to be this much faster than the best of the others
+MUCH_FASTER = 1.5
+
+# passes of a step that are tried at first; then those around the best
+PASSES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+# choices whose times differ by less are equal, and the one with the lower peak is better
+EQUAL = 0.005
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is to be trained, and what the user has set."""
+
+    setup: Setup
+    """As the flags say."""
+    lengths: tuple[int, ...]
+    """Tokens of each record of a step, on one device."""
+    usable: float
+    """Bytes of the card."""
+    speed: Speed
+    compiled: bool
+    """Whether blocks will be compiled."""
+    host: float | None = None
+    """Bytes of the host that streamed blocks may take; None is no limit."""
+    fixed: frozenset[str] = frozenset()
+    """Fields of Setup that stay: quantize, activation_checkpointing ..., and lengths, which is the micro-batch."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings, with what they take."""
+
+    setup: Setup
+    tokens: int
+    """Tokens of the largest micro-batch."""
+    n_passes: int
+    """Micro-batches of a step."""
+    profile: Profile
+    seconds: float
+    """Time of an optimizer step, of the records that the wish names."""
+
+    @property
+    def needed(self) -> float:
+        return bytes_needed(self.profile)
+
+
+def bytes_needed(profile: Profile) -> float:
+    """Bytes that have to be there for a step: its peak, and what the allocator may waste of what is made anew."""
+    made = profile.peak - profile.before
+    return profile.peak + WASTE * made
+
+
+def usable_bytes(card_gb: float) -> float:
+    return (card_gb - OUTSIDE_GB) * 1e9
+
+
+# ---- micro-batches
+
+
+def groups_of(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Records in micro-batches of at most `limit` tokens, as `group_by_tokens` of data/dataset.py makes them."""
+    groups: list[list[int]] = []
+    room = 0
+    for length in sorted(lengths, reverse=True):
+        if length > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(length)
+        room -= length
+    return groups
+
+
+def fewest_tokens(lengths: Sequence[int], n_passes: int) -> int:
+    """The fewest tokens of a micro-batch with which a step takes at most so many passes."""
+    low = max(max(lengths), -(sum(lengths) // -n_passes))
+    high = max(sum(lengths), low)
+    # more tokens never take more passes, but for rare lengths: the bound that is found holds
+    while low < high:
+        middle = (low + high) // 2
+        if len(groups_of(lengths, middle)) <= n_passes:
+            high = middle
+        else:
+            low = middle + 1
+    return high
+
+
+def filled(group: Sequence[int], limit: int, longest: int) -> tuple[int, ...]:
+    """A micro-batch that has as many tokens as it may have, of records like those of a group."""
+    rest = max(limit - sum(group), 0)
+    more = [longest] * (rest // longest)
+    if rest % longest:
+        more.append(rest % longest)
+    return (*group, *more)
+
+
+# ---- ways to train: what changes the memory, but for micro-batch and recomputation
+
+
+def ways(wish: Wish, changes_result: bool) -> Iterator[Setup]:
+    """Setups with another quantization, optimizer or place of the blocks; those that change the result, or the rest."""
+    setup = wish.setup
+    trains_base = METHODS[setup.method].trains_base
+    if not changes_result:
+        quantizations = [setup.quantize]
+        optimizers = [setup.optimizer]
+    else:
+        may_quantize = "quantize" not in wish.fixed and setup.quantize is None and not trains_base
+        quantizations = ["bnb.nf4", "bnb.nf4-dq"] if may_quantize else []
+        is_default = setup.optimizer == "torch.optim.AdamW"
+        may_shrink = "optimizer" not in wish.fixed and is_default and trains_base and wish.speed.overlaps
+        optimizers = [EIGHT_BITS[0]] if may_shrink else []
+        if quantizations and not optimizers:
+            optimizers = [setup.optimizer]
+        if optimizers and not quantizations:
+            quantizations = [setup.quantize]
+    for quantize in quantizations:
+        for optimizer in optimizers:
+            yield replace(setup, quantize=quantize, optimizer=optimizer)
+
+
+# ---- the search
+
+
+class Search:
+    """The choices for a wish, and the best of them."""
+
+    def __init__(self, wish: Wish) -> None:
+        self.wish = wish
+        self.config = wish.setup.config
+        self.smallest: Choice | None = None  # that was seen, whether it fits or not
+        self.n_plans = 0
+
+    def best(self) -> tuple[Choice, Choice | None]:
+        """The best choice and the second best, both planned as a whole.
+
+        Raises:
+            InputError: nothing fits; or see `plan`.
+        """
+        choices = self.choices(changes_result=False)
+        first = self.first_that_fits(choices)
+        if first is None or self.is_short_of_memory(first):
+            others = self.choices(changes_result=True)
+            other = self.first_that_fits(others)
+            if other is not None and (first is None or other.seconds * MUCH_FASTER < first.seconds):
+                first, choices = other, others
+        if first is None:
+            raise InputError(self.why_nothing_fits())
+        rest = [choice for choice in choices if differs(choice.setup, first.setup)]
+        return first, self.first_that_fits(rest)
+
+    def is_short_of_memory(self, choice: Choice) -> bool:
+        """Whether a choice could be faster if there were more memory."""
+        return choice.n_passes > 1 or choice.setup.activation_checkpointing != "none"
+
+    def choices(self, changes_result: bool) -> list[Choice]:
+        """What fits by the sections of small models, the fastest first."""
+        choices: list[Choice] = []
+        for setup in ways(self.wish, changes_result):
+            if choices and setup.quantize == "bnb.nf4-dq":
+                break  # it is for models that do not fit without it
+            choices += self.choices_of(setup)
+        return sorted(choices, key=rank)
+
+    def choices_of(self, setup: Setup) -> list[Choice]:
+        """For sizes of a micro-batch that fit, the choices with as little recomputation as possible."""
+        profiles = Profiles(setup, self.wish.speed, self.wish.compiled)
+        if "lengths" in self.wish.fixed:
+            lengths = list(setup.lengths)
+            n_passes = max(1, round(sum(self.wish.lengths) / sum(lengths)))
+            return self.recomputations(setup, profiles, [lengths] * n_passes)
+
+        # the smallest first: if one does not fit, larger ones do not
+        by_limit: dict[int, list[Choice]] = {}
+        for n_passes in reversed(PASSES):
+            if not self.add_size(n_passes, setup, profiles, by_limit):
+                break
+
+        # around the best
+        if by_limit:
+            fastest = min((choice for choices in by_limit.values() for choice in choices), key=rank)
+            for n_passes in range(fastest.n_passes // 2 + 1, 2 * fastest.n_passes):
+                self.add_size(n_passes, setup, profiles, by_limit)
+        return [choice for choices in by_limit.values() for choice in choices]
+
+    def add_size(self, n_passes: int, setup: Setup, profiles: "Profiles", by_limit: dict[int, list[Choice]]) -> bool:
+        """Adds the choices with the micro-batches of so many passes; false if there are none."""
+        limit = fewest_tokens(self.wish.lengths, n_passes)
+        if limit not in by_limit:
+            groups = groups_of(self.wish.lengths, limit)
+            batch = setup_with_batch(setup, groups, limit, max(self.wish.lengths))
+            choices = self.recomputations(batch, profiles, groups)
+            if not choices:
+                return False
+            by_limit[limit] = choices
+        return True
+
+    def recomputations(self, setup: Setup, profiles: "Profiles", groups: list[list[int]]) -> list[Choice]:
+        """The choices of what is computed again, for one size of a micro-batch: the least that fits of each kind."""
+        found = []
+        if "activation_checkpointing" in self.wish.fixed:
+            kinds: list[Sequence[ActivationCheckpointing]] = [[setup.activation_checkpointing]]
+        else:
+            kinds = [range(self.config.n_layer + 1), ["selective"]]
+        for kind in kinds:
+            choice = self.least(setup, profiles, groups, kind)
+            if choice is not None:
+                found.append(choice)
+            if choice is not None and choice.setup.activation_checkpointing == "none":
+                break  # the other kind only costs
+        return found
+
+    def least(
+        self, setup: Setup, profiles: "Profiles", groups: list[list[int]], kind: Sequence[ActivationCheckpointing]
+    ) -> Choice | None:
+        """The first choice of a kind that fits; more computed again takes less memory."""
+
+        def tried(index: int) -> Choice:
+            return self.choice(setup, profiles, groups, named(kind[index], self.config.n_layer))
+
+        fitting = tried(len(kind) - 1)
+        if fitting.needed > self.wish.usable:
+            return None
+        low = 0
+        high = len(kind) - 1  # fits
+        while low < high:
+            middle = (low + high) // 2
+            choice = tried(middle)
+            if choice.needed <= self.wish.usable:
+                fitting = choice
+                high = middle
+            else:
+                low = middle + 1
+        return fitting
+
+    def choice(
+        self, setup: Setup, profiles: "Profiles", groups: list[list[int]], how: ActivationCheckpointing
+    ) -> Choice:
+        """A choice, with its profile and its time."""
+        setup = replace(setup, activation_checkpointing=how)
+        choice = self.timed(setup, profiles(setup), profiles.tiny(setup), groups)
+        if self.smallest is None or choice.needed < self.smallest.needed:
+            self.smallest = choice
+        return choice
+
+    def timed(self, setup: Setup, profile: Profile, tiny: Profile, groups: list[list[int]]) -> Choice:
+        """A choice whose profile is known. Smaller micro-batches take a time between its own and that of a tiny one."""
+        speed = self.wish.speed
+        tokens = sum(setup.lengths)
+        passes, step = profile.work()
+        least, _ = tiny.work()
+        seconds = step.total(speed)
+        for group in groups:
+            share = (sum(group) - TINY) / max(tokens - TINY, 1)
+            seconds += least.total(speed) + share * (passes.total(speed) - least.total(speed))
+        return Choice(setup, tokens, len(groups), profile, seconds)
+
+    def first_that_fits(self, choices: Sequence[Choice]) -> Choice | None:
+        """The first choice whose plan as a whole fits, with the figures of that plan."""
+        for choice in choices:
+            whole = self.whole(choice)
+            if whole.needed <= self.wish.usable:
+                return whole
+        return None
+
+    def whole(self, choice: Choice) -> Choice:
+        """The same choice, planned with all blocks."""
+        self.n_plans += 1
+        profile = profile_of(choice.setup, self.wish.speed, self.wish.compiled)
+        return replace(choice, profile=profile)
+
+    def why_nothing_fits(self) -> str:
+        """The smallest plan, and what would help."""
+        assert self.smallest is not None, "a choice has been tried"
+        smallest = self.smallest
+        tokens = smallest.tokens
+        gb = smallest.needed / 1e9
+        return (
+            f"Nothing fits: the smallest plan, {tokens:,} tokens at once, takes {gb:.1f} GB, and"
+            f" {self.wish.usable / 1e9:.1f} are usable."
+            f" {'Give up a flag that you have set, or take' if self.wish.fixed else 'Take'} a smaller model, shorter"
+            " records, or more cards with --strategy fsdp."
+        )
+
+
+def rank(choice: Choice) -> tuple[float, float]:
+    """What is fastest comes first; of choices that take nearly the same time, the one that needs least memory."""
+    return round(math.log(choice.seconds) / EQUAL), choice.needed
+
+
+def differs(setup: Setup, other: Setup) -> bool:
+    """Whether two setups differ in more than a few tokens or blocks."""
+    return what_is_chosen(setup) != what_is_chosen(other)
+
+
+def what_is_chosen(setup: Setup) -> tuple:
+    how = setup.activation_checkpointing
+    return (setup.quantize, setup.optimizer, sum(setup.lengths), how)
+
+
+def named(how: ActivationCheckpointing, n_layer: int) -> ActivationCheckpointing:
+    """No block and all blocks by the names that they have."""
+    if how == 0:
+        return "none"
+    return "block" if how == n_layer else how
+
+
+def setup_with_batch(setup: Setup, groups: list[list[int]], limit: int, longest: int) -> Setup:
+    """The setup with the largest micro-batch that `limit` allows."""
+    heaviest = max(groups, key=sum)
+    return replace(setup, lengths=filled(heaviest, limit, longest), accumulates=len(groups) > 1)
+
+
+class Profiles:
+    """The profiles of a way to train, made once each."""
+
+    def __init__(self, setup: Setup, speed: Speed, compiled: bool) -> None:
+        self.speed = speed
+        self.compiled = compiled
+        self.n_layer = setup.config.n_layer
+        self.made: dict[tuple, Profile] = {}
+        self.templates: dict[tuple, Templates] = {}
+        self.few_blocks: dict[bool, FewBlocks] = {}
+        self.is_uniform = self.n_layer > FewBlocks.n_few + 1 and blocks_train_alike(setup)
+
+    def __call__(self, setup: Setup) -> Profile:
+        how = setup.activation_checkpointing
+        key = (setup.lengths, setup.accumulates, how)
+        if key not in self.made:
+            self.made[key] = self.from_few(setup) if self.is_uniform else profile_of(setup, self.speed, self.compiled)
+        return self.made[key]
+
+    def tiny(self, setup: Setup) -> Profile:
+        """The profile of a few tokens: what a micro-batch costs however small it is."""
+        if not self.is_uniform:
+            return self(replace(setup, lengths=(TINY,), activation_checkpointing="none"))
+        few = self.few(setup)
+        templates = Templates(few.of_few, few.of_few, few.of_one_more, alike=False)
+        return templates.of_more_blocks(self.n_layer, 0)
+
+    def few(self, setup: Setup) -> FewBlocks:
+        if setup.accumulates not in self.few_blocks:
+            self.few_blocks[setup.accumulates] = FewBlocks(setup, self.speed, self.compiled)
+        return self.few_blocks[setup.accumulates]
+
+    def from_few(self, setup: Setup) -> Profile:
+        """The profile by those of four blocks."""
+        how = setup.activation_checkpointing
+        kind = "selective" if how == "selective" else "block"
+        key = (setup.lengths, setup.accumulates, kind)
+        if key not in self.templates:
+            self.templates[key] = self.few(setup).templates(setup.lengths, kind)
+        n_again = {"none": 0, "selective": 0, "block": self.n_layer}.get(how, how)
+        return self.templates[key].of_more_blocks(self.n_layer, n_again)
+
+
+def blocks_train_alike(setup: Setup) -> bool:
+    """Whether the same trains in all blocks, so that few of them tell of all."""
+    if setup.method == "full" and setup.settings is not None and setup.settings.train_only is not None:
+        return False
+    model = adapt(build_model(setup.config), replace(setup, activation_checkpointing="none"))
+    kinds = set()
+    for block in model.transformer.h:
+        shapes = [tuple(param.shape) for param in block.parameters() if param.requires_grad]
+        kinds.add(tuple(shapes))
+    return len(kinds) == 1

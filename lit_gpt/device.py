@@ -70,6 +70,24 @@ def prepare_device(kind: str) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def own_card() -> tuple[str, float] | None:
+    """The name of this machine's GPU, and its memory in GB (10^9 bytes); None if there is none.
+
+    Raises:
+        InputError: see `accelerator`.
+    """
+    if accelerator() != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return properties.name, properties.total_memory / 1e9
+
+
+def finish_work(device: torch.device) -> None:
+    """Waits until a device has done all that it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def compiling_pays(device: torch.device) -> bool:
     """Whether torch.compile is worth its time on a device: on CUDA, where steps wait for Python without it."""
     return device.type == "cuda"

@@ -17,14 +17,20 @@ whole, and given up if that does not fit.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
 from lit_gpt.checkpoint.load import build_model
+from lit_gpt.data.dataset import Dataset, heaviest_first, step_records
+from lit_gpt.device import host_bytes_taken
 from lit_gpt.errors import InputError
 from lit_gpt.memory.plan import EIGHT_BITS, OUTSIDE_GB, Setup, adapt
 from lit_gpt.memory.profile import TINY, FewBlocks, Profile, Templates, profile_of
 from lit_gpt.memory.speed import Speed
 from lit_gpt.model.activation_checkpointing import ActivationCheckpointing
+from lit_gpt.quantize import quantize_linears
 from lit_gpt.runs.methods import METHODS
+from lit_gpt.train import TrainArgs
 
 # Of what a step makes anew, what the allocator may waste between tensors: not measured since it joins its pieces
 # (tutorials/gpu.md)
@@ -35,6 +41,9 @@ MUCH_FASTER = 1.5
 
 # passes of a step that are tried at first; then those around the best
 PASSES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+# what streamed blocks may take of the host, if nobody says it: so many times the memory of the card
+HOST_PER_CARD = 4
 
 # choices whose times differ by less are equal, and the one with the lower peak is better
 EQUAL = 0.005
@@ -53,8 +62,8 @@ class Wish:
     speed: Speed
     compiled: bool
     """Whether blocks will be compiled."""
-    host: float | None = None
-    """Bytes of the host that streamed blocks may take; None is no limit."""
+    host: float = math.inf
+    """Bytes of the host that streamed blocks may take."""
     fixed: frozenset[str] = frozenset()
     """Fields of Setup that stay: quantize, activation_checkpointing ..., and lengths, which is the micro-batch."""
 
@@ -71,6 +80,8 @@ class Choice:
     profile: Profile
     seconds: float
     """Time of an optimizer step, of the records that the wish names."""
+    host_bytes: int = 0
+    """What streamed blocks take of the host's memory; known of what is planned as a whole."""
 
     @property
     def needed(self) -> float:
@@ -81,6 +92,33 @@ def bytes_needed(profile: Profile) -> float:
     """Bytes that have to be there for a step: its peak, and what the allocator may waste of what is made anew."""
     made = profile.peak - profile.before
     return profile.peak + WASTE * made
+
+
+def flags_of_choice(choice: Choice, wish: "Wish") -> list[str]:
+    """The flags of a choice that the user has not set."""
+    setup = choice.setup
+    words = []
+    if "lengths" not in wish.fixed:
+        words += ["--train.micro_batch_tokens", str(choice.tokens)]
+    if setup.activation_checkpointing != wish.setup.activation_checkpointing and not setup.stream_blocks:
+        words += ["--activation_checkpointing", str(setup.activation_checkpointing)]
+    if setup.quantize is not None and setup.quantize != wish.setup.quantize:
+        words += ["--quantize", setup.quantize]
+    if setup.stream_blocks and not wish.setup.stream_blocks:
+        words += ["--stream_blocks", "true"]
+    if setup.optimizer != wish.setup.optimizer:
+        words += ["--optimizer", setup.optimizer]
+    return words
+
+
+def lengths_of_step(data_dir: Path, train: TrainArgs, n_devices: int) -> tuple[int, ...]:
+    """The lengths of the records that one of several devices has in the heaviest step."""
+    data = Dataset(data_dir, "train")
+    size = train.global_batch_size
+    first = heaviest_first(data, size, train.seed)[0]
+    records = step_records(len(data), first, size, train.seed)
+    lengths = sorted((data.length(i) for i in records), reverse=True)
+    return tuple(lengths[::n_devices])
 
 
 def usable_bytes(card_gb: float) -> float:
@@ -132,23 +170,16 @@ def filled(group: Sequence[int], limit: int, longest: int) -> tuple[int, ...]:
 def ways(wish: Wish, changes_result: bool) -> Iterator[Setup]:
     """Setups with another quantization, optimizer or place of the blocks; those that change the result, or the rest."""
     setup = wish.setup
-    trains_base = METHODS[setup.method].trains_base
     if not changes_result:
-        quantizations = [setup.quantize]
-        optimizers = [setup.optimizer]
-    else:
-        may_quantize = "quantize" not in wish.fixed and setup.quantize is None and not trains_base
-        quantizations = ["bnb.nf4", "bnb.nf4-dq"] if may_quantize else []
+        yield setup
+    elif METHODS[setup.method].trains_base:
         is_default = setup.optimizer == "torch.optim.AdamW"
-        may_shrink = "optimizer" not in wish.fixed and is_default and trains_base and wish.speed.overlaps
-        optimizers = [EIGHT_BITS[0]] if may_shrink else []
-        if quantizations and not optimizers:
-            optimizers = [setup.optimizer]
-        if optimizers and not quantizations:
-            quantizations = [setup.quantize]
-    for quantize in quantizations:
-        for optimizer in optimizers:
-            yield replace(setup, quantize=quantize, optimizer=optimizer)
+        # bitsandbytes' optimizers are for GPUs
+        if "optimizer" not in wish.fixed and is_default and wish.speed.overlaps:
+            yield replace(setup, optimizer=EIGHT_BITS[0])
+    elif "quantize" not in wish.fixed and setup.quantize is None:
+        yield replace(setup, quantize="bnb.nf4")
+        yield replace(setup, quantize="bnb.nf4-dq")
 
 
 # ---- the search
@@ -161,6 +192,7 @@ class Search:
         self.wish = wish
         self.config = wish.setup.config
         self.smallest: Choice | None = None  # that was seen, whether it fits or not
+        self.fits_unchanged: Choice | None = None  # the best that does not change the result
         self.n_plans = 0
 
     def best(self) -> tuple[Choice, Choice | None]:
@@ -171,6 +203,7 @@ class Search:
         """
         choices = self.choices(changes_result=False)
         first = self.first_that_fits(choices)
+        self.fits_unchanged = first
         if first is None or self.is_short_of_memory(first):
             others = self.choices(changes_result=True)
             other = self.first_that_fits(others)
@@ -191,8 +224,21 @@ class Search:
         for setup in ways(self.wish, changes_result):
             if choices and setup.quantize == "bnb.nf4-dq":
                 break  # it is for models that do not fit without it
-            choices += self.choices_of(setup)
+            resident = self.choices_of(setup)
+            choices += resident
+            # streamed blocks are computed again: where there is room for all, they only cost
+            if self.may_stream(setup) and (not resident or self.is_short_of_memory(min(resident, key=rank))):
+                choices += self.choices_of(replace(setup, stream_blocks=True))
         return sorted(choices, key=rank)
+
+    def may_stream(self, setup: Setup) -> bool:
+        """Whether streaming is left to choose, and the device copies while it computes."""
+        is_open = "stream_blocks" not in self.wish.fixed and not setup.stream_blocks
+        how = setup.activation_checkpointing
+        is_open &= "activation_checkpointing" not in self.wish.fixed or how == "block"
+        if not is_open or not self.wish.speed.overlaps or METHODS[setup.method].trains_base:
+            return False
+        return self.config.n_layer * host_bytes_taken(frozen_bytes_of_a_block(setup)) <= self.wish.host
 
     def choices_of(self, setup: Setup) -> list[Choice]:
         """For sizes of a micro-batch that fit, the choices with as little recomputation as possible."""
@@ -230,8 +276,11 @@ class Search:
     def recomputations(self, setup: Setup, profiles: "Profiles", groups: list[list[int]]) -> list[Choice]:
         """The choices of what is computed again, for one size of a micro-batch: the least that fits of each kind."""
         found = []
-        if "activation_checkpointing" in self.wish.fixed:
-            kinds: list[Sequence[ActivationCheckpointing]] = [[setup.activation_checkpointing]]
+        kinds: list[Sequence[ActivationCheckpointing]]
+        if setup.stream_blocks:
+            kinds = [["block"]]
+        elif "activation_checkpointing" in self.wish.fixed:
+            kinds = [[setup.activation_checkpointing]]
         else:
             kinds = [range(self.config.n_layer + 1), ["selective"]]
         for kind in kinds:
@@ -270,17 +319,23 @@ class Search:
     ) -> Choice:
         """A choice, with its profile and its time."""
         setup = replace(setup, activation_checkpointing=how)
-        choice = self.timed(setup, profiles(setup), profiles.tiny(setup), groups)
+        copied = profiles.block_bytes / self.wish.speed.host_link if setup.stream_blocks else 0.0
+        choice = self.timed(setup, profiles(setup), profiles.tiny(setup), groups, copied)
         if self.smallest is None or choice.needed < self.smallest.needed:
             self.smallest = choice
         return choice
 
-    def timed(self, setup: Setup, profile: Profile, tiny: Profile, groups: list[list[int]]) -> Choice:
-        """A choice whose profile is known. Smaller micro-batches take a time between its own and that of a tiny one."""
+    def timed(
+        self, setup: Setup, profile: Profile, tiny: Profile, groups: list[list[int]], copy_seconds: float
+    ) -> Choice:
+        """A choice whose profile is known. Smaller micro-batches take a time between its own and that of a tiny one.
+
+        Copying a streamed block takes `copy_seconds`.
+        """
         speed = self.wish.speed
         tokens = sum(setup.lengths)
-        passes, step = profile.work()
-        least, _ = tiny.work()
+        passes, step = profile.work(copy_seconds)
+        least, _ = tiny.work(copy_seconds)
         seconds = step.total(speed)
         for group in groups:
             share = (sum(group) - TINY) / max(tokens - TINY, 1)
@@ -291,15 +346,29 @@ class Search:
         """The first choice whose plan as a whole fits, with the figures of that plan."""
         for choice in choices:
             whole = self.whole(choice)
-            if whole.needed <= self.wish.usable:
+            if whole.needed <= self.wish.usable and whole.host_bytes <= self.wish.host:
                 return whole
         return None
 
     def whole(self, choice: Choice) -> Choice:
         """The same choice, planned with all blocks."""
         self.n_plans += 1
-        profile = profile_of(choice.setup, self.wish.speed, self.wish.compiled)
-        return replace(choice, profile=profile)
+        planned, profile = profile_of(choice.setup, self.wish.speed, self.wish.compiled)
+        return replace(choice, profile=profile, host_bytes=planned.host_bytes)
+
+    def why_result_changes(self, choice: Choice) -> str | None:
+        """Why a choice quantizes, or keeps the optimizer's state in 8 bits; None if it does not."""
+        setup = choice.setup
+        if setup.quantize != self.wish.setup.quantize:
+            what = f"--quantize {setup.quantize}"
+            all_else = "16 bits" if setup.dtype.itemsize == 2 else "32 bits"
+        elif setup.optimizer != self.wish.setup.optimizer:
+            what = f"--optimizer {setup.optimizer}"
+            all_else = "the optimizer's whole state"
+        else:
+            return None
+        reason = "does not fit" if self.fits_unchanged is None else "would be much slower for want of memory"
+        return f"{what} changes the result a little: {all_else} {reason}."
 
     def why_nothing_fits(self) -> str:
         """The smallest plan, and what would help."""
@@ -327,7 +396,7 @@ def differs(setup: Setup, other: Setup) -> bool:
 
 def what_is_chosen(setup: Setup) -> tuple:
     how = setup.activation_checkpointing
-    return (setup.quantize, setup.optimizer, sum(setup.lengths), how)
+    return (setup.quantize, setup.optimizer, setup.stream_blocks, sum(setup.lengths), how)
 
 
 def named(how: ActivationCheckpointing, n_layer: int) -> ActivationCheckpointing:
@@ -354,12 +423,16 @@ class Profiles:
         self.templates: dict[tuple, Templates] = {}
         self.few_blocks: dict[bool, FewBlocks] = {}
         self.is_uniform = self.n_layer > FewBlocks.n_few + 1 and blocks_train_alike(setup)
+        self.block_bytes = frozen_bytes_of_a_block(setup)
 
     def __call__(self, setup: Setup) -> Profile:
         how = setup.activation_checkpointing
         key = (setup.lengths, setup.accumulates, how)
         if key not in self.made:
-            self.made[key] = self.from_few(setup) if self.is_uniform else profile_of(setup, self.speed, self.compiled)
+            if self.is_uniform:
+                self.made[key] = self.from_few(setup)
+            else:
+                _, self.made[key] = profile_of(setup, self.speed, self.compiled)
         return self.made[key]
 
     def tiny(self, setup: Setup) -> Profile:
@@ -378,11 +451,15 @@ class Profiles:
     def from_few(self, setup: Setup) -> Profile:
         """The profile by those of four blocks."""
         how = setup.activation_checkpointing
-        kind = "selective" if how == "selective" else "block"
+        kind: Literal["selective", "streamed", "some"] = "some"
+        if setup.stream_blocks:
+            kind = "streamed"
+        elif how == "selective":
+            kind = "selective"
         key = (setup.lengths, setup.accumulates, kind)
         if key not in self.templates:
             self.templates[key] = self.few(setup).templates(setup.lengths, kind)
-        n_again = {"none": 0, "selective": 0, "block": self.n_layer}.get(how, how)
+        n_again = how if isinstance(how, int) else {"none": 0, "selective": 0, "block": self.n_layer}[how]
         return self.templates[key].of_more_blocks(self.n_layer, n_again)
 
 
@@ -390,9 +467,20 @@ def blocks_train_alike(setup: Setup) -> bool:
     """Whether the same trains in all blocks, so that few of them tell of all."""
     if setup.method == "full" and setup.settings is not None and setup.settings.train_only is not None:
         return False
-    model = adapt(build_model(setup.config), replace(setup, activation_checkpointing="none"))
+    model = adapt(build_model(setup.config), replace(setup, activation_checkpointing="none", stream_blocks=False))
     kinds = set()
     for block in model.transformer.h:
         shapes = [tuple(param.shape) for param in block.parameters() if param.requires_grad]
         kinds.add(tuple(shapes))
     return len(kinds) == 1
+
+
+def frozen_bytes_of_a_block(setup: Setup) -> int:
+    """The bytes of what does not train in the first block: what is copied where blocks are streamed."""
+    model = build_model(setup.config.replace(n_layer=1))
+    quantize_linears(model, setup.quantize)
+    n_bytes = 0
+    for param in model.transformer.h[0].parameters():
+        size = param.element_size() if not param.is_floating_point() else setup.dtype.itemsize
+        n_bytes += param.numel() * size
+    return n_bytes

@@ -119,6 +119,8 @@ def setup_of_script(method: str, settings: dict[str, Any], config: Config, token
 def setup_of(method: Method, flags: dict[str, Any], config: Config, lengths: tuple[int, ...]) -> Setup:
     """The setup that the flags of a recipe ask for; the settings of its method are among them."""
     precision = flags["precision"]
+    train = flags["train"]
+    n_devices = flags["devices"] * flags["num_nodes"]
     return Setup(
         config=config,
         method=method.name,
@@ -131,6 +133,7 @@ def setup_of(method: Method, flags: dict[str, Any], config: Config, lengths: tup
         optimizer=flags["optimizer"],
         optimizer_in_backward=flags["train"].optimizer_in_backward,
         lengths=lengths,
+        accumulates=len(lengths) * n_devices < train.global_batch_size,
     )
 
 

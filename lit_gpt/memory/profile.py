@@ -1,8 +1,8 @@
 """A step in sections: what each adds to memory, how far it rises in between, and how long it takes.
 
-    section         forward 0   forward 1   head   backward 1   backward 0   end    step
-    net                  +40         +40    +10          -30          -30    -20     -10      bytes, from begin to end
-    rise                 +55         +55    +70          +25          +25      0      +5      the highest, above its begin
+    section     forward 0   forward 1   head   backward 1   backward 0   step
+    net              +40         +40    +10          -30          -50    -10      bytes, from its begin to its end
+    rise             +55         +55    +70          +25          +25     +5      at the highest, above its begin
 
 Blocks are alike, and a step of many is the step of few with some sections repeated: memory and time of a model with 80
 blocks come from one with 4, for any number of blocks that are computed again (`of_more_blocks`).
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lit_gpt.memory.ledger import Ledger
+from lit_gpt.memory.ledger import Ledger, Plan
 from lit_gpt.memory.plan import Setup, plan
 from lit_gpt.memory.speed import Speed
 from lit_gpt.memory.step_time import Clock, Work
@@ -152,16 +152,16 @@ def mark_block(block: nn.Module, i: int, ledger: ProfilingLedger) -> None:
     block.register_forward_hook(after)
 
 
-def profile_of(setup: Setup, speed: Speed, compiled: bool = False) -> Profile:
-    """The sections of a step; its `peak` is that of the plan.
+def profile_of(setup: Setup, speed: Speed, compiled: bool = False) -> tuple[Plan, Profile]:
+    """The plan of a step, and its sections; the peak of both is the same.
 
     Raises:
         InputError: see `plan`.
     """
     ledger = ProfilingLedger(speed, compiled)
     with marking(ledger):
-        plan(setup, ledger, lambda model: mark_sections(model, ledger))
-    return ledger.profile()
+        planned = plan(setup, ledger, lambda model: mark_sections(model, ledger))
+    return planned, ledger.profile()
 
 
 class FewBlocks:
@@ -188,12 +188,13 @@ class FewBlocks:
         """The profile of a small model."""
         config = self.setup.config.replace(n_layer=n_layer)
         setup = replace(self.setup, config=config, activation_checkpointing=how, lengths=lengths)
-        return profile_of(setup, self.speed, self.compiled)
+        _, profile = profile_of(setup, self.speed, self.compiled)
+        return profile
 
-    def templates(self, lengths: tuple[int, ...], how: Literal["selective", "block"]) -> "Templates":
-        """The sections of a micro-batch: with the MLPs of all blocks computed again, or with some blocks."""
-        profile = self.profile("selective" if how == "selective" else 2, self.n_few, lengths)
-        return Templates(profile, self.of_few, self.of_one_more, alike=how == "selective")
+    def templates(self, lengths: tuple[int, ...], kind: Literal["selective", "streamed", "some"]) -> "Templates":
+        """The sections of a micro-batch: with the MLPs of all blocks computed again, with all blocks, or with some."""
+        profile = self.profile("selective" if kind == "selective" else 2, self.n_few, lengths)
+        return Templates(profile, self.of_few, self.of_one_more, alike=kind != "some")
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@
     start_of_block  the same for a pass through a compiled block
 
 Published figures are of the data sheets: no sparsity, and bfloat16 products that add up in float32. The shares are
-those of one H100 SXM and its host (tutorials/gpu.md); `tests/benchmarks/predicted_speed.py` holds them against the steps
-that were measured there. Other cards are taken to reach the same shares, and none has been measured.
+those of one H100 SXM and its host (tutorials/gpu.md); `tests/benchmarks/predicted_speed.py` holds them against the
+steps that were measured there. Other cards are taken to reach the same shares, and none has been measured.
 """
 
 import math

@@ -38,6 +38,7 @@ from lit_gpt.memory.plan import (
     switches,
 )
 from lit_gpt.memory.probe import probe as probe_speed
+from lit_gpt.memory.sharded import sharded_peak
 from lit_gpt.memory.speed import Speed, card_named, card_of_driver, usual_card
 from lit_gpt.ranges import check_range
 from lit_gpt.recipe import check_streaming
@@ -133,6 +134,11 @@ def main(
     on_host = max(peak.host_bytes for _, peak in plans)
     if on_host:
         print(f"\nWith --stream_blocks the blocks take {on_host / 1e9:.1f} GB of the host's memory instead, pinned.")
+    if split:
+        each = {"as it is set": setup, **{f"with `{name}`": smaller for name, smaller in switches(setup).items()}}
+        print(f"\nEach of the {n_processes} devices takes, when the model is split among them:\n")
+        for name, of_row in each.items():
+            print(f"    {sharded_peak(of_row, n_processes) / 1e9:6.2f} GB {name}")
 
     # what fits on a card
     if card_gb is not None:

@@ -79,6 +79,7 @@ def published(
     )
 
 
+# where a name could mean two, the first
 CARDS = (
     published("L4", 121, 30.3, 300, PCIE_4, gb=24),
     published("A10", 125, 31.2, 600, PCIE_4, gb=24),
@@ -88,8 +89,8 @@ CARDS = (
     published("A100 40GB", 312, 19.5, 1555, PCIE_4, gb=40),
     published("L40S", 362, 91.6, 864, PCIE_4, gb=48),
     published("A100 80GB", 312, 19.5, 2039, PCIE_4, gb=80),
-    published("H100 PCIe", 756, 51, 2000, PCIE_5, gb=80),
     published("H100 SXM", 989, 67, 3350, PCIE_5, gb=80),
+    published("H100 PCIe", 756, 51, 2000, PCIE_5, gb=80),
     published("H200", 989, 67, 4800, PCIE_5, gb=141),
 )
 

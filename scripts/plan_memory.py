@@ -173,6 +173,7 @@ DECIDED_BY = {
     "quantize": ("--quantize",),
     "stream_blocks": ("--stream_blocks",),
     "optimizer": ("--optimizer",),
+    "optimizer_in_backward": ("--train.optimizer_in_backward",),
 }
 
 
@@ -226,6 +227,7 @@ def print_fit(
         speed=speed,
         compiled=speed.overlaps and args.compile is not False,
         host=1e9 * (HOST_PER_CARD * card_gb if host_gb is None else host_gb),
+        clips=train.max_norm is not None,
         fixed=fixed_by(flags),
     )
     search = Search(wish)
@@ -255,11 +257,12 @@ def print_fit(
     if why:
         print(why)
     if second is None:
-        print("Nothing else fits.")
+        print("There is no second best that fits.")
     else:
         slower = 100 * (second.seconds / first.seconds - 1)
         others = " ".join(flags_of_choice(second, wish)) or "as it is set"
-        print(f"Second best: {others} ({second.profile.peak / 1e9:.2f} GB, {slower:.0f} % slower).")
+        time = f"{slower:.0f} % slower" if slower >= 1 else "as fast"
+        print(f"Second best: {others} ({second.profile.peak / 1e9:.2f} GB; {time}).")
 
 
 def split_script(words: Sequence[str]) -> tuple[Path, Sequence[str]]:

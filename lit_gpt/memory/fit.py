@@ -64,6 +64,8 @@ class Wish:
     """Whether blocks will be compiled."""
     host: float = math.inf
     """Bytes of the host that streamed blocks may take."""
+    clips: bool = True
+    """Whether gradients are clipped, for which an optimizer that steps in backward needs a pass before."""
     fixed: frozenset[str] = frozenset()
     """Fields of Setup that stay: quantize, activation_checkpointing ..., and lengths, which is the micro-batch."""
 
@@ -108,6 +110,8 @@ def flags_of_choice(choice: Choice, wish: "Wish") -> list[str]:
         words += ["--stream_blocks", "true"]
     if setup.optimizer != wish.setup.optimizer:
         words += ["--optimizer", setup.optimizer]
+    if setup.optimizer_in_backward and not wish.setup.optimizer_in_backward:
+        words += ["--train.optimizer_in_backward", "true"]
     return words
 
 
@@ -229,6 +233,8 @@ class Search:
             # streamed blocks are computed again: where there is room for all, they only cost
             if self.may_stream(setup) and (not resident or self.is_short_of_memory(min(resident, key=rank))):
                 choices += self.choices_of(replace(setup, stream_blocks=True))
+            if self.may_step_in_backward(setup) and (not resident or self.is_short_of_memory(min(resident, key=rank))):
+                choices += self.choices_of(replace(setup, optimizer_in_backward=True))
         return sorted(choices, key=rank)
 
     def may_stream(self, setup: Setup) -> bool:
@@ -240,16 +246,26 @@ class Search:
             return False
         return self.config.n_layer * host_bytes_taken(frozen_bytes_of_a_block(setup)) <= self.wish.host
 
+    def may_step_in_backward(self, setup: Setup) -> bool:
+        """Whether gradients may be used up as they come, which saves most where the base trains."""
+        is_open = "optimizer_in_backward" not in self.wish.fixed and not setup.optimizer_in_backward
+        return is_open and METHODS[setup.method].trains_base
+
     def choices_of(self, setup: Setup) -> list[Choice]:
         """For sizes of a micro-batch that fit, the choices with as little recomputation as possible."""
         profiles = Profiles(setup, self.wish.speed, self.wish.compiled)
         if "lengths" in self.wish.fixed:
             lengths = list(setup.lengths)
             n_passes = max(1, round(sum(self.wish.lengths) / sum(lengths)))
+            if setup.optimizer_in_backward and n_passes > 1:
+                return []
             return self.recomputations(setup, profiles, [lengths] * n_passes)
 
         # the smallest first: if one does not fit, larger ones do not
         by_limit: dict[int, list[Choice]] = {}
+        if setup.optimizer_in_backward:  # it cannot add up the gradients of several micro-batches
+            self.add_size(1, setup, profiles, by_limit)
+            return [choice for choices in by_limit.values() for choice in choices]
         for n_passes in reversed(PASSES):
             if not self.add_size(n_passes, setup, profiles, by_limit):
                 break
@@ -335,6 +351,8 @@ class Search:
         speed = self.wish.speed
         tokens = sum(setup.lengths)
         passes, step = profile.work(copy_seconds)
+        if setup.optimizer_in_backward and self.wish.clips:
+            passes = passes * 2  # a first pass measures the norm
         least, _ = tiny.work(copy_seconds)
         seconds = step.total(speed)
         for group in groups:
@@ -395,8 +413,11 @@ def differs(setup: Setup, other: Setup) -> bool:
 
 
 def what_is_chosen(setup: Setup) -> tuple:
-    how = setup.activation_checkpointing
-    return (setup.quantize, setup.optimizer, setup.stream_blocks, sum(setup.lengths), how)
+    return (*way_of(setup), sum(setup.lengths), setup.activation_checkpointing)
+
+
+def way_of(setup: Setup) -> tuple:
+    return setup.quantize, setup.optimizer, setup.optimizer_in_backward, setup.stream_blocks
 
 
 def named(how: ActivationCheckpointing, n_layer: int) -> ActivationCheckpointing:

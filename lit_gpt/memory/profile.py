@@ -117,8 +117,11 @@ class ProfilingLedger(Ledger):
 
 
 @contextmanager
-def marking(ledger: ProfilingLedger) -> Iterator[None]:
-    """The optimizer's steps become sections."""
+def marking(ledger: ProfilingLedger, setup: Setup) -> Iterator[None]:
+    """The optimizer's step becomes a section, unless it is a part of backward."""
+    if setup.optimizer_in_backward:
+        yield
+        return
     handle = register_optimizer_step_pre_hook(lambda *_: ledger.mark(STEP))
     try:
         yield
@@ -159,7 +162,7 @@ def profile_of(setup: Setup, speed: Speed, compiled: bool = False) -> tuple[Plan
         InputError: see `plan`.
     """
     ledger = ProfilingLedger(speed, compiled)
-    with marking(ledger):
+    with marking(ledger, setup):
         planned = plan(setup, ledger, lambda model: mark_sections(model, ledger))
     return planned, ledger.profile()
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
     from torch.distributed.device_mesh import DeviceMesh
 
+SPLIT_FLAG = "--strategy fsdp"  # what a user types for it
+
 
 def split_among_devices(fabric: "Fabric", model: nn.Module) -> None:
     """Splits the weights of a model, in place, if the strategy of the run says so. All processes must call it."""

@@ -43,6 +43,7 @@ from lit_gpt.memory.speed import Speed, card_named, card_of_driver, usual_card
 from lit_gpt.ranges import check_range
 from lit_gpt.recipe import check_streaming
 from lit_gpt.runs.methods import METHODS
+from lit_gpt.sharding import SPLIT_FLAG
 
 ROOT = Path(__file__).parents[1]
 
@@ -111,7 +112,7 @@ def main(
     n_records = counted(len(setup.lengths), "record")
     if fit:
         if split:
-            raise InputError("--fit is for a device that holds all of the model: leave out --strategy fsdp, or --fit.")
+            raise InputError(f"--fit is for a device that holds all of the model: leave out {SPLIT_FLAG}, or --fit.")
         if probe:
             print("Measuring this machine ...", file=sys.stderr)
             speed = probe_speed(setup, sum(setup.lengths))
@@ -156,7 +157,7 @@ def card_to_fit(card_gb: float | None, name: str | None) -> tuple[float, Speed]:
     """
     if name is not None:
         speed = card_named(name)
-        return card_gb or speed.gb or 0.0, speed
+        return card_gb or speed.gb, speed
     if card_gb is not None:
         return card_gb, usual_card(card_gb)
     own = own_card()

@@ -1,4 +1,4 @@
-"""Settings that fit, and the time by which they are chosen: `pytest tests/test_fit.py`, about 40 s"""
+"""Settings that fit, and the time by which they are chosen: `pytest tests/test_fit.py`, about 1 min"""
 
 import random
 import re
@@ -29,6 +29,7 @@ SMALL = Config(
     block_size=256,
 )  # fmt: skip
 LORA = Setup(SMALL, settings=LoRA(r=4), lengths=(90, 40, 7))
+FEW_BLOCKS = replace(LORA, config=SMALL.replace(n_layer=2))
 FULL = Setup(SMALL, "full", Full(), torch.float32, lengths=(90, 40, 7))
 # time is that of the arithmetic: how many passes a step takes matters little
 CARD = replace(card_named("RTX 4090"), bandwidth=1e18, start=0.0, start_of_block=0.0)
@@ -148,14 +149,14 @@ def needed(setup: Setup, how="none", records: int = 2) -> float:
 
 
 def test_where_there_is_room_nothing_is_given_up() -> None:
-    first, second = Search(wish(LORA, 1e12)).best()
+    first, second = Search(wish(FEW_BLOCKS, 1e12)).best()
     assert first.setup.quantize is None and first.setup.activation_checkpointing == "none"
     assert second is not None and second.seconds >= 0.99 * first.seconds
 
 
 def test_16_bits_come_before_4_and_4_before_nothing() -> None:
     """On a card that is too small for the weights in 16 bits."""
-    wide = replace(LORA, config=SMALL.replace(n_embd=256, intermediate_size=640))
+    wide = replace(LORA, config=SMALL.replace(n_layer=4, n_embd=256, intermediate_size=640))
     smallest = needed(wide, "block", 1)
     first, _ = Search(wish(wide, 1.001 * smallest)).best()
     assert first.setup.quantize is None
@@ -169,14 +170,14 @@ def test_16_bits_come_before_4_and_4_before_nothing() -> None:
 
 
 def test_what_is_set_stays() -> None:
-    room = needed(LORA)
+    room = needed(FEW_BLOCKS)
     fixed = frozenset({"activation_checkpointing", "lengths", "stream_blocks"})
-    setup = replace(LORA, activation_checkpointing="block", lengths=(60,), accumulates=True)
+    setup = replace(FEW_BLOCKS, activation_checkpointing="block", lengths=(60,), accumulates=True)
     first, second = Search(wish(setup, room, fixed=fixed)).best()
     assert first.setup == setup and second is None
 
 
-@pytest.mark.parametrize("seed", [2, 6])
+@pytest.mark.parametrize("seed", [2])
 def test_a_choice_is_never_over_and_not_wasteful(seed: int) -> None:
     """A real step of what is chosen; `tests/benchmarks/fit_never_over.py` has fifty of them."""
     never_over = load(NEVER_OVER)
@@ -229,7 +230,7 @@ def test_the_script_prints_a_command_that_the_recipe_takes(tiny_dir: Path, tmp_p
     assert words[: len(flags.split())] == flags.split() and "--train.micro_batch_tokens" in words
     settings = parse(script("finetune/lora.py").main, words)
     assert settings["train"].micro_batch_tokens > 0
-    assert re.search(r"Peak of a step: 0\.\d\d GB\.\nTime: [\d,]+ tokens/s, .* for an epoch\.\n", output)
+    assert re.search(r"\nPeak of a step: 0\.\d\d GB[^\n]*\.\nTime: [\d,]+ tokens/s, .* for an epoch\.\n", output)
 
 
 def test_what_the_config_file_sets_is_fixed(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from lit_gpt.memory.speed import Speed
 from lit_gpt.model.activation_checkpointing import ActivationCheckpointing
 from lit_gpt.quantize import quantize_linears
 from lit_gpt.runs.methods import METHODS
+from lit_gpt.sharding import SPLIT_FLAG
 from lit_gpt.train import TrainArgs
 
 # Of what a step makes anew, what the allocator may waste between tensors: not measured since it joins its pieces
@@ -197,7 +198,7 @@ class Search:
         self.config = wish.setup.config
         self.smallest: Choice | None = None  # that was seen, whether it fits or not
         self.fits_unchanged: Choice | None = None  # the best that does not change the result
-        self.n_plans = 0
+        self.has_tried_streaming = wish.setup.stream_blocks
 
     def best(self) -> tuple[Choice, Choice | None]:
         """The best choice and the second best, both planned as a whole.
@@ -232,6 +233,7 @@ class Search:
             choices += resident
             # streamed blocks are computed again: where there is room for all, they only cost
             if self.may_stream(setup) and (not resident or self.is_short_of_memory(min(resident, key=rank))):
+                self.has_tried_streaming = True
                 choices += self.choices_of(replace(setup, stream_blocks=True))
             if self.may_step_in_backward(setup) and (not resident or self.is_short_of_memory(min(resident, key=rank))):
                 choices += self.choices_of(replace(setup, optimizer_in_backward=True))
@@ -370,7 +372,6 @@ class Search:
 
     def whole(self, choice: Choice) -> Choice:
         """The same choice, planned with all blocks."""
-        self.n_plans += 1
         planned, profile = profile_of(choice.setup, self.wish.speed, self.wish.compiled)
         return replace(choice, profile=profile, host_bytes=planned.host_bytes)
 
@@ -394,11 +395,14 @@ class Search:
         smallest = self.smallest
         tokens = smallest.tokens
         gb = smallest.needed / 1e9
+        # on a card that could, if the host had the memory
+        may_help = not METHODS[smallest.setup.method].trains_base and not self.has_tried_streaming
+        streaming = " --stream_blocks true needs less, and memory of the host: see --host_gb." if may_help else ""
         return (
             f"Nothing fits: the smallest plan, {tokens:,} tokens at once, takes {gb:.1f} GB, and"
             f" {self.wish.usable / 1e9:.1f} are usable."
             f" {'Give up a flag that you have set, or take' if self.wish.fixed else 'Take'} a smaller model, shorter"
-            " records, or more cards with --strategy fsdp."
+            f" records, or more cards with {SPLIT_FLAG}.{streaming}"
         )
 
 

@@ -40,7 +40,7 @@ class WholeBytes:
     """The parameters of the largest block."""
     block_gradients: int
     trained: int
-    """Of all that trains, which is never whole."""
+    """All that trains, which is never whole."""
 
 
 def sharded_peak(setup: Setup, n_devices: int) -> float:

@@ -49,8 +49,8 @@ class Speed:
     """Seconds."""
     overlaps: bool = True
     """Whether the device works while the host starts what comes next."""
-    gb: float | None = None
-    """Memory, in GB of 10^9 bytes; None where the name does not say it."""
+    gb: float = 0.0
+    """Memory, in GB of 10^9 bytes; 0 where the name does not say it."""
 
     def product_rate(self, dtype: torch.dtype) -> float:
         """Operations a second; of a dtype without a figure, that of the slowest one."""
@@ -116,19 +116,23 @@ def bare(name: str) -> str:
     return name.lower().removeprefix("nvidia ").removeprefix("geforce ").replace(" ", "").replace("-", "")
 
 
+VARIANTS = ("sxm", "pcie", "40gb", "80gb")  # of one model
+
+
 def card_of_driver(name: str, gb: float) -> Speed | None:
     """The card whose name the driver gives, such as NVIDIA A100-SXM4-80GB; None if no published figures are here."""
-    wanted = bare(name)
-    matching = []
+    words = name.lower().replace("-", " ").split()
+    best = None
     for card in CARDS:
-        model, *kind = card.name.lower().split()
-        is_model = bare(card.name) in wanted or (model not in ("rtx",) and wanted.startswith(model))
-        if is_model:
-            matching.append((abs(card.gb - gb) + (0 if not kind or kind[-1] in wanted else 0.1), card))
-    if not matching:
-        return None
-    _, card = min(matching, key=lambda pair: pair[0])
-    return replace(card, gb=gb)
+        of_card = card.name.lower().split()
+        model = [word for word in of_card if word not in VARIANTS]
+        if not set(model) <= set(words):
+            continue
+        # of variants the one whose name stands there, or whose memory it is
+        distance = abs(card.gb - gb) - sum(word in words for word in of_card)
+        if best is None or distance < best[0]:
+            best = (distance, card)
+    return None if best is None else replace(best[1], gb=gb)
 
 
 def usual_card(gb: float) -> Speed:

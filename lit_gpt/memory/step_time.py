@@ -32,9 +32,9 @@ class Work:
     """What a part of a step costs."""
 
     seconds: float = 0.0
-    """Of the device at work."""
+    """The device is at work for so long."""
     host_seconds: float = 0.0
-    """Of the host, which starts the operations."""
+    """The host needs so long to start the operations."""
 
     def __add__(self, other: "Work") -> "Work":
         return Work(self.seconds + other.seconds, self.host_seconds + other.host_seconds)

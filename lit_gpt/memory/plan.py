@@ -320,17 +320,13 @@ class Adam8bitMemory(torch.optim.Optimizer):
         super().__init__(params, defaults={})
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Makes the state of the parameters that have a gradient; they stay as they are."""
-        all_codes = []
+        """Makes the state of the parameters that have a gradient, once; they stay as they are."""
         for group in self.param_groups:
             for param in group["params"]:
-                if param.grad is None:
+                if param.grad is None or param in self.state:
                     continue
                 size = self.state_bytes(param.numel())
-                codes = torch.empty(size, dtype=torch.uint8, device=param.device)
-                # those of the first step are kept; those of a later one are booked as its workspace, a cautious figure
-                self.state[param].setdefault("codes", codes)
-                all_codes.append(codes)
+                self.state[param]["codes"] = torch.empty(size, dtype=torch.uint8, device=param.device)
 
     @staticmethod
     def state_bytes(n: int) -> int:

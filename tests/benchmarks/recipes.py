@@ -137,7 +137,12 @@ class Recipes:
         if key not in self.planned:
             record = min(RECORD, tokens)
             lengths = (record,) * (tokens // record)
-            setup = replace(self.setup, activation_checkpointing=checkpointing, lengths=lengths)
+            setup = replace(
+                self.setup,
+                activation_checkpointing=checkpointing,
+                lengths=lengths,
+                accumulates=tokens < TOKENS[0],  # the gradients of one micro-batch wait for the next
+            )
             self.planned[key] = plan(setup) if setup.method == "full" else plan_by_blocks(setup)
             print(".", end="", flush=True, file=sys.stderr)
         return self.planned[key]

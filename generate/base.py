@@ -51,6 +51,7 @@ def main(
     """
     check_sampling(temperature, top_k, args.top_p)
     check_range("--num_samples", num_samples, at_least=1)
+    check_range("--devices", devices, at_least=1)
     check_range("--max_new_tokens", max_new_tokens, at_least=1)
     if temperature == 0 and (num_samples > 1 or top_k is not None or args.top_p is not None):
         raise InputError(

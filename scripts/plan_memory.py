@@ -81,6 +81,7 @@ def main(
     if card_gb is not None and not OUTSIDE_GB < card_gb < math.inf:
         raise InputError(f"--card_gb is {card_gb:g}, expected more than the {OUTSIDE_GB:g} that CUDA itself takes.")
     check_range("--tokens", tokens, at_least=1)
+    check_range("--host_gb", host_gb, above=0)
 
     if fit:
         card_gb, speed = card_to_fit(card_gb, card)

@@ -208,8 +208,8 @@ def watch(monkeypatch) -> list[int]:
     """How many tensors of the files were alive, each time that one was read."""
     read, seen, alive = load.read_tensors, [], []
 
-    def watched(paths):
-        for name, tensor in read(paths):
+    def watched(paths, **settings):
+        for name, tensor in read(paths, **settings):
             seen.append(StorageWeakRef(tensor.untyped_storage()))
             alive.append(sum(not storage.expired() for storage in seen))
             yield name, tensor

@@ -225,7 +225,7 @@ def test_two_changed_lines_make_another_method(tiny_dir, data_dir, tmp_path) -> 
     schedule = "lit_gpt.train.learning_rate = lambda step, steps, args: args.learning_rate / (step + 1)\n"
     for old, new in (
         ("dropout=0.0)", "modules=['attn.k'], layers=[1])"),
-        ("import TrainArgs, fit\n", "import TrainArgs, fit\nimport lit_gpt.train\n" + schedule),
+        ("import TrainArgs, check_run, fit\n", "import TrainArgs, check_run, fit\nimport lit_gpt.train\n" + schedule),
     ):
         assert source.count(old) == 1
         source = source.replace(old, new)

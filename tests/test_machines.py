@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from lit_gpt import InputError, distributed
 from lit_gpt.distributed import is_started_from_outside, name_of_attempt, numbers_of_srun
 from lit_gpt.runs.out_dir import claim_out_dir
-from lit_gpt.watch import Post, Watch
+from lit_gpt.watch import BEGINNING, Post, Watch
 
 TORCHRUN = ("-m", "torch.distributed.run")
 ON_TWO = (*TORCHRUN, "--standalone", "--nproc_per_node", "2")
@@ -196,13 +196,16 @@ def posts(**changes: Any) -> dict[int, Post]:
     """Three processes, of which the last differs."""
     now = time.monotonic()
     same = dict(heartbeat=9, begun=20, place="step 7", line="train.py line 1", host="a", heard=now, moved=now - 100)
+    if changes == dict(place=BEGINNING):
+        same |= changes
     return {rank: Post(**same | (changes if rank == 2 else {})) for rank in range(3)}
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        (dict(moved=time.monotonic() + 1000), None),  # it works
+        (dict(moved=time.monotonic() + 10**6), None),  # it works
+        (dict(place=BEGINNING), None),  # all read a large model, and exchange nothing meanwhile
         (dict(place="ended"), None),  # it has ended as it should: nobody waits for it
         (dict(begun=19, host="b"), "process 2 on b hangs: nothing has been done for 1 minute (in step 7, at train.py"),
         (dict(begun=21), "process 0 on a and process 1 on a hang: nothing has been done"),

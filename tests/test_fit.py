@@ -156,7 +156,7 @@ def test_where_there_is_room_nothing_is_given_up() -> None:
 
 def test_16_bits_come_before_4_and_4_before_nothing() -> None:
     """On a card that is too small for the weights in 16 bits."""
-    wide = replace(LORA, config=SMALL.replace(n_layer=4, n_embd=256, intermediate_size=640))
+    wide = replace(LORA, config=SMALL.replace(n_layer=3, n_embd=256, intermediate_size=640))
     smallest = needed(wide, "block", 1)
     first, _ = Search(wish(wide, 1.001 * smallest)).best()
     assert first.setup.quantize is None
@@ -223,7 +223,7 @@ def said(*words: str) -> str:
 
 def test_the_script_prints_a_command_that_the_recipe_takes(tiny_dir: Path, tmp_path: Path) -> None:
     write_data(tmp_path / "data", tiny_dir, n_train=40)
-    flags = f"--checkpoint_dir {tiny_dir} --data_dir {tmp_path}/data --train.global_batch_size 8"
+    flags = f"--checkpoint_dir {tiny_dir} --data_dir {tmp_path}/data --train.global_batch_size 2"
     output = said(*flags.split(), "--card_gb", "1.2", "--fit")
     (line,) = re.findall(r"^    python finetune/lora.py (.*)$", output, re.MULTILINE)
     words = shlex.split(line)
@@ -245,7 +245,6 @@ def test_what_the_config_file_sets_is_fixed(tmp_path: Path) -> None:
     ("words", "message"),
     [
         ("--card_gb 24 --card T4 --fit", "--card is T4, expected one of L4, A10"),
-        ("--model_name pythia-14m --tokens 64 --card_gb 1.01 --fit", "Nothing fits: the smallest plan, 64 tokens"),
         ("--model_name pythia-14m --tokens 64 --devices 2 --strategy fsdp --card_gb 24 --fit", "leave out --strategy"),
     ],
 )

@@ -199,11 +199,10 @@ def test_rows_are_those_of_torch(n_rows, size) -> None:
 def test_no_process_holds_more_than_its_share(sample_dir, tmp_path) -> None:
     """Half of the model and one tensor, as Linux counts it; the whole sample would be twice as much."""
     script = ROOT / "tests/benchmarks/sharded_loading.py"
-    for name in ("full", "qlora nf4-dq"):
-        torchrun(script, "--checkpoint_dir", sample_dir, "--runs", name, "--worker", tmp_path)
-        for rank in range(2):
-            found = json.loads((tmp_path / f"{rank}.json").read_text())
-            assert found["kept"] < found["held"] < found["kept"] + found["largest"], f"{name}: {found}"
+    torchrun(script, "--checkpoint_dir", sample_dir, "--runs", "qlora nf4-dq", "--worker", tmp_path)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found["kept"] < found["held"] < found["kept"] + found["largest"], found
 
 
 # ---- whole runs
@@ -221,14 +220,19 @@ def flags(tiny_dir: Path, data_dir: Path, out_dir: Path, *others: Any) -> list[A
     return [*where, *train, *steps, "--devices", 2, "--strategy", "fsdp", *others]
 
 
-@pytest.mark.parametrize("name", ["lora nf4", "full"])
-def test_a_split_model_answers(name, tiny_dir, data_dir, tmp_path) -> None:
+def ask_one_and_two(run: Path) -> None:
+    """The same question to what a run has trained, by one process and by two that split the model."""
+    ask = ["--finetuned", run, "--prompt", "What is it?", "--precision", "32-true", "--max_new_tokens", 12]
+    one, two = (python(ROOT / "generate/base.py", *ask, "--devices", n) for n in (1, 2))
+    assert (one.returncode, two.returncode) == (0, 0), two.stderr
+    assert one.stdout == two.stdout != "" and two.stderr.count("Loaded in") == 1
+
+
+def test_a_split_model_answers(tiny_dir, data_dir, tmp_path) -> None:
     """In the report, before and after, and while it trains; and to a prompt, by what was trained."""
-    finetune(name, tiny_dir, data_dir, tmp_path / "one", n_answers=2)
-    script = ROOT / f"finetune/{name.split()[0]}.py"
-    quantize = ["--quantize", "bnb.nf4"] if "nf4" in name else []
-    lora = ["--lora.mlp", "true"] if "lora" in name else []
-    result = python(script, *flags(tiny_dir, data_dir, tmp_path / "two", "--n_answers", 2, *quantize, *lora))
+    finetune("lora nf4", tiny_dir, data_dir, tmp_path / "one", n_answers=2)
+    qlora = ["--quantize", "bnb.nf4", "--lora.mlp", "true"]
+    result = python(ROOT / "finetune/lora.py", *flags(tiny_dir, data_dir, tmp_path / "two", "--n_answers", 2, *qlora))
     assert result.returncode == 0, result.stderr
     assert column(tmp_path / "one", "loss") == pytest.approx(column(tmp_path / "two", "loss"), rel=1e-5)
     assert result.stderr.count("Answering 2 validation records") == 2, "one process speaks for both"
@@ -236,20 +240,16 @@ def test_a_split_model_answers(name, tiny_dir, data_dir, tmp_path) -> None:
     said = [re.findall("<td.*?</td>", report, re.DOTALL) for report in reports]
     assert len(said[0]) > 3
     assert said[0] == said[1]
-
-    ask = ["--finetuned", tmp_path / "one", "--prompt", "What is it?", "--precision", "32-true", "--max_new_tokens", 12]
-    one, two = (python(ROOT / "generate/base.py", *ask, "--devices", n) for n in (1, 2))
-    assert (one.returncode, two.returncode) == (0, 0), two.stderr
-    assert one.stdout == two.stdout != "" and two.stderr.count("Loaded in") == 1
+    ask_one_and_two(tmp_path / "one")
 
 
 def test_last_in_slices(tiny_dir, data_dir, tmp_path) -> None:
-    """Each process writes its own rows. Two, one and two processes go on from there, as if nobody had stopped."""
+    """Each process writes its own rows. One process and then two go on from there, as if nobody had stopped."""
     finetune("full", tiny_dir, data_dir, tmp_path / "one")
     run = tmp_path / "run"
     soon = ["--train.max_hours", 1e-9]
     on_one = ["--devices", 1, "--strategy", "auto", "--save_slices", "null"]
-    for others in (soon, [*soon, "--resume"], [*soon, "--resume", *on_one], ["--resume"]):
+    for others in (soon, [*soon, "--resume", *on_one], ["--resume", "--save_slices", "true"]):
         settings = flags(tiny_dir, data_dir, run, "--n_answers", 0, "--save_slices", "true", *others)
         result = python(ROOT / "finetune/full.py", *settings)
         assert result.returncode == 0, result.stderr
@@ -261,6 +261,7 @@ def test_last_in_slices(tiny_dir, data_dir, tmp_path) -> None:
 
     # what is handed on is whole
     AutoModelForCausalLM.from_pretrained(run / "best")
+    ask_one_and_two(run)
     one, two = (load_finetuned(None, folder)[0].state_dict() for folder in (tmp_path / "one", run))
     assert all(torch.allclose(one[key], two[key], rtol=0, atol=2e-3) for key in one)
     with pytest.raises(InputError, match="holds a run in slices.*those of best"):

@@ -48,8 +48,8 @@ def trip(step, steps, args):
     if step == 2 and os.environ.get("RANK") == os.environ["TRIP_RANK"] and not once.exists():
         once.touch()
         how = os.environ["TRIP"]
-        while how == "loop":
-            pass
+        if how == "sleep":
+            time.sleep(1000)
         os.kill(os.getpid(), signal.SIGSTOP if how == "stop" else signal.SIGKILL)
     return learning_rate(step, steps, args)
 
@@ -108,7 +108,7 @@ def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
 
 HANGS = {  # how, which process, and with which launcher: what is said of it
     ("stop", 1, ()): "Process 1 on HOST hangs: nothing has been heard for 12 seconds (in step 3),",
-    ("loop", 0, ON_TWO): "Process 0 on HOST hangs: nothing has been done for 12 seconds (in step 3, at trip.py line ",
+    ("sleep", 0, ON_TWO): "Process 0 on HOST hangs: nothing has been done for 12 seconds (in step 3, at trip.py line ",
 }
 
 

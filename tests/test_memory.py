@@ -360,7 +360,7 @@ def test_documented_commands_are_flags_of_the_script(monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     planner = script("scripts/plan_memory.py")
     commands = re.findall(r"python \S+(.*)", planner.__doc__.replace("\\\n", " "))
-    assert len(commands) == 4
+    assert len(commands) == 5
     for command in commands:
         words = parse(planner.main, command.split())["script"]
         path, flags = planner.split_script(words)
@@ -438,7 +438,7 @@ def test_a_recipe_is_the_first_that_fits(recipes, monkeypatch) -> None:
     assert of_small.fitting(0.5 * min(gb.values())) is None
 
     # records of other lengths take what was planned with these
-    setup = replace(of_small.setup, lengths=(60,) * 4)
+    setup = replace(of_small.setup, lengths=(60,) * 4, accumulates=True)
     assert plan(setup).gb == pytest.approx(gb["none", 240], rel=0.01)
 
 

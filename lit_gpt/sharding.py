@@ -153,6 +153,12 @@ def as_slice(rows: torch.Tensor, n_rows: int, mesh: "DeviceMesh") -> torch.Tenso
     return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
+def slice_of(tensor: torch.Tensor, mesh: "DeviceMesh", device: torch.device | None = None) -> torch.Tensor:
+    """A whole tensor, which every process has, split among the devices: a copy of its own rows. Nothing is sent."""
+    rows = tensor[own_rows(len(tensor), mesh)]
+    return as_slice(rows.to(device, copy=True), len(tensor), mesh)
+
+
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a parameter, put together from its slices. All processes must call it."""
     if hasattr(tensor, "full_tensor"):
@@ -207,12 +213,10 @@ def let_go_of_wholes(model: nn.Module) -> None:
 
 def as_weight(tensor: torch.Tensor, fabric: "Fabric") -> torch.Tensor:
     """A whole tensor as the run will hold the weights that it trains: on its device, and split if they are."""
-    tensor = tensor.to(fabric.device)
     mesh = mesh_of(fabric)
     if mesh is None:
-        return tensor
-    rows = tensor[own_rows(len(tensor), mesh)]
-    return as_slice(rows.clone(), len(tensor), mesh)
+        return tensor.to(fabric.device)
+    return slice_of(tensor, mesh, fabric.device)
 
 
 def rows_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -223,11 +227,10 @@ def rows_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, which every process has, split as `like` is. Nothing is sent."""
+    """A whole tensor, which every process has, split as `like` is."""
     if not hasattr(like, "device_mesh"):
         return tensor
-    rows = rows_like(tensor, like).to(like.device, copy=True)
-    return as_slice(rows, len(tensor), like.device_mesh)  # type: ignore[attr-defined] # a DTensor
+    return slice_of(tensor, like.device_mesh, like.device)  # type: ignore[attr-defined] # a DTensor
 
 
 # ---- answers

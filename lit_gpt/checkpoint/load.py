@@ -25,7 +25,7 @@ from lit_gpt.config import Config
 from lit_gpt.errors import InputError
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantize import Quantize, QuantizedLinear, frozen_parameter, quantize_linears
-from lit_gpt.sharding import as_slice, full_tensor, own_rows
+from lit_gpt.sharding import as_slice, full_tensor, own_rows, slice_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -364,10 +364,8 @@ def load_rows_as_codes(
 def keep_own_rows(module: nn.Module, name: str, mesh: "DeviceMesh") -> None:
     """Puts this process' rows in the place of a parameter that is a whole matrix; a vector stays."""
     param = getattr(module, name)
-    if param.ndim < 2:
-        return
-    rows = param[own_rows(len(param), mesh)].clone()
-    setattr(module, name, frozen_parameter(as_slice(rows, len(param), mesh)))
+    if param.ndim > 1:
+        setattr(module, name, frozen_parameter(slice_of(param, mesh)))
 
 
 def move_buffers(model: nn.Module, device: torch.device | None) -> None:

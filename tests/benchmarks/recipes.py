@@ -285,13 +285,13 @@ def rows_of(models: Sequence[Config], share: float) -> list[list[str]]:
 MARK = "<!-- the table of tests/benchmarks/recipes.py -->"
 
 
-def put_into(page: Path, table: str) -> None:
-    """Puts the table in the place of the one that follows MARK in a page."""
-    before, mark, after = page.read_text(encoding="utf-8").partition(f"{MARK}\n\n")
-    if not mark:
-        raise SystemExit(f"{page} has no line {MARK}")
+def put_into(page: Path, table: str, mark: str = MARK) -> None:
+    """Puts the table in the place of the one that follows the line `mark` in a page."""
+    before, found, after = page.read_text(encoding="utf-8").partition(f"{mark}\n\n")
+    if not found:
+        raise SystemExit(f"{page} has no line {mark}")
     _, _, rest = after.partition("\n\n")
-    page.write_text(f"{before}{mark}{table}\n\n{rest}", encoding="utf-8")
+    page.write_text(f"{before}{found}{table}\n\n{rest}", encoding="utf-8")
 
 
 def main() -> None:

@@ -22,6 +22,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from recipes import put_into
+
 from lit_gpt import Config
 from lit_gpt.display.tables import markdown_table
 from lit_gpt.full import Full
@@ -124,16 +126,7 @@ def main() -> None:
     table = markdown_table(heads, rows)
     print(table)
     if args.page:
-        put_into(args.page, table)
-
-
-def put_into(page: Path, table: str) -> None:
-    """Puts the table in the place of the one that follows MARK in a page."""
-    before, mark, after = page.read_text(encoding="utf-8").partition(f"{MARK}\n\n")
-    if not mark:
-        raise SystemExit(f"{page} has no line {MARK}")
-    _, _, rest = after.partition("\n\n")
-    page.write_text(f"{before}{mark}{table}\n\n{rest}", encoding="utf-8")
+        put_into(args.page, table, MARK)
 
 
 if __name__ == "__main__":

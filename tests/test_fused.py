@@ -1,5 +1,7 @@
 """Small functions of a block, and compiled blocks: `pytest tests/test_fused.py`, about 45 s"""
 
+import math
+
 import pytest
 import torch
 from helpers.flash import flash_on_a_cpu
@@ -103,12 +105,20 @@ def test_the_gradient_of_the_loss(dtype: torch.dtype) -> None:
     assert (grad.double() - wanted).abs().max() <= tolerance
 
 
-@pytest.mark.parametrize(("n", "at_most"), [(0, 5), (1, 5), (5, 5), (6, 5), (23, 5), (1000, 1)])
-def test_chunks_are_of_nearly_one_size(n: int, at_most: int) -> None:
+@pytest.mark.parametrize(("n", "at_most"), [(0, 5), (1, 5), (5, 5), (6, 5), (23, 5), (41, 20), (1000, 1)])
+def test_chunks_have_all_rows_and_none_has_one(n: int, at_most: int) -> None:
     rows = [list(range(n))[chunk] for chunk in chunks(n, at_most)]
     assert sum(rows, []) == list(range(n))
-    sizes = {len(chunk) for chunk in rows}
-    assert all(0 < size <= at_most for size in sizes) and (not sizes or max(sizes) - min(sizes) <= 1)
+    sizes = [len(chunk) for chunk in rows]
+    assert all(size <= at_most for size in sizes) and len(sizes) == math.ceil(n / at_most)
+    assert all(size > 1 for size in sizes) or n == 1 or at_most == 1
+
+
+def test_fewer_rows_never_take_more_at_once() -> None:
+    """The plan of the largest micro-batch holds for all others, but for one row, of which a slice is not made."""
+    largest = [max(len(range(n)[chunk]) for chunk in chunks(n, 20)) for n in range(1, 200)]
+    assert largest[19] == 20 and all(after >= before - 1 for before, after in zip(largest, largest[1:]))
+    assert all(size >= 19 for size in largest[19:])
 
 
 # ---- compiled blocks

@@ -338,6 +338,10 @@ def test_the_loss_and_its_gradient(dtype: torch.dtype) -> None:
     assert error(grad, wanted) < TOLERANCE[dtype]
 
 
+# of three micro-batches; lengths as in training, since the compiler may make other programs for very few rows
+OF_COMPILED = (LENGTHS, (33, 150), (90, 41, 77)) if IS_REHEARSAL else ((500, 240, 410), (330, 480), (450, 410, 380))
+
+
 @pytest.mark.parametrize(("quantize", "recompute"), [(None, "none"), ("bnb.nf4", "none"), ("bnb.nf4-dq", "block")])
 def test_compiled_blocks_compute_the_same(quantize: Quantize | None, recompute: str) -> None:
     """LoRA's gradients in float32 and bfloat16 beside those of the blocks as they are; records of many lengths."""
@@ -345,6 +349,7 @@ def test_compiled_blocks_compute_the_same(quantize: Quantize | None, recompute: 
 
     if missing_for_compiling(DEVICE):
         pytest.skip(f"no {missing_for_compiling(DEVICE)}")
+    torch._logging.set_logs(recompiles=True)  # says why, if there is one
     errors = []
     for dtype in (torch.float32, torch.bfloat16):
         torch._dynamo.reset()
@@ -353,7 +358,7 @@ def test_compiled_blocks_compute_the_same(quantize: Quantize | None, recompute: 
         compiled = small_lora(quantize, dtype)
         compile_blocks(compiled)
         recompute_blocks(compiled, recompute)  # type: ignore[arg-type] # one of its words
-        for lengths in (LENGTHS, (33, 150), (90, 41, 77)):
+        for lengths in OF_COMPILED:
             layout = layout_of(lengths).to(DEVICE)
             idx = random_ids(1, layout.n_tokens).to(DEVICE)
             wanted = [plain(idx, layout=layout), *gradients_of(plain, idx, layout)]
@@ -366,6 +371,7 @@ def test_compiled_blocks_compute_the_same(quantize: Quantize | None, recompute: 
             f" {breaks} breaks"
         )
         assert max(errors) < (1e-4 if dtype == torch.float32 else 3e-2)
+    torch._logging.set_logs()
     if has_flash_attention(torch.empty(1, 4, 1, 32, device=DEVICE, dtype=torch.bfloat16)):
         assert (made, breaks) == (2, 0)  # the block and the loss
 
@@ -916,16 +922,18 @@ def one_step(fabric: Any, folder: Path, dtype: torch.dtype, kind: Quantize | Non
 TIMEOUT = 400 if IS_REHEARSAL else 150  # seconds; compiling takes longer than all the rest
 COMMON = "--n_answers 1 --train.learning_rate 0.02 --train.warmup_steps 1 --train.global_batch_size 4 --train.epochs 2"
 CLASSIFIERS = ("last_k", "lora", "qlora")
-RUNS = {  # the name of a run -> its script, and flags besides those in COMMON
+RUNS = {  # the name of a run -> its script, and flags besides those in COMMON; a GPU compiles by default
     "LoRA bf16-true": "finetune/lora.py --precision bf16-true",
-    "QLoRA nf4": "finetune/lora.py --precision bf16-true --quantize bnb.nf4",
-    "LoRA 16-true": "finetune/lora.py --precision 16-true",
+    "QLoRA nf4": "finetune/lora.py --precision bf16-true --quantize bnb.nf4 --compile false",
+    "LoRA 16-true": "finetune/lora.py --precision 16-true --compile false",
     "full bf16-mixed": "finetune/full.py --precision bf16-mixed",
-    "QLoRA, blocks streamed": "finetune/lora.py --precision bf16-true --quantize bnb.nf4-dq --stream_blocks true",
-    "LoRA, blocks computed again": "finetune/lora.py --activation_checkpointing block",
-    "adapter v2": "finetune/adapter_v2.py --adapter.start_layer 1",
+    "QLoRA, blocks streamed": (
+        "finetune/lora.py --precision bf16-true --quantize bnb.nf4-dq --stream_blocks true --compile false"
+    ),
+    "LoRA, blocks computed again": "finetune/lora.py --activation_checkpointing block --compile false",
+    "adapter v2": "finetune/adapter_v2.py --adapter.start_layer 1 --compile false",
     "LoRA, experts": "finetune/lora.py --precision bf16-true",
-    "LoRA, paged optimizer": "finetune/lora.py --optimizer bitsandbytes.optim.PagedAdamW8bit",
+    "LoRA, paged optimizer": "finetune/lora.py --optimizer bitsandbytes.optim.PagedAdamW8bit --compile false",
     "LoRA compiled": "finetune/lora.py --precision bf16-true --compile true --n_answers 0",
 }
 
@@ -956,7 +964,8 @@ class Runs:
         """What generate/classify.py makes of two texts with a classifier, after it has been trained."""
         out_dir = self.out_dir / f"classifier, {method}"
         folders = ["--checkpoint_dir", self.tiny_dir, "--out_dir", out_dir, "--data_path", write_texts(out_dir)]
-        self.python(["finetune/classifier.py", "--method", method, "--train.epochs", "2", *folders])
+        flags = ["--method", method, "--train.epochs", "2", "--compile", "false"]
+        self.python(["finetune/classifier.py", *flags, *folders])
         return self.python(["generate/classify.py", "--finetuned", out_dir], stdin="up up up up\ndown down down\n")
 
     def answer(self) -> str:

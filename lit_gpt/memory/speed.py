@@ -5,7 +5,7 @@
     bandwidth       bytes a second between the card and its own memory, reading and writing together
     host_link       bytes a second from pinned memory of the host to the card
     start           seconds that the host takes to start an operation, with all that Python does for it
-    start_of_block  the same for a pass through a compiled block
+    start_of_block  the same for a pass through a compiled block, without its matrix products
 
 Published figures are of the data sheets: no sparsity, and bfloat16 products that add up in float32. The shares are
 those of one H100 SXM and its host (tutorials/gpu.md); `tests/benchmarks/predicted_speed.py` holds them against the
@@ -24,9 +24,9 @@ PRODUCT_SHARE = 0.70  # chosen: a step's shapes; a product of 8,192 x 8,192 matr
 ATTENTION_SHARE = 0.24  # 240 TFLOP/s: flash attention forward and backward, 4,096 tokens, 32 heads of 128
 BANDWIDTH_SHARE = 0.90  # 3.0 TB/s: a copy of 4 GB
 START = 38e-6  # chosen: steps of 1B with few tokens, not compiled, which wait for the host
-START_OF_BLOCK = 1.75e-3  # chosen: the same, compiled
+START_OF_BLOCK = 1.15e-3  # chosen: the same, compiled
 
-# not measured here: what copies from pinned memory usually reach of the 16 lanes of PCIe 4 and 5, 32 and 64 GB/s
+# what copies from pinned memory usually reach of the 16 lanes of PCIe 4 and 5, 32 and 64 GB/s; an H100 was measured at 55
 PCIE_4 = 25e9
 PCIE_5 = 50e9
 

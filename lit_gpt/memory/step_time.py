@@ -9,7 +9,7 @@ real backward runs.
 
     eager       every operation reads its inputs from memory and writes its output
     compiled    operations between two products are one kernel: it reads each input once, and writes what is still
-                needed when the next product begins; the host starts a block as a whole
+                needed when the next product begins; the host starts a block with all its kernels, and each product
 
 "Compiled" is a picture of `torch.compile`, and not its plan: a compiler may keep less or more between the two passes.
 """
@@ -71,7 +71,7 @@ class Clock:
         self.in_block = False
 
     def enter_section(self, in_block: bool) -> None:
-        """A part of the step begins. A compiled block is started as a whole."""
+        """A part of the step begins. A compiled block is started with all its kernels."""
         self.end_kernel()
         self.in_block = in_block
         if in_block and self.compiled:
@@ -108,9 +108,8 @@ class Clock:
         self.in_attention = False
 
     def add(self, seconds_of_arithmetic: float, n_bytes: int, is_started: bool = True) -> None:
-        """Adds an operation. Those of a compiled block are not started one by one."""
+        """Adds an operation, which the host starts by itself or not."""
         seconds = max(seconds_of_arithmetic, n_bytes / self.speed.bandwidth)
-        is_started &= not (self.compiled and self.in_block)
         self.work += Work(seconds, self.speed.start if is_started else 0.0)
 
     def add_product_with_codes(self, args: tuple, n_bytes: int) -> None:
@@ -145,7 +144,7 @@ class Clock:
         self.made = {}
         self.kernel_bytes = 0
         self.in_attention = False
-        self.add(0.0, n_bytes)
+        self.add(0.0, n_bytes, is_started=not self.in_block)
 
     def reading(self) -> Work:
         """The work so far."""

@@ -7,9 +7,9 @@
 
 Shapes, methods, records and cards are random. For each, the optimizer step that was chosen is run with real tensors,
 all its micro-batches one after the other, twice. On a CPU the peak is counted, and held against the memory that was to
-be kept. On a GPU the allocator gets no more than that memory, and what cuBLAS takes for itself: a step that needs more
-fails. A choice is wasteful if one block fewer computed again, or fewer and larger micro-batches, would fit and be
-faster, with half a percent to spare: four blocks tell of all that nearly.
+be kept. On a GPU nothing else may run: the allocator gets what it would have on a card of that size, next to the CUDA
+context, and a step that needs more fails. A choice is wasteful if one block fewer computed again, or fewer and larger
+micro-batches, would fit and be faster, with half a percent to spare: four blocks tell of all that nearly.
 """
 
 import argparse
@@ -34,9 +34,10 @@ from lit_gpt.lora import LoRA
 from lit_gpt.make_optimizer import TRIAL_SETTINGS, make_optimizer
 from lit_gpt.memory.fit import EQUAL, Choice, Search, Wish, bytes_needed, groups_of, rank
 from lit_gpt.memory.ledger import Ledger, enter_model
-from lit_gpt.memory.plan import Setup, adapt, batch_of
+from lit_gpt.memory.plan import OUTSIDE_GB, Setup, adapt, batch_of
 from lit_gpt.memory.profile import profile_of
 from lit_gpt.memory.speed import CARDS, card_named
+from lit_gpt.model.loss import LOGITS
 from lit_gpt.optimizer_in_backward import OptimizerInBackward
 from lit_gpt.quantize import quantize_linears
 
@@ -125,24 +126,25 @@ def peak_on_cpu(choice: Choice, groups: Sequence[Sequence[int]]) -> float:
 
 
 def peak_under_cap(choice: Choice, groups: Sequence[Sequence[int]], usable: float) -> float:
-    """The peak of the same step on a GPU whose allocator gets no more than `usable` bytes: infinite if it fails."""
+    """The peak of the same step on a GPU of which `usable` bytes are planned for: infinite if it fails."""
     device = torch.device("cuda")
     gc.collect()  # wrapped methods of models are cycles
     torch.cuda.empty_cache()
-    outside = torch.cuda.memory_allocated()
+    free, everything = torch.cuda.mem_get_info()
+    context = everything - free - torch.cuda.memory_reserved()
+    workspaces = torch.cuda.memory_allocated()
     model = prepared(choice.setup, device)  # at once on the device, also where blocks go to the host from there
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    everything = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction((usable + outside) / everything)
+    torch.cuda.set_per_process_memory_fraction((usable + OUTSIDE_GB * 1e9 - context) / everything)
     try:
         take_steps(model, choice.setup, groups, device)
     except torch.OutOfMemoryError:
         return float("inf")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    return torch.cuda.max_memory_allocated() - outside
+    return torch.cuda.max_memory_allocated() - workspaces
 
 
 def prepared(setup: Setup, device: torch.device) -> GPT:
@@ -174,7 +176,7 @@ def take_steps(model: GPT, setup: Setup, groups: Sequence[Sequence[int]], device
 
 
 def warm_up() -> None:
-    """Lets cuBLAS take its workspaces, forward and backward, which no plan sees."""
+    """Lets cuBLAS take its workspaces, forward and backward: they are of what is outside of a plan."""
     x = torch.randn(64, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     bias = torch.zeros(64, device="cuda", dtype=torch.bfloat16)
     F.linear(F.linear(x, x, bias), x).sum().backward()
@@ -217,6 +219,8 @@ def main() -> None:
     parser.add_argument("--load", type=Path, help="run the choices that --save has written")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if not args.large and args.load is None:
+        LOGITS.update(dict.fromkeys(LOGITS, 2**16))  # so that the loss of a few hundred tokens comes in chunks, too
     on_gpu = args.load is not None and torch.cuda.is_available()
     began = time.perf_counter()
     chosen: list[tuple[Wish, Choice]] = []

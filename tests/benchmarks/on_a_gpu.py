@@ -1004,8 +1004,8 @@ SECTIONS: dict[int, tuple[Callable[[Bench], None], float]] = {
     8: (eight_b, 150),
     7: (one_b, 60),
     9: (quantized, 80),
-    12: (other_models, 50),
-    15: (streamed, 240),
+    12: (other_models, 140),
+    15: (streamed, 230),
     14: (variants, 60),
     10: (profiles, 60),
     6: (cudnn, 15),
@@ -1044,6 +1044,7 @@ def write_plans(bench: Bench, path: Path) -> None:
                 lengths=heaviest,
                 activation_checkpointing=recompute,
                 stream_blocks=is_streamed,
+                accumulates=work.records > work.micro_batch,
             )
         )
         key = plan_key(model, lora, quantize, work, is_streamed)

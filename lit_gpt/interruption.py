@@ -74,6 +74,15 @@ class Interruption:
         if not is_supervised():  # else the supervisor has said it
             os.write(2, self.promise)  # not by print, which the signal may have interrupted in the midst of a line
 
+    def settle(self) -> None:
+        """All processes have agreed to stop, because one of them was asked.
+
+        What asks the others may come later, even when the block is over: it must not kill them, so it is ignored.
+        """
+        if self.signal is None:
+            self.signal = signal.SIGTERM
+            self.handlers_before = dict.fromkeys(self.handlers_before, signal.SIG_IGN)
+
     def give_back(self) -> None:
         """Puts back the handlers that were there before."""
         for number, handler in self.handlers_before.items():

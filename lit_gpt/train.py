@@ -330,6 +330,8 @@ def fit(
                 args.save_minutes is not None and minutes > args.save_minutes,
                 interruption.asked,
             )
+            if interrupted:
+                interruption.settle()
 
             # validate
             is_last_step = progress.step == steps or out_of_time

@@ -31,6 +31,7 @@ from lit_gpt import InputError
 from lit_gpt.data.dataset import Dataset
 from lit_gpt.device import prepare_device
 from lit_gpt.distributed import is_to_split, launch, rendezvous_of_machines, when_failed
+from lit_gpt.interruption import Interruption
 from lit_gpt.model.activation_checkpointing import recompute_blocks
 from lit_gpt.quantize import QuantizedLinear
 from lit_gpt.runs.load_finetuned import load_finetuned
@@ -155,7 +156,9 @@ from pathlib import Path
 def tell() -> None:
     if "LOCAL_RANK" in os.environ:
         is_open = sys.modules["torch"].distributed.is_initialized()
-        Path(__file__).with_name(f"{os.getpid()}.txt").write_text("open" if is_open else "closed")
+        path = Path(__file__).with_name(f"{os.getpid()}.partial")
+        path.write_text("open" if is_open else "closed")
+        path.rename(path.with_suffix(".txt"))
 
 atexit.register(tell)
 """
@@ -350,6 +353,18 @@ def test_a_signal_ends_all_processes(sent, status, last_line, tmp_path) -> None:
     lines = stderr.strip().strip("-").splitlines() or [""]
     assert (process.returncode, lines[-1]) == (status, last_line), stderr
     assert left(str(script)) == ""
+
+
+def test_a_signal_that_comes_when_all_have_agreed_kills_nobody() -> None:
+    """A process learns of a stop from another one, and is done before what asks it for the same gets there."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with Interruption() as interruption:
+            interruption.settle()
+        assert interruption.asked and interruption.status == 143
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("launcher", [(), ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")])

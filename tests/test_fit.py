@@ -1,5 +1,6 @@
 """Settings that fit, and the time by which they are chosen: `pytest tests/test_fit.py`, about 1 min"""
 
+import math
 import random
 import re
 import shlex
@@ -14,6 +15,7 @@ from helpers.scripts import load, script
 from helpers.shell import python
 
 from lit_gpt import Config, InputError
+from lit_gpt.checkpoint.load import parameter_shapes
 from lit_gpt.cli import parse
 from lit_gpt.full import Full
 from lit_gpt.lora import LoRA
@@ -23,6 +25,7 @@ from lit_gpt.memory.profile import FewBlocks, profile_of
 from lit_gpt.memory.sharded import sharded_peak
 from lit_gpt.memory.speed import CARDS, Speed, card_named, card_of_driver, usual_card
 from lit_gpt.memory.step_time import Clock
+from lit_gpt.model.loss import LOGITS
 
 SMALL = Config(
     name="small", n_layer=6, n_head=4, n_query_groups=2, n_embd=64, intermediate_size=160, vocab_size=512,
@@ -120,8 +123,16 @@ def test_few_blocks_tell_of_many(setup: Setup) -> None:
 def test_gradients_of_an_earlier_micro_batch_are_there() -> None:
     setup = replace(FULL, activation_checkpointing="none", lengths=(200, 200))
     more = plan(replace(setup, accumulates=True)).gb - plan(setup).gb
-    n = sum(param.numel() for param in load(NEVER_OVER).prepared(setup).parameters())
+    n = sum(math.prod(shape) for shape in parameter_shapes(setup.config).values())
     assert more == pytest.approx(4 * n / 1e9, rel=0.15)
+
+
+def test_a_smaller_micro_batch_never_takes_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest one is planned, also where its loss takes another slice of rows."""
+    monkeypatch.setitem(LOGITS, FEW_BLOCKS.dtype, 100 * 4000)
+    setup = replace(FEW_BLOCKS, config=FEW_BLOCKS.config.replace(vocab_size=4000), activation_checkpointing="block")
+    peaks = [plan(replace(setup, lengths=(n,))).gb for n in (80, 100, 130, 190)]
+    assert peaks == sorted(peaks)
 
 
 # ---- micro-batches
@@ -181,7 +192,9 @@ def test_what_is_set_stays() -> None:
 def test_a_choice_is_never_over_and_not_wasteful(seed: int) -> None:
     """A real step of what is chosen; `tests/benchmarks/fit_never_over.py` has fifty of them."""
     never_over = load(NEVER_OVER)
-    case = never_over.tried(never_over.random_wish(random.Random(seed)))
+    wanted = never_over.random_wish(random.Random(seed), is_large=False)
+    choice, _ = Search(wanted).best()
+    case = never_over.tried(wanted, choice, on_gpu=False)
     assert not case.is_over, str(case)
     assert never_over.wasteful(case) is None, str(case)
 

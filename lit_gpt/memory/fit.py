@@ -33,8 +33,8 @@ from lit_gpt.runs.methods import METHODS
 from lit_gpt.sharding import SPLIT_FLAG
 from lit_gpt.train import TrainArgs
 
-# Of what a step makes anew, what the allocator may waste between tensors, besides its pages of 20 MB, for which there is
-# room in OUTSIDE_GB (tutorials/gpu.md)
+# Of what a step makes anew, what the allocator may waste between tensors; its pages of 20 MB, which are never quite
+# full, are a part of OUTSIDE_GB (tutorials/memory.md)
 WASTE = 0.03
 
 # a choice that changes the result a little has to be this much faster than the best of the others

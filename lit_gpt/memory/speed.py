@@ -26,7 +26,7 @@ BANDWIDTH_SHARE = 0.90  # 3.0 TB/s: a copy of 4 GB
 START = 38e-6  # chosen: steps of 1B with few tokens, not compiled, which wait for the host
 START_OF_BLOCK = 1.15e-3  # chosen: the same, compiled
 
-# what copies from pinned memory usually reach of the 16 lanes of PCIe 4 and 5, 32 and 64 GB/s; an H100 was measured at 55
+# what copies from pinned memory usually reach of the 16 lanes of PCIe 4 and 5, 32 and 64 GB/s; one H100 reached 55
 PCIE_4 = 25e9
 PCIE_5 = 50e9
 

@@ -113,8 +113,8 @@ LOGITS = {torch.bfloat16: 2**26, torch.float16: 2**26, torch.float32: 2**23, tor
 def chunks(n: int, at_most: int) -> list[slice]:
     """Slices of n rows; all but the last have `at_most`.
 
-    So fewer rows never take more memory at once, but for a single row: the plan of the largest micro-batch holds for all.
-    Slices of one size would take less for 1.5 times `at_most` rows than for `at_most`.
+    So fewer rows never take more memory at once, but for a single row, and the plan of the largest micro-batch holds
+    for all. Slices of one size would take less for 1.5 times `at_most` rows than for `at_most`.
     """
     starts = list(range(0, n, at_most))
     # torch.compile would make a graph of its own for a slice of one row

@@ -24,13 +24,20 @@ from lit_gpt.data.dataset import Dataset
 from lit_gpt.device import own_card, resolve_precision
 from lit_gpt.display.words import counted, duration
 from lit_gpt.distributed import is_to_split
-from lit_gpt.memory.fit import HOST_PER_CARD, Search, Wish, flags_of_choice, lengths_of_step, usable_bytes
-from lit_gpt.memory.plan import (
+from lit_gpt.memory.fit import (
+    HOST_PER_CARD,
     MOST_RECORDS,
+    Search,
+    Wish,
+    flags_of_choice,
+    largest_batch,
+    lengths_of_step,
+    usable_bytes,
+)
+from lit_gpt.memory.plan import (
     OUTSIDE_GB,
     Setup,
     check_method,
-    largest_batch,
     plan,
     plan_generation,
     plans_table,
@@ -67,7 +74,7 @@ def main(
     Args:
         model_name: A published model; nothing of it has to be on this machine. None is the script's --checkpoint_dir.
         tokens: The length of the longest record. None looks into the script's --data_dir.
-        card_gb: Memory of a GPU: finds the largest micro-batch that fits, which takes a minute or two for a model of
+        card_gb: Memory of a GPU: finds the largest micro-batch that fits, which takes half a minute for a model of
             7B. If --precision is auto, bf16-true is meant then.
         fit: Find the settings with which a step takes the least time on that card, or on this machine's GPU: the
             micro-batch, what is computed again, quantized or streamed, and the optimizer. Prints the command to type.

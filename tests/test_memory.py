@@ -23,13 +23,13 @@ from lit_gpt.cli import parse
 from lit_gpt.full import Full
 from lit_gpt.lora import LoRA
 from lit_gpt.make_optimizer import make_optimizer
+from lit_gpt.memory.fit import largest_batch
 from lit_gpt.memory.ledger import Plan
 from lit_gpt.memory.plan import (
     Setup,
     adapt,
     batch_of,
     fill_with_zeros,
-    largest_batch,
     plan,
     plan_generation,
     setup_of_script,

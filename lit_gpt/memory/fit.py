@@ -24,9 +24,9 @@ from lit_gpt.checkpoint.load import build_model
 from lit_gpt.data.dataset import Dataset, heaviest_first, step_records
 from lit_gpt.device import host_bytes_taken
 from lit_gpt.errors import InputError
-from lit_gpt.memory.plan import EIGHT_BITS, OUTSIDE_GB, Setup, adapt
+from lit_gpt.memory.plan import EIGHT_BITS, OUTSIDE_GB, Setup, adapt, plan
 from lit_gpt.memory.profile import TINY, FewBlocks, Profile, Templates, profile_of
-from lit_gpt.memory.speed import Speed
+from lit_gpt.memory.speed import Speed, usual_card
 from lit_gpt.model.activation_checkpointing import ActivationCheckpointing
 from lit_gpt.quantize import quantize_linears
 from lit_gpt.runs.methods import METHODS
@@ -36,6 +36,9 @@ from lit_gpt.train import TrainArgs
 # Of what a step makes anew, what the allocator may waste between tensors; its pages of 20 MB, which are never quite
 # full, are a part of OUTSIDE_GB (tutorials/memory.md)
 WASTE = 0.03
+
+# of the search for the largest batch: more than a step takes
+MOST_RECORDS = 128
 
 # a choice that changes the result a little has to be this much faster than the best of the others
 MUCH_FASTER = 1.5
@@ -170,6 +173,46 @@ def filled(group: Sequence[int], limit: int, longest: int) -> tuple[int, ...]:
     if rest % longest:
         more.append(rest % longest)
     return (*group, *more)
+
+
+def largest_batch(setup: Setup, gb: float, limit: int = MOST_RECORDS) -> int:
+    """How many records of the first one's length fit into `gb`, up to `limit`; 0 if none does.
+
+    Peaks grow by about as much with each record: a line through two of them says which to try next. They are put
+    together from four blocks; what is found is planned as a whole.
+    """
+    profiles = Profiles(setup, usual_card(gb), compiled=False)
+    peaks: dict[int, float] = {}  # GB, by the number of records
+    fits = 0
+    too_many = limit + 1
+    n = 1
+    while too_many - fits > 1:
+        # try
+        peaks[n] = profiles(with_records(setup, n)).peak / 1e9
+        if peaks[n] <= gb:
+            fits = n
+        else:
+            too_many = n
+
+        # which next: where the line through the two largest numbers tried so far reaches `gb`
+        n = 8
+        if len(peaks) > 1:
+            a, b = sorted(peaks)[-2:]
+            slope = (peaks[b] - peaks[a]) / (b - a)
+            if slope > 0:
+                n = int(b + (gb - peaks[b]) / slope)
+            else:
+                n = 2 * b
+        n = max(n, fits + 1)
+        n = min(n, too_many - 1)
+    while fits and plan(with_records(setup, fits)).gb > gb:
+        fits -= 1
+    return fits
+
+
+def with_records(setup: Setup, n: int) -> Setup:
+    """The setup with a micro-batch of `n` records as long as its first one."""
+    return replace(setup, lengths=(setup.lengths[0],) * n)
 
 
 # ---- ways to train: what changes the memory, but for micro-batch and recomputation

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 OUTSIDE_GB = 1.0  # of a card: the CUDA context, and what the allocator cannot use
-MOST_RECORDS = 128  # of the search for the largest batch: more than a step takes, and a plan of more takes minutes
 EIGHT_BITS = ("bitsandbytes.optim.AdamW8bit", "bitsandbytes.optim.PagedAdamW8bit")
 
 
@@ -359,38 +358,6 @@ def plan_generation(setup: Setup, n_prompt: int = 64, n_total: int = 256) -> Pla
             ledger.part = "workspace"
             model(torch.zeros(1, n_prompt, dtype=torch.int64), input_pos, cache=cache)
     return peak_of(ledger, model)
-
-
-def largest_batch(setup: Setup, gb: float, limit: int = MOST_RECORDS) -> int:
-    """How many records of the first one's length fit into `gb`, up to `limit`; 0 if none does.
-
-    Peaks grow by about as much with each record: a line through two of them says which to try next.
-    """
-    peaks: dict[int, float] = {}  # GB, by the number of records
-    fits = 0
-    too_many = limit + 1
-    n = 1
-    while too_many - fits > 1:
-        # try
-        lengths = (setup.lengths[0],) * n
-        peaks[n] = plan(replace(setup, lengths=lengths)).gb
-        if peaks[n] <= gb:
-            fits = n
-        else:
-            too_many = n
-
-        # which next: where the line through the two largest numbers tried so far reaches `gb`
-        n = 8
-        if len(peaks) > 1:
-            a, b = sorted(peaks)[-2:]
-            slope = (peaks[b] - peaks[a]) / (b - a)
-            if slope > 0:
-                n = int(b + (gb - peaks[b]) / slope)
-            else:
-                n = 2 * b
-        n = max(n, fits + 1)
-        n = min(n, too_many - 1)
-    return fits
 
 
 def switches(setup: Setup) -> dict[str, Setup]:

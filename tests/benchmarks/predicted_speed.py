@@ -5,7 +5,8 @@
 The measured figures are those of tutorials/gpu.md, tokens per second. Three numbers of lit_gpt/memory/speed.py were
 chosen on the first twelve rows: the share of products, and the host's times. For these this says how well one formula
 describes them. The others were measured later, and say how well it foretells other settings on that card; but that
-products in compiled blocks are started one by one was learned from those of 0.6B. No other card is here. Records of "short" rows have 60 to 250 tokens, of which half were trained.
+products in compiled blocks are started one by one was learned from those of 0.6B. No other card is here. Records of
+"short" rows have 60 to 250 tokens, of which half were trained.
 """
 
 import argparse

@@ -46,7 +46,12 @@ check_style_and_types() {
 
 case ${1:-} in
     # three workers for two cores: half of the time one of them waits for a process that it has started
-    "") check_style_and_types && exec python -m pytest -m "not gpu" -n 3 --dist loadfile --no-loadscope-reorder ;;
+    "")
+        ruff check && ruff format --check
+        mypy & # which takes one core for a minute
+        python -m pytest -m "not gpu" -n 3 --dist loadfile --no-loadscope-reorder
+        wait $!
+        ;;
     --fast) check_style_and_types && exec python -m pytest -q -n 2 --dist loadfile "${fast[@]}" "${@:2}" ;;
     *) exec python -m pytest "$@" ;;
 esac

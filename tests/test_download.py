@@ -154,7 +154,8 @@ def command_of(hub, cwd: Path, *flags: str) -> dict:
 
 
 def fetch(hub, cwd: Path, *flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run(**command_of(hub, cwd, *flags), capture_output=True, text=True)
+    job = command_of(hub, cwd, *flags)
+    return python(*job["args"][1:], cwd=job["cwd"], env=job["env"])
 
 
 def line_of(result: subprocess.CompletedProcess) -> str:

@@ -21,7 +21,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 settings.register_profile("fixed", derandomize=True, database=None)  # a change is judged by the same examples each time
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))  # default: others each time
 
-SLOWEST = "documented_commands resume devices methods memory compare".split()  # files of minutes
+# files of a minute and more
+SLOWEST = "documented_commands resume methods devices machines export sharding memory families compare fit".split()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

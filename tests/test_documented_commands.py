@@ -39,6 +39,7 @@ SMALLER = [  # what is printed -> what is typed here, where the printed one woul
     (r"--model_name \S+", "--model_name pythia-14m"),
     (r"--tokens \d{4}\b", "--tokens 64"),
     (r"--card_gb 24", "--card_gb 1.1"),
+    (r"--fit$", r"\g<0> --train.global_batch_size 2"),
     # a model that is on the hub alone
     (r"checkpoints/Qwen/Qwen3-4B", "checkpoints/sample/SmolLM2-135M-Instruct-Q4_1"),
     # comparisons

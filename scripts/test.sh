@@ -47,8 +47,9 @@ check_style_and_types() {
 case ${1:-} in
     # three workers for two cores: half of the time one of them waits for a process that it has started
     "")
-        ruff check && ruff format --check
-        mypy & # which takes one core for a minute
+        ruff check
+        ruff format --check
+        mypy & # beside the tests: it takes one core for a minute
         python -m pytest -m "not gpu" -n 3 --dist loadfile --no-loadscope-reorder
         wait $!
         ;;

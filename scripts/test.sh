@@ -40,19 +40,23 @@ fast=( # of each property one case; tutorials/development.md says more
     tests/test_finetune.py::test_loss_falls_and_files_are_there
 )
 
-check_style_and_types() {
-    ruff check && ruff format --check && mypy
+check_style() {
+    ruff check
+    ruff format --check
 }
 
 case ${1:-} in
     # three workers for two cores: half of the time one of them waits for a process that it has started
     "")
-        ruff check
-        ruff format --check
+        check_style
         mypy & # beside the tests: it takes one core for a minute
         python -m pytest -m "not gpu" -n 3 --dist loadfile --no-loadscope-reorder
         wait $!
         ;;
-    --fast) check_style_and_types && exec python -m pytest -q -n 2 --dist loadfile "${fast[@]}" "${@:2}" ;;
+    --fast)
+        check_style
+        mypy
+        exec python -m pytest -q -n 2 --dist loadfile "${fast[@]}" "${@:2}"
+        ;;
     *) exec python -m pytest "$@" ;;
 esac

@@ -258,6 +258,7 @@ def test_what_the_config_file_sets_is_fixed(tmp_path: Path) -> None:
     ("words", "message"),
     [
         ("--card_gb 24 --card T4 --fit", "--card is T4, expected one of L4, A10"),
+        ("--model_name pythia-14m --tokens 64 --card_gb 1.01 --fit", "Nothing fits: the smallest plan, 64 tokens"),
         ("--model_name pythia-14m --tokens 64 --devices 2 --strategy fsdp --card_gb 24 --fit", "leave out --strategy"),
     ],
 )

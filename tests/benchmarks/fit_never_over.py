@@ -2,7 +2,7 @@
 
     python tests/benchmarks/fit_never_over.py                                      # 50 choices, some minutes
     python tests/benchmarks/fit_never_over.py --n 5 --seed 3
-    python tests/benchmarks/fit_never_over.py --large --save .gpu/choices.pickle   # choose for a GPU, and run nothing
+    python tests/benchmarks/fit_never_over.py --save .gpu/choices.pickle           # choose for a GPU, and run nothing
     python tests/benchmarks/fit_never_over.py --load .gpu/choices.pickle           # there: run what was chosen
 
 Shapes, methods, records and cards are random. For each, the optimizer step that was chosen is run with real tensors,
@@ -18,7 +18,7 @@ import pickle
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -210,47 +210,48 @@ def wasteful(case: Case) -> str | None:
     return None
 
 
+def choices(args: argparse.Namespace) -> Iterator[tuple[Wish, Choice]]:
+    """Wishes, and the best choice for each: those of a file, or new ones."""
+    if args.load is not None:
+        yield from pickle.loads(args.load.read_bytes())
+        return
+    chance = random.Random(args.seed)
+    for _ in range(args.n):
+        wish = random_wish(chance, is_large=args.save is not None)
+        choice, _ = Search(wish).best()
+        yield wish, choice
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=50, help="how many choices")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--large", action="store_true", help="models for a GPU, of 0.1 to 10 GB a step")
-    parser.add_argument("--save", type=Path, help="write the choices there, and run nothing")
-    parser.add_argument("--load", type=Path, help="run the choices that --save has written")
+    parser.add_argument("--save", type=Path, help="write choices for a GPU there, of 0.1 to 4 GB a step; run nothing")
+    parser.add_argument("--load", type=Path, help="run what --save has written; a pickle, so never a stranger's file")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if not args.large and args.load is None:
-        LOGITS.update(dict.fromkeys(LOGITS, 2**16))  # so that the loss of a few hundred tokens comes in chunks, too
-    on_gpu = args.load is not None and torch.cuda.is_available()
-    began = time.perf_counter()
-    chosen: list[tuple[Wish, Choice]] = []
-    if args.load is not None:
-        chosen = pickle.loads(args.load.read_bytes())
-        print(f"on {torch.cuda.get_device_name() if on_gpu else 'a CPU'}")
-        if on_gpu:
-            warm_up()
-
-    chance = random.Random(args.seed)
-    cases = []
-    n_wasteful = 0
-    for number in range(len(chosen) if args.load else args.n):
-        if args.load is None:
-            wish = random_wish(chance, args.large)
-            choice, _ = Search(wish).best()
-            chosen.append((wish, choice))
-        if args.save is not None:
-            continue
-        case = tried(*chosen[number], on_gpu)
-        waste = None if args.load else wasteful(case)
-        n_wasteful += waste is not None
-        cases.append(case)
-        remark = f"{'  OVER' if case.is_over else ''}{f'  wasteful: {waste}' if waste else ''}"
-        print(f"{number + 1:3} {case}{remark}", flush=True)
-
     if args.save is not None:
+        chosen = list(choices(args))
         args.save.write_bytes(pickle.dumps(chosen))
         print(f"{len(chosen)} choices in {args.save}")
         return
+
+    on_gpu = args.load is not None
+    if on_gpu:
+        print(f"on {torch.cuda.get_device_name()}")
+        warm_up()
+    else:
+        LOGITS.update(dict.fromkeys(LOGITS, 2**16))  # so that the loss of a few hundred tokens comes in chunks, too
+    began = time.perf_counter()
+    cases = []
+    n_wasteful = 0
+    for number, (wish, choice) in enumerate(choices(args), 1):
+        case = tried(wish, choice, on_gpu)
+        waste = None if on_gpu else wasteful(case)
+        n_wasteful += waste is not None
+        cases.append(case)
+        remark = f"{'  OVER' if case.is_over else ''}{f'  wasteful: {waste}' if waste else ''}"
+        print(f"{number:3} {case}{remark}", flush=True)
     shares = sorted(case.peak / case.wish.usable for case in cases)
     n_over = sum(case.is_over for case in cases)
     print(

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fit_never_over import prepared
 from sharded_loading import memory
 
 from lit_gpt import Config
-from lit_gpt.checkpoint.load import build_model, parameter_shapes, replace_parameter
 from lit_gpt.distributed import launch
 from lit_gpt.full import Full
 from lit_gpt.lora import LoRA
 from lit_gpt.make_optimizer import TRIAL_SETTINGS, make_optimizer
-from lit_gpt.memory.plan import Setup, adapt, batch_of
+from lit_gpt.memory.plan import Setup, batch_of
 from lit_gpt.memory.sharded import sharded_peak
 
 SIZES = dict(n_head=8, n_query_groups=4, n_embd=512, intermediate_size=1408, vocab_size=8000, block_size=1024)
@@ -76,10 +76,7 @@ def peak_of_a_step(fabric: Any, setup: Setup) -> int:
     """The bytes that two steps take at most."""
     gc.collect()  # wrapped methods of models are cycles
     before = memory("VmRSS")
-    model = build_model(setup.config)
-    for name, shape in parameter_shapes(setup.config).items():
-        replace_parameter(model, name, 0.02 * torch.randn(shape), setup.dtype)
-    wrapped = fabric.setup_module(adapt(model, setup))
+    wrapped = fabric.setup_module(prepared(setup, fabric.device))
     optimizer = fabric.setup_optimizers(make_optimizer(wrapped, TRIAL_SETTINGS))
     idx, layout = batch_of(setup.lengths)
     gc.collect()

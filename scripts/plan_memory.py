@@ -123,7 +123,7 @@ def main(
             raise InputError(f"--fit is for a device that holds all of the model: leave out {SPLIT_FLAG}, or --fit.")
         if probe:
             print("Measuring this machine ...", file=sys.stderr)
-            speed = probe_speed(setup, sum(setup.lengths))
+            speed = probe_speed(setup)
         print_fit(path, script, model_name, tokens, setup, settings, card_gb, speed, host_gb)
         return
     if precision_is_auto:

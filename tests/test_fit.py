@@ -19,6 +19,7 @@ from lit_gpt.checkpoint.load import parameter_shapes
 from lit_gpt.cli import parse
 from lit_gpt.full import Full
 from lit_gpt.lora import LoRA
+from lit_gpt.memory import probe
 from lit_gpt.memory.fit import Search, Wish, bytes_needed, fewest_tokens, filled, groups_of
 from lit_gpt.memory.plan import Setup, plan
 from lit_gpt.memory.profile import FewBlocks, profile_of
@@ -65,6 +66,33 @@ def test_the_clock_counts_operations_and_bytes() -> None:
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     assert seconds(ARITHMETIC, False, (attention, q, q, q, 0.0, False)) == 2 * (2 * 2 * 8 * 8 * 4)
     assert seconds(ARITHMETIC, False, (attention, q, q, q, 0.0, True)) == 2 * 2 * 8 * 8 * 4
+
+
+def test_a_product_of_few_rows_has_its_start_to_pay() -> None:
+    """As many rows as `half_rate_rows` take twice as long as their operations, and ten times as many 1.1 times."""
+    slow_to_start = replace(ARITHMETIC, half_rate_rows=30)
+    weight = torch.zeros(5, 7)
+    for rows, factor in ((30, 2.0), (300, 1.1)):
+        product = (torch.ops.aten.mm.default, torch.zeros(rows, 5), weight)
+        assert seconds(slow_to_start, False, product) == pytest.approx(factor * seconds(ARITHMETIC, False, product))
+
+
+@pytest.mark.parametrize(
+    ("few", "many", "of_a_token", "half_rate_rows"),
+    [
+        (0.128 + 0.5, 2.048 + 0.5, 0.001, 500),  # half a second, and a thousandth for each token
+        (0.128, 2.048, 0.001, 0),
+        (0.064, 2.048, 0.001, 0),  # many tokens take more than they should
+        (2.0, 2.048, 0.0005, 2048),  # and here Python is all that was measured
+    ],
+)
+def test_the_line_through_few_and_many_tokens(
+    few: float, many: float, of_a_token: float, half_rate_rows: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = {128: (few, 128 * 100), 2048: (many, 2048 * 100)}
+    monkeypatch.setattr(probe, "seconds_of_products", lambda config, tokens, *_: measured[tokens])
+    rate, rows = probe.rate_of_products(SMALL, torch.float32, torch.device("cpu"))
+    assert (rate, rows) == pytest.approx((100 / of_a_token, half_rate_rows), abs=1e-6)
 
 
 @pytest.mark.parametrize(("compiled", "passes"), [(False, 6), (True, 2)])

@@ -16,18 +16,19 @@ from lit_gpt.memory.speed import START_OF_BLOCK, Speed
 
 SECONDS = 2.0  # for each figure
 COPIED = 2**28  # bytes
+FEW_TOKENS, MANY_TOKENS = 128, 2048  # of the products
 
 
-def probe(setup: Setup, tokens: int) -> Speed:
+def probe(setup: Setup) -> Speed:
     """The rates of this machine for a model: a few seconds each for its products, attention, a copy, and Python.
 
     Args:
-        setup: The model and its dtype.
-        tokens: Those of a micro-batch, about.
+        setup: The model, its dtype, and the longest record.
     """
     device = default_device()
     dtype = setup.autocast or setup.dtype
-    products = rate_of_products(setup.config, tokens, dtype, device)
+    overlaps = compiling_pays(device)
+    products, half_rate_rows = rate_of_products(setup.config, dtype, device)
     attention = rate_of_attention(setup.config, max(setup.lengths), dtype, device)
     bandwidth = rate_of_copies(device)
     speed = Speed(
@@ -38,7 +39,8 @@ def probe(setup: Setup, tokens: int) -> Speed:
         host_link=rate_from_host(device),
         start=0.0,
         start_of_block=START_OF_BLOCK,
-        overlaps=compiling_pays(device),
+        half_rate_rows=0.0 if overlaps else half_rate_rows,
+        overlaps=overlaps,
     )
     return replace(speed, start=seconds_to_start(setup, device))
 
@@ -57,8 +59,8 @@ def seconds_of(act: Callable[[], object], device: torch.device) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def rate_of_products(config: Config, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Floating-point operations a second in the products of a block, forward and for the gradient of the input."""
+def seconds_of_products(config: Config, tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[float, int]:
+    """The time of a block's products, forward and for the gradient of the input, and their operations."""
     shapes = linear_shapes(config)
     weights = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
     inputs = [torch.randn(tokens, shape[1], device=device).to(dtype) for shape in shapes]
@@ -69,7 +71,20 @@ def rate_of_products(config: Config, tokens: int, dtype: torch.dtype, device: to
             y @ weight
 
     n_operations = sum(4 * tokens * rows * columns for rows, columns in shapes)
-    return n_operations / seconds_of(products, device)
+    return seconds_of(products, device), n_operations
+
+
+def rate_of_products(config: Config, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """Floating-point operations a second that many tokens approach, and the number of tokens that reach half of it.
+
+    Few tokens and many are measured, and a line is drawn through both times.
+    """
+    few, _ = seconds_of_products(config, FEW_TOKENS, dtype, device)
+    many, n_operations = seconds_of_products(config, MANY_TOKENS, dtype, device)
+    rising = (many - few) / (MANY_TOKENS - FEW_TOKENS)
+    # a model so small that Python's time hides that of its products: at least half of it is theirs
+    a_token = min(max(rising, many / MANY_TOKENS / 2), many / MANY_TOKENS)
+    return n_operations / (MANY_TOKENS * a_token), many / a_token - MANY_TOKENS
 
 
 def linear_shapes(config: Config) -> Sequence[tuple[int, int]]:

@@ -6,6 +6,9 @@
     host_link       bytes a second from pinned memory of the host to the card
     start           seconds that the host takes to start an operation, with all that Python does for it
     start_of_block  the same for a pass through a compiled block, without its matrix products
+    half_rate_rows  a product with so many rows reaches half the rate: Hockney and Jesshope's n 1/2 (Parallel Computers,
+                    1988). On a CPU about 75, because each product packs its weights first, however few its rows;
+                    0 for the published cards, where reading the weights is what few rows wait for
 
 Published figures are of the data sheets: no sparsity, and bfloat16 products that add up in float32. The shares are
 those of one H100 SXM and its host (tutorials/gpu.md); `tests/benchmarks/predicted_speed.py` holds them against the
@@ -47,6 +50,8 @@ class Speed:
     """Seconds."""
     start_of_block: float
     """Seconds."""
+    half_rate_rows: float = 0.0
+    """Rows."""
     overlaps: bool = True
     """Whether the device works while the host starts what comes next."""
     gb: float = 0.0
@@ -55,6 +60,10 @@ class Speed:
     def product_rate(self, dtype: torch.dtype) -> float:
         """Operations a second; of a dtype without a figure, that of the slowest one."""
         return self.products.get(dtype, min(self.products.values()))
+
+    def seconds_of_product(self, operations: float, rows: int, dtype: torch.dtype) -> float:
+        """The arithmetic of a product whose result has so many rows."""
+        return operations * (1 + self.half_rate_rows / rows) / self.product_rate(dtype)
 
     def attention_rate(self, dtype: torch.dtype) -> float:
         return self.attention.get(dtype, min(self.attention.values()))

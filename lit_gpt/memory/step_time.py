@@ -90,8 +90,8 @@ class Clock:
         attention = ATTENTION.get(packet)
         if product is not None:
             self.end_kernel()
-            rate = self.speed.product_rate(dtype_of(args))
-            self.add(product(args) / rate, bytes_of(func, args, kwargs, out))
+            seconds = self.speed.seconds_of_product(product(args), out.shape[-2], dtype_of(args))
+            self.add(seconds, bytes_of(func, args, kwargs, out))
         elif attention is not None:
             self.end_kernel()
             rate = self.speed.attention_rate(dtype_of(args))
@@ -117,7 +117,8 @@ class Clock:
         x, _, (rows, columns), *_ = args
         weight_bytes = rows * columns * x.element_size()
         self.add(0.0, weight_bytes)
-        self.add(2 * x.numel() * rows / self.speed.product_rate(x.dtype), n_bytes + weight_bytes)
+        n_tokens = x.numel() // columns
+        self.add(self.speed.seconds_of_product(2 * x.numel() * rows, n_tokens, x.dtype), n_bytes + weight_bytes)
 
     def add_to_kernel(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
         """Adds an operation to the kernel at hand: what it reads for the first time, and what it makes."""

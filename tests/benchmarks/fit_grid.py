@@ -63,7 +63,7 @@ def main() -> None:
     config = Config.from_checkpoint(SAMPLE)
     lengths = lengths_of_step(Path("data/docstrings"), TrainArgs(global_batch_size=args.records), 1)
     base = Setup(config, settings=LoRA(), dtype=torch.float32, lengths=lengths)
-    speed = probe(base, 512)
+    speed = probe(base)
     print(f"{len(lengths)} records, {sum(lengths):,} tokens a step; {speed}\n")
 
     # every cell: the memory that is planned, and the time that is measured

@@ -21,7 +21,8 @@ from lit_gpt.model.norms import QK_NORMS, Clip
 from lit_gpt.model.packing import Layout, Segment
 
 # Which tokens each token may see. None: those before it in its row, and itself. A Layout: those before it in its own
-# record. A boolean tensor (T, S): those that are True, of all S positions of a key-value cache.
+# record. A boolean tensor: those that are True, of all S positions of a key-value cache; it is (T, S), or (B, 1, T, S)
+# if each row has positions of its own.
 Mask = Layout | torch.Tensor | None
 
 
@@ -59,7 +60,7 @@ class CausalSelfAttention(nn.Module):
         input_pos: torch.Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> torch.Tensor:
-        """(B, T, C) -> (B, T, C). With a cache, `input_pos` (T,) says where in it the tokens go."""
+        """(B, T, C) -> (B, T, C). With a cache, `input_pos`, (T,) or (B, T), says where in its rows the tokens go."""
         q = self.split_heads(self.norm_q(self.q(x)))  # (B, nh, T, hs)
         k = self.split_heads(self.norm_k(self.k(x)))  # (B, ng, T, hs)
         v = self.split_heads(self.norm_v(self.v(x)))  # (B, ng, T, hs)
@@ -109,8 +110,9 @@ class Kernel(Protocol):
             q: Queries, (B, nh, T, hs).
             k: Keys, (B, ng, S, hs). Each nh / ng heads of queries, in order, share a head of keys and values.
             v: Values, (B, ng, S, hs).
-            mask: None or a Layout, both with S = T; or a tensor, which has the window in it. Of a Layout, a loop
-                uses `segments`, and one fused call uses `varlen`.
+            mask: None, with S = T. A Layout, with S = T, or more if its segments continue what stands behind the row's
+                own keys; a loop uses its `segments`, and one fused call its `varlen`. Or a tensor, which has the window
+                in it.
             window: A token sees the last so many, itself included. None: all.
             scale: The factor of the scores. None: 1 / sqrt(hs).
             softcap: Scores become softcap * tanh(score / softcap). None: they stay.
@@ -164,11 +166,12 @@ def attend_by_segment(
 
     # split, not slices: the backward of many slices writes as many full-length gradients, that of split only one
     lengths = [segment.length for segment in mask.segments]
+    n_before = k.size(2) - q.size(2)  # keys behind those of the row itself: what a cache has of the texts
     queries = q.split(lengths, dim=2)
-    keys = k.split(lengths, dim=2)
-    values = v.split(lengths, dim=2)
+    keys = k.split([*lengths, n_before], dim=2)
+    values = v.split([*lengths, n_before], dim=2)
 
-    # a segment sees itself and the prefix that it continues, which is a segment of the row, too
+    # a segment sees itself and the prefix that it continues, which is a segment of the row, too, or stands behind it
     number_of = {segment.start: i for i, segment in enumerate(mask.segments)}
     outputs = []
     for i, segment in enumerate(mask.segments):
@@ -176,9 +179,14 @@ def attend_by_segment(
         if segment.prefix_length == 0:
             outputs.append(dense(queries[i], keys[i], values[i], segment_mask))
             continue
-        prefix = number_of[segment.prefix_start]
-        all_keys = torch.cat((keys[prefix], keys[i]), dim=2)
-        all_values = torch.cat((values[prefix], values[i]), dim=2)
+        if segment.prefix_start < q.size(2):
+            prefix = number_of[segment.prefix_start]
+            prefix_keys, prefix_values = keys[prefix], values[prefix]
+        else:
+            prefix_keys = k.narrow(2, segment.prefix_start, segment.prefix_length)
+            prefix_values = v.narrow(2, segment.prefix_start, segment.prefix_length)
+        all_keys = torch.cat((prefix_keys, keys[i]), dim=2)
+        all_values = torch.cat((prefix_values, values[i]), dim=2)
         if segment_mask is None:
             segment_mask = mask.mask_of(segment)
         outputs.append(dense(queries[i], all_keys, all_values, segment_mask))
@@ -331,11 +339,14 @@ def sliding_window_mask(segment: Segment, window: int | None, device: torch.devi
 
 
 def cache_masks(input_pos: torch.Tensor, length: int, windows: set[int | None]) -> dict[int | None, Mask]:
-    """The positions of a cache that tokens at `input_pos` (T,) may see, (T, S), for every size of sliding window.
+    """The positions of a cache that tokens at `input_pos` may see, for every size of sliding window: (T, S) for
+    positions (T,), and (B, 1, T, S) for those of each row, (B, T).
 
     `length` is S. Positions that no token has filled come after all tokens, and are not seen.
     """
-    distance = input_pos[:, None] - torch.arange(length, device=input_pos.device)  # (T, S)
+    if input_pos.dim() == 2:
+        input_pos = input_pos[:, None]  # (B, 1, T): the same for all heads
+    distance = input_pos[..., None] - torch.arange(length, device=input_pos.device)
     masks: dict[int | None, Mask] = {}
     for window in windows:
         if window is None:
@@ -349,6 +360,10 @@ def sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, scale: float | None = None
 ) -> torch.Tensor:
     """Dense attention by PyTorch's kernels, causal if there is no mask: (B, nh, T, hs)."""
+    if mask is not None and q.size(2) == 1:
+        # one token: the heads that share keys and values are rows of one product, and nothing is repeated for them
+        rows = q.unflatten(1, (k.size(1), -1)).squeeze(3)  # (B, ng, nh / ng, hs)
+        return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale).flatten(1, 2).unsqueeze(2)
     if q.is_cuda and (mask is not None or q.dtype == torch.float32):
         # of CUDA's fused kernels only flash attention knows groups, and it takes neither a mask nor float32
         k = repeat_groups(k, q.size(1))

@@ -33,7 +33,7 @@ from lit_gpt.config import Config
 from lit_gpt.model.attention import CausalSelfAttention, Mask, cache_masks
 from lit_gpt.model.embeddings import EMBEDDINGS
 from lit_gpt.model.fused import loss_and_gradient
-from lit_gpt.model.kv_cache import KVCache, LayerCache
+from lit_gpt.model.kv_cache import KVCache, LayerCache, PackedCache
 from lit_gpt.model.loss import LossAndGradient, summed_loss
 from lit_gpt.model.mlp import MLPS
 from lit_gpt.model.norms import NORMS
@@ -45,9 +45,10 @@ class Positions(NamedTuple):
     """Where the tokens of a call are in their texts, and which tokens each of them may see."""
 
     pos: torch.Tensor
-    """The position of each token, (T,)."""
+    """The position of each token, (T,), or (B, T) if each row has its own."""
     cos_sin: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    """Cosine and sine of the rotations, (T, rope_n_elem / 2) each, for each kind of `Rope` in the model."""
+    """Cosine and sine of the rotations for each kind of `Rope` in the model: (T, rope_n_elem / 2) each, or with a row's
+    own positions (B, 1, T, rope_n_elem / 2)."""
     masks: dict[int | None, Mask]
     """The mask for each size of sliding window in the model; None is no window."""
 
@@ -107,19 +108,21 @@ class GPT(nn.Module):
         idx: torch.Tensor,
         input_pos: torch.Tensor | None = None,
         layout: Layout | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | PackedCache | None = None,
     ) -> torch.Tensor:
         """Logits; or, with a layout, the summed loss of its targets.
 
         Args:
             idx: Tokens (B, T); with a layout (1, T).
-            input_pos: Where in the key-value cache these tokens go, (T,).
+            input_pos: Where in the key-value cache these tokens go, (T,), or (B, T) if each row has its own places.
             layout: Where records begin in idx, and what is trained.
             cache: The keys and values of the tokens before, which those of idx join. None, with input_pos, is the
-                cache that `set_kv_cache` made.
+                cache that `set_kv_cache` made. With a layout it is a `PackedCache`, and nothing is trained: what is
+                wanted are the logits of the tokens at `target_index`.
 
         Returns:
-            (B, T, V) in the model's dtype; with a layout a float32 scalar (float64 for a float64 model).
+            (B, T, V) in the model's dtype; with a layout a float32 scalar (float64 for a float64 model); with a layout
+            and a cache (N, V).
 
         Raises:
             ValueError: a row or a record is longer than block_size; the cache is missing, too short or for another
@@ -131,6 +134,8 @@ class GPT(nn.Module):
         # only the positions with a target need logits; this backward is three times faster than that of x[0, index]
         x = x[0].index_select(0, layout.target_index)  # (N, C)
         x = self.transformer.ln_f(x)
+        if cache is not None:
+            return self.logits(x)
         # the cross entropy of all targets, added up over chunks: the logits of all positions are never in memory
         return summed_loss(
             self.logits,
@@ -146,7 +151,7 @@ class GPT(nn.Module):
         idx: torch.Tensor,
         input_pos: torch.Tensor | None = None,
         layout: Layout | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | PackedCache | None = None,
     ) -> torch.Tensor:
         """The output of the last block, (B, T, C), before the final norm. The arguments are those of `forward`."""
         if input_pos is not None and cache is None:
@@ -160,7 +165,7 @@ class GPT(nn.Module):
         x: torch.Tensor,
         positions: Positions,
         input_pos: torch.Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | PackedCache | None = None,
         first_block: int = 0,
     ) -> torch.Tensor:
         """The output of the last block, (B, T, C), from the input of block `first_block`, (B, T, C)."""
@@ -181,14 +186,14 @@ class GPT(nn.Module):
         idx: torch.Tensor,
         input_pos: torch.Tensor | None = None,
         layout: Layout | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | PackedCache | None = None,
     ) -> Positions:
         """Positions, rotations and masks of the tokens idx (B, T), or of hidden states (B, T, C) in their place."""
         n_tokens = idx.size(1)
         if layout is not None:
             # records end to end; each begins at position 0 anew
             pos = layout.pos
-            lengths = layout.record_lengths()
+            lengths = cache.record_lengths if isinstance(cache, PackedCache) else layout.record_lengths()
             masks: dict[int | None, Mask] = dict.fromkeys(self.windows, layout)
             check_longest_record(lengths, self.config.block_size)
         elif input_pos is None:
@@ -200,12 +205,20 @@ class GPT(nn.Module):
             masks = dict.fromkeys(self.windows)
         else:
             # more tokens of texts whose beginnings are in the cache
-            check_cache(cache, idx.size(0), n_tokens)
+            rows = checked_rows(cache, idx.size(0), n_tokens)
             pos = input_pos
-            lengths = [(n_tokens, cache.max_seq_length)]
-            masks = cache_masks(input_pos, cache.max_seq_length, self.windows)
+            masks = cache_masks(input_pos, rows.max_seq_length, self.windows)
+            lengths = [(n_tokens, rows.text_lengths[0])]
+            if pos.dim() == 2:
+                lengths = [(n_tokens, length) for length in rows.text_lengths]
         # the same for all blocks of a kind: computed once
-        cos_sin = {kind: rope(pos, lengths) for kind, rope in self.ropes.items()}
+        cos_sin = {kind: rope(pos.flatten(), lengths) for kind, rope in self.ropes.items()}
+        if pos.dim() == 2:
+            # (B * T, n) -> (B, 1, T, n): the same for all heads
+            cos_sin = {
+                kind: (cos.unflatten(0, pos.shape)[:, None], sin.unflatten(0, pos.shape)[:, None])
+                for kind, (cos, sin) in cos_sin.items()
+            }
         return Positions(pos, cos_sin, masks)
 
     def new_kv_cache(self, batch_size: int, max_seq_length: int) -> KVCache:
@@ -236,9 +249,9 @@ def check_longest_record(lengths: list[tuple[int, int]], block_size: int) -> Non
         raise ValueError(f"A record of {longest} tokens exceeds block_size, {block_size}.")
 
 
-def check_cache(cache: KVCache | None, batch_size: int, n_tokens: int) -> None:
-    """Raises ValueError if there is no cache, or it has no place for as many new tokens or rows."""
-    if cache is None:
+def checked_rows(cache: KVCache | PackedCache | None, batch_size: int, n_tokens: int) -> KVCache:
+    """The cache; ValueError if there is none, or if it has no place for as many new tokens or rows."""
+    if not isinstance(cache, KVCache):
         raise ValueError(
             "input_pos needs a key-value cache: call model.set_kv_cache(batch_size=...) first, or hand one over as"
             " cache=model.new_kv_cache(batch_size, max_seq_length)."
@@ -247,6 +260,7 @@ def check_cache(cache: KVCache | None, batch_size: int, n_tokens: int) -> None:
         raise ValueError(f"{n_tokens} tokens exceed the key-value cache, which holds {cache.max_seq_length}.")
     if batch_size != cache.batch_size:
         raise ValueError(f"{batch_size} rows of tokens do not fit a key-value cache of {cache.batch_size}.")
+    return cache
 
 
 class Block(nn.Module):
@@ -277,10 +291,10 @@ class Block(nn.Module):
 
         Args:
             x: The sum of the embedding and what all blocks before have added.
-            cos: The cosine of each token's rotations, (T, rope_n_elem / 2).
+            cos: The cosine of each token's rotations, (T, rope_n_elem / 2), or (B, 1, T, ..) for rows of their own.
             sin: Their sine, of the same shape.
             mask: Which tokens each token may see: a Layout lets it see those before it in its own record.
-            input_pos: Where in the cache the tokens go, (T,).
+            input_pos: Where in the cache the tokens go, (T,) or (B, T).
             cache: This block's part of the key-value cache.
         """
         x = x + self.attn(self.norm_1(x), cos, sin, mask, input_pos, cache)

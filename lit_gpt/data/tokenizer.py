@@ -167,28 +167,13 @@ class Tokenizer:
         return self.library.decode_with_special(list(ids))
 
     def stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Text as it becomes certain: a character of several tokens is yielded when it is complete.
-
-        Tokens cannot be decoded one by one, since the text of some depends on those before them. Each time the last
-        tokens are decoded again, from one piece before the text that is new:
-
-            ids        ........|-------|------|
-                             start   shown   now      ids[start:shown] has been yielded and is context
-        """
-        ids: list[int] = []
-        start = 0
-        shown = 0
+        """Text as it becomes certain: a character of several tokens is yielded when it is complete."""
+        decoder = StreamDecoder(self)
         for token in tokens:
-            ids.append(int(token))
-            context = self.decode(ids[start:shown])
-            text = self.decode(ids[start:])
-            is_complete = not text.endswith("\N{REPLACEMENT CHARACTER}")
-            if len(text) > len(context) and is_complete:
-                yield text[len(context) :]
-                start = shown
-                shown = len(ids)
-        context = self.decode(ids[start:shown])
-        rest = self.decode(ids[start:])[len(context) :]
+            text = decoder.push(int(token))
+            if text:
+                yield text
+        rest = decoder.end()
         if rest:
             yield rest
 
@@ -211,6 +196,44 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """sha256 over the vocabulary and the merges."""
         return hashlib.sha256(self.library.vocabulary()).hexdigest()
+
+
+class StreamDecoder:
+    """Text from tokens that come one by one, as it becomes certain.
+
+    Tokens cannot be decoded one by one, since the text of some depends on those before them. Each time the last tokens
+    are decoded again, from one piece before the text that is new:
+
+        ids        ........|-------|------|
+                         start   shown   now      ids[start:shown] has been given and is context
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []  # from `start` on
+        self.shown = 0
+        self.context = ""  # the text of ids[:shown]
+
+    def push(self, token: int) -> str:
+        """The text that has become certain with one more token; empty in the middle of a character."""
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        is_complete = not text.endswith("\N{REPLACEMENT CHARACTER}")
+        if len(text) <= len(self.context) or not is_complete:
+            return ""
+        new = text[len(self.context) :]
+        del self.ids[: self.shown]
+        self.shown = len(self.ids)
+        self.context = self.tokenizer.decode(self.ids)
+        return new
+
+    def end(self) -> str:
+        """The rest: what ends in the middle of a character, or nothing."""
+        rest = self.tokenizer.decode(self.ids)[len(self.context) :]
+        self.ids = []
+        self.shown = 0
+        self.context = ""
+        return rest
 
 
 def open_backend(folder: Path, settings: Mapping[str, Any]) -> Backend:

@@ -9,7 +9,7 @@ from lit_gpt.data.dataset import Dataset
 from lit_gpt.data.prompts import render
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.distributed import is_first
-from lit_gpt.generate.decode import stream
+from lit_gpt.generate.engine import Engine, Request
 from lit_gpt.model.gpt import GPT
 
 
@@ -30,24 +30,26 @@ def answers(model: GPT, tokenizer: Tokenizer, dataset: Dataset, n: int, max_new_
     If the model is split among devices, all processes must call it.
     """
     was_training = model.training
-    device = model.transformer.wte.weight.device
     model.eval()
 
     n = min(n, len(dataset))
     if n > 1 and is_first():
         print(f"Answering {n} validation records ...", file=sys.stderr)
 
-    answered = []
-    for i in range(n):
-        prompt, expected = dataset.question(i)
+    questions = [dataset.question(i) for i in range(n)]
+    requests = []
+    for prompt, _ in questions:
         # an answer that would not fit into what the model can read ends there
-        max_length = min(len(prompt) + max_new_tokens, model.config.block_size)
-        new = list(stream(model, prompt.to(device), max_length, temperature=0.0, eos_id=tokenizer.stop_ids))
+        room = model.config.block_size - len(prompt)
+        requests.append(Request(prompt.tolist(), min(max_new_tokens, room), stop_ids=tokenizer.stop_ids))
+
+    answered = []
+    for (prompt, expected), answer in zip(questions, Engine(model).run(requests), strict=True):
         answered.append(
             Answered(
                 question=bare_question(prompt, tokenizer, dataset),
                 expected=tokenizer.decode(expected).strip(),
-                answer=tokenizer.decode(new).strip(),
+                answer=tokenizer.decode(answer.tokens).strip(),
             )
         )
 

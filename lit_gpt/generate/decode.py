@@ -1,4 +1,4 @@
-"""Decoding: from a prompt to new tokens, one at a time."""
+"""Decoding: from a prompt to new tokens, one at a time. For many prompts at once, see `engine.py`."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
@@ -6,10 +6,12 @@ from typing import Any
 import torch
 
 from lit_gpt.errors import InputError
-from lit_gpt.generate.sampling import check_sampling, sample
+from lit_gpt.generate.engine import Engine, Request
+from lit_gpt.generate.sampling import Sampling, check_sampling
 from lit_gpt.model.gpt import GPT
-from lit_gpt.model.kv_cache import KVCache
-from lit_gpt.sharding import agreed_by_all, without_gradients
+
+TOKENS_AT_ONCE = 2048
+"""The most tokens of a prompt in a pass. A longer one is read piece by piece."""
 
 
 def stream(
@@ -33,33 +35,20 @@ def stream(
     """
     check_sampling(temperature, top_k, top_p)
     check_room(idx.size(0), max_returned_tokens, model.config.block_size)
-    stop_ids = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
-    lengths = cache_lengths(model, idx.size(0), max_returned_tokens)
-
-    text = idx[None].long()  # (1, T)
-    n_cached = 0  # how many tokens of the text are in the cache
-    cache: KVCache | None = None
-    while text.size(1) < max_returned_tokens:
-        # a cache, at first, and a longer one when the text has outgrown it: all of the text is then read again
-        if cache is None or text.size(1) > cache.max_seq_length:
-            cache = None  # before there is another: the memory of both is never needed
-            cache = model.new_kv_cache(batch_size=1, max_seq_length=lengths.pop(0))
-            n_cached = 0
-
-        # what the model has not read yet: all of the prompt, then the last token
-        input_pos = torch.arange(n_cached, text.size(1), device=idx.device)
-        with without_gradients(model):
-            logits = model(text[:, n_cached:], input_pos, cache=cache)[:, -1]  # (1, V)
-        n_cached = text.size(1)
-
-        # the next token
-        next_token = sample(logits, temperature, top_k, top_p, generator)  # (1, 1)
-        next_token = agreed_by_all(model, next_token)
-        text = torch.cat((text, next_token), dim=1)
-        token = int(next_token)
-        yield token
-        if token in stop_ids:
-            break
+    engine = Engine(model, max_batch=1, prefill_tokens=TOKENS_AT_ONCE)
+    request = Request(
+        prompt=idx.tolist(),
+        max_new_tokens=max_returned_tokens - idx.size(0),
+        sampling=Sampling(temperature, top_k, top_p),
+        stop_ids={eos_id} if isinstance(eos_id, int) else set(eos_id or ()),
+        generator=generator,
+    )
+    answer = engine.add(request)
+    while answer.finish_reason is None:
+        engine.step()
+        # none, as long as a long prompt is read piece by piece
+        if answer.tokens:
+            yield answer.tokens[-1]
 
 
 def collected(tokens: Iterable[int], into: list[int]) -> Iterator[int]:
@@ -78,17 +67,6 @@ def generate(model: GPT, idx: torch.Tensor, max_returned_tokens: int, **options:
     """The prompt (T,) and what follows it, at most `max_returned_tokens` in all. The options are those of `stream`."""
     new = list(stream(model, idx, max_returned_tokens, **options))
     return torch.cat((idx, torch.tensor(new, dtype=idx.dtype, device=idx.device)))
-
-
-def cache_lengths(model: GPT, n_prompt: int, max_returned_tokens: int) -> list[int]:
-    """The lengths of the caches that a text needs, one after the other; the last one is as long as the text.
-
-    There is more than one if positions are rotated otherwise from some length on (see `Rope`): up to there, a cache
-    is no longer than that.
-    """
-    changes = [rope.unstretched_length for rope in model.ropes.values() if rope.by_length]
-    lengths = {length for length in changes if n_prompt <= length < max_returned_tokens}
-    return sorted(lengths | {max_returned_tokens})
 
 
 def check_room(n_prompt: int, max_returned_tokens: int, block_size: int) -> None:

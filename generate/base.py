@@ -2,22 +2,26 @@
 
     python generate/base.py --prompt "What is the capital of France?"
     python generate/base.py --finetuned out/lora/docstrings --prompt 'What does the function `textwrap.dedent` do?'
+    python generate/base.py --prompt "Is Paris in France?" --choices '["Yes", "No"]'
 
-The answer goes to stdout as it is made, everything else to stderr.
+The answer goes to stdout as it is made, everything else to stderr. For many prompts, see generate/file.py.
 """
 
 import sys
 import time
+from collections.abc import Iterable
+from dataclasses import replace
 
-from lit_gpt import InputError
+from lit_gpt import Tokenizer
 from lit_gpt.cli import Flags, run
 from lit_gpt.data.conversation_tokens import encode_question
 from lit_gpt.data.embedding_rows import check_prompt
 from lit_gpt.data.prompts import render, resolve_style
 from lit_gpt.device import peak_memory_gb
 from lit_gpt.distributed import devices_for_answers, is_first
-from lit_gpt.generate.decode import collected, is_cut, stream
-from lit_gpt.generate.sampling import check_sampling, seeded_generator
+from lit_gpt.generate.choices import requests_for_choices, weigh
+from lit_gpt.generate.engine import Engine, Logprob, Request
+from lit_gpt.generate.sampling import Sampling
 from lit_gpt.ranges import check_range
 from lit_gpt.runs.load_finetuned import UseArgs, load_model_for_use, read_for_use
 
@@ -30,6 +34,9 @@ def main(
     max_new_tokens: int = 200,
     temperature: float = 0.0,
     top_k: int | None = None,
+    stop: list[str] | None = None,
+    choices: list[str] | None = None,
+    logprobs: int | None = None,
     devices: int = 1,
     args: Flags[UseArgs] = UseArgs(),
 ) -> None:
@@ -45,65 +52,80 @@ def main(
         max_new_tokens: The longest answer, in tokens. A line on stderr says if one was cut.
         temperature: 0 takes the likeliest token each time; 1 samples from what the model says.
         top_k: Sample from the k likeliest tokens only.
+        stop: Strings that end an answer, and are no part of it.
+        choices: The answers that are possible, such as ["Yes", "No"]: the one that the model finds likeliest is given.
+        logprobs: List how likely the model found each token, and so many of the likeliest in its place.
         devices: Split the model among so many GPUs, or processes where there is none: for one that is larger than a
             device. Each token then waits until all weights have been sent, so that it is slow.
         args: With which model, such as --finetuned, and how; see lit_gpt/runs/load_finetuned.py.
     """
-    check_sampling(temperature, top_k, args.top_p)
+    sampling = Sampling(temperature, top_k, args.top_p, args.min_p, args.repetition_penalty)
+    sampling.check()
+    sampling.check_not_greedy(num_samples)
     check_range("--num_samples", num_samples, at_least=1)
     check_range("--devices", devices, at_least=1)
     check_range("--max_new_tokens", max_new_tokens, at_least=1)
-    if temperature == 0 and (num_samples > 1 or top_k is not None or args.top_p is not None):
-        raise InputError(
-            "At --temperature 0 all answers are the same: --num_samples, --top_k and --top_p need a higher one."
-        )
+    check_range("--logprobs", logprobs, at_least=0)
 
     # the prompt, as it was written in training; it is looked at before a weight is read
     tokenizer, config, trained_style = read_for_use(args)
     style = resolve_style(prompt_style, tokenizer, trained_style)
-    rendered = render(style, {"instruction": prompt, "input": input}, tokenizer)
-    idx = encode_question(rendered, tokenizer)
-    check_prompt(idx.tolist(), tokenizer, config)
+    question = {"instruction": prompt, "input": input}
+    idx = encode_question(render(style, question, tokenizer), tokenizer).tolist()
+    check_prompt(idx, tokenizer, config)
+    of_choices = requests_for_choices(question, choices, style, tokenizer) if choices else []
 
     # devices: with --devices 2 two processes of this command are started here, and the first one prints
     device, mesh = devices_for_answers(devices, args.precision, args.seed)
-    speaks = is_first()
 
     # the model, as it was loaded or fine-tuned
     began = time.perf_counter()
     model = load_model_for_use(args, device, mesh)
-    if speaks:
+    if is_first():
         print(f"Loaded in {time.perf_counter() - began:.1f} s.", file=sys.stderr)
-    generator = seeded_generator(args.seed, device)
+    engine = Engine(model, tokenizer)
 
-    # the answers; all draw from one generator, so that they differ
-    for _ in range(num_samples):
+    # one of the given answers
+    if choices:
+        weighed = weigh(choices, list(engine.run(of_choices)))
+        if is_first():
+            print(max(weighed, key=lambda choice: choice.logprob).text)
+            for choice in weighed:
+                print(f"{choice.share:7.1%}  {choice.text!r}  (logprob {choice.logprob:.3f})", file=sys.stderr)
+        return
+
+    # or free ones; each has a random state of its own, so that they differ
+    for number in range(num_samples):
         began = time.perf_counter()
-        tokens: list[int] = []
-        new_tokens = stream(
-            model,
-            idx.to(device),
-            len(idx) + max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=args.top_p,
-            eos_id=tokenizer.stop_ids,
-            generator=generator,
-        )
-        for text in tokenizer.stream(collected(new_tokens, tokens)):
-            if speaks:
-                print(text, end="", flush=True)
-        if not speaks:
+        seeded = replace(sampling, seed=args.seed + number)
+        answer = engine.add(Request(idx, max_new_tokens, seeded, tokenizer.stop_ids, stop or (), logprobs))
+        n_shown = 0
+        while answer.finish_reason is None:
+            engine.step()
+            if is_first():
+                print(answer.text[n_shown:], end="", flush=True)
+            n_shown = len(answer.text)
+        if not is_first():
             continue
         print()
-        if is_cut(tokens, tokenizer.stop_ids):
+        if answer.finish_reason == "length":
             print(f"Cut at --max_new_tokens {max_new_tokens}.", file=sys.stderr)
+        print_logprobs(answer.logprobs, tokenizer)
         seconds = time.perf_counter() - began
+        n_tokens = len(answer.tokens)
         print(
-            f"{len(tokens)} tokens in {seconds:.2f} s ({len(tokens) / seconds:.1f} tokens/s),"
+            f"{n_tokens} tokens in {seconds:.2f} s ({n_tokens / seconds:.1f} tokens/s),"
             f" {peak_memory_gb(device):.2f} GB at most.",
             file=sys.stderr,
         )
+
+
+def print_logprobs(logprobs: Iterable[Logprob], tokenizer: Tokenizer) -> None:
+    """A line on stderr for each token: its probability by the model itself, and the likeliest ones in its place."""
+    for entry in logprobs:
+        others = [f"{tokenizer.decode_with_special([token])!r} {logprob:.3f}" for token, logprob in entry.top]
+        spelled = tokenizer.decode_with_special([entry.token])
+        print(f"{entry.logprob:9.3f}  {spelled!r:20} {'  '.join(others)}".rstrip(), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,9 @@ OUT_OF_RANGE = {
     "--temperature": "1e-40 -1 .nan .inf",
     "--top_k": NOT_A_COUNT,
     "--top_p": "0 -1 1.5 .nan .inf",
+    "--min_p": "-0.1 1.5 .nan .inf",
+    "--repetition_penalty": "0 -1 .nan .inf",
+    "--logprobs": "-1",
     "--batch_size": NOT_A_COUNT,
     # finetune/
     "--seed": NOT_A_SEED,

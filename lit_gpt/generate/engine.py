@@ -113,17 +113,25 @@ class Engine:
         """Takes a request, which waits until the next step.
 
         Raises:
-            InputError: it cannot be answered by any of the models, whatever else there is to do.
+            InputError: it can never be answered; see `check`.
         """
-        name = request.model or next(iter(self.models))
+        self.check(request)
+        answer = Answer(request)
+        under_way = UnderWay(answer, self.name_of(request), self.tokenizer)
+        self.waiting.append(under_way)
+        self.under_way[answer] = under_way
+        return answer
+
+    def check(self, request: Request) -> None:
+        """Raises InputError for a request that can never be answered, whatever else there is to do."""
+        name = self.name_of(request)
         if name not in self.models:
             raise InputError(f"There is no model {name}, expected one of {', '.join(self.models)}.")
         check_request(request, self.models[name], self.tokenizer)
-        answer = Answer(request)
-        answer_under_way = UnderWay(answer, name, self.tokenizer)
-        self.waiting.append(answer_under_way)
-        self.under_way[answer] = answer_under_way
-        return answer
+
+    def name_of(self, request: Request) -> str:
+        """The name of the model that a request asks."""
+        return request.model or next(iter(self.models))
 
     def cancel(self, answer: Answer) -> None:
         """Ends an answer before it is complete; nothing if it is."""

@@ -58,6 +58,15 @@ class Sampling:
         if self.seed is not None:
             check_seed("--seed", self.seed)
 
+    def check_not_greedy(self, num_samples: int = 1) -> None:
+        """Raises InputError for settings that change nothing at temperature 0, where all answers are the same."""
+        is_filtered = any(filter_ is not None for filter_ in (self.top_k, self.top_p, self.min_p))
+        if self.temperature == 0 and (is_filtered or num_samples > 1):
+            raise InputError(
+                "At --temperature 0 the likeliest token is taken, and all answers are the same: --num_samples, --top_k,"
+                " --top_p and --min_p need a higher one, such as 0.7."
+            )
+
     def new_generator(self) -> torch.Generator:
         """The random state of one text. It lies on the CPU wherever the model is, so that a seed draws the same."""
         generator = torch.Generator()

@@ -44,6 +44,10 @@ class UseArgs:
     """The folder that a fine-tuning script wrote: an out_dir (its best), or one folder of it. It is not merged."""
     top_p: float | None = None
     """Sample from the fewest likeliest tokens that together have this probability."""
+    min_p: float | None = None
+    """Sample from the tokens that are at least so likely, as a share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Makes tokens that were there before less likely if it is above 1, such as 1.1."""
     precision: Precision = "auto"
     """Dtype of the weights and of the arithmetic."""
     quantize: QuantizeAs = "auto"
@@ -57,6 +61,8 @@ class UseArgs:
 
     def __post_init__(self) -> None:
         check_range("--top_p", self.top_p, above=0, at_most=1)
+        check_range("--min_p", self.min_p, at_least=0, at_most=1)
+        check_range("--repetition_penalty", self.repetition_penalty, above=0)
         check_seed("--seed", self.seed)
 
 

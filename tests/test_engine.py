@@ -66,8 +66,8 @@ def test_answers_in_any_company_are_those_of_one_alone(kind: str) -> None:
     model = model_of(kind)
     requests = random_requests(24)
     expected = [greedy(model, request.prompt, request.max_new_tokens) for request in requests]
-    for max_batch, prefill_tokens in ((1, 1000), (3, 17), (8, 60), (24, 1000)):
-        engine = Engine(model, max_batch=max_batch, prefill_tokens=prefill_tokens)
+    for max_batch, prefill_tokens, draft_tokens in ((1, 1000, 5), (3, 17, 0), (8, 60, 3), (24, 1000, 0)):
+        engine = Engine(model, max_batch=max_batch, prefill_tokens=prefill_tokens, draft_tokens=draft_tokens)
         rng = random.Random(max_batch)
         answers: list[Answer] = []
         while len(answers) < len(requests) or engine.under_way:
@@ -147,6 +147,30 @@ def test_a_seed_draws_the_same_in_any_company() -> None:
     assert another.tokens != alone.tokens
     unseeded = replace(request, sampling=replace(settings, seed=None))
     assert len({tuple(answer.tokens) for answer in Engine(model).run([unseeded] * 4)}) > 1
+
+
+def test_what_is_looked_up_changes_no_answer() -> None:
+    """A text that repeats itself takes fewer passes; greedy or sampled, cut or stopped, it says the same."""
+    model = model_of("llama")
+    passes: list[int] = []
+    model.transformer.wte.register_forward_hook(lambda module, args, out: passes.append(args[0].numel()))
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8] * 3
+    bias = {token: 40.0 for token in prompt}
+    for sampling in (Sampling(), Sampling(temperature=1.0, seed=2, logit_bias=bias, repetition_penalty=1.05)):
+        for request in (
+            Request(prompt, 60, sampling, logprobs=1),
+            Request(prompt, 61, sampling, stop_ids=[4]),
+        ):
+            (plain,) = Engine(model).run([request])
+            (drafted,) = Engine(model, draft_tokens=6).run([request])
+            assert drafted.tokens == plain.tokens and drafted.finish_reason == plain.finish_reason
+            assert [entry.token for entry in drafted.logprobs] == [entry.token for entry in plain.logprobs]
+            drafted_logprobs = [entry.logprob for entry in drafted.logprobs]
+            assert drafted_logprobs == pytest.approx([entry.logprob for entry in plain.logprobs], abs=1e-9)
+            passes.clear()
+    # one that says 7 again and again: seven tokens a pass
+    (answer,) = Engine(model, draft_tokens=6).run([Request([7, *prompt], 50, Sampling(logit_bias={7: 1e6}))])
+    assert answer.tokens == [7] * 50 and len(passes) <= 5 + 50 / 7
 
 
 @pytest.mark.parametrize("prefill_tokens", [1000, 7])

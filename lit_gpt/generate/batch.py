@@ -9,7 +9,8 @@ not, which it copies. A step has two passes at most:
 
     read        texts of which several tokens are unread: pieces of them, end to end without padding, and no more at
                 once than `read_at_once`, so that a long prompt does not hold up the others
-    continue    texts of which all but the last token has been read: one token each
+    continue    texts of which all but the last token has been read: this one, and after it the tokens of a draft, of
+                which nobody knows yet whether they belong to the text
 
 The legend of the shapes is in `lit_gpt/model/gpt.py`.
 """
@@ -45,6 +46,8 @@ class Text:
         self.tokens = list(tokens)
         self.max_length = max_length
         self.logits_from = len(tokens) - 1 if logits_from is None else logits_from
+        self.draft: list[int] = []
+        """Tokens that may follow. Whoever keeps some of them says so by `n_read`: their keys and values are there."""
         self.n_read = 0
         self.n_reused = 0
         self.row = -1
@@ -180,12 +183,12 @@ class Batch(Generic[AnyText]):
         """Reads on in all texts.
 
         Returns:
-            Texts and logits (n, V) of n of their tokens, one after the other and not before `logits_from`. Once the
-            last token of a text is among them, somebody has to append the next one, or let it leave.
+            Texts and logits (n, V) of n of their tokens, one after the other and not before `logits_from`, then of its
+            draft. Once all tokens of a text have been read, somebody has to append the next one, or let it leave.
         """
         self.n_steps += 1
         for text in self.texts:
-            self.make_room(len(self.texts), len(text.tokens))
+            self.make_room(len(self.texts), len(text.tokens) + len(text.draft))
             self.read_again_if_rotated_otherwise(text)
         to_continue = [text for text in self.texts if text.n_unread == 1]
         to_read = [text for text in self.texts if text.n_unread > 1]
@@ -230,28 +233,36 @@ class Batch(Generic[AnyText]):
         return [(text, part) for text, part in parts if len(part)]
 
     def continue_texts(self, texts: Sequence[AnyText]) -> list[tuple[AnyText, torch.Tensor]]:
-        """A pass that reads the last token of some texts.
+        """A pass that reads the last token of some texts, and their drafts.
 
-        All rows with texts take part. One that is just being read gets a token that nobody wants, at the position
-        where its reading goes on and will write anew.
+        All rows take part, and all read as many tokens. Those that nobody asked for are written where their text goes
+        on, and will be written anew: behind a draft that is shorter than others, and in rows of texts that are just
+        being read.
         """
         n_rows = len(self.texts)
-        tokens = [[0] for _ in range(n_rows)]
+        starts = [text.n_read for text in self.texts]
+        # a draft is cut if the longest text would have no room for as many tokens
+        n_tokens = 1 + max(len(text.draft) for text in texts)
+        n_tokens = min(n_tokens, self.model.config.block_size - max(starts))
+        tokens = [[0] * n_tokens for _ in range(n_rows)]
         for text in texts:
-            tokens[text.row] = [text.tokens[-1]]
-        positions = [[text.n_read] for text in self.texts]
+            text.draft = text.draft[: n_tokens - 1]
+            new = [text.tokens[-1], *text.draft]
+            tokens[text.row][: len(new)] = new
+        positions = [list(range(start, start + n_tokens)) for start in starts]
         for text in self.texts:
             self.cache.text_lengths[text.row] = text.rotation_length
 
-        length = min(self.cache.max_seq_length, rounded_up(1 + max(text.n_read for text in self.texts)))
-        part = self.cache.part(n_rows, length)
+        end = max(starts) + n_tokens
+        self.make_room(n_rows, end)
+        part = self.cache.part(n_rows, min(self.cache.max_seq_length, rounded_up(end)))
         idx = torch.tensor(tokens, device=self.device)
         input_pos = torch.tensor(positions, device=self.device)
         with without_gradients(self.model):
-            logits = self.model(idx, input_pos, cache=part)  # (B, 1, V)
+            logits = self.model(idx, input_pos, cache=part)  # (B, T, V)
         for text in texts:
             text.n_read += 1
-        return [(text, logits[text.row]) for text in texts]
+        return [(text, logits[text.row, : 1 + len(text.draft)]) for text in texts]
 
     # ---- rotations that depend on the length of a text
 

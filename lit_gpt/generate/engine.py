@@ -20,6 +20,7 @@ import torch
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.errors import InputError
 from lit_gpt.generate.batch import Batch, Text
+from lit_gpt.generate.lookup import Lookup
 from lit_gpt.generate.sampling import Sampling, choose, logprobs_of
 from lit_gpt.generate.text_stream import TextStream
 from lit_gpt.model.gpt import GPT
@@ -88,6 +89,7 @@ class Engine:
         *,
         max_batch: int = 16,
         prefill_tokens: int = 1024,
+        draft_tokens: int = 0,
     ) -> None:
         """An engine without requests. It takes memory for keys and values when they come.
 
@@ -96,11 +98,14 @@ class Engine:
             tokenizer: Makes texts of answers. Without it there are tokens, and no stop strings.
             max_batch: The most answers of a model at once. More requests wait.
             prefill_tokens: The most tokens of prompts that are read in a step.
+            draft_tokens: The most tokens that are looked up in a text and read at once in case they follow again; see
+                `lookup.py`. It pays for few answers at once that repeat their prompts.
         """
         if isinstance(models, GPT):
             models = {"": models}
         self.models = dict(models)
         self.tokenizer = tokenizer
+        self.draft_tokens = draft_tokens
         self.waiting: deque[UnderWay] = deque()
         self.under_way: dict[Answer, UnderWay] = {}  # waiting or running
         self.batches: dict[str, Batch[UnderWay]] = {}
@@ -180,12 +185,16 @@ class Engine:
         self.admit()
         changed = []
         for name, batch in self.batches.items():
+            if self.draft_tokens:
+                for under_way in batch.texts:
+                    under_way.look_up(self.draft_tokens)
             complete = []
             for under_way, logits in batch.step():
                 under_way.judge_prompt(logits)
                 changed.append(under_way.answer)
                 if under_way.n_unread == 0:
-                    complete.append((under_way, logits[-1]))
+                    # of the last token, and of each of the draft
+                    complete.append((under_way, logits[-1 - len(under_way.draft) :]))
             self.append_tokens(complete, self.models[name])
         return changed
 
@@ -200,21 +209,25 @@ class Engine:
         self.waiting = still_waiting
 
     def append_tokens(self, complete: Sequence[tuple["UnderWay", torch.Tensor]], model: GPT) -> None:
-        """Chooses the next token of texts that have been read to their end, each by its logits (V,)."""
+        """Chooses what follows texts that have been read to their end, by the logits (n, V) of the last token and, if
+        there is a draft, of each token in it."""
         asked = []
         for under_way, logits in complete:
             if under_way.answer.request.max_new_tokens:
                 asked.append((under_way, logits))
             else:
                 self.finish(under_way, "length")
-        if not asked:
-            return
-        tokens = agreed_by_all(model, torch.stack([under_way.choose(logits) for under_way, logits in asked]))
-        # all at once: on a GPU each number would wait for it
-        for (under_way, logits), token in zip(asked, tokens.tolist(), strict=True):
-            reason = under_way.append(token, logits)
-            if reason is not None:
-                self.finish(under_way, reason)
+        while asked:
+            # all at once: on a GPU each number would wait for it
+            chosen = torch.stack([under_way.choose(logits[0]) for under_way, logits in asked])
+            still_asked = []
+            for (under_way, logits), token in zip(asked, agreed_by_all(model, chosen).tolist(), strict=True):
+                reason = under_way.append(token, logits[0])
+                if reason is not None:
+                    self.finish(under_way, reason)
+                elif under_way.accept(token):
+                    still_asked.append((under_way, logits[1:]))
+            asked = still_asked
 
     def finish(self, under_way: "UnderWay", reason: str) -> None:
         """An answer ends, and its place is free."""
@@ -241,6 +254,7 @@ class UnderWay(Text):
         )
         self.answer = answer
         self.model = model
+        self.lookup = Lookup()
         self.generator = request.generator
         if self.generator is None and request.sampling.temperature > 0:
             self.generator = request.sampling.new_generator()
@@ -257,6 +271,20 @@ class UnderWay(Text):
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """The next token, a tensor of no dimensions, from logits (V,)."""
         return choose(logits, self.answer.request.sampling, self.tokens, self.generator).to(logits.device)
+
+    def look_up(self, n: int) -> None:
+        """Puts tokens that may follow into the draft, n at most, if the text has been read but for its last token."""
+        room = self.max_length - len(self.tokens) - 1
+        self.draft = self.lookup.draft(self.tokens, min(n, room)) if self.n_unread == 1 else []
+
+    def accept(self, token: int) -> bool:
+        """Whether the token that was just appended is the next one of the draft, so that it has been read already."""
+        if not self.draft:
+            return False
+        is_next = self.draft[0] == token
+        self.draft = self.draft[1:] if is_next else []
+        self.n_read += is_next
+        return is_next
 
     def append(self, token: int, logits: torch.Tensor) -> str | None:
         """Takes the next token, which came from logits (V,), and says why the answer ends with it; None: it goes on."""

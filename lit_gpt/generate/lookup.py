@@ -31,4 +31,10 @@ class Lookup:
             self.last[tuple(tokens[end - N_GRAM : end])] = end
         self.n_seen = max(self.n_seen, len(tokens))
         begin = self.last.get(tuple(tokens[-N_GRAM:]))
-        return [] if begin is None else list(tokens[begin : begin + n])
+        if begin is None:
+            return []
+        # a text that repeats itself every few tokens goes on so: what is copied grows with the copy
+        draft: list[int] = []
+        for i in range(begin, begin + n):
+            draft.append(tokens[i] if i < len(tokens) else draft[i - len(tokens)])
+        return draft

@@ -179,35 +179,50 @@ def load_finetuned(
     Raises:
         InputError: another base, or keys that do not fit it.
     """
-    # what was trained, and on what
-    from_peft = is_peft(finetuned_dir)
     header, base_dir = read_base(checkpoint_dir, finetuned_dir, methods)
-    method = methods[header.method]
     kind = choose_quantization(header, quantize, finetuned_dir)
     model = build_model(Config.from_checkpoint(base_dir))
     quantize_linears(model, kind)
     base = load_weights(model, base_dir, dtype, device, mesh, blocks_on_host)
+    model, header = put_trained_on(model, base, base_dir, header, finetuned_dir, methods)
+    return model.eval(), header
 
-    # and the trained weights on it
-    if from_peft:
+
+def put_trained_on(
+    model: GPT,
+    base: str,
+    base_dir: Path,
+    header: Header,
+    finetuned_dir: Path,
+    methods: Mapping[str, Method] = METHODS,
+) -> tuple[GPT, Header]:
+    """The model of `base_dir`, changed in place by the method that `header` names, with the weights it has trained.
+
+    `base` is the model's fingerprint. What was trained as a whole is loaded already. Of an adapter in peft's format the
+    header that is returned knows more.
+
+    Raises:
+        InputError: another base, or keys that do not fit it.
+    """
+    if is_peft(finetuned_dir):
         lora, tensors = peft.load_peft(finetuned_dir, model.config)
         apply_lora(model, lora)
         copy_parameters(model, tensors.items(), lora_filter, finetuned_dir)
-        header = replace(header, settings=asdict(lora), base=base)
-    elif not method.trains_base:
-        if base != header.base:
-            if Path(base_dir).resolve() == Path(header.checkpoint_dir).resolve():
-                raise InputError(
-                    f"The weights in {base_dir} are not those that {finetuned_dir} was trained on: they have changed"
-                    " since. Put them back, or train anew."
-                )
+        return model, replace(header, settings=asdict(lora), base=base)
+    method = methods[header.method]
+    if method.trains_base:
+        return model, header
+    if base != header.base:
+        if Path(base_dir).resolve() == Path(header.checkpoint_dir).resolve():
             raise InputError(
-                f"{finetuned_dir} was trained on another base than {base_dir}: on {header.checkpoint_dir}."
+                f"The weights in {base_dir} are not those that {finetuned_dir} was trained on: they have changed"
+                " since. Put them back, or train anew."
             )
-        settings = method.settings(**header.settings)
-        model = method.apply(model, settings)
-        load_trained(model, finetuned_dir, method)
-    return model.eval(), header
+        raise InputError(f"{finetuned_dir} was trained on another base than {base_dir}: on {header.checkpoint_dir}.")
+    settings = method.settings(**header.settings)
+    model = method.apply(model, settings)
+    load_trained(model, finetuned_dir, method)
+    return model, header
 
 
 def read_base(

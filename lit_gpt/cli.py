@@ -6,6 +6,7 @@ import difflib
 import errno
 import gc
 import inspect
+import json
 import os
 import re
 import select
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 Settings = TypeVar("Settings")
 FLAT = "each field is a flag of its own"
 Flags = Annotated[Settings, FLAT]
-"""`args: Flags[RunArgs]` in a script's `main` makes every field of RunArgs a flag: --seed, and not --args.seed."""
+"""`args: Flags[RunArgs]` in a script's `main` makes every field of RunArgs a flag: --seed, and not --args.seed. A
+parameter of `main` itself takes the place of a field of the same name, which then keeps its default."""
 
 PASSED_ON = "the words that are for another script"
 PassedOn = Annotated[tuple[str, ...], PASSED_ON]
@@ -128,6 +130,7 @@ def parse(main: Callable[..., None], args: Sequence[str], also: Sequence[str] = 
     if receiver:
         own_args, passed_on = split_args(args, option_strings(parser))
 
+    own_args = join_paths(own_args, flags_of_paths(parser))
     try:
         parsed = parser.parse_args(configs_first(own_args))
         check_groups(parser, vars(parsed))
@@ -144,7 +147,7 @@ def parse(main: Callable[..., None], args: Sequence[str], also: Sequence[str] = 
 
     # the fields of a `Flags` parameter come back as values of their own: put them together again
     for name, kind in dataclasses_of_flags(main).items():
-        fields = {field.name: values.pop(field.name) for field in dataclasses.fields(kind)}
+        fields = {field: values.pop(field) for field in fields_for_flags(main, kind)}
         values[name] = kind(**fields)
     return values
 
@@ -157,6 +160,42 @@ def configs_first(args: Sequence[str]) -> list[str]:
         is_config = word.partition("=")[0] == "--config" or configs[-1:] == ["--config"]
         (configs if is_config else others).append(word)
     return configs + others
+
+
+def flags_of_paths(parser: "ArgumentParser") -> set[str]:
+    """The flags that take a list of paths."""
+    actions = [action for action in parser._actions if getattr(action, "_typehint", None) == list[Path]]
+    return {flag for action in actions for flag in action.option_strings}
+
+
+def join_paths(args: Sequence[str], flags: set[str]) -> list[str]:
+    """The words of a command line in which each of these flags stands once, with a list.
+
+    Paths may follow each other, as `--finetuned out/lora/*` has them, or the flag comes again. jsonargparse knows lists
+    in brackets alone, which stay as they are.
+    """
+    others: list[str] = []
+    paths: dict[str, list[str]] = {}
+    flag = ""  # whose values come next
+    for word in args:
+        value: str | None = word
+        if word.startswith("--"):
+            flag, has_value, after = word.partition("=")
+            value = after if has_value else None
+        if flag not in flags:
+            others.append(word)
+            continue
+        values = paths.setdefault(flag, [])
+        if value is not None:
+            values.append(value)
+
+    for flag, values in paths.items():
+        others.append(flag)
+        if len(values) == 1 and values[0].startswith("["):
+            others.append(values[0])
+        elif values:
+            others.append(json.dumps(values, ensure_ascii=False))
+    return others
 
 
 def check_groups(parser: "ArgumentParser", values: dict[str, Any]) -> None:
@@ -235,10 +274,12 @@ def make_parser(main: Callable[..., None]) -> "ArgumentParser":
         skip.add(receiver)
     parser.add_function_arguments(main, as_group=False, sub_configs=False, skip=skip)
     for name, kind in flat.items():
-        parser.add_class_arguments(kind, as_group=True, sub_configs=False)
+        fields = fields_for_flags(main, kind)
+        others = {field.name for field in dataclasses.fields(kind)} - {*fields}
+        parser.add_class_arguments(kind, as_group=True, sub_configs=False, skip={*others})
         default = signature(main).parameters[name].default
         if default is not Parameter.empty:
-            parser.set_defaults(vars(default))
+            parser.set_defaults({field: getattr(default, field) for field in fields})
 
     groups = groups_of(parser)
     for action in parser._actions:
@@ -261,6 +302,12 @@ def dataclasses_of_flags(main: Callable[..., None]) -> dict[str, type]:
         if FLAT in getattr(hint, "__metadata__", ()):
             kinds[name] = hint.__origin__
     return kinds
+
+
+def fields_for_flags(main: Callable[..., None], kind: type) -> list[str]:
+    """The fields of a `Flags` parameter's dataclass that are flags: those for which `main` has no parameter."""
+    own = signature(main).parameters
+    return [field.name for field in dataclasses.fields(kind) if field.name not in own]
 
 
 def receiver_of_others(main: Callable[..., None]) -> str | None:
@@ -345,6 +392,7 @@ TYPES = {
     "dict": "a mapping",
     "list[int]": "a list of integers",
     "list[str]": "a list of texts",
+    "list[Path]": "paths",
     "NoneType": "null",
 }
 

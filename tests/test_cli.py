@@ -264,6 +264,42 @@ def test_flags_of_another_script_are_passed_on(words: str, number: int, others: 
     assert parse(planner, words.split()) == {"text": "", "number": number, "others": tuple(others.split())}
 
 
+@dataclass(frozen=True)
+class Trip:
+    """Where to."""
+
+    places: Path | None = None
+    """The place."""
+    rate: float = 1.0
+    """How fast."""
+
+
+def travel(places: list[Path] = [], number: int = 1, trip: Flags[Trip] = Trip(rate=2.0)) -> None:  # noqa: B006
+    """Takes a parameter of its own in the place of a field."""
+
+
+@pytest.mark.parametrize(
+    "words, places",
+    [
+        ("--number 1", []),
+        ("--places a", ["a"]),
+        ("--places=a --number 1 --places b", ["a", "b"]),
+        ("--places a b --number 1", ["a", "b"]),
+        ("--number 1 --places a,b ü😀", ["a,b", "ü😀"]),
+        ("--places [a,b]", ["a", "b"]),
+        ("--places ~/a b", [Path("~/a").expanduser(), "b"]),
+    ],
+)
+def test_a_list_of_paths(words: str, places: list[str]) -> None:
+    settings = parse(travel, words.split())
+    assert settings == {"places": [Path(place) for place in places], "number": 1, "trip": Trip(rate=2.0)}
+
+
+def test_a_list_of_paths_needs_one() -> None:
+    with pytest.raises(InputError, match="--places"):
+        parse(travel, ["--places", "--number", "1"])
+
+
 def test_what_neither_script_knows_is_refused() -> None:
     """By the other script, which is told what the first one knows."""
     for word, nearest in (("--numbr", "--number"), ("--resum", "--resume")):

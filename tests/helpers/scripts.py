@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lit_gpt.cli import dataclasses_of_flags
+from lit_gpt.cli import dataclasses_of_flags, fields_for_flags
 from lit_gpt.lock import release_all
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +47,7 @@ def by_flags(main: Callable[..., None]) -> Callable[..., None]:
     def called(*args: Any, **settings: Any) -> None:
         settings |= dict(zip(positional, args, strict=False))
         for name, kind in flat.items():
-            fields = {field.name for field in dataclasses.fields(kind)} & settings.keys()
+            fields = {*fields_for_flags(main, kind)} & settings.keys()
             values = {field: settings.pop(field) for field in fields}
             if name not in defaults:
                 settings[name] = kind(**values)

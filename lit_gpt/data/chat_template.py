@@ -15,6 +15,9 @@ from lit_gpt.data.messages import REASONING
 from lit_gpt.errors import InputError
 
 Messages = Sequence[Mapping[str, Any]]
+NO_SWITCHES: Mapping[str, Any] = {}
+THINKING = ("enable_thinking", "thinking")
+"""Variables by which templates ask for thoughts, or for none: of Qwen 3, SmolLM3, GLM; of DeepSeek V3.1 and Granite."""
 
 
 # ---- where they are
@@ -82,9 +85,16 @@ def choose_template(templates: Mapping[str, str], tools: Any) -> str:
 
 
 def fill_template(
-    source: str, messages: Messages, add_generation_prompt: bool, tools: Any, special_tokens: Mapping[str, str]
+    source: str,
+    messages: Messages,
+    add_generation_prompt: bool,
+    tools: Any,
+    special_tokens: Mapping[str, str],
+    switches: Mapping[str, Any] = NO_SWITCHES,
 ) -> str:
     """The text that a template makes of messages, given the variables that transformers gives.
+
+    `switches` are variables of this template's own, such as enable_thinking.
 
     Raises:
         InputError: whatever goes wrong in the template, which is a program of somebody else.
@@ -99,7 +109,7 @@ def fill_template(
         "documents": None,
     }
     try:
-        return compile_template(source).render({**variables, **special_tokens})
+        return compile_template(source).render({**switches, **variables, **special_tokens})
     except mistakes as error:
         raise InputError(f"The chat template says: {error}") from None
 
@@ -117,9 +127,27 @@ def name_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
     return message
 
 
+def thinking_switch(source: str) -> str | None:
+    """The variable by which a template asks for thoughts; None if it has none. Raises InputError for no template."""
+    from jinja2 import TemplateError
+    from jinja2.meta import find_undeclared_variables
+
+    try:
+        variables = find_undeclared_variables(template_environment().parse(source))
+    except TemplateError as error:
+        raise InputError(f"The chat template says: {error}") from None
+    return next((name for name in THINKING if name in variables), None)
+
+
 @functools.cache
 def compile_template(source: str) -> Any:
-    """A template as transformers compiles it: sandboxed, since it comes from somebody else's file."""
+    """A template as transformers compiles it."""
+    return template_environment().from_string(source)
+
+
+@functools.cache
+def template_environment() -> Any:
+    """What transformers compiles templates in: a sandbox, since they come from somebody else's files."""
     from jinja2 import TemplateError
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -163,4 +191,4 @@ def compile_template(source: str) -> Any:
         "raise_exception": raise_exception,
         "strftime_now": lambda form: datetime.now().strftime(form),
     }
-    return environment.from_string(source)
+    return environment

@@ -24,7 +24,15 @@ from typing import Any, NamedTuple
 
 from lit_gpt.data.added_tokens import read_if_there
 from lit_gpt.data.answer_spans import find_answers, unprinted
-from lit_gpt.data.chat_template import Messages, choose_template, fill_template, name_reasoning
+from lit_gpt.data.chat_template import (
+    NO_SWITCHES,
+    THINKING,
+    Messages,
+    choose_template,
+    fill_template,
+    name_reasoning,
+    thinking_switch,
+)
 from lit_gpt.data.message_places import Rendering
 from lit_gpt.data.messages import are_trained
 from lit_gpt.data.records import question_message
@@ -52,8 +60,12 @@ class Rendered(NamedTuple):
     print, and whether a model is asked otherwise than it was trained."""
 
 
-def render(style: str, record: Mapping[str, Any], tokenizer: Tokenizer) -> Rendered:
+def render(
+    style: str, record: Mapping[str, Any], tokenizer: Tokenizer, switches: Mapping[str, Any] = NO_SWITCHES
+) -> Rendered:
     """The text of a record. `style` is what `resolve_style` gives.
+
+    `switches` are variables for the style's template, see `switch_thinking`. Styles that have no template ignore them.
 
     Raises:
         InputError: the style has no place for such a record, or its template fails.
@@ -71,9 +83,9 @@ def render(style: str, record: Mapping[str, Any], tokenizer: Tokenizer) -> Rende
     if style == "none":
         return join_pieces(bare_pieces(messages), messages, tools, tokenizer)
     if style != "chat":
-        return render_template(template_source(style), messages, tools, tokenizer)
+        return render_template(template_source(style), messages, tools, tokenizer, switches)
     template = choose_template(tokenizer.chat_templates, tools)
-    rendered = render_template(template, messages, tools, tokenizer)
+    rendered = render_template(template, messages, tools, tokenizer, switches)
     return rendered._replace(bos=False)  # the template spells BOS, or wants none
 
 
@@ -93,17 +105,19 @@ def messages_of(record: Mapping[str, Any]) -> Messages:
     return messages
 
 
-def answer_message(style: str, messages: Messages, answer: str, tokenizer: Tokenizer) -> dict[str, str]:
+def answer_message(
+    style: str, messages: Messages, answer: str, tokenizer: Tokenizer, switches: Mapping[str, Any] = NO_SWITCHES
+) -> dict[str, str]:
     """What a model answered, as the message of which the style makes these words again.
 
     Some styles write a space before an answer, or behind it: the model says it, too, and it must not stand there twice
     when the conversation goes on.
     """
-    asked = render(style, {"messages": messages}, tokenizer).text
+    asked = render(style, {"messages": messages}, tokenizer, switches).text
     for content in (answer, answer.lstrip(), answer.rstrip(), answer.strip()):
         message = {"role": "assistant", "content": content}
         try:
-            shown = render(style, {"messages": [*messages, message]}, tokenizer).text
+            shown = render(style, {"messages": [*messages, message]}, tokenizer, switches).text
         except InputError:  # a template may refuse an empty answer
             continue
         behind = shown.removeprefix(asked + answer)
@@ -111,6 +125,26 @@ def answer_message(style: str, messages: Messages, answer: str, tokenizer: Token
             return message
     # the template shows it otherwise, as without its thoughts
     return {"role": "assistant", "content": answer}
+
+
+def switch_thinking(style: str, tokenizer: Tokenizer, think: bool) -> dict[str, bool]:
+    """The variable for `render` by which the style's template asks for thoughts, or for none.
+
+    Raises:
+        InputError: it has no such variable.
+    """
+    source = None
+    if style == "chat":
+        source = tokenizer.chat_template
+    elif style not in ("alpaca", "none"):
+        source = template_source(style)
+    name = thinking_switch(source) if source else None
+    if name is None:
+        raise InputError(
+            f"The prompt style {style_label(style)} has no switch for thinking: its template asks for neither"
+            f" {' nor '.join(THINKING)}. Leave out --think."
+        )
+    return {name: think}
 
 
 def style_names() -> list[str]:
@@ -362,7 +396,9 @@ def as_chat_template(style: str, tokenizer: Tokenizer) -> str | None:
 # ---- templates
 
 
-def render_template(source: str, messages: Messages, tools: Any, tokenizer: Tokenizer) -> Rendered:
+def render_template(
+    source: str, messages: Messages, tools: Any, tokenizer: Tokenizer, switches: Mapping[str, Any] = NO_SWITCHES
+) -> Rendered:
     """A conversation rendered by a jinja template, as transformers renders it, and where its answers are.
 
     An answer begins where a prompt without it would end, so that training and generation agree:
@@ -379,7 +415,7 @@ def render_template(source: str, messages: Messages, tools: Any, tokenizer: Toke
     """
 
     def fill(messages: Messages, asks: bool) -> str:
-        return fill_template(source, messages, asks, tools, tokenizer.special_tokens)
+        return fill_template(source, messages, asks, tools, tokenizer.special_tokens, switches)
 
     messages = [name_reasoning(message) for message in messages]
     asks = messages[-1]["role"] != "assistant"
@@ -399,7 +435,7 @@ def render_template(source: str, messages: Messages, tools: Any, tokenizer: Toke
 
     # what is to be counted
     remarks = answers.remarks
-    if tools and not prints_tools(source, whole, tokenizer):
+    if tools and not prints_tools(source, whole, tokenizer, switches):
         remarks.append(unprinted("tools"))
     if not all(answer.asked_alike for answer in trained):
         remarks.append(ASKED_OTHERWISE)
@@ -411,10 +447,10 @@ def render_template(source: str, messages: Messages, tools: Any, tokenizer: Toke
     )
 
 
-def prints_tools(source: str, whole: Rendering, tokenizer: Tokenizer) -> bool:
+def prints_tools(source: str, whole: Rendering, tokenizer: Tokenizer, switches: Mapping[str, Any]) -> bool:
     """Whether a template writes another text if there are no tools."""
     try:
-        without = fill_template(source, whole.messages, whole.asks, None, tokenizer.special_tokens)
+        without = fill_template(source, whole.messages, whole.asks, None, tokenizer.special_tokens, switches)
     except InputError:
         return True
     return whole.text != without

@@ -1,48 +1,62 @@
-"""Talk to a model, turn by turn, through its chat template.
+"""Talk to a model, turn by turn, through its chat template; or to several, side by side.
 
     python generate/chat.py
     python generate/chat.py --finetuned out/lora/docstrings
+    python generate/chat.py --finetuned out/lora/docstrings --with_base
     python generate/chat.py --temperature 0.7 --top_k 50
 
-What you type is a question, but for /help, /new and /quit.
+What you type is a question, but for commands: /help lists them.
 """
 
 import sys
+from pathlib import Path
+from typing import Literal
 
 from lit_gpt import InputError
-from lit_gpt.cli import Flags, check_text, run
-from lit_gpt.data.conversation_tokens import encode_question
-from lit_gpt.data.embedding_rows import check_prompt
-from lit_gpt.data.prompts import answer_message, render, resolve_style
+from lit_gpt.cli import Flags, run
+from lit_gpt.data.prompts import resolve_style, switch_thinking
 from lit_gpt.device import default_device
+from lit_gpt.display.words import counted
+from lit_gpt.generate.commands import Chat
+from lit_gpt.generate.conversation import Conversation, mark_thoughts
 from lit_gpt.generate.decode import collected, is_cut, stream
 from lit_gpt.generate.sampling import check_sampling, seeded_generator
+from lit_gpt.generate.terminal import dimmed, read_message
 from lit_gpt.ranges import check_range
-from lit_gpt.runs.load_finetuned import UseArgs, load_for_use
+from lit_gpt.runs.load_finetuned import UseArgs
+from lit_gpt.runs.side_by_side import load_models_for_use
 
-COMMANDS = "/new begins another conversation; /quit or Ctrl-D ends; Ctrl-C ends an answer; /help says this again."
+GREETING = "/help lists what can be typed besides questions. Ctrl-C ends an answer, Ctrl-D the conversation."
 QUIT = ("/quit", "/exit", "quit", "exit")
 
 
 def main(
+    finetuned: list[Path] = [],  # noqa: B006 # jsonargparse makes a copy
+    with_base: bool = False,
     system: str | None = None,
     prompt_style: str = "auto",
+    think: Literal["auto", "on", "off"] = "auto",
     max_new_tokens: int = 500,
     temperature: float = 0.0,
     top_k: int | None = None,
     args: Flags[UseArgs] = UseArgs(),
 ) -> None:
-    """Talk to a model. What you type is a question, but for these: /new begins another conversation, /quit (or quit,
-    exit, Ctrl-D) ends, /help lists them. Ctrl-C ends an answer, and the conversation goes on.
+    """Talk to a model, or to several side by side. What you type is a question, but for commands such as /new, which
+    begins another conversation, and /quit; /help lists them. Ctrl-C ends an answer, and the conversation goes on.
 
     Args:
+        finetuned: The folder that a fine-tuning script wrote: an out_dir (its best), or one folder of it. Several
+            answer side by side, on one copy of the weights that they were trained on.
+        with_base: Have the model answer, too, as it was before it was fine-tuned.
         system: The system prompt. None is the template's own.
         prompt_style: The text around a question, as in generate/base.py. auto is what the fine-tuned weights were
             trained with, else chat where there is a template.
+        think: Have a model that can do both think before it answers, or not, by its template's own switch. auto is the
+            template's default. A terminal shows thoughts dim.
         max_new_tokens: The longest answer, in tokens. A line on stderr says if one was cut.
         temperature: 0 takes the likeliest token each time; 1 samples from what the model says.
         top_k: Sample from the k likeliest tokens only.
-        args: With which model, such as --finetuned, and how; see lit_gpt/runs/load_finetuned.py.
+        args: With which model, and how; see lit_gpt/runs/load_finetuned.py.
     """
     check_sampling(temperature, top_k, args.top_p)
     check_range("--max_new_tokens", max_new_tokens, at_least=1)
@@ -50,102 +64,83 @@ def main(
         raise InputError(
             "At --temperature 0 the likeliest token is taken: --top_k and --top_p need a higher one, such as 0.7."
         )
+
+    # the models, and a conversation with each of them
     device = default_device()
-    model, tokenizer, trained_style = load_for_use(args, device)
+    models, tokenizer, trained_style = load_models_for_use(args, finetuned, device, with_base)
     style = resolve_style(prompt_style, tokenizer, trained_style)
+    switches = {} if think == "auto" else switch_thinking(style, tokenizer, think == "on")
+    conversations = {
+        name: Conversation(style, tokenizer, model.config, system, switches) for name, model in models.items()
+    }
+    chat = Chat(conversations, answering=list(models), is_greedy=temperature == 0)
     generator = seeded_generator(args.seed, device)
     if sys.stdin.isatty():
-        print(COMMANDS, file=sys.stderr)
+        print(GREETING, file=sys.stderr)
 
-    # a conversation begins with the system prompt, if there is one
-    opening = []
-    if system is not None:
-        opening.append({"role": "system", "content": system})
-    messages = list(opening)
     while True:
         # a question, or a command
-        question = read_line()
-        if question is None or question in QUIT:
+        typed = read_message()
+        if typed is None or typed in QUIT:
             break
-        if question == "/new":
-            messages = list(opening)
-        if question == "/help":
-            print(COMMANDS, file=sys.stderr)
-        if question in ("", "/new", "/help"):
-            continue
-        if question.startswith("/") and " " not in question:
-            print(f"There is no command {question}. {COMMANDS}", file=sys.stderr)
-            continue
-
-        # the whole conversation so far is the prompt, each time
-        messages.append({"role": "user", "content": question})
-        rendered = render(style, {"messages": messages}, tokenizer)
-        idx = encode_question(rendered, tokenizer, device)
         try:
-            check_prompt(idx.tolist(), tokenizer, model.config)
+            questions = chat.obey(typed)
         except InputError as error:
             print(error, file=sys.stderr)
-            messages.pop()
-            continue
-        max_length = min(len(idx) + max_new_tokens, model.config.block_size)
-        if max_length <= len(idx):
-            messages.pop()
-            what, advice = "The conversation", "/new begins another."
-            if messages == opening:
-                what = "This question" if system is None else "This question, with --system,"
-                advice = "Ask a shorter one." if system is None else "Shorten one of them."
-            print(f"{what} fills the model's {max_length} tokens. {advice}", file=sys.stderr)
             continue
 
-        # the answer, shown as it is made
-        new_tokens = stream(
-            model,
-            idx,
-            max_length,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=args.top_p,
-            eos_id=tokenizer.stop_ids,
-            generator=generator,
-        )
-        answer = ""
-        tokens: list[int] = []
-        is_interrupted = False
-        try:
-            for text in tokenizer.stream(collected(new_tokens, tokens)):
-                print(text, end="", flush=True)
-                answer += text
-        except KeyboardInterrupt:
-            is_interrupted = True
-        print()
-        messages.append(answer_message(style, messages, answer, tokenizer))
+        if questions:
+            chat.is_interrupted = False
+        for name, question in questions.items():
+            # the prompt: the whole conversation so far, each time, or as much of it as there is room for
+            model = models[name]
+            conversation = conversations[name]
+            if len(models) > 1:
+                print(f"{name}:", flush=True)
+            try:
+                prompt = conversation.ask(question, max_new_tokens)
+            except InputError as error:
+                print(error, file=sys.stderr)
+                continue
+            if prompt.n_forgotten:
+                limit = f"the {model.config.block_size} tokens that the model can read"
+                print(f"Beyond {limit}: forgets the oldest {counted(prompt.n_forgotten, 'turn')}.", file=sys.stderr)
 
-        # did it come to its end?
-        if is_interrupted:
-            print("Ended by Ctrl-C.", file=sys.stderr)
-        elif is_cut(tokens, tokenizer.stop_ids):
-            limit = f"--max_new_tokens {max_new_tokens}"
-            if max_length == model.config.block_size:
-                limit = f"the {max_length} tokens that the model can read"
-            print(f"Cut at {limit}.", file=sys.stderr)
-
-
-def read_line() -> str | None:
-    """What is typed next, without space around it; None at the end of the input, or if Ctrl-C ends it.
-
-    Raises:
-        InputError: it is not UTF-8.
-    """
-    try:
-        line = input("> " if sys.stdin.isatty() else "").strip()
-        check_text("The standard input", line)
-        return line
-    except UnicodeDecodeError as error:
-        raise InputError(f"The standard input is not UTF-8 ({error.reason}). Type it as UTF-8.") from None
-    except (EOFError, KeyboardInterrupt):
-        if sys.stdin.isatty():
+            # the answer, shown as it is made
+            idx = prompt.idx.to(device)
+            max_length = min(len(idx) + max_new_tokens, model.config.block_size)
+            tokens: list[int] = []
+            new_tokens = stream(
+                model,
+                idx,
+                max_length,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=args.top_p,
+                eos_id=tokenizer.stop_ids,
+                generator=generator,
+            )
+            answer = ""
+            is_interrupted = False
+            try:
+                texts = tokenizer.stream(collected(new_tokens, tokens))
+                for text, is_thought in mark_thoughts(texts, prompt.is_thinking):
+                    print(dimmed(text) if is_thought else text, end="", flush=True)
+                    answer += text
+            except KeyboardInterrupt:
+                is_interrupted = True
             print()
-        return None
+            conversation.add_answer(answer, prompt.is_thinking)
+
+            # did it come to its end?
+            if is_interrupted:
+                chat.is_interrupted = True
+                print("Ended by Ctrl-C.", file=sys.stderr)
+            elif is_cut(tokens, tokenizer.stop_ids):
+                limit = f"--max_new_tokens {max_new_tokens}"
+                if max_length == model.config.block_size:
+                    limit = f"the {max_length} tokens that the model can read"
+                print(f"Cut at {limit}.", file=sys.stderr)
 
 
 if __name__ == "__main__":

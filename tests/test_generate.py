@@ -20,6 +20,7 @@ from lit_gpt.data.dataset import Dataset
 from lit_gpt.data.prepare import DataArgs, prepare
 from lit_gpt.data.prompts import render
 from lit_gpt.generate.answers import answers
+from lit_gpt.generate.commands import COMMANDS
 from lit_gpt.generate.decode import generate, stream
 from lit_gpt.generate.sampling import sample
 from lit_gpt.model import KVCache
@@ -267,7 +268,7 @@ def test_chat_remembers_and_forgets(model: GPT, tiny_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("system", "questions", "said"),
     [
-        (None, ["Hi", LONG], "The conversation fills the model's 256 tokens. /new begins another."),
+        (None, ["Hi", LONG], "This question fills the model's 256 tokens. Ask a shorter one."),
         (None, [LONG, "Hi"], "This question fills the model's 256 tokens. Ask a shorter one."),
         (LONG, ["Hi"], "This question, with --system, fills the model's 256 tokens. Shorten one of them."),
     ],
@@ -287,7 +288,9 @@ def test_chat_on_a_terminal_says_what_can_be_typed(tiny_dir: Path, monkeypatch, 
     chat = script("chat")
     chat.main(checkpoint_dir=tiny_dir)
     said = capsys.readouterr()
-    assert said.err == f"{chat.COMMANDS}\n" * 2 and said.out.replace("> ", "") == "\n"
+    greeting, *commands = said.err.splitlines()
+    assert greeting == chat.GREETING and said.out.replace("> ", "") == "\n"
+    assert [line.split("  ")[0] for line in commands] == list(COMMANDS)
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_conversation(tiny_dir: Path, monkeypatch, capsys) -> None:

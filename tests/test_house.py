@@ -113,7 +113,8 @@ MAY_KNOW = {
     " make_optimizer watch interruption failures errors packages out_of_memory",
     "watch": "failures",
     "stream_blocks": "model device errors",
-    "generate": "model data errors ranges files sharding distributed",
+    # a chat: what is typed has to be Unicode, and conversations are kept in files
+    "generate": "model config data display.words errors ranges sharding distributed cli files",
     "runs": "checkpoint data model lora adapter full quantize stream_blocks config device sharding distributed"
     " display cli failures errors lock ranges files packages",
     # no method, no tokenizer, no file format

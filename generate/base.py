@@ -99,12 +99,9 @@ def main(
         began = time.perf_counter()
         seeded = replace(sampling, seed=args.seed + number)
         answer = engine.add(Request(idx, max_new_tokens, seeded, tokenizer.stop_ids, stop or (), logprobs))
-        n_shown = 0
-        while answer.finish_reason is None:
-            engine.step()
+        for text in engine.texts(answer):
             if is_first():
-                print(answer.text[n_shown:], end="", flush=True)
-            n_shown = len(answer.text)
+                print(text, end="", flush=True)
         if not is_first():
             continue
         print()

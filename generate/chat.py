@@ -9,6 +9,7 @@ What you type is a question, but for commands: /help lists them.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +20,8 @@ from lit_gpt.device import default_device
 from lit_gpt.display.words import counted
 from lit_gpt.generate.commands import Chat
 from lit_gpt.generate.conversation import Conversation, mark_thoughts
-from lit_gpt.generate.decode import collected, is_cut, stream
-from lit_gpt.generate.sampling import check_sampling, seeded_generator
+from lit_gpt.generate.engine import Engine, Request
+from lit_gpt.generate.sampling import Sampling
 from lit_gpt.generate.terminal import dimmed, read_message
 from lit_gpt.ranges import check_range
 from lit_gpt.runs.load_finetuned import UseArgs
@@ -58,12 +59,10 @@ def main(
         top_k: Sample from the k likeliest tokens only.
         args: With which model, and how; see lit_gpt/runs/load_finetuned.py.
     """
-    check_sampling(temperature, top_k, args.top_p)
+    sampling = Sampling(temperature, top_k, args.top_p, args.min_p, args.repetition_penalty)
+    sampling.check()
+    sampling.check_not_greedy()
     check_range("--max_new_tokens", max_new_tokens, at_least=1)
-    if temperature == 0 and (top_k is not None or args.top_p is not None):
-        raise InputError(
-            "At --temperature 0 the likeliest token is taken: --top_k and --top_p need a higher one, such as 0.7."
-        )
 
     # the models, and a conversation with each of them
     device = default_device()
@@ -74,7 +73,8 @@ def main(
         name: Conversation(style, tokenizer, model.config, system, switches) for name, model in models.items()
     }
     chat = Chat(conversations, answering=list(models), is_greedy=temperature == 0)
-    generator = seeded_generator(args.seed, device)
+    engine = Engine(models, tokenizer)  # it keeps what it has read: of a conversation that goes on only what is new
+    generator = replace(sampling, seed=args.seed).new_generator()
     if sys.stdin.isatty():
         print(GREETING, file=sys.stderr)
 
@@ -107,39 +107,37 @@ def main(
                 print(f"Beyond {limit}: forgets the oldest {counted(prompt.n_forgotten, 'turn')}.", file=sys.stderr)
 
             # the answer, shown as it is made
-            idx = prompt.idx.to(device)
-            max_length = min(len(idx) + max_new_tokens, model.config.block_size)
-            tokens: list[int] = []
-            new_tokens = stream(
-                model,
-                idx,
-                max_length,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=args.top_p,
-                eos_id=tokenizer.stop_ids,
-                generator=generator,
+            n_room = model.config.block_size - len(prompt.idx)
+            answer = engine.add(
+                Request(
+                    prompt.idx.tolist(),
+                    min(max_new_tokens, n_room),
+                    sampling,
+                    tokenizer.stop_ids,
+                    model=name,
+                    generator=generator,
+                )
             )
-            answer = ""
+            said = ""
             is_interrupted = False
             try:
-                texts = tokenizer.stream(collected(new_tokens, tokens))
-                for text, is_thought in mark_thoughts(texts, prompt.is_thinking):
+                for text, is_thought in mark_thoughts(engine.texts(answer), prompt.is_thinking):
                     print(dimmed(text) if is_thought else text, end="", flush=True)
-                    answer += text
+                    said += text
             except KeyboardInterrupt:
                 is_interrupted = True
+                engine = Engine(models, tokenizer)  # the old one may have been stopped in the middle of anything
             print()
-            conversation.add_answer(answer, prompt.is_thinking)
+            conversation.add_answer(said, prompt.is_thinking)
 
             # did it come to its end?
             if is_interrupted:
                 chat.is_interrupted = True
                 print("Ended by Ctrl-C.", file=sys.stderr)
-            elif is_cut(tokens, tokenizer.stop_ids):
+            elif answer.finish_reason == "length":
                 limit = f"--max_new_tokens {max_new_tokens}"
-                if max_length == model.config.block_size:
-                    limit = f"the {max_length} tokens that the model can read"
+                if n_room <= max_new_tokens:
+                    limit = f"the {model.config.block_size} tokens that the model can read"
                 print(f"Cut at {limit}.", file=sys.stderr)
 
 

@@ -22,6 +22,7 @@ from lit_gpt.data.prompts import render
 from lit_gpt.generate.answers import answers
 from lit_gpt.generate.commands import COMMANDS
 from lit_gpt.generate.decode import generate, stream
+from lit_gpt.generate.engine import Answer, Engine
 from lit_gpt.generate.sampling import sample
 from lit_gpt.model import KVCache
 
@@ -296,14 +297,15 @@ def test_chat_on_a_terminal_says_what_can_be_typed(tiny_dir: Path, monkeypatch, 
 def test_ctrl_c_ends_the_answer_and_not_the_conversation(tiny_dir: Path, monkeypatch, capsys) -> None:
     chat, prompts = script("chat"), []
 
-    def interrupted(model: GPT, idx: torch.Tensor, max_length: int, **options) -> Iterator[int]:
-        prompts.append(Tokenizer(tiny_dir).decode_with_special(idx.tolist()))
-        for token in stream(model, idx, max_length, **options):
-            yield token
-            if len(prompts) == 1:
-                raise KeyboardInterrupt
+    class Interrupted(Engine):
+        def texts(self, answer: Answer) -> Iterator[str]:
+            prompts.append(Tokenizer(tiny_dir).decode_with_special(answer.request.prompt))
+            for text in super().texts(answer):
+                yield text
+                if len(prompts) == 1:
+                    raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat, "stream", interrupted)
+    monkeypatch.setattr(chat, "Engine", Interrupted)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nAnd you?\n"))
     chat.main(checkpoint_dir=tiny_dir, max_new_tokens=4)
     said = capsys.readouterr()
@@ -314,7 +316,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(tiny_dir: Path, monkeyp
 @pytest.mark.parametrize("flags", [{"top_k": 5}, {"top_p": 0.9}])
 def test_chat_is_greedy_unless_it_is_told_to_sample(flags: dict, tiny_dir: Path, monkeypatch, capsys) -> None:
     chat = script("chat")
-    with pytest.raises(InputError, match="--top_k and --top_p need a higher one, such as 0.7"):
+    with pytest.raises(InputError, match="--top_k, --top_p and --min_p need a higher one, such as 0.7"):
         chat.main(checkpoint_dir=tiny_dir, **flags)
     answers = set()
     for seed in (1, 2):

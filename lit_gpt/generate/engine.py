@@ -174,6 +174,20 @@ class Engine:
             for answer in answers:
                 self.cancel(answer)
 
+    def texts(self, answer: Answer) -> Iterator[str]:
+        """The text of an answer as it becomes certain, a piece for each step, which may be empty.
+
+        Whoever stops listening ends the answer. Others that are under way go on meanwhile.
+        """
+        n_given = 0
+        try:
+            while answer.finish_reason is None:
+                self.step()
+                yield answer.text[n_given:]
+                n_given = len(answer.text)
+        finally:
+            self.cancel(answer)
+
     # ---- a step
 
     def step(self) -> list[Answer]:

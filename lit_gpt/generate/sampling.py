@@ -60,11 +60,16 @@ class Sampling:
 
     def check_not_greedy(self, num_samples: int = 1) -> None:
         """Raises InputError for settings that change nothing at temperature 0, where all answers are the same."""
-        is_filtered = any(filter_ is not None for filter_ in (self.top_k, self.top_p, self.min_p))
-        if self.temperature == 0 and (is_filtered or num_samples > 1):
+        if self.temperature > 0:
+            return
+        if num_samples > 1:
             raise InputError(
-                "At --temperature 0 the likeliest token is taken, and all answers are the same: --num_samples, --top_k,"
-                " --top_p and --min_p need a higher one, such as 0.7."
+                "At --temperature 0 all answers are the same: --num_samples needs a higher one, such as 0.7."
+            )
+        if any(setting is not None for setting in (self.top_k, self.top_p, self.min_p)):
+            raise InputError(
+                "At --temperature 0 the likeliest token is taken: --top_k, --top_p and --min_p need a higher one, such"
+                " as 0.7."
             )
 
     def new_generator(self) -> torch.Generator:

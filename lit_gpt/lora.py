@@ -185,6 +185,8 @@ class DoRALinear(LoRALinear):
     As in the paper no gradient goes through |V|.
     """
 
+    reads_weight = True  # lit_gpt/fast_linears.py leaves the weight of the wrapped linear as it is
+
     def __init__(self, linear: nn.Module, r: int, scaling: float, dropout: float = 0.0) -> None:
         super().__init__(linear, r, scaling, dropout)
         weight = self.base_weight()

@@ -105,18 +105,21 @@ MAY_KNOW = {
     "config families": "errors files families",
     "model": "config ranges",
     # no surgeon knows another one
-    "lora adapter full quantize": "model errors ranges packages name_patterns replace_modules sharding",
+    "lora adapter full quantize cpu_codes": "model errors ranges packages name_patterns replace_modules sharding",
+    # it lays linears together, so that it knows those whose codes can be
+    "fast_linears": "model cpu_codes replace_modules",
     "display": "errors files packages",
     "data": "model.packing config display errors ranges lock files packages out_of_memory",
-    "checkpoint": "model lora quantize config families errors lock files download name_patterns out_of_memory sharding",
+    "checkpoint": "model lora quantize cpu_codes config families errors lock files download name_patterns out_of_memory"
+    " sharding",
     "device nvidia_driver sharding distributed make_optimizer optimizer_in_backward": "device nvidia_driver sharding"
     " make_optimizer watch interruption failures errors packages out_of_memory",
     "watch": "failures",
     "stream_blocks": "model device errors",
     # a chat: what is typed has to be Unicode, and conversations are kept in files
     "generate": "model config data display.words errors ranges sharding distributed cli files",
-    "runs": "checkpoint data model lora adapter full quantize stream_blocks config device sharding distributed"
-    " display cli failures errors lock ranges files packages",
+    "runs": "checkpoint data model lora adapter full quantize cpu_codes fast_linears stream_blocks config device"
+    " sharding distributed display cli failures errors lock ranges files packages",
     # no method, no tokenizer, no file format
     "train": "data.dataset make_optimizer optimizer_in_backward model.packing stream_blocks device sharding runs.log"
     " runs.resume display.words interruption watch failures out_of_memory errors ranges",

@@ -22,6 +22,7 @@ from lit_gpt.checkpoint.weight_files import (
     weight_files,
 )
 from lit_gpt.config import Config
+from lit_gpt.cpu_codes import CPU_KINDS, CodedLinear, CpuQuantize, quantize_for_cpu
 from lit_gpt.errors import InputError
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantize import Quantize, QuantizedLinear, frozen_parameter, quantize_linears
@@ -50,19 +51,32 @@ def load_model(
     checkpoint_dir: Path,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
-    quantize: Quantize | None = None,
+    quantize: Quantize | CpuQuantize | None = None,
     mesh: "DeviceMesh | None" = None,
     blocks_on_host: bool = False,
 ) -> GPT:
     """A GPT that is ready to use. `dtype` None is that of the files; see `load_weights`, for the others, too.
 
     Raises:
-        InputError: see `load_weights` and `quantize_linears`.
+        InputError: see `load_weights` and `quantize_empty_model`.
     """
     model = build_model(Config.from_checkpoint(checkpoint_dir))
-    quantize_linears(model, quantize)
+    quantize_empty_model(model, quantize, device)
     load_weights(model, checkpoint_dir, dtype, device, mesh, blocks_on_host)
     return model.eval()
+
+
+def quantize_empty_model(
+    model: GPT, kind: Quantize | CpuQuantize | None, device: torch.device | None = None
+) -> list[str]:
+    """Swaps the linears of a model that waits for its weights, in place, and returns their names. None swaps none.
+
+    Raises:
+        InputError: see `quantize_linears` and `quantize_for_cpu`.
+    """
+    if kind in CPU_KINDS:
+        return quantize_for_cpu(model, kind, device)  # type: ignore[arg-type] # one of these
+    return quantize_linears(model, kind)  # type: ignore[arg-type] # one of the others
 
 
 def load_weights(
@@ -105,9 +119,18 @@ def load_weights(
             replace_parameter(model, name, tensor_there, dtype, on_host)
         digests[name] = tensor_digest(name, tensor)
     if model.config.tie_embeddings:
-        model.lm_head.weight = model.transformer.wte.weight
+        tie_head(model)
     move_buffers(model, device)
     return stored_fingerprint(checkpoint_dir) or model_fingerprint(digests)
+
+
+def tie_head(model: GPT) -> None:
+    """Makes the head the embedding, which is there by now; a head of codes is made from its values."""
+    embedding = model.transformer.wte.weight
+    if isinstance(model.lm_head, CodedLinear):
+        model.lm_head.load_weight(embedding)
+    else:
+        model.lm_head.weight = embedding
 
 
 def checked_tensors(
@@ -306,7 +329,7 @@ def replace_parameter(
     """
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    if leaf == "weight" and isinstance(module, QuantizedLinear):
+    if leaf == "weight" and isinstance(module, QuantizedLinear | CodedLinear):
         module.load_weight(tensor)
     else:
         value = cast_without_overflow(name, tensor, dtype)

@@ -61,9 +61,10 @@ class CausalSelfAttention(nn.Module):
         cache: LayerCache | None = None,
     ) -> torch.Tensor:
         """(B, T, C) -> (B, T, C). With a cache, `input_pos`, (T,) or (B, T), says where in its rows the tokens go."""
-        q = self.split_heads(self.norm_q(self.q(x)))  # (B, nh, T, hs)
-        k = self.split_heads(self.norm_k(self.k(x)))  # (B, ng, T, hs)
-        v = self.split_heads(self.norm_v(self.v(x)))  # (B, ng, T, hs)
+        q, k, v = self.project(x)
+        q = self.split_heads(self.norm_q(q))  # (B, nh, T, hs)
+        k = self.split_heads(self.norm_k(k))  # (B, ng, T, hs)
+        v = self.split_heads(self.norm_v(v))  # (B, ng, T, hs)
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
 
@@ -74,6 +75,13 @@ class CausalSelfAttention(nn.Module):
         y = self.attend(q, k, v, mask)  # (B, nh, T, hs)
         y = y.transpose(1, 2).flatten(2)  # (B, T, nh * hs)
         return self.proj(y)
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries (B, T, nh * hs), keys and values (B, T, ng * hs) of x (B, T, C).
+
+        What computes them by other linears overrides this: `fast_linears.py` has one for all three.
+        """
+        return self.q(x), self.k(x), self.v(x)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
         """Attention of queries (B, nh, T, hs) to keys and values (B, ng, S, hs): (B, nh, T, hs).

@@ -23,7 +23,15 @@ class LLaMAMLP(nn.Module):
         self.activation = config.activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(gated(self.fc_1(x), self.fc_2(x), self.activation))
+        gate, up = self.project(x)
+        return self.proj(gated(gate, up, self.activation))
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gate before its activation, and what it gates, both (..., size), of x (..., C).
+
+        What computes them by other linears overrides this: `fast_linears.py` has one for both.
+        """
+        return self.fc_1(x), self.fc_2(x)
 
 
 class GptNeoxMLP(nn.Module):

@@ -10,18 +10,27 @@ import torch
 from torch import nn
 
 from lit_gpt.checkpoint import peft
-from lit_gpt.checkpoint.load import build_model, checked_tensors, is_finite, load_model, load_weights
+from lit_gpt.checkpoint.load import (
+    build_model,
+    checked_tensors,
+    is_finite,
+    load_model,
+    load_weights,
+    quantize_empty_model,
+)
 from lit_gpt.checkpoint.quantized_elsewhere import PLAIN
 from lit_gpt.checkpoint.weight_files import read_tensors
 from lit_gpt.config import SAMPLE, Config
+from lit_gpt.cpu_codes import CPU_KINDS, CpuQuantize
 from lit_gpt.data.embedding_rows import check_special_tokens
 from lit_gpt.data.tokenizer import Tokenizer, how_to_save_as_json
 from lit_gpt.device import Precision, inference_dtype
 from lit_gpt.errors import InputError
+from lit_gpt.fast_linears import prepare_for_answers
 from lit_gpt.files import some_of
 from lit_gpt.lora import apply_lora, lora_filter
 from lit_gpt.model.gpt import GPT
-from lit_gpt.quantize import Quantize, quantize_linears
+from lit_gpt.quantize import Quantize
 from lit_gpt.ranges import check_range, check_seed
 from lit_gpt.runs.header import Header, finetuned_file, is_peft, read_header, read_peft_header
 from lit_gpt.runs.methods import METHODS, Method
@@ -32,6 +41,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 QuantizeAs = Literal["auto", "none", Quantize]  # auto: as in training
+QuantizeForUse = Literal[QuantizeAs, CpuQuantize]  # those of the second kind are for answers alone
 
 
 @dataclass(frozen=True)
@@ -50,9 +60,10 @@ class UseArgs:
     """Makes tokens that were there before less likely if it is above 1, such as 1.1."""
     precision: Precision = "auto"
     """Dtype of the weights and of the arithmetic."""
-    quantize: QuantizeAs = "auto"
-    """Keep the linears in 4 or 8 bits: a smaller model, and on a CPU a slower one. auto is what the fine-tuned weights
-    were trained on, none the weights as they are."""
+    quantize: QuantizeForUse = "auto"
+    """Keep the linears in 4 or 8 bits. cpu.int4 and cpu.int8 are for answers on a CPU, and the faster for it; the
+    others make a model small, and on a CPU slow. auto is what the fine-tuned weights were trained on, none the weights
+    as they are."""
     stream_blocks: bool = False
     """Keep the weights of the blocks in the host's memory, for a model that is larger than the device's: each token
     takes the time to copy them all."""
@@ -132,14 +143,17 @@ def has_own_tokenizer(finetuned_dir: Path) -> bool:
 
 
 def load_model_for_use(args: UseArgs, device: torch.device, mesh: "DeviceMesh | None" = None) -> GPT:
-    """The model that the flags name. With a `mesh` its weights are split among these devices.
+    """The model that the flags name, as `prepare_for_answers` leaves it. With a `mesh` its weights are split instead.
 
     Raises:
-        InputError: --stream_blocks with several devices; or see `load_finetuned` and `load_weights`.
+        InputError: --stream_blocks or codes for a CPU with several devices; or see `load_finetuned` and `load_weights`.
     """
     dtype = inference_dtype(args.precision)
     if args.stream_blocks and mesh is not None:
         raise InputError("--stream_blocks is for one device. Leave it out: --devices splits the model among them.")
+    if args.quantize in CPU_KINDS and (mesh is not None or args.stream_blocks):
+        flag = "--stream_blocks" if args.stream_blocks else "--devices"
+        raise InputError(f"--quantize {args.quantize} is for one CPU that holds all of the model. Leave out {flag}.")
     if args.finetuned is None:
         quantize = None if args.quantize == "auto" or args.quantize == "none" else args.quantize
         model = load_model(args.checkpoint_dir or SAMPLE, dtype, device, quantize, mesh, args.stream_blocks)
@@ -158,6 +172,8 @@ def load_model_for_use(args: UseArgs, device: torch.device, mesh: "DeviceMesh | 
     if args.stream_blocks:
         model.requires_grad_(False)  # what was trained on the base is streamed, too
         stream_blocks(model, device)
+    if mesh is None and not args.stream_blocks:
+        prepare_for_answers(model)
     return model
 
 
@@ -166,7 +182,7 @@ def load_finetuned(
     finetuned_dir: Path,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
-    quantize: QuantizeAs = "auto",
+    quantize: QuantizeForUse = "auto",
     methods: Mapping[str, Method] = METHODS,
     mesh: "DeviceMesh | None" = None,
     blocks_on_host: bool = False,
@@ -182,7 +198,7 @@ def load_finetuned(
     header, base_dir = read_base(checkpoint_dir, finetuned_dir, methods)
     kind = choose_quantization(header, quantize, finetuned_dir)
     model = build_model(Config.from_checkpoint(base_dir))
-    quantize_linears(model, kind)
+    quantize_empty_model(model, kind, device)
     base = load_weights(model, base_dir, dtype, device, mesh, blocks_on_host)
     model, header = put_trained_on(model, base, base_dir, header, finetuned_dir, methods)
     return model.eval(), header
@@ -258,7 +274,7 @@ def base_of(finetuned_dir: Path, checkpoint_dir: Path | None, header: Header) ->
     return base_dir
 
 
-def choose_quantization(header: Header, quantize: QuantizeAs, finetuned_dir: Path) -> Quantize | None:
+def choose_quantization(header: Header, quantize: QuantizeForUse, finetuned_dir: Path) -> Quantize | CpuQuantize | None:
     """How to quantize the base: as in training, or as asked for, with a line on stderr if that is something else."""
     if quantize == "auto":
         return header.quantize
@@ -277,7 +293,7 @@ def knows_quantization(finetuned_dir: Path) -> bool:
     return not is_peft(finetuned_dir) or peft.says_quantize(finetuned_dir)
 
 
-def describe_weights(quantize: Quantize | None) -> str:
+def describe_weights(quantize: Quantize | CpuQuantize | None) -> str:
     return "the original weights" if quantize is None else f"weights in {quantize}"
 
 

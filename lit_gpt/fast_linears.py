@@ -78,8 +78,11 @@ class OneDNNLinear(nn.Module):
 
 
 @torch.no_grad()
-def prepare_for_answers(model: GPT) -> GPT:
+def prepare_for_answers(model: GPT, shares_weights: bool = False) -> GPT:
     """Changes a loaded model in place, so that it decodes faster, and returns it. Nothing in it trains any longer.
+
+    A model that shares weights with others has them in the layout that all know: nothing is stacked or packed, and
+    oneDNN reads them as they are. With one row that is as fast, with 16 it takes 1.5 times as long.
 
     One module is changed after the other: no more than the weights of one are in memory twice, and only for a moment.
     What a method has put around a linear (LoRA, an adapter) stays around it. A head that is tied to the embedding is
@@ -89,7 +92,8 @@ def prepare_for_answers(model: GPT) -> GPT:
     A model that is split among devices, or whose blocks are streamed, may not be handed over.
     """
     model.requires_grad_(False)
-    replace_modules(model, stack)
+    if not shares_weights:
+        replace_modules(model, stack)
     if not has_onednn():
         return model
 
@@ -102,7 +106,7 @@ def prepare_for_answers(model: GPT) -> GPT:
             return None
         if module.weight.dtype != torch.float32:
             return None
-        return OneDNNLinear(module, pack=module.weight is not embedding)
+        return OneDNNLinear(module, pack=not shares_weights and module.weight is not embedding)
 
     replace_modules(model, by_onednn)
     return model

@@ -17,14 +17,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lit_gpt.checkpoint.load import build_model, load_weights, move_buffers
+from lit_gpt.checkpoint.load import build_model, load_weights, move_buffers, quantize_empty_model
 from lit_gpt.config import Config
+from lit_gpt.cpu_codes import CpuQuantize
 from lit_gpt.data.prompts import resolve_style, style_label
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.device import inference_dtype
 from lit_gpt.errors import InputError
+from lit_gpt.fast_linears import prepare_for_answers
 from lit_gpt.model.gpt import GPT
-from lit_gpt.quantize import Quantize, quantization, quantize_linears
+from lit_gpt.quantize import Quantize
 from lit_gpt.runs.header import Header, read_header
 from lit_gpt.runs.load_finetuned import (
     UseArgs,
@@ -97,13 +99,15 @@ def load_models_for_use(
         base_dir = adapters[0].base_dir if adapters else base_of_whole(args, trained[0])
         kind = kinds[0] if adapters else asked_quantization(args)
         base = build_model(Config.from_checkpoint(base_dir))
-        quantize_linears(base, kind)
+        quantize_empty_model(base, kind, device)
         fingerprint = load_weights(base, base_dir, inference_dtype(args.precision), device)
         models[BASE] = base.eval()
         for one in adapters:
-            model = sharing(base, METHODS[one.header.method])
+            model = sharing(base, METHODS[one.header.method], kind)
             model, _ = put_trained_on(model, fingerprint, base_dir, one.header, one.folder)
             models[one.name] = model.eval()
+        for model in models.values():
+            prepare_for_answers(model, shares_weights=True)
 
     # those that were trained as a whole, and all in the order in which they were named
     for one in trained:
@@ -126,10 +130,13 @@ def load_one(
     return {name: load_model_for_use(args, device)}, tokenizer, prompt_style
 
 
-def sharing(base: GPT, method: Method) -> GPT:
-    """A GPT whose parameters are those of `base`, the very objects, but for copies of those that `method` trains."""
+def sharing(base: GPT, method: Method, kind: Quantize | CpuQuantize | None) -> GPT:
+    """A GPT whose parameters are those of `base`, the very objects, but for copies of those that `method` trains.
+
+    `kind` is how the base is quantized.
+    """
     model = build_model(base.config)
-    quantize_linears(model, quantization(base))
+    quantize_empty_model(model, kind, base.transformer.wte.weight.device)
     copies: dict[int, nn.Parameter] = {}
     # a tensor that has two names, as an embedding that is the head, is one here, too
     for name, param in base.named_parameters(remove_duplicate=False):
@@ -171,7 +178,9 @@ def check_base(first: Trained, other: Trained) -> None:
         )
 
 
-def check_quantization(first: Trained, kind: Quantize | None, other: Trained, other_kind: Quantize | None) -> None:
+def check_quantization(
+    first: Trained, kind: Quantize | CpuQuantize | None, other: Trained, other_kind: Quantize | CpuQuantize | None
+) -> None:
     """Raises InputError if two would have their base quantized in different ways."""
     if other_kind != kind:
         raise InputError(
@@ -198,7 +207,7 @@ def way_of_asking(one: Trained) -> tuple[str, str]:
     return style, one.tokenizer.templates_fingerprint if style == "chat" else ""
 
 
-def asked_quantization(args: UseArgs) -> Quantize | None:
+def asked_quantization(args: UseArgs) -> Quantize | CpuQuantize | None:
     """How to quantize a base on which no adapter was trained: as the flag says."""
     return None if args.quantize == "auto" or args.quantize == "none" else args.quantize
 

@@ -18,7 +18,7 @@ from lit_gpt.model.embeddings import ScaledEmbedding
 from lit_gpt.model.loss import LOGITS
 from lit_gpt.model.norms import RMSNorm
 from lit_gpt.model.packing import Layout, Segment
-from lit_gpt.model.rope import Rope, apply_rope
+from lit_gpt.model.rope import Rope, apply_rope, apply_spread_rope
 
 LINEAR = dict(rope_type="linear", factor=2.5)
 LLAMA3 = dict(
@@ -243,7 +243,9 @@ def test_a_bfloat16_norm_and_rotation_round_once() -> None:
     wide.weight.copy_(norm.weight)
     assert torch.equal(norm(x), wide(x.float()).bfloat16())
     cos, sin = Rope(Config(n_embd=48, n_head=1))(torch.arange(1000, 1050), [])
-    assert torch.equal(apply_rope(x, cos, sin), apply_rope(x.float(), cos, sin).bfloat16())
+    turned = apply_spread_rope(x, cos, sin)
+    assert torch.equal(turned, apply_spread_rope(x.float(), cos, sin).bfloat16())
+    assert torch.equal(turned, apply_rope(x, cos[:, :24], sin[:, 24:]))  # of pairs: the second half is sin
 
 
 SCALES = (2048**0.5, 12.0, 0.1)  # Gemma's and Granite's, and one that no dtype has
@@ -286,7 +288,7 @@ def test_what_waits_for_the_cpu_in_a_forward_pass() -> None:
     assert copies.n == 0
     with CopiesFromTheCPU() as copies:
         cos, _ = dynamic(torch.arange(90, device="meta"), [(20, 20), (30, 30), (40, 40)])
-    assert copies.n == 1 and cos.shape == (90, 24)
+    assert copies.n == 1 and cos.shape == (90, 48)
 
 
 DYNAMIC = dict(rope_type="dynamic", factor=2.0, original_max_position_embeddings=32)
@@ -308,7 +310,8 @@ def test_each_record_is_turned_by_the_frequencies_of_its_length(scaling: dict) -
     for together, parts in zip(found, zip(*alone)):
         assert torch.equal(together, torch.cat(parts))
     theta, factor = rope.frequencies(70)
-    assert torch.equal(alone[3][0], torch.outer(torch.arange(70.0), theta).cos() * factor)
+    cos = torch.outer(torch.arange(70.0), theta).cos() * factor
+    assert torch.equal(alone[3][0], torch.cat((cos, cos), dim=-1))
     assert not torch.equal(alone[3][0][:20], alone[0][0]), "longer than the original context"
 
 

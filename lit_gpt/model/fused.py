@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lit_gpt.model.rope import apply_rope
+from lit_gpt.model.rope import apply_spread_rope
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -48,6 +48,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 
     """
     if needs_gradient(x, weight):
         return RMSNormFunction.apply(x, weight, eps, offset)
+    if offset == 0 and x.dtype == weight.dtype == torch.float32 and not torch.compiler.is_compiling():
+        # as exact, and one call instead of six: 10 us for a token on a CPU, where these take 17
+        return F.rms_norm(x, weight.shape, weight, eps)
     y, _ = norm_forward(x, weight, eps, offset)
     return y
 
@@ -119,10 +122,10 @@ def norm_weight_gradient(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tens
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Queries or keys (B, heads, T, hs) by `apply_rope`, with cosine and sine of (T, rope_n_elem / 2)."""
+    """Queries or keys (B, heads, T, hs), with cosine and sine of (T, rope_n_elem) by `Rope`."""
     if needs_gradient(x):
         return RotateFunction.apply(x, cos, sin)
-    return apply_rope(x, cos, sin)
+    return apply_spread_rope(x, cos, sin)
 
 
 class RotateFunction(torch.autograd.Function):
@@ -131,12 +134,12 @@ class RotateFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        return apply_rope(x, cos, sin)
+        return apply_spread_rope(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return apply_rope(grad, cos, -sin), None, None
+        return apply_spread_rope(grad, cos, -sin), None, None
 
 
 # ---- gated MLP

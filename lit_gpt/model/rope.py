@@ -59,7 +59,7 @@ class Rope(nn.Module):
         return self.scaling_function(self.base, exponents, settings, length)
 
     def forward(self, pos: torch.Tensor, lengths: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine, (T, rope_n_elem / 2), for positions (T,).
+        """Cosine and sine for positions (T,), each (T, rope_n_elem) as `spread` makes them, once for all blocks.
 
         `lengths` says how many of the tokens belong to records of which length, in order.
         """
@@ -75,30 +75,38 @@ class Rope(nn.Module):
             angles = torch.cat(angles_of_records)
         else:
             angles = torch.outer(pos, self.theta)
-        return angles.cos() * self.factor, angles.sin() * self.factor
+        return spread(angles.cos() * self.factor, angles.sin() * self.factor)
+
+
+def spread(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of pairs, (T, n / 2), for each of the n elements: (cos, cos) and (-sin, sin), both (T, n)."""
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`apply_spread_rope` of heads (B, heads, T, hs), by cosine and sine of pairs, both (T, rope_n_elem / 2)."""
+    return apply_spread_rope(x, *spread(cos, sin))
+
+
+def apply_spread_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates the first rope_n_elem elements of every head and leaves the rest, (B, heads, T, hs).
 
-    Element i is paired with element i + rope_n_elem / 2, as in GPT-NeoX and all of Hugging Face's checkpoints.
+    Element i is paired with element i + rope_n_elem / 2, as in GPT-NeoX and all of Hugging Face's checkpoints. Cosine
+    and sine are (T, rope_n_elem), of `spread`.
     """
     n = cos.size(-1)
-    rest = x[..., 2 * n :]
+    part = x if n == x.size(-1) else x[..., :n]
     # cosine and sine are float32: half precision is rounded once, after the sum
-    wide = x[..., : 2 * n].to(torch.promote_types(x.dtype, cos.dtype))
-    x1 = wide[..., :n]
-    x2 = wide[..., n:]
+    wide = part.to(torch.promote_types(x.dtype, cos.dtype))
 
     # x1 cos - x2 sin, x2 cos + x1 sin: both halves at once, which takes half the time of one after the other
-    swapped = torch.cat((x2, x1), dim=-1)
-    rotated = wide * torch.cat((cos, cos), dim=-1)
-    rotated = rotated.addcmul_(swapped, torch.cat((-sin, sin), dim=-1)).to(x.dtype)
-    if rest.size(-1) == 0:
+    swapped = wide.roll(n // 2, dims=-1)  # x2, x1
+    rotated = (wide * cos).addcmul_(swapped, sin).to(x.dtype)
+    if part is x:
         return rotated
 
     # in memory the heads of a token stay side by side, as linears give and take them
-    parts_of_tokens = [part.transpose(1, 2) for part in (rotated, rest)]
+    parts_of_tokens = [part.transpose(1, 2) for part in (rotated, x[..., n:])]
     return torch.cat(parts_of_tokens, dim=-1).transpose(1, 2)
 
 

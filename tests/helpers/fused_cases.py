@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lit_gpt.model import fused
+from lit_gpt.model.rope import spread
 
 T, C = 23, 32
 
@@ -26,9 +27,9 @@ def norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0)
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """By complex numbers."""
-    n = cos.size(-1)
-    turned = torch.complex(x[..., :n], x[..., n : 2 * n]) * torch.complex(cos, sin)
+    """By complex numbers, from cosine and sine of all elements, as `Rope` gives them."""
+    n = cos.size(-1) // 2
+    turned = torch.complex(x[..., :n], x[..., n : 2 * n]) * torch.complex(cos[..., :n], sin[..., n:])
     return torch.cat((turned.real, turned.imag, x[..., 2 * n :]), dim=-1)
 
 
@@ -65,6 +66,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 ANGLES = torch.linspace(0, 50, T, dtype=torch.float64)[:, None] * torch.linspace(0.01, 1, 6, dtype=torch.float64)
+ROTATIONS = list(spread(ANGLES.cos(), ANGLES.sin()))
 LINEAR = [random(40, C, seed=7), random(40, seed=8)]
 HEADS = [(2, 4, T, 16), (2, 2, T, 16)]
 
@@ -72,10 +74,8 @@ CASES = {
     "norm": Case(fused.rms_norm, norm, [(2, T, C), (C,)], [1e-5]),
     "norm of heads": Case(fused.rms_norm, norm, [(2, T, 4, C), (C,)], [1e-6]),
     "norm of Gemma": Case(fused.rms_norm, norm, [(2, T, C), (C,)], [1e-5, 1.0]),
-    "rotations": Case(rotate_both, both_rotated, HEADS, [ANGLES.cos(), ANGLES.sin()]),
-    "rotations of all elements": Case(
-        rotate_both, both_rotated, [(1, 3, T, 12), (1, 1, T, 12)], [ANGLES.cos(), ANGLES.sin()]
-    ),
+    "rotations": Case(rotate_both, both_rotated, HEADS, ROTATIONS),
+    "rotations of all elements": Case(rotate_both, both_rotated, [(1, 3, T, 12), (1, 1, T, 12)], ROTATIONS),
     "silu": Case(fused.gated, gated_by(lambda x: x * torch.sigmoid(x)), [(2, T, C)] * 2, ["silu"]),
     "gelu": Case(fused.gated, gated_by(F.gelu), [(2, T, C)] * 2, ["gelu"]),
     "gelu_tanh": Case(fused.gated, gated_by(lambda x: F.gelu(x, approximate="tanh")), [(2, T, C)] * 2, ["gelu_tanh"]),

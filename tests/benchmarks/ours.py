@@ -22,6 +22,7 @@ from lit_gpt.generate.decode import generate
 from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
 from lit_gpt.make_optimizer import make_optimizer
 from lit_gpt.model.packing import Layout
+from lit_gpt.runs.load_finetuned import QuantizeForUse, UseArgs, load_model_for_use
 from lit_gpt.train import TrainArgs
 
 LORA = LoRA(r=RANK, alpha=ALPHA, dropout=0.0, key=False, projection=False, mlp=False)
@@ -110,10 +111,15 @@ def operations(args: argparse.Namespace) -> Callable[[dict], dict]:
 
 
 def decode(args: argparse.Namespace) -> Callable[[dict], dict]:
-    model = load_model(args.checkpoint_dir, torch.float32)
+    """The model as generate/base.py loads it: in float32, or in the codes that a setting is called after."""
+    kinds: dict[str, QuantizeForUse] = {"float32": "none", "int8": "cpu.int8", "int4": "cpu.int4"}
+    models = {}
+    for setting, kind in kinds.items():
+        use = UseArgs(checkpoint_dir=args.checkpoint_dir, precision="32-true", quantize=kind)
+        models[setting] = load_model_for_use(use, torch.device("cpu"))
 
     def continued(prompt: torch.Tensor, new_tokens: int, setting: str) -> torch.Tensor:
-        return generate(model, prompt, len(prompt) + new_tokens, temperature=0.0)[len(prompt) :]
+        return generate(models[setting], prompt, len(prompt) + new_tokens, temperature=0.0)[len(prompt) :]
 
     return decoder(continued)
 

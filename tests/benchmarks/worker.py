@@ -35,6 +35,7 @@ PROGRAMS = {
     "hf": ("peer_hf.py", "hf"),
     "trainer": ("peer_hf.py", "hf"),  # transformers once more, as its stock Trainer trains
     "litgpt": ("peer_litgpt.py", "litgpt"),
+    "llama_cpp": ("peer_llama_cpp.py", "llama"),
 }
 RANK, ALPHA = 8, 16
 # AdamW, as lit_gpt's TrainArgs have it; the rates are the defaults of --train.learning_rate, see finetune/full.py
@@ -61,10 +62,20 @@ def read_records(path: Path) -> list[Record]:
 # The worker's end. Only these functions need torch.
 
 
-def serve(tasks: dict[str, Callable[[argparse.Namespace], Callable[[dict], dict]]], packages: list[str]) -> None:
-    """Loads what the task needs, then answers until standard input ends."""
-    import torch
+def serve(
+    tasks: dict[str, Callable[[argparse.Namespace], Callable[[dict], dict]]],
+    packages: list[str],
+    n_threads: int | None = None,
+) -> None:
+    """Loads what the task needs, then answers until standard input ends. `n_threads` None: torch computes, as it does.
 
+    The answers tell the versions of `packages`, and that of torch where it computes.
+    """
+    if n_threads is None:
+        import torch
+
+        n_threads = torch.get_num_threads()
+        packages = ["torch", *packages]
     parser = argparse.ArgumentParser()
     parser.add_argument("task", choices=tasks)
     parser.add_argument("--checkpoint_dir", type=Path)
@@ -75,8 +86,8 @@ def serve(tasks: dict[str, Callable[[argparse.Namespace], Callable[[dict], dict]
     task = tasks[args.task](args)
     if args.task == "qlora":
         packages = [*packages, "bitsandbytes"]
-    versions = {name: version(name) for name in ["torch", *packages]}
-    print(json.dumps({"versions": versions, "threads": torch.get_num_threads()}), file=pipe, flush=True)
+    versions = {name: version(name) for name in packages}
+    print(json.dumps({"versions": versions, "threads": n_threads}), file=pipe, flush=True)
     for line in sys.stdin:
         print(json.dumps({**task(json.loads(line)), "peak_gb": peak_gb()}), file=pipe, flush=True)
 

@@ -93,6 +93,13 @@ class CodedLinear(nn.Module):
         inputs = torch.eye(self.in_features, dtype=torch.bfloat16)
         return self.multiply(inputs).T.to(dtype).contiguous()
 
+    @torch.no_grad()
+    def multiply_rows(self, factors: torch.Tensor) -> None:
+        """Multiplies each row of the weight by a factor of its own, (out,), by way of the scales and zeros."""
+        if self.kind == "cpu.int4":
+            factors = factors[:, None]
+        self.scales.copy_(self.scales.float() * factors)
+
     def fits_above(self, other: "CodedLinear") -> bool:
         """Whether `stacked` can lay the weight of `other` below this one: whole blocks of rows, with 4 bits."""
         same = self.kind == other.kind and (self.bias is None) == (other.bias is None)

@@ -185,8 +185,6 @@ class DoRALinear(LoRALinear):
     As in the paper no gradient goes through |V|.
     """
 
-    reads_weight = True  # lit_gpt/fast_linears.py leaves the weight of the wrapped linear as it is
-
     def __init__(self, linear: nn.Module, r: int, scaling: float, dropout: float = 0.0) -> None:
         super().__init__(linear, r, scaling, dropout)
         weight = self.base_weight()
@@ -210,6 +208,30 @@ class DoRALinear(LoRALinear):
         y = super().forward(x) - bias  # (B, T, out)
         scale = (self.lora_magnitude / lengths).to(x.dtype)
         return y * scale + bias
+
+    @torch.no_grad()
+    def for_answers(self) -> LoRALinear | None:
+        """A LoRALinear with the same output, for a model that no longer trains: m / |V| goes into W and B, once.
+
+        It takes over the wrapped linear, whose weight it changes. None if that would round the weight anew: it is in
+        half precision, or in codes whose rows cannot be multiplied.
+        """
+        linear = self.linear
+        is_wide = isinstance(linear, nn.Linear) and linear.weight.dtype.itemsize >= 4
+        if not is_wide and not hasattr(linear, "multiply_rows"):
+            return None
+        lengths = super().changed(self.base_weight()).norm(dim=1)
+        scale = self.lora_magnitude / lengths
+        if is_wide:
+            # a new parameter: a head may be tied to the embedding
+            scaled = linear.weight * scale[:, None].to(linear.weight.dtype)
+            linear.weight = nn.Parameter(scaled, requires_grad=False)
+        else:
+            linear.multiply_rows(scale)
+        lora = LoRALinear(linear, len(self.lora_A), self.scaling)
+        lora.lora_A = self.lora_A
+        lora.lora_B = nn.Parameter(self.lora_B * scale[:, None])
+        return lora.train(self.training)
 
     def changed(self, weight: torch.Tensor) -> torch.Tensor:
         direction = super().changed(weight)

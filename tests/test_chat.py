@@ -1,6 +1,4 @@
-"""Talking to models: the history, thoughts and files of a conversation, and chat.py in a real terminal:
-`pytest tests/test_chat.py`, about 50 s
-"""
+"""Conversations, and chat.py in a terminal: `pytest tests/test_chat.py`, about 50 s"""
 
 import importlib.util
 import json

@@ -69,7 +69,7 @@ class CodedLinear(nn.Module):
         return 1 if self.kind == "cpu.int4" else 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.flatten(0, -2).to(torch.bfloat16).contiguous()
+        rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
         y = self.multiply(rows).to(x.dtype).view(*x.shape[:-1], self.out_features)
         if self.bias is None:
             return y

@@ -142,8 +142,10 @@ def has_own_tokenizer(finetuned_dir: Path) -> bool:
     return False
 
 
-def load_model_for_use(args: UseArgs, device: torch.device, mesh: "DeviceMesh | None" = None) -> GPT:
+def load_model_for_use(args: UseArgs, device: torch.device, mesh: "DeviceMesh | None" = None, n_rows: int = 1) -> GPT:
     """The model that the flags name, as `prepare_for_answers` leaves it. With a `mesh` its weights are split instead.
+
+    `n_rows` is how many texts will be decoded at once, for which weights are laid out.
 
     Raises:
         InputError: --stream_blocks or codes for a CPU with several devices; or see `load_finetuned` and `load_weights`.
@@ -173,7 +175,7 @@ def load_model_for_use(args: UseArgs, device: torch.device, mesh: "DeviceMesh | 
         model.requires_grad_(False)  # what was trained on the base is streamed, too
         stream_blocks(model, device)
     if mesh is None and not args.stream_blocks:
-        prepare_for_answers(model)
+        prepare_for_answers(model, n_rows)
     return model
 
 

@@ -22,7 +22,7 @@ from lit_gpt.generate.commands import Chat
 from lit_gpt.generate.conversation import Conversation, mark_thoughts
 from lit_gpt.generate.engine import Engine, Request
 from lit_gpt.generate.sampling import Sampling
-from lit_gpt.generate.terminal import dimmed, read_message
+from lit_gpt.generate.terminal import dimmed, read_message, without_ctrl_c
 from lit_gpt.ranges import check_range
 from lit_gpt.runs.load_finetuned import UseArgs
 from lit_gpt.runs.side_by_side import load_models_for_use
@@ -98,13 +98,15 @@ def main(
             if len(models) > 1:
                 print(f"{name}:", flush=True)
             try:
-                prompt = conversation.ask(question, max_new_tokens)
+                with without_ctrl_c():
+                    prompt = conversation.ask(question, max_new_tokens)
             except InputError as error:
                 print(error, file=sys.stderr)
                 continue
             if prompt.n_forgotten:
-                limit = f"the {model.config.block_size} tokens that the model can read"
-                print(f"Beyond {limit}: forgets the oldest {counted(prompt.n_forgotten, 'turn')}.", file=sys.stderr)
+                left_out = counted(prompt.n_forgotten, "turn")
+                limit = f"{model.config.block_size:,} tokens"
+                print(f"The model can read {limit}: from here on without the oldest {left_out}.", file=sys.stderr)
 
             # the answer, shown as it is made
             n_room = model.config.block_size - len(prompt.idx)
@@ -126,9 +128,11 @@ def main(
                     said += text
             except KeyboardInterrupt:
                 is_interrupted = True
-                engine = Engine(models, tokenizer)  # the old one may have been stopped in the middle of anything
-            print()
-            conversation.add_answer(said, prompt.is_thinking)
+            with without_ctrl_c():
+                if is_interrupted:
+                    engine = Engine(models, tokenizer)  # the old one may have been stopped in the middle of anything
+                print()
+                conversation.add_answer(said, prompt.is_thinking)
 
             # did it come to its end?
             if is_interrupted:

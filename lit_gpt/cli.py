@@ -288,6 +288,10 @@ def make_parser(main: Callable[..., None]) -> "ArgumentParser":
             action.nargs = "?"
             action.const = True
 
+        # as `join_paths` takes them; jsonargparse also names a file of paths, which this is not
+        if getattr(action, "_typehint", None) == list[Path]:
+            action.metavar = "PATH [PATH ...]"
+
         # two ways that --help need not teach: a file for a group alone (--lora FILE), and --lora.layers+ to append
         if action.dest in groups:
             action.help = SUPPRESS

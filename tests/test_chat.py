@@ -400,18 +400,24 @@ def test_an_answer_comes_as_it_is_made_and_can_be_ended(long_dir: Path, tmp_path
         chat.child.sendintr()
         said = chat.until_prompt()
         assert "Ended by Ctrl-C." in said
+    # in a hurry: none of them is left for the conversation
+    chat.child.send("Well?\r")
+    chat.child.expect("\x1b\\[\\?2004l\r\\W*\\w{3}")
+    chat.child.sendintr()
+    chat.child.sendintr()
+    assert "Ended by Ctrl-C." in chat.until_prompt()
     chat.type("/save talk.jsonl")
     messages = json.loads((tmp_path / "talk.jsonl").read_text())["messages"]
-    assert [message["content"] for message in messages[::2]] == ["Who?", "And?"]
+    assert [message["content"] for message in messages[::2]] == ["Who?", "And?", "Well?"]
     assert all(0 < len(message["content"]) for message in messages[1::2])
     assert chat.end("\x04") == 0
 
 
 def test_the_oldest_turn_is_forgotten_aloud(tiny_dir: Path, tmp_path: Path, expected) -> None:
     chat = Terminal("--checkpoint_dir", tiny_dir, "--max_new_tokens", "6", cwd=tmp_path)
-    assert "forgets" not in chat.type("word " * 190)
+    assert "without the oldest" not in chat.type("word " * 190)
     said = chat.type("Who are you, and what is it that you want of me, if I may ask, at this late hour of the day?")
-    assert said.startswith("Beyond the 256 tokens that the model can read: forgets the oldest 1 turn.\n")
+    assert said.startswith("The model can read 256 tokens: from here on without the oldest 1 turn.\n")
     alone = expected("Who are you, and what is it that you want of me, if I may ask, at this late hour of the day?")
     assert alone in said
     assert chat.end("/quit\r") == 0

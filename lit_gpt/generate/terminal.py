@@ -5,7 +5,9 @@ pasted are one message, which Enter sends. Three quotes begin a message of sever
 """
 
 import contextlib
+import signal
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from lit_gpt.cli import check_text
@@ -73,6 +75,16 @@ def read_lines(prompt: str) -> str:
     while not text.endswith(QUOTES):
         text += "\n" + input("... " if prompt else "").rstrip()
     return text.removesuffix(QUOTES).strip()
+
+
+@contextlib.contextmanager
+def without_ctrl_c() -> Iterator[None]:
+    """Ctrl-C does nothing inside, so that a second one, a moment after the first, does not end what the first left."""
+    handler = signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def dimmed(text: str) -> str:

@@ -1,0 +1,209 @@
+"""Serve a model over HTTP: OpenAI's API, and that of the NeurIPS LLM efficiency challenge.
+
+    python generate/serve.py
+    python generate/serve.py --finetuned out/lora/docstrings --port 8080
+    curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+        -d '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
+
+Ctrl-C or SIGTERM ends it, once the requests that it has taken are answered. What it says goes to stderr.
+"""
+
+import random
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_gpt import InputError
+from lit_gpt.cli import Flags, run
+from lit_gpt.config import SAMPLE
+from lit_gpt.data.prompts import resolve_style
+from lit_gpt.device import default_device
+from lit_gpt.generate.engine import Engine
+from lit_gpt.packages import require
+from lit_gpt.ranges import check_range
+from lit_gpt.runs.load_finetuned import UseArgs, load_model_for_use, read_for_use
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from lit_gpt.generate.make_requests import RequestMaker
+
+MAX_BODY_BYTES = 8 * 2**20
+LOCAL = ("127.0.0.1", "::1", "localhost")
+
+
+def main(
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    model_name: str | None = None,
+    prompt_style: str = "auto",
+    max_batch: int = 16,
+    max_waiting: int = 64,
+    max_new_tokens: int = 2048,
+    max_seconds: float = 600,
+    args: Flags[UseArgs] = UseArgs(),
+) -> None:
+    """Serve a model over HTTP.
+
+    Args:
+        host: The address to listen at. The default is for programs on this machine alone; 0.0.0.0 is for all that
+            reach it.
+        port: The port to listen at. 0 takes a free one.
+        api_key: A secret that each request has to have in its header "Authorization: Bearer ...".
+        model_name: The model's name in the API. None is the name of its folder.
+        prompt_style: The text around a question, as in generate/base.py. auto is what the fine-tuned weights were
+            trained with, else chat where there is a template.
+        max_batch: The most answers that are made at once.
+        max_waiting: The most that wait for their turn. More are refused with status 429.
+        max_new_tokens: The most tokens that an answer may have.
+        max_seconds: The longest time for a request. One that takes longer is ended with status 504.
+        args: With which model, such as --finetuned, and how; see lit_gpt/runs/load_finetuned.py. --top_p is for
+            requests that have none, and --seed for those that have none.
+    """
+    check_range("--port", port, at_least=0, at_most=65535)
+    check_range("--max_batch", max_batch, at_least=1)
+    check_range("--max_waiting", max_waiting, at_least=0)
+    check_range("--max_new_tokens", max_new_tokens, at_least=1)
+    check_range("--max_seconds", max_seconds, above=0)
+    if api_key == "":
+        raise InputError("--api_key is empty, expected a secret. Leave it out for a server without one.")
+    for package in ("fastapi", "uvicorn"):
+        require(package, "serve", "The server")
+    from lit_gpt.generate.make_requests import RequestMaker
+    from lit_gpt.generate.web import open_address, run_app
+
+    # the address, before anything is read
+    address = open_address(host, port)
+    if host not in LOCAL and api_key is None:
+        print(f"Whoever reaches {host} may ask: there is no --api_key.", file=sys.stderr)
+
+    # the model, and how it is asked
+    tokenizer, config, trained_style = read_for_use(args)
+    style = resolve_style(prompt_style, tokenizer, trained_style)
+    model = load_model_for_use(args, default_device())
+    name = model_name or folder_name(args.finetuned or args.checkpoint_dir or SAMPLE)
+    engine = Engine({name: model}, tokenizer, max_batch=max_batch)
+    maker = RequestMaker(
+        tokenizer=tokenizer,
+        style=style,
+        block_size=config.block_size,
+        max_new_tokens=max_new_tokens,
+        top_p=args.top_p,
+        seeds=random.Random(args.seed),
+    )
+
+    # until a signal comes
+    app = make_app(engine, maker, max_batch + max_waiting, max_seconds, api_key)
+    print(f"Serving {name} at http://{host}:{address.getsockname()[1]}.", file=sys.stderr)
+    run_app(app, address)
+
+
+def make_app(
+    engine: Engine, maker: "RequestMaker", max_open: int, max_seconds: float, api_key: str | None = None
+) -> "FastAPI":
+    """All that can be asked for. Nothing here reads or writes a file."""
+    from fastapi import FastAPI, HTTPException, Request
+    from fastapi.concurrency import run_in_threadpool
+    from fastapi.responses import JSONResponse, Response
+
+    from lit_gpt.generate.engine_thread import EngineThread
+    from lit_gpt.generate.protocol import ChatBody, CompletionBody, DecodeBody, ProcessBody, TokenizeBody
+    from lit_gpt.generate.responses import Responses
+    from lit_gpt.generate.web import EventStream, KeyGuard, add_error_handlers, answers_unless_gone
+
+    tokenizer = maker.tokenizer
+    responses = Responses(tokenizer)
+    thread: EngineThread
+    began = int(time.time())
+
+    @asynccontextmanager
+    async def engine_runs(app: FastAPI) -> AsyncIterator[None]:
+        nonlocal thread
+        thread = app.state.engine = EngineThread(engine, max_open, max_seconds)
+        thread.on_failure = app.state.end
+        yield
+        await thread.stop()
+
+    app = FastAPI(title="lit-gpt", lifespan=engine_runs, docs_url=None, redoc_url=None, max_body_size=MAX_BODY_BYTES)
+    add_error_handlers(app)
+    if api_key is not None:
+        app.add_middleware(KeyGuard, api_key=api_key)
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        thread.check_alive()
+        return {"status": "ok", "open_requests": thread.n_open}
+
+    # ---- OpenAI
+
+    def name_of(model: str) -> str:
+        names = list(engine.models)
+        if model and model not in names:
+            raise HTTPException(404, f"There is no model {model!r} here, expected one of {', '.join(names)}.")
+        return model or names[0]
+
+    def describe(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": began, "owned_by": "lit-gpt"}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [describe(name) for name in engine.models]}
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> dict[str, Any]:
+        return describe(name_of(name))
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        name = name_of(body.model)
+        call = await thread.ask(await run_in_threadpool(maker.of_completion, body))
+        if body.stream:
+            return EventStream(call, responses.completion_chunks(call, body, name))
+        answers = await answers_unless_gone(call, request)
+        return JSONResponse(responses.completion(answers, body, name))
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatBody, request: Request) -> Response:
+        name = name_of(body.model)
+        call = await thread.ask(await run_in_threadpool(maker.of_chat, body))
+        if body.stream:
+            return EventStream(call, responses.chat_chunks(call, body, name))
+        answers = await answers_unless_gone(call, request)
+        return JSONResponse(responses.chat(answers, body, name))
+
+    # ---- the challenge
+
+    @app.post("/process")
+    async def process(body: ProcessBody, request: Request) -> Response:
+        start = time.perf_counter()
+        call = await thread.ask(await run_in_threadpool(maker.of_process, body))
+        answers = await answers_unless_gone(call, request)
+        return JSONResponse(responses.processed(answers, body, time.perf_counter() - start))
+
+    @app.post("/tokenize")
+    def tokenize(body: TokenizeBody) -> dict[str, Any]:
+        start = time.perf_counter()
+        tokens = tokenizer.encode(body.text, max_length=body.max_length if body.truncation else -1).tolist()
+        return {"tokens": tokens, "request_time": time.perf_counter() - start}
+
+    @app.post("/decode")
+    def decode(body: DecodeBody) -> dict[str, Any]:
+        start = time.perf_counter()
+        text = tokenizer.decode(body.tokens)
+        return {"text": text, "request_time": time.perf_counter() - start}
+
+    return app
+
+
+def folder_name(folder: Path) -> str:
+    """A name for what a folder holds: of a run's best or last, the name of the run."""
+    path = folder.resolve()
+    return path.parent.name if path.name in ("best", "last") else path.name
+
+
+if __name__ == "__main__":
+    run(main)

@@ -74,7 +74,7 @@ def main(
     for package in ("fastapi", "uvicorn"):
         require(package, "serve", "The server")
     from lit_gpt.generate.make_requests import RequestMaker
-    from lit_gpt.generate.web import open_address, run_app
+    from lit_gpt.generate.web import open_address, run_app, url_of
 
     # the address, before anything is read
     address = open_address(host, port)
@@ -98,7 +98,7 @@ def main(
 
     # until a signal comes
     app = make_app(engine, maker, max_batch + max_waiting, max_seconds, api_key)
-    print(f"Serving {name} at http://{host}:{address.getsockname()[1]}.", file=sys.stderr)
+    print(f"Serving {name} at {url_of(address)}.", file=sys.stderr)
     run_app(app, address)
 
 

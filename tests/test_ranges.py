@@ -36,6 +36,10 @@ OUT_OF_RANGE = {
     "--repetition_penalty": "0 -1 .nan .inf",
     "--logprobs": "-1",
     "--batch_size": NOT_A_COUNT,
+    "--port": "-1 65536",
+    "--max_batch": NOT_A_COUNT,
+    "--max_waiting": "-1",
+    "--max_seconds": NOT_POSITIVE,
     # finetune/
     "--seed": NOT_A_SEED,
     "--activation_checkpointing": NOT_A_COUNT,

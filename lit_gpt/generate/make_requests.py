@@ -29,9 +29,9 @@ class RequestMaker:
     max_new_tokens: int
     """The most tokens of an answer."""
     top_p: float | None
-    """Of requests that do not say."""
+    """The top_p of requests that have none."""
     seeds: random.Random
-    """Gives seeds to requests without one."""
+    """Where requests without a seed get one."""
 
     def of_completion(self, body: CompletionBody) -> list[Request]:
         """The n requests of the first prompt, then those of the second."""

@@ -38,12 +38,12 @@ class TokenTexts:
         return text.encode()
 
     def text_of(self, token: int) -> str:
-        r"""Its text; of a part of a character its bytes, as OpenAI writes them: bytes:\xe5\xa5."""
+        r"""Its text; of a part of a character its bytes, as OpenAI writes them: bytes: \xe5\xa5."""
         spelled = self.bytes_of(token)
         try:
             return spelled.decode()
         except UnicodeDecodeError:
-            return "bytes:" + "".join(rf"\x{byte:02x}" for byte in spelled)
+            return "bytes:" + "".join(chr(byte) if 32 <= byte < 127 else rf"\x{byte:02x}" for byte in spelled)
 
     def opening_space(self, prompt: Sequence[int], answer: Sequence[int]) -> str:
         """The space between a prompt and its answer, if it is none of the texts of both: sentencepiece drops it."""

@@ -49,6 +49,11 @@ def open_address(host: str, port: int) -> socket.socket:
     return address
 
 
+def url_of(address: socket.socket) -> str:
+    host, port = address.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def run_app(app: FastAPI, address: socket.socket) -> None:
     """Answers requests until SIGTERM or Ctrl-C, then those that it has taken. A second Ctrl-C ends it at once.
 

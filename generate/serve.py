@@ -1,7 +1,8 @@
-"""Serve a model over HTTP: OpenAI's API, and that of the NeurIPS LLM efficiency challenge.
+"""Serve models over HTTP: OpenAI's API, that of the NeurIPS LLM efficiency challenge, and a page to talk to them.
 
     python generate/serve.py
     python generate/serve.py --finetuned out/lora/docstrings --port 8080
+    python generate/serve.py --finetuned out/lora/docstrings --with_base
     curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
 
@@ -14,17 +15,19 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lit_gpt import InputError
 from lit_gpt.cli import Flags, run
 from lit_gpt.config import SAMPLE
-from lit_gpt.data.prompts import resolve_style
+from lit_gpt.data.prompts import resolve_style, switch_thinking
 from lit_gpt.device import default_device
 from lit_gpt.generate.engine import Engine
+from lit_gpt.generate.sampling import Sampling
 from lit_gpt.packages import require
 from lit_gpt.ranges import check_range
-from lit_gpt.runs.load_finetuned import UseArgs, load_model_for_use, read_for_use
+from lit_gpt.runs.load_finetuned import UseArgs
+from lit_gpt.runs.side_by_side import load_models_for_use
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -32,37 +35,45 @@ if TYPE_CHECKING:
     from lit_gpt.generate.make_requests import RequestMaker
 
 MAX_BODY_BYTES = 8 * 2**20
+PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
 def main(
+    finetuned: list[Path] = [],  # noqa: B006 # jsonargparse makes a copy
+    with_base: bool = False,
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str | None = None,
     model_name: str | None = None,
     prompt_style: str = "auto",
+    think: Literal["auto", "on", "off"] = "auto",
     max_batch: int = 16,
     max_waiting: int = 64,
     max_new_tokens: int = 2048,
     max_seconds: float = 600,
     args: Flags[UseArgs] = UseArgs(),
 ) -> None:
-    """Serve a model over HTTP.
+    """Serve models over HTTP, and at / a page to talk to them.
 
     Args:
+        finetuned: The folder that a fine-tuning script wrote: an out_dir (its best), or one folder of it. Several are
+            served side by side, on one copy of the weights that they were trained on.
+        with_base: Serve the model, too, as it was before it was fine-tuned, by the name base.
         host: The address to listen at. The default is for programs on this machine alone; 0.0.0.0 is for all that
             reach it.
         port: The port to listen at. 0 takes a free one.
         api_key: A secret that each request has to have in its header "Authorization: Bearer ...".
-        model_name: The model's name in the API. None is the name of its folder.
+        model_name: The name of a single model in the API. None is that of its folder.
         prompt_style: The text around a question, as in generate/base.py. auto is what the fine-tuned weights were
             trained with, else chat where there is a template.
-        max_batch: The most answers that are made at once.
+        think: Have a model that can do both think before it answers, or not, as in generate/chat.py.
+        max_batch: The most answers of a model that are made at once.
         max_waiting: The most that wait for their turn. More are refused with status 429.
         max_new_tokens: The most tokens that an answer may have.
         max_seconds: The longest time for a request. One that takes longer is ended with status 504.
-        args: With which model, such as --finetuned, and how; see lit_gpt/runs/load_finetuned.py. --top_p is for
-            requests that have none, and --seed for those that have none.
+        args: With which model, and how; see lit_gpt/runs/load_finetuned.py. --top_p, --min_p, --repetition_penalty and
+            --seed are for requests that have none.
     """
     check_range("--port", port, at_least=0, at_most=65535)
     check_range("--max_batch", max_batch, at_least=1)
@@ -81,40 +92,46 @@ def main(
     if host not in LOCAL and api_key is None:
         print(f"Whoever reaches {host} may ask: there is no --api_key.", file=sys.stderr)
 
-    # the model, and how it is asked
-    tokenizer, config, trained_style = read_for_use(args)
+    # the models, and how they are asked
+    models, tokenizer, trained_style = load_models_for_use(args, finetuned, default_device(), with_base)
+    if len(models) == 1:
+        (model,) = models.values()
+        folder = (*finetuned, args.finetuned, args.checkpoint_dir, SAMPLE)
+        models = {model_name or folder_name(next(path for path in folder if path)): model}
+    elif model_name is not None:
+        raise InputError(f"--model_name is for one model, and there are {len(models)}: {', '.join(models)}.")
+    engine = Engine(models, tokenizer, max_batch=max_batch)
     style = resolve_style(prompt_style, tokenizer, trained_style)
-    model = load_model_for_use(args, default_device())
-    name = model_name or folder_name(args.finetuned or args.checkpoint_dir or SAMPLE)
-    engine = Engine({name: model}, tokenizer, max_batch=max_batch)
     maker = RequestMaker(
         tokenizer=tokenizer,
         style=style,
-        block_size=config.block_size,
+        block_size=min(model.config.block_size for model in models.values()),
         max_new_tokens=max_new_tokens,
-        top_p=args.top_p,
+        defaults=Sampling(top_p=args.top_p, min_p=args.min_p, repetition_penalty=args.repetition_penalty),
         seeds=random.Random(args.seed),
+        switches={} if think == "auto" else switch_thinking(style, tokenizer, think == "on"),
     )
 
     # until a signal comes
-    app = make_app(engine, maker, max_batch + max_waiting, max_seconds, api_key)
-    print(f"Serving {name} at {url_of(address)}.", file=sys.stderr)
+    app = make_app(engine, maker, max_batch * len(models) + max_waiting, max_seconds, api_key)
+    print(f"Serving {', '.join(models)} at {url_of(address)}.", file=sys.stderr)
     run_app(app, address)
 
 
 def make_app(
     engine: Engine, maker: "RequestMaker", max_open: int, max_seconds: float, api_key: str | None = None
 ) -> "FastAPI":
-    """All that can be asked for. Nothing here reads or writes a file."""
+    """All that can be asked for. No request reads or writes a file."""
     from fastapi import FastAPI, HTTPException, Request
     from fastapi.concurrency import run_in_threadpool
-    from fastapi.responses import JSONResponse, Response
+    from fastapi.responses import HTMLResponse, JSONResponse, Response
 
     from lit_gpt.generate.engine_thread import EngineThread
     from lit_gpt.generate.protocol import ChatBody, CompletionBody, DecodeBody, ProcessBody, TokenizeBody
     from lit_gpt.generate.responses import Responses
-    from lit_gpt.generate.web import EventStream, KeyGuard, add_error_handlers, answers_unless_gone
+    from lit_gpt.generate.web import EventStream, KeyGuard, add_error_handlers, answers_unless_gone, read_page
 
+    page = read_page()
     tokenizer = maker.tokenizer
     responses = Responses(tokenizer)
     thread: EngineThread
@@ -132,6 +149,10 @@ def make_app(
     add_error_handlers(app)
     if api_key is not None:
         app.add_middleware(KeyGuard, api_key=api_key)
+
+    @app.get("/", include_in_schema=False)
+    async def talk() -> Response:
+        return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY})
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -153,14 +174,14 @@ def make_app(
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [describe(name) for name in engine.models]}
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         return describe(name_of(name))
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         name = name_of(body.model)
-        call = await thread.ask(await run_in_threadpool(maker.of_completion, body))
+        call = thread.ask(await run_in_threadpool(maker.of_completion, body))
         if body.stream:
             return EventStream(call, responses.completion_chunks(call, body, name))
         answers = await answers_unless_gone(call, request)
@@ -169,7 +190,7 @@ def make_app(
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         name = name_of(body.model)
-        call = await thread.ask(await run_in_threadpool(maker.of_chat, body))
+        call = thread.ask(await run_in_threadpool(maker.of_chat, body))
         if body.stream:
             return EventStream(call, responses.chat_chunks(call, body, name))
         answers = await answers_unless_gone(call, request)
@@ -180,7 +201,7 @@ def make_app(
     @app.post("/process")
     async def process(body: ProcessBody, request: Request) -> Response:
         start = time.perf_counter()
-        call = await thread.ask(await run_in_threadpool(maker.of_process, body))
+        call = thread.ask(await run_in_threadpool(maker.of_process, body))
         answers = await answers_unless_gone(call, request)
         return JSONResponse(responses.processed(answers, body, time.perf_counter() - start))
 

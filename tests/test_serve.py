@@ -1,8 +1,9 @@
-"""A server in a process of its own, asked by OpenAI's client and by hand: `pytest tests/test_serve.py`, about 40 s"""
+"""A server in a process of its own, asked by OpenAI's client and by hand: `pytest tests/test_serve.py`, about 1 min"""
 
 import asyncio
 import http.client
 import json
+import os
 import random
 import re
 import signal
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ import openai
 import pytest
 import torch
 from conftest import ROOT, make_tiny
+from helpers.methods import finetune
+from helpers.runs import write_data
 from helpers.shell import python
 from helpers.tiny_tokenizers import SPECIAL, TEXTS, byte_level, metaspace, sentencepiece, write
 
@@ -32,7 +35,10 @@ from lit_gpt.generate.engine import Engine, Request
 from lit_gpt.generate.engine_thread import Busy, EngineFailed, EngineThread
 from lit_gpt.generate.make_requests import RequestMaker
 from lit_gpt.generate.protocol import ProcessBody
+from lit_gpt.generate.sampling import Sampling
 from lit_gpt.generate.token_texts import TokenOffsets, TokenTexts
+from lit_gpt.runs.load_finetuned import UseArgs
+from lit_gpt.runs.side_by_side import load_models_for_use
 
 KEY = "a secret"
 QUESTION = [{"role": "user", "content": "Who was Ada?"}]
@@ -43,13 +49,17 @@ BATCH, WAITING, BLOCK = 4, 4, 60_000
 class Server:
     """A server's process."""
 
-    def __init__(self, checkpoint_dir: Path, *flags: str) -> None:
-        command = [sys.executable, ROOT / "generate/serve.py", "--checkpoint_dir", checkpoint_dir, "--port", "0"]
-        command += ["--precision", "32-true", "--max_batch", str(BATCH), "--max_waiting", str(WAITING), *flags]
+    def __init__(self, checkpoint_dir: Path, *flags: str, command: Sequence[str | Path] = ()) -> None:
+        """Starts the script, or a command that does as it does."""
+        script = [sys.executable, ROOT / "generate/serve.py", "--checkpoint_dir", checkpoint_dir, "--port", "0"]
+        script += ["--precision", "32-true", "--max_batch", str(BATCH), "--max_waiting", str(WAITING), *flags]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(list(map(str, command)), stdout=pipe, stderr=pipe, text=True)
+        words = [str(word) for word in command or script]
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        environment = os.environ | {"PYTHONPATH": path}
+        self.process = subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment)
         line = self.process.stderr.readline()
-        self.port = int(re.fullmatch(r"Serving \S+ at http://127.0.0.1:(\d+)\.\n", line)[1])
+        self.port = int(re.fullmatch(r"Serving .+ at http://127.0.0.1:(\d+)\.\n", line)[1])
         self.reader = ThreadPoolExecutor(1)
         self.log = self.reader.submit(self.process.stderr.read)  # or the pipe would be full
         while not self.listens():
@@ -262,6 +272,26 @@ def test_an_answer_does_not_depend_on_the_others(server: Server) -> None:
     assert len(set(alone)) == len(alone)
 
 
+def test_models_side_by_side(tmp_path: Path, tiny_dir: Path) -> None:
+    data_dir = write_data(tmp_path / "data", tiny_dir)
+    finetune("lora", tiny_dir, data_dir, tmp_path / "tuned")
+    args = UseArgs(precision="32-true")
+    models, tokenizer, style = load_models_for_use(args, [tmp_path / "tuned"], torch.device("cpu"), with_base=True)
+    prompt = encode_question(render(style, {"messages": QUESTION}, tokenizer), tokenizer)
+    server = Server(tiny_dir, "--finetuned", str(tmp_path / "tuned"), "--with_base", "true")
+    try:
+        client = server.client()
+        assert [model.id for model in client.models.list()] == ["base", "tuned"] == list(models)
+        said = {}
+        for name, model in models.items():
+            answer = client.chat.completions.create(model=name, messages=QUESTION, temperature=0, max_tokens=20)
+            said[name] = answer.choices[0].message.content
+            assert said[name] == tokenizer.decode(greedy(model, tokenizer, prompt, 20)) and answer.model == name
+        assert said["base"] != said["tuned"]
+    finally:
+        server.end()
+
+
 # ---- the challenge
 
 
@@ -306,7 +336,7 @@ def test_the_challenge(server: Server, model: GPT, tokenizer: Tokenizer) -> None
 
 
 def test_an_answer_of_the_challenge_ends_with_the_window(tokenizer: Tokenizer) -> None:
-    maker = RequestMaker(tokenizer, "chat", block_size=9, max_new_tokens=20, top_p=None, seeds=random.Random(0))
+    maker = RequestMaker(tokenizer, "chat", 9, max_new_tokens=20, defaults=Sampling(), seeds=random.Random(0))
     n = len(tokenizer.encode(PROMPT))
     assert n < 9
     for asked, expected in ((50, 9 - n), (9 - n, 9 - n), (1, 1)):
@@ -415,7 +445,7 @@ def test_a_wrong_request_is_refused_in_words(server: Server, path: str, body: An
 
 def test_no_route_no_method_no_key_too_large(server: Server) -> None:
     for method, path, status in (
-        ("GET", "/", 404),
+        ("GET", "/nowhere", 404),
         ("GET", "/v1/models/other", 404),
         ("GET", "/../../../../etc/passwd", 404),
         ("GET", "/%2e%2e/%2e%2e/etc/passwd", 404),
@@ -432,6 +462,10 @@ def test_no_route_no_method_no_key_too_large(server: Server) -> None:
     with pytest.raises(openai.AuthenticationError):
         server.client("another").models.list()
     assert server.ask("GET", "/health", Authorization="")[0] == 200
+    # the page asks for the key itself, and this server alone for anything
+    status, page, headers = server.ask("GET", "/", Authorization="")
+    assert status == 200 and page == (ROOT / "lit_gpt/generate/talk.html").read_text() and "://" not in page
+    assert "connect-src 'self'" in headers["Content-Security-Policy"]
     # another program's form of a body, as a browser sends it from another site without asking
     assert server.ask("POST", "/tokenize", {"text": "a"}, **{"Content-Type": "text/plain"})[0] == 422
 
@@ -490,18 +524,21 @@ def test_too_many_and_gone(server: Server, tokenizer: Tokenizer, stream: bool) -
 
 
 def test_limits_and_a_graceful_end(checkpoint: Path, tokenizer: Tokenizer) -> None:
-    server = Server(checkpoint, "--max_seconds", "2", "--max_new_tokens", "50000")
+    server = Server(checkpoint, "--max_seconds", "4", "--max_new_tokens", "50000")
     try:
         # too slow
-        status, result, _ = server.ask("POST", COMPLETIONS, endless(tokenizer))
+        with ThreadPoolExecutor() as threads:
+            whole = threads.submit(server.ask, "POST", COMPLETIONS, endless(tokenizer))
+            in_parts = threads.submit(server.ask, "POST", COMPLETIONS, endless(tokenizer) | {"stream": True})
+        status, result, _ = whole.result()
         assert status == 504 and "took longer than this server allows" in result["error"]["message"]
-        status, text, _ = server.ask("POST", COMPLETIONS, endless(tokenizer) | {"stream": True})
+        status, text, _ = in_parts.result()
         *_, last = text.strip().split("\n\n")
         assert status == 200 and "took longer" in json.loads(last.removeprefix("data: "))["error"]["message"]
         assert server.n_open() == 0
 
         # the end comes while there are running and waiting ones: all are answered, and no others
-        body = endless(tokenizer) | {"max_tokens": 40}
+        body = endless(tokenizer) | {"max_tokens": 60}
         with ThreadPoolExecutor(BATCH + WAITING) as threads:
             asked = [threads.submit(server.ask, "POST", COMPLETIONS, body) for _ in range(BATCH + WAITING)]
             while server.n_open() < BATCH + WAITING and not any(call.done() for call in asked):
@@ -509,7 +546,7 @@ def test_limits_and_a_graceful_end(checkpoint: Path, tokenizer: Tokenizer) -> No
             server.process.send_signal(signal.SIGTERM)
             results = [call.result() for call in asked]
         assert [status for status, _, _ in results] == [200] * len(asked)
-        assert {result["usage"]["completion_tokens"] for _, result, _ in results} == {40}
+        assert {result["usage"]["completion_tokens"] for _, result, _ in results} == {60}
         assert server.process.wait(30) == -signal.SIGTERM
         with pytest.raises(OSError):
             server.ask("GET", "/health")
@@ -534,9 +571,9 @@ def test_a_failed_engine_is_told_to_all(model: GPT, checkpoint: Path, tokenizer:
 
     async def ask() -> None:
         thread = EngineThread(Engine(broken, tokenizer), max_open=2, max_seconds=60)
-        calls = [await thread.ask([request]) for _ in range(2)]
+        calls = [thread.ask([request]) for _ in range(2)]
         with pytest.raises(Busy):
-            await thread.ask([request])
+            thread.ask([request])
         async for progress in calls[0].progress():
             assert progress.text and progress.whole is None
             broken.lm_head = None
@@ -546,10 +583,49 @@ def test_a_failed_engine_is_told_to_all(model: GPT, checkpoint: Path, tokenizer:
                 await call.answers()
             call.close()
         with pytest.raises(EngineFailed):
-            await thread.ask([request])
-        assert isinstance(thread.failure, TypeError) and not thread.thread.is_alive()
+            thread.ask([request])
+        await thread.stop()
+        assert isinstance(thread.failure, TypeError)
 
     asyncio.run(ask())
+
+
+SERVE_BROKEN = """
+import random, sys, threading, time, urllib.request
+from pathlib import Path
+from helpers.scripts import load
+from lit_gpt import Tokenizer
+from lit_gpt.checkpoint.load import load_model
+from lit_gpt.generate.engine import Engine
+from lit_gpt.generate.make_requests import RequestMaker
+from lit_gpt.generate.sampling import Sampling
+from lit_gpt.generate.web import open_address, run_app, url_of
+
+model, tokenizer = load_model(sys.argv[1]), Tokenizer(sys.argv[1])
+model.lm_head = None
+maker = RequestMaker(tokenizer, "chat", 100, 50, Sampling(), random.Random(0))
+app = load(Path("generate/serve.py")).make_app(Engine(model, tokenizer), maker, 8, 60)
+address = open_address("127.0.0.1", 0)
+print("Serving broken at", url_of(address) + ".", file=sys.stderr, flush=True)
+run_app(app, address)
+"""
+
+
+def test_a_server_whose_engine_has_failed_ends(checkpoint: Path) -> None:
+    """With the error of the engine; who waits is told."""
+    server = Server(checkpoint, command=[sys.executable, "-c", SERVE_BROKEN, checkpoint])
+    try:
+        status, result, _ = server.ask("POST", "/v1/completions", {"prompt": "a"})
+        assert status == 503 and result["error"] == {
+            "message": "The engine has failed.",
+            "type": "server_error",
+            "param": None,
+            "code": None,
+        }
+        assert server.process.wait(20) == 1
+        assert server.log.result().endswith("TypeError: 'NoneType' object is not callable\n")
+    finally:
+        server.end()
 
 
 def test_all_requests_of_a_call_or_none(model: GPT, tokenizer: Tokenizer) -> None:
@@ -560,9 +636,9 @@ def test_all_requests_of_a_call_or_none(model: GPT, tokenizer: Tokenizer) -> Non
         thread = EngineThread(engine, max_open=3, max_seconds=60)
         for wrong, said in (([good, good, Request([], 5)], "0 tokens"), ([good] * 4, "4 answers are asked for")):
             with pytest.raises(InputError, match=said):
-                await thread.ask(wrong)
+                thread.ask(wrong)
             assert (thread.n_open, engine.n_waiting, engine.n_running) == (0, 0, 0)
-        call = await thread.ask([good] * 3)
+        call = thread.ask([good] * 3)
         answers = await call.answers()
         call.close()
         assert len({tuple(answer.tokens) for answer in answers}) == 1

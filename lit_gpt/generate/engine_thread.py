@@ -48,7 +48,6 @@ class Call:
         self.thread = thread
         self.requests = list(requests)
         self.news: asyncio.Queue[Progress | Exception] = asyncio.Queue()
-        self.accepted: asyncio.Future[None] = thread.loop.create_future()
         self.deadline = thread.loop.time() + thread.max_seconds
         self.is_open = True
 
@@ -131,7 +130,7 @@ class EngineThread:
         """How many requests are under way, complete ones of open calls included."""
         return sum(len(call.requests) for call in self.calls)
 
-    async def ask(self, requests: Sequence[Request]) -> Call:
+    def ask(self, requests: Sequence[Request]) -> Call:
         """Takes requests, all of them or none.
 
         Raises:
@@ -142,16 +141,13 @@ class EngineThread:
         self.check_alive()
         if len(requests) > self.max_open:
             raise InputError(f"{len(requests)} answers are asked for at once, expected {self.max_open} at most.")
+        for request in requests:
+            self.engine.check(request)  # it reads what never changes
         if self.n_open + len(requests) > self.max_open:
             raise Busy
         call = Call(self, requests)
         self.calls.add(call)
         self.inbox.put(lambda: self.take(call))
-        try:
-            await call.accepted
-        except BaseException:
-            call.close()
-            raise
         return call
 
     def check_alive(self) -> None:
@@ -169,14 +165,6 @@ class EngineThread:
         self.inbox.put(self.end)
         await asyncio.to_thread(self.thread.join)
 
-    def accept(self, call: Call, error: InputError | None) -> None:
-        if call.accepted.done():  # who asked has gone
-            return
-        if error is None:
-            call.accepted.set_result(None)
-        else:
-            call.accepted.set_exception(error)
-
     def deliver(self, news: Sequence[tuple[Call, Progress]]) -> None:
         for call, progress in news:
             call.news.put_nowait(progress)
@@ -188,8 +176,6 @@ class EngineThread:
             failed = EngineFailed("The engine has failed.")
             failed.__cause__ = error
             call.news.put_nowait(failed)
-            if not call.accepted.done():
-                call.accepted.set_exception(failed)
         self.on_failure()
 
     # ---- in the thread
@@ -213,18 +199,8 @@ class EngineThread:
 
     def take(self, call: Call) -> None:
         """Adds the requests of a call to the engine."""
-        answers: list[Answer] = []
-        try:
-            for request in call.requests:
-                answers.append(self.engine.add(request))
-        except InputError as error:
-            for answer in answers:
-                self.engine.cancel(answer)
-            self.tell(self.accept, call, error)
-            return
-        for index, answer in enumerate(answers):
-            self.told[answer] = Told(call, index)
-        self.tell(self.accept, call, None)
+        for index, request in enumerate(call.requests):
+            self.told[self.engine.add(request)] = Told(call, index)
 
     def drop(self, call: Call) -> None:
         """Cancels the answers of a call that are not complete."""

@@ -1,8 +1,9 @@
 """From what is asked of the server to requests of the engine. Prompts are encoded as in training."""
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lit_gpt.data.answer_spans import unprinted
 from lit_gpt.data.conversation_tokens import encode_question
@@ -28,10 +29,12 @@ class RequestMaker:
     """The most tokens that the model can read."""
     max_new_tokens: int
     """The most tokens of an answer."""
-    top_p: float | None
-    """The top_p of requests that have none."""
+    defaults: Sampling
+    """The top_p, min_p and repetition_penalty of requests that have none."""
     seeds: random.Random
     """Where requests without a seed get one."""
+    switches: Mapping[str, Any] = field(default_factory=dict)
+    """Variables for the template of the style, see `switch_thinking`."""
 
     def of_completion(self, body: CompletionBody) -> list[Request]:
         """The n requests of the first prompt, then those of the second."""
@@ -41,7 +44,13 @@ class RequestMaker:
         for prompt in self.encode(body.prompt):
             echoes_logprobs = body.echo and body.logprobs is not None and len(prompt) > 1
             request = self.request(
-                prompt, body.max_tokens, body.sampling(), body.stop, body.logprobs, echoes_logprobs, body.model
+                prompt,
+                body.max_tokens,
+                body.sampling(self.defaults),
+                body.stop,
+                body.logprobs,
+                echoes_logprobs,
+                body.model,
             )
             requests += self.choices(request, body.n)
         return requests
@@ -52,7 +61,7 @@ class RequestMaker:
         if messages[-1]["role"] == "assistant":
             raise InputError("The last message is the assistant's, expected one that it is to answer.")
         tools = read_tools(body.tools, "The request: tools") if body.tools else None
-        rendered = render(self.style, {"messages": messages, "tools": tools}, self.tokenizer)
+        rendered = render(self.style, {"messages": messages, "tools": tools}, self.tokenizer, self.switches)
         if unprinted("tools") in rendered.remarks:
             raise InputError("The chat template of this model takes no tools. Leave tools out.")
         prompt = encode_question(rendered, self.tokenizer).tolist()
@@ -60,9 +69,8 @@ class RequestMaker:
         asked = body.max_completion_tokens or body.max_tokens
         if asked is None:
             asked = self.room(prompt)
-        return self.choices(
-            self.request(prompt, asked, body.sampling(), body.stop, logprobs, False, body.model), body.n
-        )
+        sampling = body.sampling(self.defaults)
+        return self.choices(self.request(prompt, asked, sampling, body.stop, logprobs, model=body.model), body.n)
 
     def of_process(self, body: ProcessBody) -> list[Request]:
         """The requests of the challenge's /process. An answer ends where the model's window does."""
@@ -71,7 +79,7 @@ class RequestMaker:
         request = self.request(
             prompt,
             n_new,
-            body.sampling(),
+            body.sampling(self.defaults),
             body.stop_sequences,
             logprobs=body.top_k_per_token,
             prompt_logprobs=body.echo_prompt and len(prompt) > 1,
@@ -93,8 +101,6 @@ class RequestMaker:
             raise InputError(f"{max_new_tokens} new tokens are asked for, expected {self.max_new_tokens} at most.")
         if sampling.seed is None and sampling.temperature > 0:
             sampling = replace(sampling, seed=self.seeds.randint(0, LARGEST_SEED))
-        if sampling.top_p is None:
-            sampling = replace(sampling, top_p=self.top_p)
         return Request(
             prompt=prompt,
             max_new_tokens=max_new_tokens,

@@ -5,6 +5,7 @@ nothing.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -88,7 +89,7 @@ class OpenAIBody(Body):
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     seed: int | None = None
     stop: Stop = []
     logit_bias: dict[Token, Bias] = {}
@@ -106,16 +107,15 @@ class OpenAIBody(Body):
             body["stop"] = [body["stop"]]
         return body
 
-    def sampling(self) -> Sampling:
-        """How the first choice is sampled."""
-        return Sampling(
+    def sampling(self, defaults: Sampling) -> Sampling:
+        """How the first choice is sampled. What the request does not say is as in `defaults`."""
+        given = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
+        return replace(
+            defaults,
             temperature=as_temperature(self.temperature),
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
             logit_bias=self.logit_bias,
             seed=as_seed(self.seed),
+            **{name: value for name, value in given.items() if value is not None},
         )
 
 
@@ -202,10 +202,11 @@ class ProcessBody(Body):
             body.setdefault("top_k", None)
         return body
 
-    def sampling(self) -> Sampling:
-        """How the first sample is made."""
-        temperature = as_temperature(self.temperature)
-        return Sampling(temperature, top_k=self.top_k, top_p=self.top_p, seed=as_seed(self.seed))
+    def sampling(self, defaults: Sampling) -> Sampling:
+        """How the first sample is made. What the request does not say is as in `defaults`."""
+        sampling = replace(defaults, top_k=self.top_k, seed=as_seed(self.seed))
+        top_p = defaults.top_p if self.top_p is None else self.top_p
+        return replace(sampling, temperature=as_temperature(self.temperature), top_p=top_p)
 
 
 class TokenizeBody(Body):

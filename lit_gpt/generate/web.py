@@ -8,6 +8,7 @@ import json
 import re
 import socket
 from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -20,7 +21,7 @@ from lit_gpt.errors import InputError
 from lit_gpt.generate.engine import Answer
 from lit_gpt.generate.engine_thread import Busy, Call, EngineFailed
 
-OPEN_TO_ALL = ("/health",)
+OPEN_TO_ALL = ("/", "/health")
 RETRY_LATER = {"Retry-After": "1"}  # seconds
 TOO_LONG = "The answer took longer than this server allows. Ask for fewer tokens."
 
@@ -138,6 +139,14 @@ def place_of(problem: Mapping[str, Any]) -> str:
     return ".".join(str(part) for part in problem["loc"] if part != "body")
 
 
+# ---- the page
+
+
+def read_page() -> str:
+    """The page on which models can be talked to."""
+    return (Path(__file__).parent / "talk.html").read_text(encoding="utf-8")
+
+
 # ---- the key
 
 
@@ -156,7 +165,7 @@ class KeyGuard:
         if hmac.compare_digest(given, self.expected):
             await self.app(scope, receive, send)
         else:
-            message = "The header Authorization: Bearer KEY has not the key of this server."
+            message = "The key of this server is missing. Send it in the header Authorization: Bearer KEY."
             await JSONResponse(error_body(401, message), 401)(scope, receive, send)
 
 

@@ -58,6 +58,8 @@ NOT_RUN = [  # pages, commands, why not
     (".*", r"download\.py --repo_id|prepare_(alpaca|dolly|lima|longform)\.py|org/name|ORG/NAME", "needs the hub"),
     (".*", r"checkpoints/bigcode", "needs the hub"),
     (".*", r"download_spam\.py", "needs npm: the fixture writes the file"),
+    (".*", r"generate/serve\.py", "goes on until it is ended; test_serve.py"),
+    ("tutorials/generate_and_chat.md", r"pip install", "installs"),
     (".*", r"HOST|--nnodes", "needs two machines; test_devices.py has two torchruns on one"),
     ("tutorials/rented_gpu.md", r"nvidia-smi|\.venv/bin|git clone|rsync|tmux|ssh ", "needs a rented machine"),
     ("tutorials/rented_gpu.md", r"convert_hf_to_gguf\.py", "is a script of llama.cpp's"),

@@ -113,6 +113,7 @@ def server(checkpoint: Path) -> Iterator[Server]:
     server = Server(checkpoint, "--api_key", KEY, "--max_new_tokens", "50000", "--model_name", "tiny")
     yield server
     server.end()
+    assert "Traceback" not in server.log.result() and "ERROR" not in server.log.result()
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +289,9 @@ def test_models_side_by_side(tmp_path: Path, tiny_dir: Path) -> None:
             said[name] = answer.choices[0].message.content
             assert said[name] == tokenizer.decode(greedy(model, tokenizer, prompt, 20)) and answer.model == name
         assert said["base"] != said["tuned"]
+        # Ctrl-C is how it is ended
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(30) == 0 and "Traceback" not in server.log.result()
     finally:
         server.end()
 

@@ -48,7 +48,7 @@ class Responses:
             for index, request in enumerate(call.requests):
                 yield {**head, "choices": [completion_choice(index, self.prompt_text(index, request.prompt, body))]}
 
-        answers = []
+        answers: dict[int, Answer] = {}
         has_begun = [False for _ in call.requests]
         offsets = [TokenOffsets(self.texts) for _ in call.requests]
         async for progress in call.progress():
@@ -64,11 +64,11 @@ class Responses:
                 logprobs = self.logprob_lists([], shown, offsets[index])
             reason = None
             if progress.whole is not None:
-                answers.append(progress.whole)
+                answers[index] = progress.whole
                 reason = progress.whole.finish_reason
             yield {**head, "choices": [completion_choice(index, text, logprobs, reason)]}
         if body.stream_options.include_usage:
-            yield {**head, "choices": [], "usage": usage(answers, body.n)}
+            yield {**head, "choices": [], "usage": usage([answers[i] for i in sorted(answers)], body.n)}
 
     def prompt_text(self, index: int, prompt: Sequence[int], body: CompletionBody) -> str:
         """The prompt of a choice, as it was given."""
@@ -135,7 +135,7 @@ class Responses:
         for index in range(len(call.requests)):
             yield {**head, "choices": [chat_choice(index, {"role": "assistant", "content": ""})]}
 
-        answers = []
+        answers: dict[int, Answer] = {}
         async for progress in call.progress():
             logprobs = None
             if body.logprobs:
@@ -145,10 +145,10 @@ class Responses:
             if progress.text or logprobs is not None:
                 yield {**head, "choices": [chat_choice(progress.index, {"content": progress.text}, logprobs)]}
             if progress.whole is not None:
-                answers.append(progress.whole)
+                answers[progress.index] = progress.whole
                 yield {**head, "choices": [chat_choice(progress.index, {}, None, progress.whole.finish_reason)]}
         if body.stream_options.include_usage:
-            yield {**head, "choices": [], "usage": usage(answers, body.n)}
+            yield {**head, "choices": [], "usage": usage([answers[i] for i in sorted(answers)], body.n)}
 
     def chat_logprobs(self, logprobs: Sequence[Logprob]) -> Json:
         """Log-probabilities as a list of tokens."""
@@ -206,10 +206,10 @@ def chat_choice(index: int, delta: Json, logprobs: Json | None = None, finish_re
 
 
 def usage(answers: Sequence[Answer], n: int) -> Json:
-    """How many tokens were read and made. A prompt that has n choices counts once."""
-    n_prompt = sum(len(answer.request.prompt) for answer in answers) // n
+    """How many tokens were read and made. A prompt that has n choices counts once: the others reuse what is read."""
+    n_prompt = sum(len(answer.request.prompt) for answer in answers[::n])
+    n_reused = sum(answer.n_reused for answer in answers[::n])
     n_new = sum(len(answer.tokens) for answer in answers)
-    n_reused = min(n_prompt, sum(answer.n_reused for answer in answers))
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": n_new,

@@ -79,7 +79,7 @@ def main(
 
     # the model, as it was loaded or fine-tuned
     device = default_device()
-    model, tokenizer, trained_style = load_for_use(args, device)
+    model, tokenizer, trained_style = load_for_use(args, device, n_rows=batch_size)
     style = resolve_style(prompt_style, tokenizer, trained_style)
     engine = Engine(model, tokenizer, max_batch=batch_size)
 

@@ -93,7 +93,7 @@ def main(
         print(f"Whoever reaches {host} may ask: there is no --api_key.", file=sys.stderr)
 
     # the models, and how they are asked
-    models, tokenizer, trained_style = load_models_for_use(args, finetuned, default_device(), with_base)
+    models, tokenizer, trained_style = load_models_for_use(args, finetuned, default_device(), with_base, max_batch)
     if len(models) == 1:
         (model,) = models.values()
         folder = (*finetuned, args.finetuned, args.checkpoint_dir, SAMPLE)

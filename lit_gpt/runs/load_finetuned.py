@@ -77,14 +77,16 @@ class UseArgs:
         check_seed("--seed", self.seed)
 
 
-def load_for_use(args: UseArgs, device: torch.device) -> tuple[GPT, Tokenizer, str | None]:
+def load_for_use(args: UseArgs, device: torch.device, n_rows: int = 1) -> tuple[GPT, Tokenizer, str | None]:
     """A model, its tokenizer, and the prompt style it was fine-tuned with; None if it was not, or if that is unknown.
+
+    `n_rows` is that of `load_model_for_use`.
 
     Raises:
         InputError: see `read_for_use`, `load_finetuned` and `load_weights`.
     """
     tokenizer, _, trained_style = read_for_use(args)
-    return load_model_for_use(args, device), tokenizer, trained_style
+    return load_model_for_use(args, device, n_rows=n_rows), tokenizer, trained_style
 
 
 def read_for_use(args: UseArgs) -> tuple[Tokenizer, Config, str | None]:

@@ -61,12 +61,13 @@ class Trained:
 
 
 def load_models_for_use(
-    args: UseArgs, finetuned: Sequence[Path], device: torch.device, with_base: bool = False
+    args: UseArgs, finetuned: Sequence[Path], device: torch.device, with_base: bool = False, n_rows: int = 1
 ) -> tuple[dict[str, GPT], Tokenizer, str | None]:
     """Models by name, the tokenizer that all have, and the prompt style that the first was trained in, if any.
 
     The names are "base", if there is no fine-tuned one or with `with_base`, and those of the folders as `model_names`
-    makes them. `args.finetuned` is the first of the folders, if it is set.
+    makes them. `args.finetuned` is the first of the folders, if it is set. `n_rows` is how many texts each of them will
+    decode at once, for which weights that none shares are laid out.
 
     Raises:
         InputError: two of them have another base, tokenizer or quantization; there are several, and --stream_blocks;
@@ -76,7 +77,7 @@ def load_models_for_use(
     if args.finetuned is not None:
         folders.insert(0, args.finetuned)
     if not folders or (len(folders) == 1 and not with_base):
-        return load_one(args, folders, device)
+        return load_one(args, folders, device, n_rows)
     if args.stream_blocks:
         raise InputError("--stream_blocks is for one model. Leave it out, or name one --finetuned without --with_base.")
 
@@ -112,7 +113,7 @@ def load_models_for_use(
     # those that were trained as a whole, and all in the order in which they were named
     for one in trained:
         if one.is_whole:
-            models[one.name] = load_model_for_use(replace(args, finetuned=one.folder), device)
+            models[one.name] = load_model_for_use(replace(args, finetuned=one.folder), device, n_rows=n_rows)
     names = [one.name for one in trained]
     if with_base:
         names.insert(0, BASE)
@@ -121,13 +122,13 @@ def load_models_for_use(
 
 
 def load_one(
-    args: UseArgs, folders: Sequence[Path], device: torch.device
+    args: UseArgs, folders: Sequence[Path], device: torch.device, n_rows: int
 ) -> tuple[dict[str, GPT], Tokenizer, str | None]:
     """The only model, as `load_for_use` loads it."""
     args = replace(args, finetuned=folders[0] if folders else None)
     name = model_names(folders)[0] if folders else BASE
     tokenizer, _, prompt_style = read_for_use(args)
-    return {name: load_model_for_use(args, device)}, tokenizer, prompt_style
+    return {name: load_model_for_use(args, device, n_rows=n_rows)}, tokenizer, prompt_style
 
 
 def sharing(base: GPT, method: Method, kind: Quantize | CpuQuantize | None) -> GPT:

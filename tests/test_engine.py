@@ -82,6 +82,22 @@ def test_answers_in_any_company_are_those_of_one_alone(kind: str) -> None:
             assert sum(answer.n_reused for answer in answers) >= 40
 
 
+@pytest.mark.parametrize("kind", ["llama", "window", "softcap"])
+def test_a_recorded_pass_says_the_same(kind: str) -> None:
+    """As on a GPU, but that nothing is recorded on a CPU: rows and positions are rounded up, tensors are used again."""
+    model = model_of(kind)
+    requests = random_requests(20, seed=5)
+    engine = Engine(model, max_batch=5, draft_tokens=2)
+    (batch,) = engine.batches.values()
+    batch.is_recorded = True
+    for _ in range(2):  # free rows remember what they had, and it is still right
+        answers = list(engine.run(requests))
+        for answer in answers:
+            assert answer.tokens == greedy(model, answer.request.prompt, answer.request.max_new_tokens)
+    assert sum(answer.n_reused for answer in answers) >= 300
+    assert {rows for rows, _, _ in batch.recordings} == {1, 2, 4, 5}
+
+
 def test_the_order_of_answers_is_that_of_the_requests() -> None:
     model = model_of("llama")
     requests = random_requests(15, seed=3)

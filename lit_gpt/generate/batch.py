@@ -12,24 +12,30 @@ not, which it copies. A step has two passes at most:
     continue    texts of which all but the last token has been read: this one, and after it the tokens of a draft, of
                 which nobody knows yet whether they belong to the text
 
+Where Python is slower than the device, a pass that continues is recorded, and started again as a whole.
+
 The legend of the shapes is in `lit_gpt/model/gpt.py`.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
+from lit_gpt.device import recorded, recording_pays
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.kv_cache import PackedCache, Piece
 from lit_gpt.model.packing import common_prefix
-from lit_gpt.sharding import without_gradients
+from lit_gpt.sharding import computes_split, without_gradients
 
 WORTH_WAITING = 32
 """Tokens. A text whose beginning another one is about to read waits for it, if it saves so many more."""
 POSITIONS = 64
 """What a pass reads of the cache is a multiple of so many positions, unless the cache ends before."""
+FEWEST_POSITIONS = 256
+"""The same of a recorded pass, which reads a power of two of them, so many at least."""
 
 
 class Text:
@@ -94,6 +100,8 @@ class Batch(Generic[AnyText]):
         self.rows: list[Row[AnyText]] = [Row()]
         self.texts: list[AnyText] = []  # text i sits in row i
         self.n_steps = 0
+        self.is_recorded = recording_pays(self.device) and can_be_recorded(model)
+        self.recordings: dict[tuple[int, int, int], Recording] = {}
         # the lengths from which on positions are rotated otherwise, if there is one
         self.stretched_from = [rope.unstretched_length for rope in model.ropes.values() if rope.by_length]
 
@@ -174,6 +182,7 @@ class Batch(Generic[AnyText]):
             n_rows = min(self.max_rows, max(n_rows, 2 * has_rows))
         if length > has_length:
             length = min(self.model.config.block_size, max(rounded_up(length), 2 * has_length))
+        self.recordings.clear()  # they know the old cache
         self.cache.grow(max(n_rows, has_rows), max(length, has_length))
         self.rows += [Row() for _ in range(n_rows - has_rows)]
 
@@ -249,20 +258,60 @@ class Batch(Generic[AnyText]):
             text.draft = text.draft[: n_tokens - 1]
             new = [text.tokens[-1], *text.draft]
             tokens[text.row][: len(new)] = new
-        positions = [list(range(start, start + n_tokens)) for start in starts]
         for text in self.texts:
             self.cache.text_lengths[text.row] = text.rotation_length
 
         end = max(starts) + n_tokens
         self.make_room(n_rows, end)
-        part = self.cache.part(n_rows, min(self.cache.max_seq_length, rounded_up(end)))
-        idx = torch.tensor(tokens, device=self.device)
-        input_pos = torch.tensor(positions, device=self.device)
         with without_gradients(self.model):
-            logits = self.model(idx, input_pos, cache=part)  # (B, T, V)
+            logits = self.run(tokens, starts, end)  # (B, T, V)
         for text in texts:
             text.n_read += 1
         return [(text, logits[text.row, : 1 + len(text.draft)]) for text in texts]
+
+    def run(self, tokens: list[list[int]], starts: list[int], end: int) -> torch.Tensor:
+        """The logits (B, T, V) of T tokens of each of the first rows, at the positions from its start on, up to `end`."""
+        if self.is_recorded:
+            try:
+                return self.run_recorded(tokens, starts, end)
+            except RuntimeError as error:
+                first_line = str(error).splitlines()[0]
+                print(f"This model decodes without a recording, slowly: {first_line}", file=sys.stderr)
+                self.is_recorded = False
+        part = self.cache.part(len(tokens), min(self.cache.max_seq_length, rounded_up(end)))
+        return self.model(*self.inputs(tokens, starts), cache=part)
+
+    def inputs(self, tokens: list[list[int]], starts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens and their positions as the model takes them, (B, T) each."""
+        n_tokens = len(tokens[0])
+        positions = [list(range(start, start + n_tokens)) for start in starts]
+        return torch.tensor(tokens, device=self.device), torch.tensor(positions, device=self.device)
+
+    def run_recorded(self, tokens: list[list[int]], starts: list[int], end: int) -> torch.Tensor:
+        """The same by a recording, of which there are few: rows and positions are rounded up to powers of two.
+
+        Rows without a text take part. What they write stands behind what they remember.
+        """
+        n_texts, n_tokens = len(tokens), len(tokens[0])
+        n_rows = min(self.max_rows, power_of_two(n_texts))
+        self.make_room(n_rows, end)
+        length = min(self.cache.max_seq_length, max(FEWEST_POSITIONS, power_of_two(end)))
+        free = self.rows[n_texts:n_rows]
+        for row in free:
+            del row.tokens_left[length - n_tokens :]
+        tokens = tokens + [[0] * n_tokens] * len(free)
+        starts = starts + [len(row.tokens_left) for row in free]
+
+        idx, input_pos = self.inputs(tokens, starts)
+        key = (n_rows, n_tokens, length)
+        if key not in self.recordings:
+            part = self.cache.part(n_rows, length)
+            repeat = recorded(lambda: self.model(idx, input_pos, cache=part), self.device)
+            self.recordings[key] = Recording(idx, input_pos, repeat)
+        recording = self.recordings[key]
+        recording.idx.copy_(idx)
+        recording.input_pos.copy_(input_pos)
+        return recording.repeat()[:n_texts]
 
     # ---- rotations that depend on the length of a text
 
@@ -285,6 +334,28 @@ class Batch(Generic[AnyText]):
             self.rows[text.row].rotation_length = length
             text.logits_from = max(text.logits_from, len(text.tokens) - 1)
             text.n_read = 0
+
+
+class Recording(NamedTuple):
+    """A pass that can be started again as a whole."""
+
+    idx: torch.Tensor
+    input_pos: torch.Tensor
+    repeat: Callable[[], torch.Tensor]
+    """Reads both, and returns the logits in the memory of the last time."""
+
+
+def can_be_recorded(model: GPT) -> bool:
+    """Whether a pass of a model does the same each time: no experts, whose numbers of tokens Python asks for, no
+    rotations that are made on the CPU, and all weights on one device."""
+    if model.config.n_expert or any(rope.by_length for rope in model.ropes.values()) or computes_split(model):
+        return False
+    return len({param.device for param in model.parameters()}) == 1
+
+
+def power_of_two(n: int) -> int:
+    """The smallest one that is no less than n."""
+    return 1 << (n - 1).bit_length()
 
 
 def rounded_up(length: int) -> int:

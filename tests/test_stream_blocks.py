@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import cached
+from helpers.models import cached, error
 from helpers.runs import edited, rows_of, write_data
 from helpers.scripts import script
 from safetensors.torch import load_file
@@ -406,7 +406,7 @@ def test_runs_learn_the_same(method: str, tiny_dir: Path, tmp_path: Path) -> Non
         model, _, _ = load_for_use(use, torch.device("cpu"))
         logits.append(cached(model, torch.arange(12)[None], [8, 1, 3]))
         assert (stream_of(model) is not None) == stream
-    assert torch.equal(*logits)
+    assert error(*logits) < 1e-5  # not the same bits: without a stream, other kernels multiply
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 
     """
     if needs_gradient(x, weight):
         return RMSNormFunction.apply(x, weight, eps, offset)
-    if offset == 0 and x.dtype == weight.dtype == torch.float32 and not torch.compiler.is_compiling():
-        # as exact, and one call instead of six: 10 us for a token on a CPU, where these take 17
+    answers = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    if answers and offset == 0 and x.dtype == weight.dtype == torch.float32:
+        # as exact, and one call instead of six: 10 us for a token on a CPU, where these take 17. Answers alone: a block
+        # that is computed again in backward has to have the same bits both times
         return F.rms_norm(x, weight.shape, weight, eps)
     y, _ = norm_forward(x, weight, eps, offset)
     return y

@@ -1,4 +1,4 @@
-"""Conversations, and chat.py in a terminal: `pytest tests/test_chat.py`, about 50 s"""
+"""Conversations by themselves and in a real terminal: `pytest tests/test_chat.py`, about 40 s"""
 
 import importlib.util
 import json

@@ -270,7 +270,7 @@ class Batch(Generic[AnyText]):
         return [(text, logits[text.row, : 1 + len(text.draft)]) for text in texts]
 
     def run(self, tokens: list[list[int]], starts: list[int], end: int) -> torch.Tensor:
-        """The logits (B, T, V) of T tokens of each of the first rows, at the positions from its start on, up to `end`."""
+        """The logits (B, T, V) of T tokens of each of the first rows, at positions from its start on, below `end`."""
         if self.is_recorded:
             try:
                 return self.run_recorded(tokens, starts, end)

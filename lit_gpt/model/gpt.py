@@ -47,8 +47,8 @@ class Positions(NamedTuple):
     pos: torch.Tensor
     """The position of each token, (T,), or (B, T) if each row has its own."""
     cos_sin: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    """Cosine and sine of the rotations for each kind of `Rope` in the model: (T, rope_n_elem / 2) each, or with a row's
-    own positions (B, 1, T, rope_n_elem / 2)."""
+    """Cosine and sine of the rotations for each kind of `Rope` in the model: (T, rope_n_elem) each, or with a row's own
+    positions (B, 1, T, rope_n_elem)."""
     masks: dict[int | None, Mask]
     """The mask for each size of sliding window in the model; None is no window."""
 
@@ -291,7 +291,7 @@ class Block(nn.Module):
 
         Args:
             x: The sum of the embedding and what all blocks before have added.
-            cos: The cosine of each token's rotations, (T, rope_n_elem / 2), or (B, 1, T, ..) for rows of their own.
+            cos: The cosine of each token's rotations, (T, rope_n_elem), or (B, 1, T, rope_n_elem) if rows have their own.
             sin: Their sine, of the same shape.
             mask: Which tokens each token may see: a Layout lets it see those before it in its own record.
             input_pos: Where in the cache the tokens go, (T,) or (B, T).

@@ -291,7 +291,7 @@ class Block(nn.Module):
 
         Args:
             x: The sum of the embedding and what all blocks before have added.
-            cos: The cosine of each token's rotations, (T, rope_n_elem), or (B, 1, T, rope_n_elem) if rows have their own.
+            cos: The cosine of each token's rotations, (T, rope_n_elem), or (B, 1, T, rope_n_elem) by rows.
             sin: Their sine, of the same shape.
             mask: Which tokens each token may see: a Layout lets it see those before it in its own record.
             input_pos: Where in the cache the tokens go, (T,) or (B, T).

@@ -124,8 +124,8 @@ def main(
             is_interrupted = False
             try:
                 for text, is_thought in mark_thoughts(engine.texts(answer), prompt.is_thinking):
+                    said += text  # before it is shown: whatever was shown when Ctrl-C comes has been said
                     print(dimmed(text) if is_thought else text, end="", flush=True)
-                    said += text
             except KeyboardInterrupt:
                 is_interrupted = True
             with without_ctrl_c():

@@ -47,6 +47,7 @@ from lit_gpt.checkpoint.tensor_names import hf_name
 from lit_gpt.device import accelerator, default_device, precision_plugin, resolve_precision
 from lit_gpt.distributed import launch
 from lit_gpt.full import Full
+from lit_gpt.generate.engine import Engine, Request
 from lit_gpt.lora import LoRA, apply_lora, lora_filter, mark_only_lora_as_trainable
 from lit_gpt.make_optimizer import make_optimizer
 from lit_gpt.memory.plan import Setup, adapt, batch_of, plan, watch_step
@@ -740,6 +741,38 @@ def fill_with_random(model: GPT, dtype: torch.dtype) -> None:
     if model.config.tie_embeddings:
         model.lm_head.weight = model.transformer.wte.weight
     model.to(DEVICE)
+
+
+# ---- answers
+
+
+@pytest.mark.parametrize("kind", [None, "bnb.nf4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recorded_passes_say_the_same(kind: Quantize | None, dtype: torch.dtype) -> None:
+    """Answers that come and go, by one graph for a pass and without: the same tokens, with drafts and reused rows."""
+    config = Config(
+        name="answers", n_layer=2, n_head=4, n_query_groups=2, n_embd=128, intermediate_size=256, vocab_size=512,
+        block_size=1024,
+    )  # fmt: skip
+    model = build_model(config)
+    quantize_linears(model, kind)
+    fill_with_random(model, dtype)
+    model.eval()
+    ids = random_ids(12, 40, below=512).tolist()
+    requests = [Request(ids[i][: 10 + 2 * i], 60 + 40 * (i % 3)) for i in range(12)]
+    said = []
+    for is_recorded in (False, True):
+        engine = Engine(model, max_batch=5, draft_tokens=2)
+        (batch,) = engine.batches.values()
+        batch.is_recorded = is_recorded
+        said.append([answer.tokens for _ in range(2) for answer in engine.run(requests)])
+        assert batch.is_recorded == is_recorded and bool(batch.recordings) == is_recorded
+    same = sum(a == b for a, b in zip(*said, strict=True))
+    say(f"recorded passes, {kind or name_of(dtype)}: {same} of {len(said[0])} answers the same")
+    if dtype == torch.float32 and kind is None:
+        assert same == len(said[0])
+    else:  # of two tokens that are equally likely in half precision, another number of rows may prefer the other
+        assert same >= len(said[0]) // 2
 
 
 # ---- streamed blocks

@@ -51,7 +51,9 @@ from lit_gpt.checkpoint.load import build_model, parameter_shapes, replace_param
 from lit_gpt.checkpoint.tensor_names import hf_name
 from lit_gpt.data.dataset import NEEDED, OTHER, TRAIN, Dataset, micro_batches, step_records
 from lit_gpt.device import CopyStream, host_buffer
+from lit_gpt.fast_linears import prepare_for_answers
 from lit_gpt.generate.decode import generate
+from lit_gpt.generate.engine import Engine, Request
 from lit_gpt.lora import LoRA, LoRALinear, apply_lora, mark_only_lora_as_trainable
 from lit_gpt.make_optimizer import make_optimizer
 from lit_gpt.memory.plan import OUTSIDE_GB, Setup, plan
@@ -932,6 +934,31 @@ def decode_ours(bench: Bench, what: str, model: str, quantize: Quantize | None =
     time_decoding(bench, what, lambda prompt, n_new: generate(ours, prompt, len(prompt) + n_new, temperature=0.0))
 
 
+def answers(bench: Bench) -> None:
+    """16: 128 new tokens in each of 1, 8 and 32 answers at once, after prompts of 100 that share nothing."""
+    for quantize in (None, "bnb.nf4"):
+        for n_answers in (1, 8, 32):
+            bench.attempt(f"8B {quantize or 'bf16'}, {n_answers} answers", answer_many, quantize, n_answers)
+    bench.attempt("8B bf16, 1 answer, not recorded", answer_many, None, 1, False)
+
+
+def answer_many(bench: Bench, what: str, quantize: Quantize | None, n_answers: int, is_recorded: bool = True) -> None:
+    config = bench.config("8B")
+    model = prepare_for_answers(our_model(bench, config, quantize).eval())
+    n_new = 16 if bench.tiny else 128
+    vocab = config.padded_vocab_size
+    requests = [Request([(7919 * i + 31 * j) % vocab for j in range(100)], n_new) for i in range(n_answers)]
+    engine = Engine(model, max_batch=n_answers)
+    (batch,) = engine.batches.values()
+    batch.is_recorded &= is_recorded
+    first, *seconds = [bench.time(lambda: list(engine.run(requests))) for _ in range(3)]
+    n_bytes = sum(param.nbytes for name, param in model.named_parameters() if "wte" not in name)
+    speed = n_answers * n_new / min(seconds)
+    # after the first time prompts are known but for their last token: a step reads all weights once
+    figures = {"tok/s": speed, "read GB/s": n_bytes * speed / n_answers / 1e9, "s_first": first}
+    bench.add(what, **figures, **bench.memory())
+
+
 def decode_theirs(bench: Bench, what: str, model: str, **options: Any) -> None:
     theirs = their_model(bench, bench.config(model)).eval()
     theirs.generation_config.eos_token_id = None  # no early stop
@@ -1010,6 +1037,7 @@ SECTIONS: dict[int, tuple[Callable[[Bench], None], float]] = {
     10: (profiles, 60),
     6: (cudnn, 15),
     11: (decoding, 90),
+    16: (answers, 80),
 }
 
 

@@ -131,7 +131,9 @@ MAY_KNOW = {
     "classifier": "recipe train runs checkpoint data model lora quantize config device sharding distributed display"
     " errors ranges files packages",
     "formats": "runs checkpoint data model lora quantize config errors lock files packages",
-    "studies": "memory runs checkpoint data model lora full config device display cli errors files",
+    # a server is checked against answers, and against models that are rounded in each way
+    "studies": "memory runs generate checkpoint data model lora full quantize cpu_codes config device display cli"
+    " errors files",
 }
 
 

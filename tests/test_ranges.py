@@ -88,6 +88,7 @@ OUT_OF_RANGE = {
     "--host_gb": NOT_POSITIVE,
     "--max_shard_size": f"{NOT_POSITIVE} 1e300",
     "--samples": "-1",
+    "--n_records": NOT_A_COUNT,
     "--n_mails": "1 -5",
 }
 TOGETHER = {"--sweep_seeds": ["--sweep"]}  # a flag that is read only beside another one

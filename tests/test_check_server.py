@@ -137,7 +137,7 @@ def served(
 
 def check(ask: Ask, here: Here, trained: Trained, name: str = "mine") -> tuple[list[str], list[str], list[str]]:
     """What is wrong, what is normal, and what is unknown."""
-    evidence = gather(ask, name, {}, here, Dataset(trained.data, "val"), n_records=3, n_new=24)
+    evidence = gather(ask, name, {}, here, Dataset(trained.data, "val"), n_records=2, n_new=20)
     findings = judge(evidence)
     print(*findings, sep="\n")
     wrong = [finding.what for finding in findings if finding.is_wrong]

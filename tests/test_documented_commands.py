@@ -61,6 +61,7 @@ NOT_RUN = [  # pages, commands, why not
     (".*", r"checkpoints/bigcode", "needs the hub"),
     (".*", r"download_spam\.py", "needs npm: the fixture writes the file"),
     (".*", r"generate/serve\.py", "goes on until it is ended; test_serve.py"),
+    (".*", r"scripts/check_server\.py", "needs a server that runs; test_check_server.py"),
     ("tutorials/generate_and_chat.md", r"pip install", "installs"),
     (".*", r"HOST|--nnodes", "needs two machines; test_devices.py has two torchruns on one"),
     ("tutorials/rented_gpu.md", r"nvidia-smi|\.venv/bin|git clone|rsync|tmux|ssh ", "needs a rented machine"),

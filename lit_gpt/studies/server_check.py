@@ -33,7 +33,6 @@ CLEARLY = 0.1
 """A model that is nearer by this factor explains a server, though both are further off than rounding."""
 CHAT_NORMAL = 0.02
 """Nats. The log-probabilities of one short answer are a few: they may be so far off by chance."""
-LEVELS = {"in bfloat16": "16 bits", "in cpu.int8": "8 bits", "in cpu.int4": "4 bits", "in bnb.nf4": "4 bits"}
 
 
 @dataclass(frozen=True)
@@ -244,8 +243,8 @@ def judge_weights(weighed: Weighed | None) -> list[Finding]:
             continue
         own = mean_difference(weighed.models[TRAINED], weighed.models[name])
         if off <= OTHER_WAY * own:
-            text = f"{seen}, which is normal for weights in {LEVELS[name]}: {name} it differs by {own:.3g} here."
-            return [Finding(f"weights in {LEVELS[name]}", text, is_wrong=False)]
+            text = f"{seen}, which is normal for rounded weights: {name} it differs by {own:.3g} here."
+            return [Finding("weights are rounded", text, is_wrong=False)]
 
     # farther on it is worse, and not because answers stand there, where the adapter does most: positions
     early, late = by_position(weighed, weighed.server)

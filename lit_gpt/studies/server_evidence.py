@@ -320,7 +320,7 @@ def known_tokens(here: Here, before: list[int], top: Mapping[str, float]) -> lis
 
 
 def logits_of(model: GPT, tokens: Sequence[int]) -> torch.Tensor:
-    """Of each token's successor, (T, V)."""
+    """The logits of what follows each token, (T, V)."""
     device = model.transformer.wte.weight.device
     with torch.no_grad():
         return model(torch.tensor([list(tokens)], device=device))[0]

@@ -114,6 +114,7 @@ def main(
 
     # until a signal comes
     app = make_app(engine, maker, max_batch * len(models) + max_waiting, max_seconds, api_key)
+    address.listen()  # whoever comes from now on waits, and is not refused
     print(f"Serving {', '.join(models)} at {url_of(address)}.", file=sys.stderr)
     run_app(app, address)
 

@@ -1,7 +1,7 @@
 """The text of an answer up to a stop string: `pytest tests/test_text_stream.py`, about 10 s"""
 
 import pytest
-from helpers.tiny_tokenizers import SPECIAL, byte_level, metaspace, sentencepiece, write
+from helpers.tiny_tokenizers import of_all_kinds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,13 +15,7 @@ STOP = st.lists(st.text("ab \n.é世🦜", min_size=1, max_size=5), max_size=3)
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory, sample_dir) -> dict[str, Tokenizer]:
-    root = tmp_path_factory.mktemp("kinds")
-    return {
-        "sample": Tokenizer(sample_dir),
-        "byte-level": Tokenizer(write(root / "1", tokenizer_json=byte_level(), tokenizer_config_json=SPECIAL)),
-        "metaspace": Tokenizer(write(root / "2", tokenizer_json=metaspace(), tokenizer_config_json=SPECIAL)),
-        "sentencepiece": Tokenizer(write(root / "3", tokenizer_model=sentencepiece(), tokenizer_config_json=SPECIAL)),
-    }
+    return of_all_kinds(tmp_path_factory.mktemp("kinds"), sample_dir)
 
 
 def cut(text: str, stop: list[str]) -> tuple[str, bool]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_tokenizers import SPECIAL, TEXTS, byte_level, metaspace, sentencepiece, write
+from helpers.tiny_tokenizers import SPECIAL, TEXTS, byte_level, of_all_kinds, sentencepiece, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,13 +25,7 @@ UNICODE = st.lists(st.text(CHARACTERS, max_size=8) | st.sampled_from(TEXTS), max
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory, sample_dir) -> dict[str, Tokenizer]:
     """Of both backends."""
-    root = tmp_path_factory.mktemp("kinds")
-    return {
-        "sample": Tokenizer(sample_dir),
-        "byte-level": Tokenizer(write(root / "1", tokenizer_json=byte_level(), tokenizer_config_json=SPECIAL)),
-        "metaspace": Tokenizer(write(root / "2", tokenizer_json=metaspace(), tokenizer_config_json=SPECIAL)),
-        "sentencepiece": Tokenizer(write(root / "3", tokenizer_model=sentencepiece(), tokenizer_config_json=SPECIAL)),
-    }
+    return of_all_kinds(tmp_path_factory.mktemp("kinds"), sample_dir)
 
 
 def test_the_sample_encodes_as_transformers_does(kinds, sample_dir: Path) -> None:

@@ -197,8 +197,9 @@ class Batch(Generic[AnyText]):
         """
         self.n_steps += 1
         for text in self.texts:
-            self.make_room(len(self.texts), len(text.tokens) + len(text.draft))
+            self.make_room(len(self.texts), len(text.tokens))
             self.read_again_if_rotated_otherwise(text)
+            self.cache.text_lengths[text.row] = text.rotation_length
         to_continue = [text for text in self.texts if text.n_unread == 1]
         to_read = [text for text in self.texts if text.n_unread > 1]
         results = []
@@ -229,7 +230,6 @@ class Batch(Generic[AnyText]):
         tokens = []
         for text, piece in zip(readers, pieces, strict=True):
             tokens += text.tokens[piece.start : piece.start + piece.length]
-            self.cache.text_lengths[text.row] = text.rotation_length
         cache = PackedCache(self.cache, pieces)
         layout = cache.layout(torch.tensor(wanted, dtype=torch.long, device=self.device))
         idx = torch.tensor([tokens], device=self.device)
@@ -258,9 +258,6 @@ class Batch(Generic[AnyText]):
             text.draft = text.draft[: n_tokens - 1]
             new = [text.tokens[-1], *text.draft]
             tokens[text.row][: len(new)] = new
-        for text in self.texts:
-            self.cache.text_lengths[text.row] = text.rotation_length
-
         end = max(starts) + n_tokens
         self.make_room(n_rows, end)
         with without_gradients(self.model):

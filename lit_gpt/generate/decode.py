@@ -1,6 +1,6 @@
 """Decoding: from a prompt to new tokens, one at a time. For many prompts at once, see `engine.py`."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -49,18 +49,6 @@ def stream(
         # none, as long as a long prompt is read piece by piece
         if answer.tokens:
             yield answer.tokens[-1]
-
-
-def collected(tokens: Iterable[int], into: list[int]) -> Iterator[int]:
-    """The same tokens as they come; each is appended to `into` before it goes on."""
-    for token in tokens:
-        into.append(token)
-        yield token
-
-
-def is_cut(tokens: Sequence[int], stop_ids: Collection[int]) -> bool:
-    """Whether an answer was ended by its limit: its last token is no stop token."""
-    return len(tokens) > 0 and tokens[-1] not in stop_ids
 
 
 def generate(model: GPT, idx: torch.Tensor, max_returned_tokens: int, **options: Any) -> torch.Tensor:

@@ -258,11 +258,6 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
     check_range("--top_p", top_p, above=0, at_most=1)
 
 
-def seeded_generator(seed: int, device: torch.device) -> torch.Generator:
-    """The random state of a script that samples."""
-    return torch.Generator(device).manual_seed(seed)
-
-
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
     """Logits (B, V) with minus infinity for all tokens that are less likely than the k-th."""
     n = min(k, logits.size(-1))

@@ -82,7 +82,8 @@ class KVCache:
             keys, values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
             layers.append(RowsOfLayer(keys, values))
         self.layers: list[RowsOfLayer] = layers
-        # the length of each text by which its positions are rotated, where that depends on it; see `Rope`
+        # the length of each text by which its positions are rotated, where that depends on it; see `Rope`. Whoever
+        # moves texts between rows sets it
         self.text_lengths = [max_seq_length] * batch_size
 
     @property
@@ -116,7 +117,6 @@ class KVCache:
         for tensors in self.layers:
             for tensor in tensors:
                 tensor[target, :, :length] = tensor[source, :, :length]
-        self.text_lengths[target] = self.text_lengths[source]
 
     def swap_rows(self, a: int, b: int, length: int) -> None:
         """Two rows change places, of which no more than the first positions are in use."""
@@ -125,8 +125,6 @@ class KVCache:
                 in_a = tensor[a, :, :length].clone()
                 tensor[a, :, :length] = tensor[b, :, :length]
                 tensor[b, :, :length] = in_a
-        lengths = self.text_lengths
-        lengths[a], lengths[b] = lengths[b], lengths[a]
 
 
 def enlarged(tensor: torch.Tensor, n_rows: int, length: int) -> torch.Tensor:

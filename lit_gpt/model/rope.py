@@ -24,9 +24,9 @@ class Rope(nn.Module):
     built on the meta device has them too, and such that every bit is that of transformers: at position 10,000 one bit
     of a frequency turns a vector by 0.001.
 
-    With some kinds of scaling a record's frequencies depend on its length. In a key-value cache its size counts as the
-    length: all keys are turned alike, also those of a text that has yet to grow. `lit_gpt/generate/decode.py` takes
-    a cache no longer than `unstretched_length` until the text is, and then reads all of it again. From there on
+    With some kinds of scaling a record's frequencies depend on its length. In a key-value cache `text_lengths` are the
+    lengths: all keys are turned alike, also those of a text that has yet to grow. `lit_gpt/generate/batch.py` has
+    `unstretched_length` for it until the text is longer, and then reads all of it again. From there on
     longrope knows one set of frequencies, so that each token is what the whole text without a cache gives; dynamic has
     one for every length, of which the cache uses the last. (transformers turns each new key by its own, and leaves the
     older ones.)

@@ -449,27 +449,33 @@ def ask_answers(ask: Ask, name: str, here: Here, probes: Sequence[Probe], n_new:
         if base is not None:
             of_base = [text for text, _ in greedy(here, base, prompts, n_new)]
     answers = []
-    for probe, (text, finish), base_text in zip(probes, expected, of_base, strict=True):
+    for probe, expected_answer, base_text in zip(probes, expected, of_base, strict=True):
         said = complete_prompt(ask, name, here, probe, n_new)
         again = complete_prompt(ask, name, here, probe, n_new)
         if isinstance(said, str) or isinstance(again, str):
             continue
-        before = [here.texts.text_of(token) for token in probe.prompt]
-        answers.append(
-            Answered(
-                asked_as="prompt",
-                expected=text,
-                expected_finish=finish,
-                server=said.text,
-                finish=said.finish,
-                again=again.text,
-                n_asked=n_new,
-                n_server=said.n_new,
-                base=base_text,
-                unlikely=unlikely_tokens(said, before),
-            )
-        )
+        one = beside(here, "prompt", probe.prompt, expected_answer, said, again, n_new)
+        answers.append(replace(one, base=base_text))
     return [*answers, *ask_repeats(ask, name, here, n_new)]
+
+
+def beside(
+    here: Here, asked_as: str, prompt: Sequence[int], expected: tuple[str, str], said: Said, again: Said, n_new: int
+) -> Answered:
+    """What the server said to a prompt, twice, beside the text that is expected and how that ends."""
+    text, finish = expected
+    before = [here.texts.text_of(token) for token in prompt]
+    return Answered(
+        asked_as=asked_as,
+        expected=text,
+        expected_finish=finish,
+        server=said.text,
+        finish=said.finish,
+        again=again.text,
+        n_asked=n_new,
+        n_server=said.n_new,
+        unlikely=unlikely_tokens(said, before),
+    )
 
 
 def ask_repeats(ask: Ask, name: str, here: Here, n_new: int) -> list[Answered]:
@@ -515,7 +521,7 @@ def ask_chats(
     answers = []
     nearest, normal = weighed.nearest() if weighed is not None else (TRAINED, 0.0)
     with model_called(here, nearest) as model:
-        for messages, (text, finish) in zip(conversations, expected, strict=True):
+        for messages, expected_answer in zip(conversations, expected, strict=True):
             said = ask_server.chat(ask, name, messages, n_new, logprobs=True, top_logprobs=1)
             if isinstance(said, str):
                 said = ask_server.chat(ask, name, messages, n_new)
@@ -526,20 +532,8 @@ def ask_chats(
             chats.append(compare_chat(ask, name, here, model, messages, said, normal))
             # with no system message in training there may be none here that is right
             if len(messages) == 1:
-                before = [here.texts.text_of(token) for token in prompt_tokens(here, messages) or []]
-                answers.append(
-                    Answered(
-                        asked_as="chat",
-                        expected=text,
-                        expected_finish=finish,
-                        server=said.text,
-                        finish=said.finish,
-                        again=again.text,
-                        n_asked=n_new,
-                        n_server=said.n_new,
-                        unlikely=unlikely_tokens(said, before),
-                    )
-                )
+                prompt = prompt_tokens(here, messages) or []
+                answers.append(beside(here, "chat", prompt, expected_answer, said, again, n_new))
     return chats, answers
 
 

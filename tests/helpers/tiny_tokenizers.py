@@ -4,6 +4,8 @@ import io
 import json
 from pathlib import Path
 
+from lit_gpt import Tokenizer
+
 TEXTS = [
     "",
     " ",
@@ -75,3 +77,13 @@ def sentencepiece(**settings) -> bytes:
     options = dict(sentence_iterator=iter(lines), model_writer=model, vocab_size=400, minloglevel=2)
     SentencePieceTrainer.train(**options | llama | settings)
     return model.getvalue()
+
+
+def of_all_kinds(folder: Path, sample_dir: Path) -> dict[str, Tokenizer]:
+    """Tokenizers of both backends, written to a folder, and that of the sample."""
+    return {
+        "sample": Tokenizer(sample_dir),
+        "byte-level": Tokenizer(write(folder / "1", tokenizer_json=byte_level(), tokenizer_config_json=SPECIAL)),
+        "metaspace": Tokenizer(write(folder / "2", tokenizer_json=metaspace(), tokenizer_config_json=SPECIAL)),
+        "sentencepiece": Tokenizer(write(folder / "3", tokenizer_model=sentencepiece(), tokenizer_config_json=SPECIAL)),
+    }

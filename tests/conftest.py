@@ -5,11 +5,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from lit_gpt.interruption import SIGNALS
 
 ROOT = Path(__file__).parents[1]
 SAMPLE_DIR = ROOT / "checkpoints/sample/SmolLM2-135M-Instruct-Q4_1"
@@ -33,6 +36,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return SLOWEST.index(name) if name in SLOWEST else len(SLOWEST)
 
     items.sort(key=order)
+
+
+@pytest.fixture(autouse=True)
+def signals_stay() -> Iterator[None]:
+    """A test that left a signal ignored would make the next one's commands deaf to Ctrl-C."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    assert {number: signal.getsignal(number) for number in SIGNALS} == before
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ from lit_gpt import InputError
 from lit_gpt.data.dataset import Dataset
 from lit_gpt.device import prepare_device
 from lit_gpt.distributed import is_to_split, launch, rendezvous_of_machines, when_failed
-from lit_gpt.interruption import Interruption
+from lit_gpt.interruption import SIGNALS, Interruption
 from lit_gpt.model.activation_checkpointing import recompute_blocks
 from lit_gpt.quantize import QuantizedLinear
 from lit_gpt.runs.load_finetuned import load_finetuned
@@ -357,14 +357,16 @@ def test_a_signal_ends_all_processes(sent, status, last_line, tmp_path) -> None:
 
 def test_a_signal_that_comes_when_all_have_agreed_kills_nobody() -> None:
     """A process learns of a stop from another one, and is done before what asks it for the same gets there."""
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         with Interruption() as interruption:
             interruption.settle()
         assert interruption.asked and interruption.status == 143
-        signal.raise_signal(signal.SIGTERM)
+        for number in SIGNALS:
+            signal.raise_signal(number)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("launcher", [(), ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")])

@@ -83,7 +83,7 @@ def main(
     model = load_model_for_use(args, device, mesh)
     if is_first():
         print(f"Loaded in {time.perf_counter() - began:.1f} s.", file=sys.stderr)
-    engine = Engine(model, tokenizer)
+    engine = Engine(model, tokenizer, draft_tokens=args.draft_tokens)
 
     # one of the given answers
     if choices:

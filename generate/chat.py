@@ -10,6 +10,7 @@ What you type is a question, but for commands: /help lists them.
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -73,7 +74,8 @@ def main(
         name: Conversation(style, tokenizer, model.config, system, switches) for name, model in models.items()
     }
     chat = Chat(conversations, answering=list(models), is_greedy=temperature == 0)
-    engine = Engine(models, tokenizer)  # it keeps what it has read: of a conversation that goes on only what is new
+    new_engine = partial(Engine, models, tokenizer, draft_tokens=args.draft_tokens)
+    engine = new_engine()  # it keeps what it has read: of a conversation that goes on only what is new
     generator = replace(sampling, seed=args.seed).new_generator()
     if sys.stdin.isatty():
         print(GREETING, file=sys.stderr)
@@ -130,7 +132,7 @@ def main(
                 is_interrupted = True
             with without_ctrl_c():
                 if is_interrupted:
-                    engine = Engine(models, tokenizer)  # the old one may have been stopped in the middle of anything
+                    engine = new_engine()  # the old one may have been stopped in the middle of anything
                 print()
                 conversation.add_answer(said, prompt.is_thinking)
 

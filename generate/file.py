@@ -81,7 +81,7 @@ def main(
     device = default_device()
     model, tokenizer, trained_style = load_for_use(args, device, n_rows=batch_size)
     style = resolve_style(prompt_style, tokenizer, trained_style)
-    engine = Engine(model, tokenizer, max_batch=batch_size)
+    engine = Engine(model, tokenizer, max_batch=batch_size, draft_tokens=args.draft_tokens)
 
     def jobs() -> Iterator[Job]:
         """What the engine is asked for each answer: a request, or one for each choice."""

@@ -100,7 +100,7 @@ def main(
         models = {model_name or folder_name(next(path for path in folder if path)): model}
     elif model_name is not None:
         raise InputError(f"--model_name is for one model, and there are {len(models)}: {', '.join(models)}.")
-    engine = Engine(models, tokenizer, max_batch=max_batch)
+    engine = Engine(models, tokenizer, max_batch=max_batch, draft_tokens=args.draft_tokens)
     style = resolve_style(prompt_style, tokenizer, trained_style)
     maker = RequestMaker(
         tokenizer=tokenizer,

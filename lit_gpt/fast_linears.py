@@ -24,6 +24,7 @@ from torch import nn
 
 from lit_gpt.cpu_codes import CodedLinear
 from lit_gpt.model.attention import CausalSelfAttention
+from lit_gpt.model.fused import rotate
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.mlp import LLaMAMLP
 from lit_gpt.replace_modules import replace_modules
@@ -41,10 +42,22 @@ class StackedAttention(CausalSelfAttention):
         # children of its own, so that `attention` keeps its linears
         self._modules = {name: child for name, child in attention._modules.items() if name not in ("q", "k", "v")}
         self.sizes = [linear.out_features for linear in linears]
+        self.n_queries, self.n_keys, self.n_values = [size // self.head_size for size in self.sizes]
+        norms = (self.norm_q, self.norm_k, self.norm_v)
+        self.has_norms = any(type(norm) is not nn.Identity for norm in norms)
         self.qkv = stacked(linears)
 
-    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, v = self.qkv(x).split(self.sizes, dim=-1)
+    def heads(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        qkv = self.qkv(x)
+        if self.has_norms:
+            q, k, v = qkv.split(self.sizes, dim=-1)
+            return self.normed_and_rotated(q, k, v, cos, sin)
+        # queries and keys are rotated alike: one rotation for both
+        heads = self.split_heads(qkv)  # (B, nh + 2 ng, T, hs)
+        qk, v = heads.split((self.n_queries + self.n_keys, self.n_values), dim=1)
+        q, k = rotate(qk, cos, sin).split((self.n_queries, self.n_keys), dim=1)
         return q, k, v
 
 

@@ -762,7 +762,7 @@ def test_recorded_passes_say_the_same(kind: Quantize | None, dtype: torch.dtype)
     requests = [Request(ids[i][: 10 + 2 * i], 60 + 40 * (i % 3)) for i in range(12)]
     said = []
     for is_recorded in (False, True):
-        engine = Engine(model, max_batch=5, draft_tokens=2)
+        engine = Engine(model, max_batch=5, draft_tokens=10)
         (batch,) = engine.batches.values()
         batch.is_recorded = is_recorded
         said.append([answer.tokens for _ in range(2) for answer in engine.run(requests)])

@@ -35,6 +35,7 @@ OUT_OF_RANGE = {
     "--min_p": "-0.1 1.5 .nan .inf",
     "--repetition_penalty": "0 -1 .nan .inf",
     "--logprobs": "-1",
+    "--draft_tokens": "-1",
     "--batch_size": NOT_A_COUNT,
     "--port": "-1 65536",
     "--max_batch": NOT_A_COUNT,

@@ -275,8 +275,13 @@ class Batch(Generic[AnyText]):
                 first_line = str(error).splitlines()[0]
                 print(f"This model decodes without a recording, slowly: {first_line}", file=sys.stderr)
                 self.is_recorded = False
+        idx, input_pos = self.inputs(tokens, starts)
+        if len(tokens) == 1:
+            # one text needs no positions of its own, and sees all that there is
+            part = self.cache.part(1, end, is_full=True)
+            return self.model(idx, input_pos[0], cache=part)
         part = self.cache.part(len(tokens), min(self.cache.max_seq_length, rounded_up(end)))
-        return self.model(*self.inputs(tokens, starts), cache=part)
+        return self.model(idx, input_pos, cache=part)
 
     def inputs(self, tokens: list[list[int]], starts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens and their positions as the model takes them, (B, T) each."""

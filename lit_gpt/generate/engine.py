@@ -98,8 +98,8 @@ class Engine:
             tokenizer: Makes texts of answers. Without it there are tokens, and no stop strings.
             max_batch: The most answers of a model at once. More requests wait.
             prefill_tokens: The most tokens of prompts that are read in a step.
-            draft_tokens: The most tokens that are looked up in a text and read at once in case they follow again; see
-                `lookup.py`. It pays for few answers at once that repeat their prompts.
+            draft_tokens: The most tokens that are looked up in the texts of a model and read at once, in case they
+                follow again; see `lookup.py`. Each text has its share of them: it pays for few texts at once.
         """
         if isinstance(models, GPT):
             models = {"": models}
@@ -199,9 +199,8 @@ class Engine:
         self.admit()
         changed = []
         for name, batch in self.batches.items():
-            if self.draft_tokens:
-                for under_way in batch.texts:
-                    under_way.look_up(self.draft_tokens)
+            for under_way in batch.texts:
+                under_way.look_up(self.draft_tokens // len(batch.texts))
             complete = []
             for under_way, logits in batch.step():
                 under_way.judge_prompt(logits)
@@ -288,8 +287,10 @@ class UnderWay(Text):
 
     def look_up(self, n: int) -> None:
         """Puts tokens that may follow into the draft, n at most, if the text has been read but for its last token."""
-        room = self.max_length - len(self.tokens) - 1
-        self.draft = self.lookup.draft(self.tokens, min(n, room)) if self.n_unread == 1 else []
+        self.draft = []
+        if n and self.n_unread == 1:
+            room = self.max_length - len(self.tokens) - 1
+            self.draft = self.lookup.draft(self.tokens, min(n, room))
 
     def accept(self, token: int) -> bool:
         """Whether the token that was just appended is the next one of the draft, so that it has been read already."""

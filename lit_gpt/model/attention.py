@@ -20,9 +20,9 @@ from lit_gpt.model.kv_cache import LayerCache
 from lit_gpt.model.norms import QK_NORMS, Clip
 from lit_gpt.model.packing import Layout, Segment
 
-# Which tokens each token may see. None: those before it in its row, and itself. A Layout: those before it in its own
-# record. A boolean tensor: those that are True, of all S positions of a key-value cache; it is (T, S), or (B, 1, T, S)
-# if each row has positions of its own.
+# Which tokens each token may see. None: those before it in its row, and itself; with a cache that is one token, the
+# last of all S positions. A Layout: those before it in its own record. A boolean tensor: those that are True, of all S
+# positions of a key-value cache; it is (T, S), or (B, 1, T, S) if each row has positions of its own.
 Mask = Layout | torch.Tensor | None
 
 
@@ -61,12 +61,7 @@ class CausalSelfAttention(nn.Module):
         cache: LayerCache | None = None,
     ) -> torch.Tensor:
         """(B, T, C) -> (B, T, C). With a cache, `input_pos`, (T,) or (B, T), says where in its rows the tokens go."""
-        q, k, v = self.project(x)
-        q = self.split_heads(self.norm_q(q))  # (B, nh, T, hs)
-        k = self.split_heads(self.norm_k(k))  # (B, ng, T, hs)
-        v = self.split_heads(self.norm_v(v))  # (B, ng, T, hs)
-        q = rotate(q, cos, sin)
-        k = rotate(k, cos, sin)
+        q, k, v = self.heads(x, cos, sin)  # (B, nh, T, hs), and (B, ng, T, hs) of both others
 
         # keys are cached as they are rotated: a token's position never changes
         if cache is not None:
@@ -76,12 +71,23 @@ class CausalSelfAttention(nn.Module):
         y = y.transpose(1, 2).flatten(2)  # (B, T, nh * hs)
         return self.proj(y)
 
-    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries (B, T, nh * hs), keys and values (B, T, ng * hs) of x (B, T, C).
+    def heads(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries (B, nh, T, hs), keys and values (B, ng, T, hs) of x (B, T, C): normed, and rotated but for values.
 
         What computes them by other linears overrides this: `fast_linears.py` has one for all three.
         """
-        return self.q(x), self.k(x), self.v(x)
+        return self.normed_and_rotated(self.q(x), self.k(x), self.v(x), cos, sin)
+
+    def normed_and_rotated(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same from what the linears give: queries (B, T, nh * hs), keys and values (B, T, ng * hs)."""
+        q = self.split_heads(self.norm_q(q))
+        k = self.split_heads(self.norm_k(k))
+        v = self.split_heads(self.norm_v(v))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
         """Attention of queries (B, nh, T, hs) to keys and values (B, ng, S, hs): (B, nh, T, hs).
@@ -118,9 +124,9 @@ class Kernel(Protocol):
             q: Queries, (B, nh, T, hs).
             k: Keys, (B, ng, S, hs). Each nh / ng heads of queries, in order, share a head of keys and values.
             v: Values, (B, ng, S, hs).
-            mask: None, with S = T. A Layout, with S = T, or more if its segments continue what stands behind the row's
-                own keys; a loop uses its `segments`, and one fused call its `varlen`. Or a tensor, which has the window
-                in it.
+            mask: None, with S = T, or of one token that comes after S - 1 others. A Layout, with S = T, or more if its
+                segments continue what stands behind the row's own keys; a loop uses its `segments`, and one fused call
+                its `varlen`. Or a tensor, which has the window in it.
             window: A token sees the last so many, itself included. None: all.
             scale: The factor of the scores. None: 1 / sqrt(hs).
             softcap: Scores become softcap * tanh(score / softcap). None: they stay.
@@ -169,7 +175,7 @@ def attend_by_segment(
     if isinstance(mask, torch.Tensor):
         return dense(q, k, v, mask)
     if mask is None:
-        row = Segment(start=0, length=q.size(2))
+        row = Segment(start=0, length=q.size(2), prefix_length=k.size(2) - q.size(2))
         return dense(q, k, v, sliding_window_mask(row, window, q.device))
 
     # split, not slices: the backward of many slices writes as many full-length gradients, that of split only one
@@ -367,8 +373,8 @@ def cache_masks(input_pos: torch.Tensor, length: int, windows: set[int | None]) 
 def sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, scale: float | None = None
 ) -> torch.Tensor:
-    """Dense attention by PyTorch's kernels, causal if there is no mask: (B, nh, T, hs)."""
-    if mask is not None and q.size(2) == 1:
+    """Dense attention by PyTorch's kernels: (B, nh, T, hs). Without a mask it is causal, and one token sees all."""
+    if q.size(2) == 1:
         # one token: the heads that share keys and values are rows of one product, and nothing is repeated for them
         rows = q.unflatten(1, (k.size(1), -1)).squeeze(3)  # (B, ng, nh / ng, hs)
         return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale).flatten(1, 2).unsqueeze(2)
@@ -402,8 +408,9 @@ def softcapped_attention(
     if scale is None:
         scale = q.size(-1) ** -0.5
     if mask is None:
-        everything = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device)
-        mask = everything.tril()
+        T, S = q.size(2), k.size(2)
+        everything = torch.ones(T, S, dtype=torch.bool, device=q.device)
+        mask = everything.tril(S - T)
     k = repeat_groups(k, q.size(1))
     v = repeat_groups(v, q.size(1))
     scores = softcap * torch.tanh(q @ k.transpose(2, 3) * (scale / softcap))

@@ -50,8 +50,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 
         return RMSNormFunction.apply(x, weight, eps, offset)
     answers = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
     if answers and offset == 0 and x.dtype == weight.dtype == torch.float32:
-        # as exact, and one call instead of six: 10 us for a token on a CPU, where these take 17. Answers alone: a block
-        # that is computed again in backward has to have the same bits both times
+        # as exact, in fewer calls: for a token on a CPU 4 us, and in one call 11, where those below take 16. Answers
+        # alone: a block that is computed again in backward has to have the same bits both times
+        if x.numel() == x.size(-1) and x.device.type == "cpu" and eps > 0:
+            length = torch.linalg.vector_norm(x).item()
+            return (x * (length**2 / x.numel() + eps) ** -0.5).mul_(weight)
         return F.rms_norm(x, weight.shape, weight, eps)
     y, _ = norm_forward(x, weight, eps, offset)
     return y

@@ -207,7 +207,10 @@ class GPT(nn.Module):
             # more tokens of texts whose beginnings are in the cache
             rows = checked_rows(cache, idx.size(0), n_tokens)
             pos = input_pos
-            masks = cache_masks(input_pos, rows.max_seq_length, self.windows)
+            if rows.is_full and n_tokens == 1:
+                masks = dict.fromkeys(self.windows)  # the last token sees all
+            else:
+                masks = cache_masks(input_pos, rows.max_seq_length, self.windows)
             lengths = [(n_tokens, rows.text_lengths[0])]
             if pos.dim() == 2:
                 lengths = [(n_tokens, length) for length in rows.text_lengths]

@@ -85,6 +85,8 @@ class KVCache:
         # the length of each text by which its positions are rotated, where that depends on it; see `Rope`. Whoever
         # moves texts between rows sets it
         self.text_lengths = [max_seq_length] * batch_size
+        # the next tokens are the last ones that there is room for; see `part`
+        self.is_full = False
 
     @property
     def batch_size(self) -> int:
@@ -96,9 +98,13 @@ class KVCache:
 
     # ---- for texts that come and go
 
-    def part(self, n_rows: int, length: int) -> "KVCache":
-        """The first rows, and of these the first positions: the same memory."""
+    def part(self, n_rows: int, length: int, is_full: bool = False) -> "KVCache":
+        """The first rows, and of these the first positions: the same memory.
+
+        `is_full` says that the tokens of the next call fill it to its end, in all rows.
+        """
         part = KVCache.__new__(KVCache)
+        part.is_full = is_full
         part.layers = []
         for keys, values in self.layers:
             part.layers.append(RowsOfLayer(keys[:n_rows, :, :length], values[:n_rows, :, :length]))

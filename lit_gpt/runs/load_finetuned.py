@@ -64,6 +64,10 @@ class UseArgs:
     """Keep the linears in 4 or 8 bits. cpu.int4 and cpu.int8 are for answers on a CPU, and the faster for it; the
     others make a model small, and on a CPU slow. auto is what the fine-tuned weights were trained on, none the weights
     as they are."""
+    draft_tokens: int = 0
+    """Look up so many tokens that may follow, and read them at once: the same answers, and fewer passes where they
+    repeat what stands in the text. 8 or so pay for summaries, corrections, and code. Answers made together share
+    them."""
     stream_blocks: bool = False
     """Keep the weights of the blocks in the host's memory, for a model that is larger than the device's: each token
     takes the time to copy them all."""
@@ -74,6 +78,7 @@ class UseArgs:
         check_range("--top_p", self.top_p, above=0, at_most=1)
         check_range("--min_p", self.min_p, at_least=0, at_most=1)
         check_range("--repetition_penalty", self.repetition_penalty, above=0)
+        check_range("--draft_tokens", self.draft_tokens, at_least=0)
         check_seed("--seed", self.seed)
 
 

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from lit_gpt.generate.make_requests import RequestMaker
 
 MAX_BODY_BYTES = 8 * 2**20
-PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
@@ -132,7 +131,7 @@ def make_app(
     from lit_gpt.generate.responses import Responses
     from lit_gpt.generate.web import EventStream, KeyGuard, add_error_handlers, answers_unless_gone, read_page
 
-    page = read_page()
+    page, page_headers = read_page()
     tokenizer = maker.tokenizer
     responses = Responses(tokenizer)
     thread: EngineThread
@@ -153,7 +152,7 @@ def make_app(
 
     @app.get("/", include_in_schema=False)
     async def talk() -> Response:
-        return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY})
+        return HTMLResponse(page, headers=page_headers)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:

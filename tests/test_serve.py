@@ -1,17 +1,14 @@
 """A server in a process of its own, asked by OpenAI's client and by hand: `pytest tests/test_serve.py`, about 1 min"""
 
 import asyncio
-import http.client
 import json
-import os
 import random
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +20,7 @@ import torch
 from conftest import ROOT, make_tiny
 from helpers.methods import finetune
 from helpers.runs import write_data
+from helpers.server import KEY, Server
 from helpers.shell import python
 from helpers.tiny_tokenizers import SPECIAL, TEXTS, byte_level, metaspace, sentencepiece, write
 
@@ -40,66 +38,10 @@ from lit_gpt.generate.token_texts import TokenOffsets, TokenTexts
 from lit_gpt.runs.load_finetuned import UseArgs
 from lit_gpt.runs.side_by_side import load_models_for_use
 
-KEY = "a secret"
 QUESTION = [{"role": "user", "content": "Who was Ada?"}]
 PROMPT = "Once upon a time"
 BATCH, WAITING, BLOCK = 4, 4, 60_000
-
-
-class Server:
-    """A server's process."""
-
-    def __init__(self, checkpoint_dir: Path, *flags: str, command: Sequence[str | Path] = ()) -> None:
-        """Starts the script, or a command that does as it does."""
-        script = [sys.executable, ROOT / "generate/serve.py", "--checkpoint_dir", checkpoint_dir, "--port", "0"]
-        script += ["--precision", "32-true", "--max_batch", str(BATCH), "--max_waiting", str(WAITING), *flags]
-        pipe = subprocess.PIPE
-        words = [str(word) for word in command or script]
-        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-        environment = os.environ | {"PYTHONPATH": path}
-        self.process = subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment)
-        line = self.process.stderr.readline()
-        self.port = int(re.fullmatch(r"Serving .+ at http://127.0.0.1:(\d+)\.\n", line)[1])
-        self.reader = ThreadPoolExecutor(1)
-        self.log = self.reader.submit(self.process.stderr.read)  # or the pipe would be full
-        while not self.listens():
-            assert self.process.poll() is None, self.log.result()
-            time.sleep(0.05)
-
-    def listens(self) -> bool:
-        try:
-            return self.ask("GET", "/health")[0] == 200
-        except OSError:
-            return False
-
-    def client(self, api_key: str = KEY) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=api_key, max_retries=0, timeout=60)
-
-    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, http.client.HTTPMessage]:
-        """Status, body and headers of a response. A body that is bytes is sent as it is."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **headers}
-        connection.request(method, path, data, headers)
-        response = connection.getresponse()
-        text = response.read().decode()
-        connection.close()
-        is_json = response.headers.get_content_type() == "application/json"
-        return response.status, json.loads(text) if is_json else text, response.headers
-
-    def n_open(self) -> int:
-        return self.ask("GET", "/health")[1]["open_requests"]
-
-    def wait_until_idle(self) -> None:
-        end = time.monotonic() + 20
-        while self.n_open() > 0:
-            assert time.monotonic() < end, "Requests go on that nobody waits for."
-            time.sleep(0.05)
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.reader.shutdown()
+LIMITS = ("--max_batch", str(BATCH), "--max_waiting", str(WAITING))
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +52,7 @@ def checkpoint(tmp_path_factory, sample_dir: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def server(checkpoint: Path) -> Iterator[Server]:
-    server = Server(checkpoint, "--api_key", KEY, "--max_new_tokens", "50000", "--model_name", "tiny")
+    server = Server(checkpoint, *LIMITS, "--api_key", KEY, "--max_new_tokens", "50000", "--model_name", "tiny")
     yield server
     server.end()
     assert "Traceback" not in server.log.result() and "ERROR" not in server.log.result()
@@ -528,7 +470,7 @@ def test_too_many_and_gone(server: Server, tokenizer: Tokenizer, stream: bool) -
 
 
 def test_limits_and_a_graceful_end(checkpoint: Path, tokenizer: Tokenizer) -> None:
-    server = Server(checkpoint, "--max_seconds", "4", "--max_new_tokens", "50000")
+    server = Server(checkpoint, *LIMITS, "--max_seconds", "4", "--max_new_tokens", "50000")
     try:
         # too slow
         with ThreadPoolExecutor() as threads:

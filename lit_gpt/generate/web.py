@@ -1,8 +1,10 @@
 """What a server does around its answers: its address, errors in words, the key, and clients that go."""
 
 import asyncio
+import base64
 import contextlib
 import copy
+import hashlib
 import hmac
 import json
 import re
@@ -142,9 +144,25 @@ def place_of(problem: Mapping[str, Any]) -> str:
 # ---- the page
 
 
-def read_page() -> str:
-    """The page on which models can be talked to."""
-    return (Path(__file__).parent / "talk.html").read_text(encoding="utf-8")
+def read_page() -> tuple[str, dict[str, str]]:
+    """The page on which models can be talked to, and its headers: its one script runs, and it asks this server alone.
+
+    A script that came into the page with an answer would have another hash: https://www.w3.org/TR/CSP3/.
+    """
+    page = (Path(__file__).parent / "talk.html").read_text(encoding="utf-8")
+    script = page.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = {
+        "default-src": "'none'",
+        "script-src": f"'sha256-{digest}'",
+        "style-src": "'unsafe-inline'",
+        "img-src": "data:",  # its icon, which is empty
+        "connect-src": "'self'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+    }
+    return page, {"Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in policy.items())}
 
 
 # ---- the key

@@ -207,6 +207,21 @@ def test_an_answer_is_stopped_and_one_goes_on(way: str, page: Page, server: Serv
     assert answers(page)["base"] == expected(server, "base", asked["base"], temperature=0, max_tokens=10)
 
 
+def test_a_long_answer_is_followed_and_a_reader_left_alone(page: Page) -> None:
+    page.fill("#max_tokens", "50000")
+    page.fill("#question", "Count.")
+    page.press("Enter")
+    root = "document.documentElement"
+    page.wait_for(f"{root}.scrollHeight > {root}.clientHeight + 200")
+    assert page.value(f"{root}.scrollHeight - {root}.scrollTop - {root}.clientHeight") < 2
+    page.value("scrollTo(0, 50)")
+    height = page.value(f"{root}.scrollHeight")
+    page.wait_for(f"{root}.scrollHeight > {height + 100}")
+    assert page.value(f"{root}.scrollTop") == 50
+    page.press("Escape")
+    page.wait_for(IDLE)
+
+
 # ---- what may go wrong
 
 

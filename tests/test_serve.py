@@ -6,6 +6,7 @@ import random
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -217,25 +218,42 @@ def test_an_answer_does_not_depend_on_the_others(server: Server) -> None:
 
 def test_models_side_by_side(tmp_path: Path, tiny_dir: Path) -> None:
     data_dir = write_data(tmp_path / "data", tiny_dir)
-    finetune("lora", tiny_dir, data_dir, tmp_path / "tuned")
+    run = tmp_path / "quickstart"
+    finetune("lora", tiny_dir, data_dir, run)
     args = UseArgs(precision="32-true")
-    models, tokenizer, style = load_models_for_use(args, [tmp_path / "tuned"], torch.device("cpu"), with_base=True)
+    models, tokenizer, style = load_models_for_use(args, [run], torch.device("cpu"), with_base=True)
     prompt = encode_question(render(style, {"messages": QUESTION}, tokenizer), tokenizer)
-    server = Server(tiny_dir, "--finetuned", str(tmp_path / "tuned"), "--with_base", "true")
+    server = Server(tiny_dir, "--finetuned", run, "--with_base")
     try:
         client = server.client()
-        assert [model.id for model in client.models.list()] == ["base", "tuned"] == list(models)
+        assert [model.id for model in client.models.list()] == ["base", "quickstart"] == list(models)
         said = {}
         for name, model in models.items():
             answer = client.chat.completions.create(model=name, messages=QUESTION, temperature=0, max_tokens=20)
             said[name] = answer.choices[0].message.content
             assert said[name] == tokenizer.decode(greedy(model, tokenizer, prompt, 20)) and answer.model == name
-        assert said["base"] != said["tuned"]
+        assert said["base"] != said["quickstart"]
+        run_examples(server)
         # Ctrl-C is how it is ended
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(30) == 0 and "Traceback" not in server.log.result()
     finally:
         server.end()
+
+
+def run_examples(server: Server) -> None:
+    """What the tutorial prints for a server that runs."""
+    page = (ROOT / "tutorials/serve.md").read_text().replace("http://127.0.0.1:8000", server.url.rstrip("/"))
+    commands = re.findall(r"^```sh\n(curl .*?)```", page, re.DOTALL | re.MULTILINE)
+    programs = re.findall(r"^```python\n(.*?)```", page, re.DOTALL | re.MULTILINE)
+    assert len(commands) >= 2 and len(programs) >= 3
+    for command in commands:
+        result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+        assert json.loads(result.stdout).keys() & {"choices", "tokens"}
+    names: dict[str, Any] = {}  # the later ones go on with what the first has imported
+    for program in programs:
+        exec(program, names)
+    assert len(names["answer"].choices) == 3 and names["said"].text == names["text"]
 
 
 # ---- the challenge

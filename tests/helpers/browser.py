@@ -109,9 +109,9 @@ class Page:
         assert "exceptionDetails" not in result, f"{expression}: {result['exceptionDetails']}"
         return result["result"].get("value")
 
-    def wait_for(self, expression: str) -> None:
+    def wait_for(self, expression: str, seconds: float = LIMIT) -> None:
         """Until an expression is true."""
-        end = time.monotonic() + LIMIT
+        end = time.monotonic() + seconds
         while not self.value(expression):
             assert time.monotonic() < end, f"{expression} has not come true. The page:\n{self.text('body')}"
             time.sleep(0.02)
@@ -151,6 +151,8 @@ class Page:
         return [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in shown]
 
     def screenshot(self, file: Path) -> None:
+        """Writes what is shown as a PNG file."""
+        self.value("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")  # it is drawn
         file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
     # ---- what a user does

@@ -1,4 +1,4 @@
-"""Servers that are right, and wrong in many ways: `pytest tests/test_check_server.py`, about 1 min"""
+"""Servers that are right, and wrong in many ways: `pytest tests/test_check_server.py`, about 90 s"""
 
 import json
 import os
@@ -23,13 +23,14 @@ from helpers.scripts import load
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lit_gpt import InputError
+from lit_gpt import InputError, Tokenizer
 from lit_gpt.data.dataset import Dataset
 from lit_gpt.data.prepare import DataArgs, prepare
 from lit_gpt.data.prompts import resolve_style
 from lit_gpt.generate.engine import Engine
 from lit_gpt.generate.make_requests import RequestMaker
 from lit_gpt.generate.sampling import Sampling
+from lit_gpt.lora import LoRA
 from lit_gpt.runs.load_finetuned import UseArgs, load_for_use
 from lit_gpt.studies.ask_server import Ask, over_http
 from lit_gpt.studies.server_check import judge
@@ -110,10 +111,13 @@ def served(
     max_new_tokens: int = 100,
     penalty: float = 1.0,
     stop_ids: frozenset[int] | None = None,
+    tokenizer_dir: Path | None = None,
     **args: Any,
 ) -> Iterator[Ask]:
     """The app of generate/serve.py, in this process."""
     model, tokenizer, trained_style = load_for_use(UseArgs(**{"precision": "32-true", **args}), torch.device("cpu"))
+    if tokenizer_dir is not None:
+        tokenizer = Tokenizer(tokenizer_dir)
     if stop_ids is not None:
         tokenizer.stop_ids = stop_ids
     maker = RequestMaker(
@@ -135,9 +139,11 @@ def served(
         yield ask
 
 
-def check(ask: Ask, here: Here, trained: Trained, name: str = "mine") -> tuple[list[str], list[str], list[str]]:
+def check(
+    ask: Ask, here: Here, trained: Trained, name: str = "mine", data: Path | None = None
+) -> tuple[list[str], list[str], list[str]]:
     """What is wrong, what is normal, and what is unknown."""
-    evidence = gather(ask, name, {}, here, Dataset(trained.data, "val"), n_records=2, n_new=20)
+    evidence = gather(ask, name, {}, here, Dataset(data or trained.data, "val"), n_records=2, n_new=20)
     findings = judge(evidence)
     print(*findings, sep="\n")
     wrong = [finding.what for finding in findings if finding.is_wrong]
@@ -180,6 +186,22 @@ def test_another_rope_base_is_named(trained: Trained, here: Here) -> None:
         assert check(ask, here, trained)[0] == ["positions"]
 
 
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [("lora", {"lora": LoRA(dora=True)}), ("adapter", {}), ("full", {})],
+    ids=["dora", "adapter", "full"],
+)
+def test_what_another_method_has_trained(method: str, flags: dict[str, Any], trained: Trained) -> None:
+    """What is right raises no alarm, and the base alone is not it."""
+    run = trained.folder / f"by_{method}"
+    finetune(method, trained.base, trained.data, run, **flags)
+    here = Here(UseArgs(finetuned=run, precision="32-true"), torch.device("cpu"))
+    with served(finetuned=run) as ask:
+        assert check(ask, here, trained) == ([], [], [])
+    with served(checkpoint_dir=trained.base) as ask:
+        assert check(ask, here, trained)[0] == ["adapter not applied"]
+
+
 # ---- other prompts
 
 
@@ -215,16 +237,73 @@ def test_a_system_message_that_is_dropped_is_named(trained: Trained, here: Here)
         assert check(dropping, here, trained)[0] == ["system message"]
 
 
-def test_a_tokenizer_that_adds_a_bos_is_named(trained: Trained, here: Here) -> None:
-    def change(tokenizer: dict[str, Any]) -> None:
-        bos = {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
-        single = [{"SpecialToken": {"id": bos["id"], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-        template = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {bos["id"]: bos}}
-        tokenizer["post_processor"] = template
+def add_bos(tokenizer: dict[str, Any]) -> None:
+    """Has a tokenizer.json begin each text with a BOS."""
+    bos = {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+    single = [{"SpecialToken": {"id": bos["id"], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    template = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {bos["id"]: bos}}
+    tokenizer["post_processor"] = template
 
-    folder = trained.changed_base("bos", "tokenizer.json", change)
+
+def test_a_tokenizer_that_adds_a_bos_is_named(trained: Trained, here: Here) -> None:
+    folder = trained.changed_base("bos", "tokenizer.json", add_bos)
     with served(finetuned=trained.run, checkpoint_dir=folder) as ask:
         assert check(ask, here, trained)[0] == ["second BOS"]
+
+
+def test_a_tokenizer_that_leaves_the_bos_out_is_named(trained: Trained) -> None:
+    """Trained with a BOS, as a style that is no chat template has it, and served without."""
+    base = trained.changed_base("trained_with_bos", "tokenizer.json", add_bos)
+    data = trained.folder / "data_with_bos"
+    prepare(records(), DataArgs(checkpoint_dir=base, data_dir=data, prompt_style="alpaca"))
+    run = trained.folder / "with_bos"
+    finetune("lora", base, data, run, train=replace(TRAIN, max_steps=2))
+    here = Here(UseArgs(finetuned=run, precision="32-true"), torch.device("cpu"))
+    with served(finetuned=run) as ask:
+        assert check(ask, here, trained, data=data)[:2] == ([], [])
+    with served(finetuned=run, checkpoint_dir=trained.base) as ask:
+        assert check(ask, here, trained, data=data)[0] == ["missing BOS"]
+
+
+def test_another_tokenizer_is_named(trained: Trained, here: Here) -> None:
+    def change(tokenizer: dict[str, Any]) -> None:
+        del tokenizer["model"]["merges"][2000:]
+
+    folder = trained.changed_base("merges", "tokenizer.json", change)
+    with served(finetuned=trained.run, tokenizer_dir=folder) as ask:
+        assert check(ask, here, trained)[0][0] == "other tokens"  # and what follows from it
+
+
+# ---- too little room
+
+
+def test_a_context_that_is_too_short_is_named(trained: Trained, here: Here, capsys) -> None:
+    folder = trained.changed_base("short", "config.json", lambda s: s.update(max_position_embeddings=45))
+    with served(finetuned=trained.run, checkpoint_dir=folder) as ask:
+        assert check(ask, here, trained)[0] == ["answers are cut"]
+    assert "exceed what the model can read, 45" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kept", [slice(24), slice(-24, None)], ids=["first", "last"])
+def test_prompts_that_are_cut_are_named(kept: slice, trained: Trained, here: Here) -> None:
+    """As Ollama cuts them. As llama.cpp's server it may tell how much it reads."""
+    with served(finetuned=trained.run) as ask:
+
+        def cutting(method: str, path: str, body: Any) -> tuple[int, Any]:
+            if path == "/v1/completions":
+                prompt = body["prompt"]
+                tokens = here.tokenizer.encode(prompt).tolist() if isinstance(prompt, str) else prompt
+                body = body | {"prompt": tokens[kept]}
+            return ask(method, path, body)
+
+        assert check(cutting, here, trained)[0] == ["context cut"]
+
+        def telling(method: str, path: str, body: Any) -> tuple[int, Any]:
+            if path == "/props":
+                return 200, {"default_generation_settings": {"n_ctx": 24}}
+            return cutting(method, path, body)
+
+        assert check(telling, here, trained)[0] == ["context cut"]
 
 
 # ---- other answers

@@ -149,11 +149,15 @@ class Finding:
     is_wrong: bool = True
 
 
+UNEXPLAINED = ("positions", "other weights")
+"""Findings for log-probabilities that fit none of the models here, or one of many."""
+
 # what each way to differ is called, and what to do about it
 ADVICE = {
     NO_ADAPTER: (
         "adapter not applied",
-        "The server has the base model. Merge the adapter (scripts/merge_lora.py), or name it in the request.",
+        "The server has the base model. Serve what was trained: the merged adapter (scripts/merge_lora.py), the adapter"
+        " by its name, or the folder of a full fine-tuning.",
     ),
     SECOND_BOS: (
         "second BOS",
@@ -172,17 +176,20 @@ def judge(evidence: Evidence) -> list[Finding]:
     findings += chats
     if evidence.refused is not None:
         findings.append(Finding("answers are cut", f"It refuses as many new tokens as asked for: {evidence.refused}"))
+    cut = judge_room(evidence.texts)
+    if cut:  # behind a text that is cut the trained model would say something else, too
+        findings = [finding for finding in findings if finding.what not in UNEXPLAINED]
     if evidence.n_context is not None and evidence.n_context < evidence.longest:
         text = f"It reads {evidence.n_context:,} tokens in all, and the longest record of the training has"
         findings.append(Finding("context cut", f"{text} {evidence.longest:,}."))
-    if not findings_named(findings, "context cut"):
-        findings += judge_room(evidence.texts)
+    findings += cut
 
     # answers: those to a prompt that the server reads otherwise differ anyway
     findings += judge_sampling(evidence.answers)
     for asked_as in ("prompt", "chat"):
         answers = [answer for answer in evidence.answers if answer.asked_as == asked_as]
-        prompt_is_right = not (chats if asked_as == "chat" else findings_named(findings, "second BOS", "missing BOS"))
+        other_prompts = findings_named(findings, "second BOS", "missing BOS", "other tokens")
+        prompt_is_right = not cut and not (chats if asked_as == "chat" else other_prompts)
         knows_why = bool(findings_named(findings, "sampling is on", "repetition penalty", "not the likeliest"))
         is_known = bool(findings_named(findings, "adapter not applied"))
         if weights_are_right and prompt_is_right and not knows_why and not is_known:

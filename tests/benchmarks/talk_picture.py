@@ -1,6 +1,6 @@
 """The picture of the page to talk, tutorials/talk.png: the sample model and what the quick start has trained.
 
-    python tests/benchmarks/talk_picture.py
+python tests/benchmarks/talk_picture.py
 """
 
 import sys

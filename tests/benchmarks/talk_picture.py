@@ -1,6 +1,8 @@
 """The picture of the page to talk, tutorials/talk.png: the sample model and what the quick start has trained.
 
-python tests/benchmarks/talk_picture.py
+    python tests/benchmarks/talk_picture.py
+
+It needs Chromium and out/lora/quickstart.
 """
 
 import sys

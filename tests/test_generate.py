@@ -225,6 +225,7 @@ def test_base_samples(tiny_dir: Path, capsys) -> None:
     assert thrice == said(num_samples=3) and thrice.startswith(once) and len(thrice) > 2 * len(once)
     assert thrice.count(once) == 1 and said(num_samples=3, seed=5) != thrice
     assert said(temperature=0.0) == said(temperature=0.0, seed=5) == said(top_k=1) == said(top_p=1e-6)
+    assert said(temperature=0.0, draft_tokens=4) == said(temperature=0.0) and said(draft_tokens=4) == once
     with pytest.raises(InputError, match="--num_samples is 0, expected 1 or more"):
         said(num_samples=0)
 

@@ -3,6 +3,7 @@
     python generate/base.py --prompt "What is the capital of France?"
     python generate/base.py --finetuned out/lora/docstrings --prompt 'What does the function `textwrap.dedent` do?'
     python generate/base.py --prompt "Is Paris in France?" --choices '["Yes", "No"]'
+    python generate/base.py --prompt "Ada is 36." --json_schema '{"properties": {"age": {"type": "integer"}}}'
 
 The answer goes to stdout as it is made, everything else to stderr. For many prompts, see generate/file.py.
 """
@@ -12,7 +13,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 
-from lit_gpt import Tokenizer
+from lit_gpt import InputError, Tokenizer
 from lit_gpt.cli import Flags, run
 from lit_gpt.data.conversation_tokens import encode_question
 from lit_gpt.data.embedding_rows import check_prompt
@@ -21,6 +22,7 @@ from lit_gpt.device import peak_memory_gb
 from lit_gpt.distributed import devices_for_answers, is_first
 from lit_gpt.generate.choices import requests_for_choices, weigh
 from lit_gpt.generate.engine import Engine, Logprob, Request
+from lit_gpt.generate.json_schema import JsonSchemas, read_schema
 from lit_gpt.generate.sampling import Sampling
 from lit_gpt.ranges import check_range
 from lit_gpt.runs.load_finetuned import UseArgs, load_model_for_use, read_for_use
@@ -36,6 +38,7 @@ def main(
     top_k: int | None = None,
     stop: list[str] | None = None,
     choices: list[str] | None = None,
+    json_schema: str | None = None,
     logprobs: int | None = None,
     devices: int = 1,
     args: Flags[UseArgs] = UseArgs(),
@@ -54,6 +57,7 @@ def main(
         top_k: Sample from the k likeliest tokens only.
         stop: Strings that end an answer, and are no part of it.
         choices: The answers that are possible, such as ["Yes", "No"]: the one that the model finds likeliest is given.
+        json_schema: A file with a JSON schema, or the schema itself: the answer is JSON by it, whole unless it is cut.
         logprobs: List how likely the model found each token, and so many of the likeliest in its place.
         devices: Split the model among so many GPUs, or processes where there is none: for one that is larger than a
             device. Each token then waits until all weights have been sent, so that it is slow.
@@ -67,6 +71,9 @@ def main(
     check_range("--max_new_tokens", max_new_tokens, at_least=1)
     check_range("--logprobs", logprobs, at_least=0)
 
+    if choices and json_schema is not None:
+        raise InputError("--choices and --json_schema both say what an answer has to be. Leave one of them out.")
+
     # the prompt, as it was written in training; it is looked at before a weight is read
     tokenizer, config, trained_style = read_for_use(args)
     style = resolve_style(prompt_style, tokenizer, trained_style)
@@ -74,6 +81,7 @@ def main(
     idx = encode_question(render(style, question, tokenizer), tokenizer).tolist()
     check_prompt(idx, tokenizer, config)
     of_choices = requests_for_choices(question, choices, style, tokenizer) if choices else []
+    grammar = JsonSchemas(tokenizer).grammar(read_schema(json_schema)) if json_schema is not None else None
 
     # devices: with --devices 2 two processes of this command are started here, and the first one prints
     device, mesh = devices_for_answers(devices, args.precision, args.seed)
@@ -98,7 +106,8 @@ def main(
     for number in range(num_samples):
         began = time.perf_counter()
         seeded = replace(sampling, seed=args.seed + number)
-        answer = engine.add(Request(idx, max_new_tokens, seeded, tokenizer.stop_ids, stop or (), logprobs))
+        request = Request(idx, max_new_tokens, seeded, tokenizer.stop_ids, stop or (), logprobs, grammar=grammar)
+        answer = engine.add(request)
         for text in engine.texts(answer):
             if is_first():
                 print(text, end="", flush=True)
@@ -107,6 +116,8 @@ def main(
         print()
         if answer.finish_reason == "length":
             print(f"Cut at --max_new_tokens {max_new_tokens}.", file=sys.stderr)
+        elif answer.finish_reason == "error":
+            print("Cut: what --json_schema allows has become too complex. Simplify its patterns.", file=sys.stderr)
         print_logprobs(answer.logprobs, tokenizer)
         seconds = time.perf_counter() - began
         n_tokens = len(answer.tokens)

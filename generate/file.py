@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from lit_gpt import InputError
 from lit_gpt.cli import Flags, run
 from lit_gpt.data.conversation_tokens import encode_question
 from lit_gpt.data.prompts import render, resolve_style
@@ -21,6 +22,7 @@ from lit_gpt.device import default_device, peak_memory_gb
 from lit_gpt.display.words import counted, duration
 from lit_gpt.generate.choices import requests_for_choices, weigh
 from lit_gpt.generate.engine import Engine, Request
+from lit_gpt.generate.json_schema import JsonSchemas, read_schema
 from lit_gpt.generate.prompts_file import AnswersFile, Job, answer_jobs, as_values, read_questions
 from lit_gpt.generate.sampling import Sampling
 from lit_gpt.ranges import check_range
@@ -38,6 +40,7 @@ def main(
     top_k: int | None = None,
     stop: list[str] | None = None,
     choices: list[str] | None = None,
+    json_schema: str | None = None,
     logprobs: int | None = None,
     batch_size: int = 16,
     resume: bool = False,
@@ -58,6 +61,7 @@ def main(
         top_k: Sample from the k likeliest tokens only.
         stop: Strings that end an answer, and are no part of it.
         choices: The answers that are possible, such as ["Yes", "No"]: the one that the model finds likeliest is given.
+        json_schema: A file with a JSON schema, or the schema itself: each answer is JSON by it, whole unless it is cut.
         logprobs: Write how likely the model found each token, and so many of the likeliest in its place.
         batch_size: How many answers at once. What an answer says does not depend on it.
         resume: Go on with an --out that was interrupted.
@@ -71,6 +75,9 @@ def main(
     check_range("--max_new_tokens", max_new_tokens, at_least=1)
     check_range("--logprobs", logprobs, at_least=0)
     check_range("--batch_size", batch_size, at_least=1)
+    if choices and json_schema is not None:
+        raise InputError("--choices and --json_schema both say what an answer has to be. Leave one of them out.")
+    schema = read_schema(json_schema) if json_schema is not None else None
 
     # what is there already, and what is still to be asked
     answers_file = AnswersFile(out, resume, overwrite)
@@ -82,6 +89,7 @@ def main(
     model, tokenizer, trained_style = load_for_use(args, device, n_rows=batch_size)
     style = resolve_style(prompt_style, tokenizer, trained_style)
     engine = Engine(model, tokenizer, max_batch=batch_size, draft_tokens=args.draft_tokens)
+    schemas = JsonSchemas(tokenizer)
 
     def jobs() -> Iterator[Job]:
         """What the engine is asked for each answer: a request, or one for each choice."""
@@ -91,7 +99,10 @@ def main(
                 continue
             idx = encode_question(render(style, record.question, tokenizer), tokenizer).tolist()
             seeded = replace(sampling, seed=args.seed + record.sample)
-            yield Job(record, [Request(idx, max_new_tokens, seeded, tokenizer.stop_ids, stop or (), logprobs)])
+            grammar = schemas.grammar(schema) if schema is not None else None
+            stop_ids = tokenizer.stop_ids
+            request = Request(idx, max_new_tokens, seeded, stop_ids, stop or (), logprobs, grammar=grammar)
+            yield Job(record, [request])
 
     # the answers, each written as soon as those before it are
     began = time.perf_counter()

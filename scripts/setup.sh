@@ -11,6 +11,7 @@
 #     data        parquet files, saved data sets, and data sets of the Hugging Face hub
 #     classify    finetune/classifier.py: scikit-learn
 #     serve       generate/serve.py: fastapi and uvicorn
+#     json        answers by a JSON schema: llguidance
 #     loggers     --logger tensorboard, --logger wandb
 #     test        what scripts/test.sh needs; all of the above but loggers is in it
 set -euo pipefail

@@ -117,7 +117,7 @@ MAY_KNOW = {
     "watch": "failures",
     "stream_blocks": "model device errors",
     # a chat: what is typed has to be Unicode, and conversations are kept in files
-    "generate": "model config data device display.words errors ranges sharding distributed cli files",
+    "generate": "model config data device display.words errors ranges sharding distributed cli files packages",
     "runs": "checkpoint data model lora adapter full quantize cpu_codes fast_linears stream_blocks config device"
     " sharding distributed display cli failures errors lock ranges files packages",
     # no method, no tokenizer, no file format

@@ -72,7 +72,10 @@ def test_setup_explains_every_extra() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["report,smaple"], "There is no extra smaple. Known are sample, report, data, classify, serve, loggers, test"),
+        (
+            ["report,smaple"],
+            "There is no extra smaple. Known are sample, report, data, classify, serve, json, loggers, test",
+        ),
         (["--quick"], "There is no extra --quick."),
         (["sample", "report"], "2 arguments found, expected one"),
     ],

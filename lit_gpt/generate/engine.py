@@ -11,6 +11,7 @@ request alone, and not on who else is in the batch: it is sampled with a random 
 greedy one are those of a batch of one (in float32; in bfloat16 two tokens of one rounded logit may change places).
 """
 
+import math
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ import torch
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.errors import InputError
 from lit_gpt.generate.batch import Batch, Text
+from lit_gpt.generate.json_schema import Grammar
 from lit_gpt.generate.lookup import Lookup
 from lit_gpt.generate.sampling import Sampling, choose, logprobs_of
 from lit_gpt.generate.text_stream import TextStream
@@ -50,6 +52,9 @@ class Request:
     """One of the engine's models, by its name; "" is the first."""
     generator: torch.Generator | None = None
     """The random state to draw from, if not one by the seed of `sampling`."""
+    grammar: Grammar | None = None
+    """What the answer has to be: JSON by a schema, see `json_schema.py`. None: any text. A stop string may cut it, and
+    so may `max_new_tokens`."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,8 @@ class Answer:
     text: str = ""
     """What is certain so far, without stop token and stop string; for an engine with a tokenizer."""
     finish_reason: str | None = None
-    """None as long as it goes on; then "stop", "length" (as long as asked for) or "cancelled"."""
+    """None as long as it goes on; then "stop", "length" (as long as asked for), "cancelled", or "error" (what its
+    grammar allows has become too complex to be found out)."""
     logprobs: list[Logprob] = field(default_factory=list)
     prompt_logprobs: list[Logprob] = field(default_factory=list)
     """From the token `logprobs_from` on."""
@@ -272,6 +278,7 @@ class UnderWay(Text):
         if self.generator is None and request.sampling.temperature > 0:
             self.generator = request.sampling.new_generator()
         self.stream = TextStream(tokenizer, request.stop) if tokenizer is not None else None
+        self.constraint = request.grammar.begin(request.stop_ids) if request.grammar is not None else None
 
     def judge_prompt(self, logits: torch.Tensor) -> None:
         """Notes the log-probabilities of tokens of the prompt, from the logits (n, V) before them."""
@@ -283,6 +290,8 @@ class UnderWay(Text):
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """The next token, a tensor of no dimensions, from logits (V,)."""
+        if self.constraint is not None:
+            logits = self.constraint.forbid_others(logits)
         return choose(logits, self.answer.request.sampling, self.tokens, self.generator).to(logits.device)
 
     def look_up(self, n: int) -> None:
@@ -314,6 +323,10 @@ class UnderWay(Text):
             self.answer.text += self.stream.push(token)
             if self.stream.stopped:
                 return "stop"
+        if self.constraint is not None:
+            reason = self.constraint.append(token)
+            if reason is not None:
+                return reason
         return "length" if len(self.answer.tokens) == request.max_new_tokens else None
 
     def end_text(self) -> None:
@@ -358,6 +371,8 @@ def check_request(request: Request, model: GPT, tokenizer: Tokenizer | None) -> 
         raise InputError(f"A token of the prompt is not one of the model's: expected 0 to {n_rows - 1}.")
     if max(request.sampling.logit_bias, default=0) >= n_rows:
         raise InputError(f"--logit_bias has token {max(request.sampling.logit_bias)}, expected 0 to {n_rows - 1}.")
+    if request.grammar is not None and -math.inf in request.sampling.logit_bias.values():
+        raise InputError("--logit_bias is -inf, expected a number, such as -100: a grammar may allow no other token.")
     if request.logprobs is not None and not 0 <= request.logprobs <= n_rows:
         raise InputError(f"{request.logprobs} log-probabilities are asked for, expected 0 to {n_rows}.")
     if request.stop and tokenizer is None:

@@ -166,11 +166,14 @@ def find_candidates(logits: torch.Tensor, sampling: Sampling) -> Candidates:
 def first_candidates(
     logits: torch.Tensor, n: int, top_k: int | None, top_p: float | None, min_p: float | None
 ) -> Candidates:
-    """What the filters leave of the n likeliest tokens of logits (V,). If they leave all n, n has to be V."""
+    """What the filters leave of the n likeliest tokens of logits (V,). If they leave all n, n has to be V. Those of
+    minus infinity are forbidden."""
     values, tokens = logits.topk(n)
+    n_allowed = max(1, int((values > -torch.inf).sum()))
+    values = values[:n_allowed]
     total = logits.logsumexp(-1)
     if top_k is not None:
-        n_kept = int((values >= values[min(top_k, n) - 1]).sum())
+        n_kept = int((values >= values[min(top_k, n_allowed) - 1]).sum())
         if n_kept == n < len(logits):  # more may be as likely as the k-th
             return Candidates(values, tokens)
         values = values[:n_kept]

@@ -9,10 +9,11 @@
 Ctrl-C or SIGTERM ends it, once the requests that it has taken are answered. What it says goes to stderr.
 """
 
+import asyncio
 import random
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +24,7 @@ from lit_gpt.config import SAMPLE
 from lit_gpt.data.prompts import resolve_style, switch_thinking
 from lit_gpt.device import default_device
 from lit_gpt.generate.engine import Engine
+from lit_gpt.generate.engine import Request as EngineRequest
 from lit_gpt.generate.sampling import Sampling
 from lit_gpt.packages import require
 from lit_gpt.ranges import check_range
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from lit_gpt.generate.make_requests import RequestMaker
 
 MAX_BODY_BYTES = 8 * 2**20
+SCHEMAS_AT_ONCE = 2  # each may take a core for some seconds, and some 100 MB
 LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
@@ -127,7 +130,14 @@ def make_app(
     from fastapi.responses import HTMLResponse, JSONResponse, Response
 
     from lit_gpt.generate.engine_thread import EngineThread
-    from lit_gpt.generate.protocol import ChatBody, CompletionBody, DecodeBody, ProcessBody, TokenizeBody
+    from lit_gpt.generate.protocol import (
+        ChatBody,
+        CompletionBody,
+        DecodeBody,
+        OpenAIBody,
+        ProcessBody,
+        TokenizeBody,
+    )
     from lit_gpt.generate.responses import Responses
     from lit_gpt.generate.web import EventStream, KeyGuard, add_error_handlers, answers_unless_gone, read_page
 
@@ -135,6 +145,7 @@ def make_app(
     tokenizer = maker.tokenizer
     responses = Responses(tokenizer)
     thread: EngineThread
+    reading_schemas = asyncio.Semaphore(SCHEMAS_AT_ONCE)
     began = int(time.time())
 
     @asynccontextmanager
@@ -178,10 +189,17 @@ def make_app(
     async def model(name: str) -> dict[str, Any]:
         return describe(name_of(name))
 
+    async def make_requests(make: Callable[[Any], list[EngineRequest]], body: OpenAIBody) -> list[EngineRequest]:
+        """What is asked of the engine. Schemas wait for each other, so that hostile ones hold up no other request."""
+        if body.response_format.type == "text":
+            return await run_in_threadpool(make, body)
+        async with reading_schemas:
+            return await run_in_threadpool(make, body)
+
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         name = name_of(body.model)
-        call = thread.ask(await run_in_threadpool(maker.of_completion, body))
+        call = thread.ask(await make_requests(maker.of_completion, body))
         if body.stream:
             return EventStream(call, responses.completion_chunks(call, body, name))
         answers = await answers_unless_gone(call, request)
@@ -190,7 +208,7 @@ def make_app(
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         name = name_of(body.model)
-        call = thread.ask(await run_in_threadpool(maker.of_chat, body))
+        call = thread.ask(await make_requests(maker.of_chat, body))
         if body.stream:
             return EventStream(call, responses.chat_chunks(call, body, name))
         answers = await answers_unless_gone(call, request)

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Optional
 
 import openai
+import pydantic
 import pytest
 import torch
 from conftest import ROOT, make_tiny
@@ -81,6 +82,18 @@ def logprobs(model: GPT, tokens: list[int]) -> torch.Tensor:
         return model(torch.tensor([tokens]))[0, :-1].double().log_softmax(-1)
 
 
+def ask_for(schema: dict[str, Any], name: str = "a") -> dict[str, Any]:
+    """The body of a request for an answer by a schema."""
+    return {
+        "messages": QUESTION,
+        "response_format": {"type": "json_schema", "json_schema": {"name": name, "schema": schema}},
+    }
+
+
+# each line of it doubles the time to read it
+DOUBLING = {"allOf": [{"type": "string", "pattern": f"^.*[a-f]{{{i}}}.*x$"} for i in range(1, 40)]}
+
+
 # ---- OpenAI
 
 
@@ -124,6 +137,43 @@ def test_chat_says_what_generate_says(server: Server, model: GPT, tokenizer: Tok
     assert deltas[0].role == "assistant" and "".join(delta.content or "" for delta in deltas) == expected
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
     assert len(chunks) > 10 and last.choices == [] and last.usage.completion_tokens == 30
+
+
+class Person(pydantic.BaseModel):
+    """What a client may ask for, with bounds, so that a random model comes to an end."""
+
+    name: Annotated[str, pydantic.Field(max_length=8)]
+    age: Annotated[int, pydantic.Field(ge=0, lt=150)]
+    likes: Annotated[list[Literal["tea", "coffee"]], pydantic.Field(max_length=3)]
+    mother: Optional["Person"]  # noqa: UP045 # a class is not there yet in its own body
+
+
+def test_answers_are_json_by_a_schema(server: Server) -> None:
+    """As OpenAI's client asks for them, whole and in parts."""
+    client = server.client()
+    options: dict[str, Any] = dict(model="tiny", messages=QUESTION, max_tokens=2000)
+    for seed in range(4):
+        whole = client.chat.completions.parse(**options, response_format=Person, temperature=1.5, seed=seed)
+        (choice,) = whole.choices
+        assert isinstance(choice.message.parsed, Person) and choice.finish_reason == "stop"
+        with client.chat.completions.stream(**options, response_format=Person, temperature=1.5, seed=seed) as stream:
+            final = stream.get_final_completion()
+        assert final.choices[0].message.content == choice.message.content
+        assert final.choices[0].message.parsed == choice.message.parsed
+    # any object, which may be cut as any answer may
+    create = client.chat.completions.create
+    cut = create(**options | {"max_tokens": 5}, response_format={"type": "json_object"})
+    assert cut.choices[0].message.content.startswith("{") and cut.choices[0].finish_reason == "length"
+    with pytest.raises(openai.LengthFinishReasonError):
+        client.chat.completions.parse(**options | {"max_tokens": 5}, response_format=Person)
+    # n answers, and no chat
+    response_format = ask_for({"enum": ["a", "b"]})["response_format"]
+    several = create(**options, n=3, response_format=response_format)
+    assert {choice.message.content for choice in several.choices} <= {'"a"', '"b"'}
+    completion = client.completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=50, extra_body={"response_format": response_format}
+    )
+    assert completion.choices[0].text in ('"a"', '"b"')
 
 
 def test_completions(server: Server, model: GPT, tokenizer: Tokenizer) -> None:
@@ -377,7 +427,16 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
             {"messages": QUESTION, "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
             "The chat template of this model takes no tools",
         ),
-        (CHAT, {"messages": QUESTION, "response_format": {"type": "json_object"}}, "response_format is not supported"),
+        (CHAT, {"messages": QUESTION, "response_format": {"type": "xml"}}, "response_format.type: Input should be"),
+        (
+            CHAT,
+            {"messages": QUESTION, "response_format": {"type": "json_schema"}},
+            "expected a json_schema, with a name and a schema",
+        ),
+        (CHAT, ask_for({"type": "objekt"}), "^The JSON schema cannot be used: Invalid type: objekt. Change it"),
+        (CHAT, ask_for({"not": {}}), "cannot be used: Unimplemented keys: ."),
+        (CHAT, ask_for({"type": "string"}, name="a b"), "json_schema.name: String should match pattern"),
+        (CHAT, ask_for(DOUBLING), "cannot be used: to read it takes more than 5 s"),
         (CHAT, {"messages": QUESTION, "top_logprobs": 2}, "top_logprobs needs logprobs: true"),
         (CHAT, {"messages": [{"role": "user", "content": "a " * BLOCK}]}, "and the model can read 60000 in all"),
         ("/process", b'{"prompt"', "JSON"),

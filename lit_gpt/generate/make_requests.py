@@ -13,7 +13,8 @@ from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.data.tool_calls import read_tools
 from lit_gpt.errors import InputError
 from lit_gpt.generate.engine import Request
-from lit_gpt.generate.protocol import ChatBody, CompletionBody, ProcessBody
+from lit_gpt.generate.json_schema import Grammar, JsonSchemas
+from lit_gpt.generate.protocol import ChatBody, CompletionBody, OpenAIBody, ProcessBody
 from lit_gpt.generate.sampling import Sampling
 from lit_gpt.ranges import LARGEST_SEED
 
@@ -36,6 +37,9 @@ class RequestMaker:
     switches: Mapping[str, Any] = field(default_factory=dict)
     """Variables for the template of the style, see `switch_thinking`."""
 
+    def __post_init__(self) -> None:
+        self.schemas = JsonSchemas(self.tokenizer)
+
     def of_completion(self, body: CompletionBody) -> list[Request]:
         """The n requests of the first prompt, then those of the second."""
         if body.echo and body.stream and body.logprobs is not None:
@@ -51,6 +55,7 @@ class RequestMaker:
                 body.logprobs,
                 echoes_logprobs,
                 body.model,
+                self.grammar(body),
             )
             requests += self.choices(request, body.n)
         return requests
@@ -70,7 +75,9 @@ class RequestMaker:
         if asked is None:
             asked = self.room(prompt)
         sampling = body.sampling(self.defaults)
-        return self.choices(self.request(prompt, asked, sampling, body.stop, logprobs, model=body.model), body.n)
+        grammar = self.grammar(body)
+        request = self.request(prompt, asked, sampling, body.stop, logprobs, model=body.model, grammar=grammar)
+        return self.choices(request, body.n)
 
     def of_process(self, body: ProcessBody) -> list[Request]:
         """The requests of the challenge's /process. An answer ends where the model's window does."""
@@ -95,6 +102,7 @@ class RequestMaker:
         logprobs: int | None,
         prompt_logprobs: bool = False,
         model: str = "",
+        grammar: Grammar | None = None,
     ) -> Request:
         """A request. Raises InputError if it asks for more tokens than the server gives."""
         if max_new_tokens > self.max_new_tokens:
@@ -110,7 +118,13 @@ class RequestMaker:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             model=model,
+            grammar=grammar,
         )
+
+    def grammar(self, body: OpenAIBody) -> Grammar | None:
+        """What the answers to a prompt have to be. Raises InputError if the schema cannot be used."""
+        schema = body.response_format.schema_of_answer()
+        return None if schema is None else self.schemas.grammar(schema)
 
     def choices(self, request: Request, n: int) -> list[Request]:
         """The same request n times, with seeds that follow each other."""

@@ -6,12 +6,13 @@ nothing.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lit_gpt.data.messages import check_is_unicode
 from lit_gpt.errors import InputError
+from lit_gpt.generate.json_schema import ANY_OBJECT
 from lit_gpt.generate.sampling import LEAST_TEMPERATURE, Sampling
 from lit_gpt.ranges import LARGEST_SEED
 
@@ -30,7 +31,6 @@ NOT_SUPPORTED: Mapping[str, list[Any]] = {  # but for these values, which ask fo
     "presence_penalty": [0],
     "best_of": [1],
     "suffix": [""],
-    "response_format": [{"type": "text"}],
     "modalities": [["text"]],
     "tool_choice": ["auto"],
     "functions": [[]],
@@ -78,8 +78,38 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False  # of which there is none anyway
 
 
+class NamedSchema(BaseModel):
+    """The schema of an answer. `name` and `description` are for models that are told of it: this server tells none."""
+
+    name: str = Field("schema", pattern="^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+    """Answers are always by the schema."""
+
+
+class ResponseFormat(BaseModel):
+    """What an answer has to be: https://platform.openai.com/docs/guides/structured-outputs"""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    @model_validator(mode="after")
+    def has_schema(self) -> "ResponseFormat":
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("expected a json_schema, with a name and a schema")
+        return self
+
+    def schema_of_answer(self) -> Mapping[str, Any] | None:
+        """None if it may be any text."""
+        if self.json_schema is not None and self.type == "json_schema":
+            return self.json_schema.schema_
+        return ANY_OBJECT if self.type == "json_object" else None
+
+
 class OpenAIBody(Body):
-    """What OpenAI's two kinds of requests have in common, and three settings of sampling that other servers have."""
+    """What OpenAI's two kinds of requests have in common, and what other servers have in both: three settings of
+    sampling, and the format of an answer, which OpenAI knows in chats alone."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -93,6 +123,7 @@ class OpenAIBody(Body):
     seed: int | None = None
     stop: Stop = []
     logit_bias: dict[Token, Bias] = {}
+    response_format: ResponseFormat = ResponseFormat(type="text")
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
 

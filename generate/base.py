@@ -3,7 +3,7 @@
     python generate/base.py --prompt "What is the capital of France?"
     python generate/base.py --finetuned out/lora/docstrings --prompt 'What does the function `textwrap.dedent` do?'
     python generate/base.py --prompt "Is Paris in France?" --choices '["Yes", "No"]'
-    python generate/base.py --prompt "Ada is 36." --json_schema '{"properties": {"age": {"type": "integer"}}}'
+    python generate/base.py --prompt "Ada is 36." --json_schema '{"type": "object"}'
 
 The answer goes to stdout as it is made, everything else to stderr. For many prompts, see generate/file.py.
 """

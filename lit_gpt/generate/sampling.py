@@ -169,11 +169,10 @@ def first_candidates(
     """What the filters leave of the n likeliest tokens of logits (V,). If they leave all n, n has to be V. Those of
     minus infinity are forbidden."""
     values, tokens = logits.topk(n)
-    n_allowed = max(1, int((values > -torch.inf).sum()))
-    values = values[:n_allowed]
     total = logits.logsumexp(-1)
     if top_k is not None:
-        n_kept = int((values >= values[min(top_k, n_allowed) - 1]).sum())
+        is_kept = (values >= values[min(top_k, n) - 1]) & (values > -torch.inf)
+        n_kept = int(is_kept.sum())
         if n_kept == n < len(logits):  # more may be as likely as the k-th
             return Candidates(values, tokens)
         values = values[:n_kept]

@@ -6,7 +6,7 @@
     curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
 
-Ctrl-C or SIGTERM ends it, once the requests that it has taken are answered. What it says goes to stderr.
+Ctrl-C or SIGTERM ends it, once the requests that were sent before are answered. What it says goes to stderr.
 """
 
 import asyncio
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
     from lit_gpt.generate.make_requests import RequestMaker
 
-MAX_BODY_BYTES = 8 * 2**20
+MAX_BODY_BYTES = 2 * 2**20  # a text of half a million tokens
+N_ENCODERS = 4  # texts of this size at once, each of which takes 150 MB on its way to tokens
 SCHEMAS_AT_ONCE = 2  # each may take a core for some seconds, and some 100 MB
 LOCAL = ("127.0.0.1", "::1", "localhost")
 
@@ -86,8 +87,8 @@ def main(
         raise InputError("--api_key is empty, expected a secret. Leave it out for a server without one.")
     for package in ("fastapi", "uvicorn"):
         require(package, "serve", "The server")
+    from lit_gpt.generate.connections import open_address, run_app, url_of
     from lit_gpt.generate.make_requests import RequestMaker
-    from lit_gpt.generate.web import open_address, run_app, url_of
 
     # the address, before anything is read
     address = open_address(host, port)
@@ -115,21 +116,28 @@ def main(
     )
 
     # until a signal comes
-    app = make_app(engine, maker, max_batch * len(models) + max_waiting, max_seconds, api_key)
+    app = make_app(engine, maker, max_batch * len(models) + max_waiting, max_seconds, api_key, host in LOCAL)
     address.listen()  # whoever comes from now on waits, and is not refused
     print(f"Serving {', '.join(models)} at {url_of(address)}.", file=sys.stderr)
     run_app(app, address)
 
 
 def make_app(
-    engine: Engine, maker: "RequestMaker", max_open: int, max_seconds: float, api_key: str | None = None
+    engine: Engine,
+    maker: "RequestMaker",
+    max_open: int,
+    max_seconds: float,
+    api_key: str | None = None,
+    is_local: bool = False,
 ) -> "FastAPI":
-    """All that can be asked for. No request reads or writes a file."""
-    from fastapi import FastAPI, HTTPException, Request
+    """All that can be asked for. No request reads or writes a file. `is_local`: it is for this machine alone."""
+    from anyio.to_thread import current_default_thread_limiter
+    from fastapi import HTTPException, Request
     from fastapi.concurrency import run_in_threadpool
     from fastapi.responses import HTMLResponse, JSONResponse, Response
 
     from lit_gpt.generate.engine_thread import EngineThread
+    from lit_gpt.generate.openapi import DescribedApp, errors, stream_of
     from lit_gpt.generate.protocol import (
         ChatBody,
         CompletionBody,
@@ -138,8 +146,28 @@ def make_app(
         ProcessBody,
         TokenizeBody,
     )
+    from lit_gpt.generate.response_types import (
+        ChatChunk,
+        ChatCompletion,
+        Completion,
+        CompletionChunk,
+        Decoded,
+        Health,
+        Model,
+        Models,
+        Processed,
+        Tokenized,
+    )
     from lit_gpt.generate.responses import Responses
-    from lit_gpt.generate.web import EventStream, KeyGuard, add_error_handlers, answers_unless_gone, read_page
+    from lit_gpt.generate.web import (
+        EventStream,
+        KeyGuard,
+        LocalGuard,
+        SizeGuard,
+        add_error_handlers,
+        answers_unless_gone,
+        read_page,
+    )
 
     page, page_headers = read_page()
     tokenizer = maker.tokenizer
@@ -149,24 +177,37 @@ def make_app(
     began = int(time.time())
 
     @asynccontextmanager
-    async def engine_runs(app: FastAPI) -> AsyncIterator[None]:
+    async def engine_runs(app: DescribedApp) -> AsyncIterator[None]:
         nonlocal thread
         thread = app.state.engine = EngineThread(engine, max_open, max_seconds)
         thread.on_failure = app.state.end
+        current_default_thread_limiter().total_tokens = N_ENCODERS
         yield
         await thread.stop()
 
-    app = FastAPI(title="lit-gpt", lifespan=engine_runs, docs_url=None, redoc_url=None, max_body_size=MAX_BODY_BYTES)
+    app = DescribedApp(title="lit-gpt", lifespan=engine_runs, docs_url=None, redoc_url=None)
+    app.state.end = lambda: None  # `run_app` has one that ends the server
     add_error_handlers(app)
+    app.add_middleware(SizeGuard, max_bytes=MAX_BODY_BYTES)
     if api_key is not None:
+        app.has_key = True
         app.add_middleware(KeyGuard, api_key=api_key)
+        refused = [401]
+    elif is_local:
+        app.add_middleware(LocalGuard, names=LOCAL)
+        refused = [403]
+    else:
+        refused = []
+    of_models = errors(*refused, 404)
+    of_answers = errors(400, *refused, 404, 408, 413, 429, 503, 504)
+    of_challenge = errors(400, *refused, 408, 413, 422)
 
     @app.get("/", include_in_schema=False)
     async def talk() -> Response:
         return HTMLResponse(page, headers=page_headers)
 
-    @app.get("/health")
-    async def health() -> dict[str, Any]:
+    @app.get("/health", responses=errors(*refused, 503))
+    async def health() -> Health:
         thread.check_alive()
         return {"status": "ok", "open_requests": thread.n_open}
 
@@ -178,15 +219,15 @@ def make_app(
             raise HTTPException(404, f"There is no model {model!r} here, expected one of {', '.join(names)}.")
         return model or names[0]
 
-    def describe(name: str) -> dict[str, Any]:
+    def describe(name: str) -> Model:
         return {"id": name, "object": "model", "created": began, "owned_by": "lit-gpt"}
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    @app.get("/v1/models", responses=errors(*refused))
+    async def models() -> Models:
         return {"object": "list", "data": [describe(name) for name in engine.models]}
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
+    @app.get("/v1/models/{name:path}", responses=of_models)
+    async def model(name: str) -> Model:
         return describe(name_of(name))
 
     async def make_requests(make: Callable[[Any], list[EngineRequest]], body: OpenAIBody) -> list[EngineRequest]:
@@ -196,18 +237,20 @@ def make_app(
         async with reading_schemas:
             return await run_in_threadpool(make, body)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", response_model=Completion, responses=of_answers | stream_of(CompletionChunk))
     async def completions(body: CompletionBody, request: Request) -> Response:
         name = name_of(body.model)
+        thread.check_room(len(body.prompt) * body.n)
         call = thread.ask(await make_requests(maker.of_completion, body))
         if body.stream:
             return EventStream(call, responses.completion_chunks(call, body, name))
         answers = await answers_unless_gone(call, request)
         return JSONResponse(responses.completion(answers, body, name))
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=of_answers | stream_of(ChatChunk))
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         name = name_of(body.model)
+        thread.check_room(body.n)
         call = thread.ask(await make_requests(maker.of_chat, body))
         if body.stream:
             return EventStream(call, responses.chat_chunks(call, body, name))
@@ -216,21 +259,22 @@ def make_app(
 
     # ---- the challenge
 
-    @app.post("/process")
+    @app.post("/process", response_model=Processed, responses=of_challenge | errors(429, 503, 504))
     async def process(body: ProcessBody, request: Request) -> Response:
         start = time.perf_counter()
+        thread.check_room(body.num_samples)
         call = thread.ask(await run_in_threadpool(maker.of_process, body))
         answers = await answers_unless_gone(call, request)
         return JSONResponse(responses.processed(answers, body, time.perf_counter() - start))
 
-    @app.post("/tokenize")
-    def tokenize(body: TokenizeBody) -> dict[str, Any]:
+    @app.post("/tokenize", responses=of_challenge)
+    def tokenize(body: TokenizeBody) -> Tokenized:
         start = time.perf_counter()
         tokens = tokenizer.encode(body.text, max_length=body.max_length if body.truncation else -1).tolist()
         return {"tokens": tokens, "request_time": time.perf_counter() - start}
 
-    @app.post("/decode")
-    def decode(body: DecodeBody) -> dict[str, Any]:
+    @app.post("/decode", responses=of_challenge)
+    def decode(body: DecodeBody) -> Decoded:
         start = time.perf_counter()
         text = tokenizer.decode(body.tokens)
         return {"text": text, "request_time": time.perf_counter() - start}

@@ -4,8 +4,15 @@ import math
 
 from lit_gpt.errors import InputError
 
+LEAST_PENALTY, LARGEST_PENALTY = 0.01, 100.0
+"""Of repetitions: 1 changes nothing, and people use 1 to 2."""
 LARGEST_SEED = 2**32 - 1
 """What scikit-learn and numpy take, too. What a run derives from it (see lit_gpt/train.py) fits into 64 bits."""
+
+
+def check_penalty(penalty: float) -> None:
+    """Raises InputError for a repetition penalty by which logits may leave the range of float32, and be no numbers."""
+    check_range("--repetition_penalty", penalty, at_least=LEAST_PENALTY, at_most=LARGEST_PENALTY)
 
 
 def check_range(
@@ -21,7 +28,7 @@ def check_range(
     if value is None:
         return
     is_inside = (
-        math.isfinite(value)
+        (isinstance(value, int) or math.isfinite(value))  # an int may be too large for a float
         and (at_least is None or value >= at_least)
         and (above is None or value > above)
         and (at_most is None or value <= at_most)

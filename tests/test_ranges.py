@@ -33,7 +33,7 @@ OUT_OF_RANGE = {
     "--top_k": NOT_A_COUNT,
     "--top_p": "0 -1 1.5 .nan .inf",
     "--min_p": "-0.1 1.5 .nan .inf",
-    "--repetition_penalty": "0 -1 .nan .inf",
+    "--repetition_penalty": "0 0.001 101 -1 .nan .inf",
     "--logprobs": "-1",
     "--draft_tokens": "-1",
     "--batch_size": NOT_A_COUNT,

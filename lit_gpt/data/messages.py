@@ -212,7 +212,7 @@ def read_flag(value: Any, name: str) -> bool:
 def flag_of(value: Any) -> bool | None:
     """Yes or no, as a bool, a number or a text; None if it is neither."""
     if isinstance(value, bool | int | float):
-        return {0.0: False, 1.0: True}.get(float(value))
+        return bool(value) if value in (0, 1) else None
     if isinstance(value, str):
         return {"0": False, "0.0": False, "false": False, "no": False, "1": True, "1.0": True, "true": True}.get(
             value.strip().lower()

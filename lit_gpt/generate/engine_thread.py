@@ -130,6 +130,14 @@ class EngineThread:
         """How many requests are under way, complete ones of open calls included."""
         return sum(len(call.requests) for call in self.calls)
 
+    def check_room(self, n: int) -> None:
+        """Raises what `ask` would for any n requests. To know it before they are made saves their making."""
+        self.check_alive()
+        if n > self.max_open:
+            raise InputError(f"{n} answers are asked for at once, expected {self.max_open} at most.")
+        if self.n_open + n > self.max_open:
+            raise Busy
+
     def ask(self, requests: Sequence[Request]) -> Call:
         """Takes requests, all of them or none.
 
@@ -138,13 +146,9 @@ class EngineThread:
             Busy: they are too many for now.
             EngineFailed: the engine's thread has ended.
         """
-        self.check_alive()
-        if len(requests) > self.max_open:
-            raise InputError(f"{len(requests)} answers are asked for at once, expected {self.max_open} at most.")
+        self.check_room(len(requests))
         for request in requests:
             self.engine.check(request)  # it reads what never changes
-        if self.n_open + len(requests) > self.max_open:
-            raise Busy
         call = Call(self, requests)
         self.calls.add(call)
         self.inbox.put(lambda: self.take(call))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from lit_gpt.errors import InputError
-from lit_gpt.ranges import check_range, check_seed
+from lit_gpt.ranges import check_penalty, check_range, check_seed
 
 LEAST_TEMPERATURE = 1e-3
 """Logits that are divided by much less leave the range of float32. At this one, the likeliest token is as good as
@@ -50,7 +50,7 @@ class Sampling:
         """Raises InputError if a setting is out of its range, by the name of its flag."""
         check_sampling(self.temperature, self.top_k, self.top_p)
         check_range("--min_p", self.min_p, at_least=0, at_most=1)
-        check_range("--repetition_penalty", self.repetition_penalty, above=0)
+        check_penalty(self.repetition_penalty)
         for token, bias in self.logit_bias.items():
             check_range("A token of --logit_bias", token, at_least=0)
             if math.isnan(bias) or bias == math.inf:

@@ -1,27 +1,27 @@
-"""What a server does around its answers: its address, errors in words, the key, and clients that go."""
+"""What a server does around its answers: errors in words, who may ask, and clients that go."""
 
 import asyncio
 import base64
-import contextlib
-import copy
 import hashlib
 import hmac
 import json
 import re
-import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lit_gpt.errors import InputError
 from lit_gpt.generate.engine import Answer
 from lit_gpt.generate.engine_thread import Busy, Call, EngineFailed
+from lit_gpt.generate.response_types import ErrorBody, ErrorKind
 
 OPEN_TO_ALL = ("/", "/health")
 RETRY_LATER = {"Retry-After": "1"}  # seconds
@@ -32,55 +32,12 @@ class ClientGone(Exception):
     """Nobody waits for the response any more."""
 
 
-# ---- the address
-
-
-def open_address(host: str, port: int) -> socket.socket:
-    """A socket bound to an address, on which nobody listens yet. Port 0 is a free one.
-
-    Raises:
-        InputError: the address is taken, or none of this machine's.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    address = socket.socket(family)
-    address.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        address.bind((host, port))
-    except OSError as error:
-        address.close()
-        raise InputError(f"{host}:{port} cannot be used ({error.strerror}). Choose another --port or --host.") from None
-    return address
-
-
-def url_of(address: socket.socket) -> str:
-    host, port = address.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def run_app(app: FastAPI, address: socket.socket) -> None:
-    """Answers requests until SIGTERM or Ctrl-C, then those that it has taken. A second Ctrl-C ends it at once.
-
-    Raises:
-        BaseException: what has ended the thread of the engine, app.state.engine.
-    """
-    import uvicorn
-
-    log_config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
-    log_config["handlers"]["access"]["stream"] = "ext://sys.stderr"
-    server = uvicorn.Server(uvicorn.Config(app, log_config=log_config, server_header=False))
-    app.state.end = lambda: setattr(server, "should_exit", True)
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signals again that it has obeyed
-        server.run(sockets=[address])
-    if app.state.engine.failure is not None:
-        raise app.state.engine.failure
-
-
 # ---- errors
 
 
-def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+def error_body(status: int, message: str, param: str | None = None) -> ErrorBody:
     """An error in OpenAI's form."""
-    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kinds: dict[int, ErrorKind] = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": None}}
 
@@ -129,6 +86,10 @@ def add_error_handlers(app: FastAPI) -> None:
     async def failed(request: Request, error: EngineFailed) -> Response:
         return JSONResponse(error_body(503, str(error)), 503)
 
+    @app.exception_handler(Exception)
+    async def not_foreseen(request: Request, error: Exception) -> Response:
+        return JSONResponse(error_body(500, "The server has made a mistake, which is in its log."), 500)
+
     @app.exception_handler(ClientGone)
     async def gone(request: Request, error: ClientGone) -> Response:
         return Response(status_code=499)
@@ -165,7 +126,7 @@ def read_page() -> tuple[str, dict[str, str]]:
     return page, {"Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in policy.items())}
 
 
-# ---- the key
+# ---- who may ask
 
 
 class KeyGuard:
@@ -185,6 +146,68 @@ class KeyGuard:
         else:
             message = "The key of this server is missing. Send it in the header Authorization: Bearer KEY."
             await JSONResponse(error_body(401, message), 401)(scope, receive, send)
+
+
+class LocalGuard:
+    """Refuses what a web page from elsewhere asks a server that is for this machine alone.
+
+    Any page can have the browser of its reader ask this machine, though not by JSON: for that the browser asks for
+    leave first (CORS), which nobody gives. But a page whose own name is made to lead here while it is read (DNS
+    rebinding) is taken to be this server's, and may ask and read what it likes. Its name is in the header Host then.
+    """
+
+    def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
+        """`names` are those of this machine."""
+        self.app = app
+        self.names = names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
+        addresses = [f"//{headers['host']}"] if "host" in headers else []
+        addresses += headers.getlist("origin")
+        strangers = [address for address in addresses if name_in(address) not in self.names]
+        if not strangers:
+            await self.app(scope, receive, send)
+        else:
+            message = (
+                f"A request for {strangers[0].removeprefix('//')} may be that of a web page from elsewhere, expected"
+                f" one for {' or '.join(self.names)}. A server with an --api_key answers by any name."
+            )
+            await JSONResponse(error_body(403, message), 403)(scope, receive, send)
+
+
+def name_in(address: str) -> str | None:
+    """The name of the machine in an address such as http://localhost:8000. None if there is none."""
+    try:
+        return urlsplit(address).hostname
+    except ValueError:
+        return None
+
+
+class SizeGuard:
+    """Refuses bodies that are too large: those that say so before they are read, others when they are."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+        self.message = f"The body has more than {max_bytes:,} bytes."
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        length = Headers(scope=scope).get("content-length", "0") if scope["type"] == "http" else "0"
+        if int(length) > self.max_bytes:
+            await JSONResponse(error_body(413, self.message), 413)(scope, receive, send)
+            return
+        n_bytes = 0
+
+        async def receive_some() -> Message:
+            nonlocal n_bytes
+            message = await receive()
+            n_bytes += len(message.get("body", b""))
+            if n_bytes > self.max_bytes:
+                raise HTTPException(413, self.message)
+            return message
+
+        await self.app(scope, receive_some, send)
 
 
 # ---- clients that go
@@ -219,7 +242,7 @@ async def until_gone(request: Request) -> None:
 class EventStream(StreamingResponse):
     """Parts of a response as server-sent events. When it ends, however it does, the call is closed."""
 
-    def __init__(self, call: Call, parts: AsyncIterator[dict[str, Any]]) -> None:
+    def __init__(self, call: Call, parts: AsyncIterator[Mapping[str, Any]]) -> None:
         self.call = call
         super().__init__(events(parts), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
@@ -230,7 +253,7 @@ class EventStream(StreamingResponse):
             self.call.close()
 
 
-async def events(parts: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+async def events(parts: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[str]:
     """Each part as an event, then [DONE]; or an error as the last event."""
     try:
         async for part in parts:
@@ -243,5 +266,5 @@ async def events(parts: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
         yield "data: [DONE]\n\n"
 
 
-def event(part: dict[str, Any]) -> str:
+def event(part: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(part, ensure_ascii=False)}\n\n"

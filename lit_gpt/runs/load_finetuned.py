@@ -31,7 +31,7 @@ from lit_gpt.files import some_of
 from lit_gpt.lora import apply_lora, lora_filter
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantize import Quantize
-from lit_gpt.ranges import check_range, check_seed
+from lit_gpt.ranges import check_penalty, check_range, check_seed
 from lit_gpt.runs.header import Header, finetuned_file, is_peft, read_header, read_peft_header
 from lit_gpt.runs.methods import METHODS, Method
 from lit_gpt.sharding import let_go_of_wholes, local_tensor, mesh_of_model, rows_like, shard_weights
@@ -77,7 +77,7 @@ class UseArgs:
     def __post_init__(self) -> None:
         check_range("--top_p", self.top_p, above=0, at_most=1)
         check_range("--min_p", self.min_p, at_least=0, at_most=1)
-        check_range("--repetition_penalty", self.repetition_penalty, above=0)
+        check_penalty(self.repetition_penalty)
         check_range("--draft_tokens", self.draft_tokens, at_least=0)
         check_seed("--seed", self.seed)
 

@@ -1,9 +1,10 @@
-"""generate/serve.py in a process of its own."""
+"""A server's process, asked by OpenAI's client, by HTTP, or byte by byte."""
 
 import http.client
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -13,19 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import openai
+from conftest import ROOT
 
-ROOT = Path(__file__).parents[2]
+from lit_gpt import Tokenizer
+
 KEY = "a secret"
-"""What every request is sent with, be it asked for or not."""
+BATCH, WAITING = 4, 4
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
 class Server:
     """A server's process."""
 
-    def __init__(self, checkpoint_dir: Path, *flags: str | Path, command: Sequence[str | Path] = ()) -> None:
+    def __init__(self, checkpoint_dir: Path, *flags: str, command: Sequence[str | Path] = ()) -> None:
         """Starts the script, or a command that does as it does."""
         script = [sys.executable, ROOT / "generate/serve.py", "--checkpoint_dir", checkpoint_dir, "--port", "0"]
-        script += ["--precision", "32-true", *flags]
+        script += ["--precision", "32-true", "--max_batch", str(BATCH), "--max_waiting", str(WAITING), *flags]
         pipe = subprocess.PIPE
         words = [str(word) for word in command or script]
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
@@ -61,6 +65,12 @@ class Server:
         is_json = response.headers.get_content_type() == "application/json"
         return response.status, json.loads(text) if is_json else text, response.headers
 
+    def begin(self, path: str, body: dict[str, Any]) -> socket.socket:
+        """Sends a request, and leaves the connection open."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        connection.sendall(request_bytes(path, body))
+        return connection
+
     def n_open(self) -> int:
         return self.ask("GET", "/health")[1]["open_requests"]
 
@@ -74,3 +84,18 @@ class Server:
         self.process.kill()
         self.process.wait()
         self.reader.shutdown()
+
+
+def request_bytes(path: str, body: dict[str, Any], **headers: str) -> bytes:
+    """A request as it is sent."""
+    data = json.dumps(body).encode()
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", f"Authorization: Bearer {KEY}"]
+    lines += ["Content-Type: application/json", f"Content-Length: {len(data)}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + data
+
+
+def endless(tokenizer: Tokenizer) -> dict[str, Any]:
+    """A request that takes minutes."""
+    bias = {str(token): -100 for token in tokenizer.stop_ids}
+    return {"prompt": "Once upon a time", "max_tokens": 50_000, "logit_bias": bias, "temperature": 1, "seed": 1}

@@ -5,7 +5,7 @@ import math
 from lit_gpt.errors import InputError
 
 LEAST_PENALTY, LARGEST_PENALTY = 0.01, 100.0
-"""Of repetitions: 1 changes nothing, and people use 1 to 2."""
+"""The range of a repetition penalty. 1 changes nothing, and people use 1 to 2."""
 LARGEST_SEED = 2**32 - 1
 """What scikit-learn and numpy take, too. What a run derives from it (see lit_gpt/train.py) fits into 64 bits."""
 

@@ -1,5 +1,4 @@
-"""A server asked by clients that are hostile, slow or gone, and its end: `pytest tests/test_server_under_attack.py`,
-about 40 s"""
+"""Hostile, slow and lost clients, and SIGTERM: `pytest tests/test_server_under_attack.py`, about 60 s"""
 
 import json
 import signal

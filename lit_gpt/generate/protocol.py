@@ -59,7 +59,8 @@ MAX_BIASES = 1024
 """A tensor is made of them for each new token."""
 MAX_FIELDS = 100
 MAX_DEPTH = 100
-"""Of lists and objects within each other. Schemas of tools have 20 or so; what walks through them calls itself."""
+"""The most lists and objects within each other. Schemas of tools have 20 levels or so, and what walks through them
+calls itself for each."""
 
 
 def as_list(stop: Any) -> Any:

@@ -275,10 +275,12 @@ def test_what_is_sent_before_the_signal_is_answered(checkpoint: Path) -> None:
         unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         unread.connect(("127.0.0.1", server.port))
         unread.sendall(request_bytes(COMPLETIONS, body | {"max_tokens": 50_000, "stream": True, "logprobs": 20}))
+        server.process.send_signal(signal.SIGSTOP)  # it reads nothing before it hears the other signal
         slow = connect(server, HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY))
         requests = [request_bytes(COMPLETIONS, body | {"stream": i % 2 == 1}) for i in range(6)]
         connections = [connect(server, request) for request in requests]
         server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGCONT)
         slow.sendall(BODY)
         with ThreadPoolExecutor(7) as threads:
             answers = list(threads.map(rest, [*connections, slow]))

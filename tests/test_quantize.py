@@ -19,6 +19,7 @@ import torch
 from conftest import make_tiny
 from helpers.runs import column, equal, error, write_data
 from helpers.scripts import lora, script
+from helpers.shell import torchrun
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -386,8 +387,7 @@ def test_merging_takes_the_original_weights(run_dir, tiny_dir, tmp_path) -> None
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory, tiny_dir: Path, data_dir: Path) -> list[dict[str, Any]]:
     out_dir = tmp_path_factory.mktemp("ranks")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    subprocess.run([*map(str, (*torchrun, "ranks", tiny_dir, data_dir, out_dir))], check=True)
+    torchrun(__file__, "ranks", tiny_dir, data_dir, out_dir)
     return [torch.load(out_dir / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

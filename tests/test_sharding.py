@@ -17,7 +17,7 @@ from conftest import ROOT
 from helpers.families import CASES, COMMON, make, tokens
 from helpers.methods import finetune
 from helpers.runs import column, write_data
-from helpers.shell import python
+from helpers.shell import python, torchrun
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -65,11 +65,6 @@ def folders(tmp_path_factory) -> Path:
     weights["model.layers.1.mlp.up_proj.weight"][-1, 5] = float("nan")
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     return parent
-
-
-def torchrun(*words: Any) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
-    subprocess.run([*map(str, command)], check=True)
 
 
 # ---- in each of two processes
@@ -199,7 +194,9 @@ def test_rows_are_those_of_torch(n_rows, size) -> None:
 def test_no_process_holds_more_than_its_share(sample_dir, tmp_path) -> None:
     """Half of the model and one tensor, as Linux counts it; the whole sample would be twice as much."""
     script = ROOT / "tests/benchmarks/sharded_loading.py"
-    torchrun(script, "--checkpoint_dir", sample_dir, "--runs", "qlora nf4-dq", "--worker", tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, script]
+    settings = ["--checkpoint_dir", sample_dir, "--runs", "qlora nf4-dq", "--worker", tmp_path]
+    subprocess.run([*map(str, [*command, *settings])], check=True)
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found["kept"] < found["held"] < found["kept"] + found["largest"], found
@@ -223,8 +220,8 @@ def flags(tiny_dir: Path, data_dir: Path, out_dir: Path, *others: Any) -> list[A
 def ask_one_and_two(run: Path) -> None:
     """The same question to what a run has trained, by one process and by two that split the model."""
     ask = ["--finetuned", run, "--prompt", "What is it?", "--precision", "32-true", "--max_new_tokens", 12]
-    one, two = (python(ROOT / "generate/base.py", *ask, "--devices", n) for n in (1, 2))
-    assert (one.returncode, two.returncode) == (0, 0), two.stderr
+    one = python(ROOT / "generate/base.py", *ask, check=True)
+    two = torchrun(ROOT / "generate/base.py", *ask)
     assert one.stdout == two.stdout != "" and two.stderr.count("Loaded in") == 1
 
 
@@ -249,10 +246,10 @@ def test_last_in_slices(tiny_dir, data_dir, tmp_path) -> None:
     run = tmp_path / "run"
     soon = ["--train.max_hours", 1e-9]
     on_one = ["--devices", 1, "--strategy", "auto", "--save_slices", "null"]
-    for others in (soon, [*soon, "--resume", *on_one], ["--resume", "--save_slices", "true"]):
-        settings = flags(tiny_dir, data_dir, run, "--n_answers", 0, "--save_slices", "true", *others)
-        result = python(ROOT / "finetune/full.py", *settings)
-        assert result.returncode == 0, result.stderr
+    settings = [ROOT / "finetune/full.py", *flags(tiny_dir, data_dir, run, "--n_answers", 0, "--save_slices", "true")]
+    torchrun(*settings, *soon)
+    python(*settings, *soon, "--resume", *on_one, check=True)
+    torchrun(*settings, "--resume")
     assert column(run, "loss") == pytest.approx(column(tmp_path / "one", "loss"), rel=1e-5)
     files = sorted(path.name for path in (run / "last/slices").iterdir())
     assert len(files) == 2 and not (run / "last/model.safetensors").exists()
@@ -269,8 +266,7 @@ def test_last_in_slices(tiny_dir, data_dir, tmp_path) -> None:
 
     # damage is seen before anything is trained
     (run / "last/slices" / files[0]).unlink()
-    settings = flags(tiny_dir, data_dir, run, "--save_slices", "true", "--n_answers", 0, "--resume")
-    result = python(ROOT / "finetune/full.py", *settings)
+    result = python(*settings, "--resume")
     assert result.returncode == 2 and f"lacks {files[0]}" in result.stderr
 
 

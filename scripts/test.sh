@@ -14,6 +14,7 @@ usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0; } # the comment above
 case ${1:-} in -h | --help) usage ;; esac
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
+unset PYTHONDONTWRITEBYTECODE # each of a hundred processes would compile the package again, for a quarter of a second
 
 if [ "${1:-}" = --gpu ]; then
     if [ ! -d .gpu/site ] && bash scripts/setup.sh test; then

@@ -31,7 +31,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))  # default:
 VOCAB_SIZE = 4096
 
 # files of a minute and more
-SLOWEST = "documented_commands resume methods devices machines export sharding memory families compare fit".split()
+SLOWEST = "documented_commands devices resume machines sharding memory fit compare check_server families".split()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Every method from its script to answers, and what may be combined: `pytest tests/test_methods.py`, about 2 min"""
+"""Every method from its script to answers, and what may be combined: `pytest tests/test_methods.py`, about 1 min"""
 
 import copy
 import io

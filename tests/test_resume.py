@@ -1,4 +1,4 @@
-"""Killed or stopped and resumed is never killed, bit for bit: `pytest tests/test_resume.py`, about 3 min
+"""Killed or stopped and resumed is never killed, bit for bit: `pytest tests/test_resume.py`, about 2 min
 
 Every run is the real finetune/lora.py in a process of its own, which gets a signal at a chosen call: read
 helpers/killable.py. The processes are forked by helpers/shell.py.

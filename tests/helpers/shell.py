@@ -50,20 +50,21 @@ def python(
 
 
 def torchrun(script: Path | str, *flags: Any, n_machines: int = 1) -> subprocess.CompletedProcess[str]:
-    """Runs a script in two processes that find the variables which torchrun sets; they join each other by gloo.
+    """Runs a script in two processes, with the variables that torchrun sets, by which they find each other.
 
-    What one of torchrun's own processes does is left out: `tests/test_devices.py` and `tests/test_machines.py` have it.
+    torchrun itself is left out, which starts them and ends them all if one fails: that is tested in
+    `tests/test_devices.py` and `tests/test_machines.py`.
 
     Args:
         script: Its path.
         flags: Its arguments.
-        n_machines: 1 for two processes of one machine; 2 for one of each.
+        n_machines: 1 for two processes on one machine; 2 for one process on each.
 
     Returns:
         The outcome, with the output of the first process, and then that of the second.
 
     Raises:
-        AssertionError: one of them ended with another status than 0, or was ended since the other one did.
+        AssertionError: one of them ended with another status than 0.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

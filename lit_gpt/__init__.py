@@ -2,10 +2,21 @@
 
 import os
 
-# Threads that wait for others sleep. By default they spin, which beside other busy processes makes a token 2 to 4 times
-# slower; on an idle machine it gains 4 % (tutorials/generate_and_chat.md). OpenMP reads it when torch is loaded, and
-# never again: so it is set here, and scripts import lit_gpt before torch. A value of the user's own stays.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+def choose_how_threads_wait() -> None:
+    """Threads of a CPU that wait for others spin for a moment, and then sleep.
+
+    By default they spin on, which beside other busy processes makes a token 2 to 4 times slower. If they sleep at once,
+    a token in 4 bits takes half as long again on an idle machine, since between two products is less time than it takes
+    to wake them: tutorials/generate_and_chat.md has the figures. OpenMP reads this when torch is loaded, and never
+    again: so it is chosen here, and scripts import lit_gpt before torch. What the user says stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # of libgomp, which torch has on Linux: 0.1 ms or so
+
+
+choose_how_threads_wait()
 
 # A GPU's memory that is free and in pieces is joined. Each step has records of other lengths, whose tensors do not fit
 # into the gaps that those of before have left: an H100 kept a third more than a step took (tutorials/gpu.md). What the

@@ -364,7 +364,7 @@ def test_importing_a_file_only_defines(path: Path) -> None:
 
 
 ENVIRONMENT = (
-    "os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')",
+    "choose_how_threads_wait()",
     "os.environ.setdefault('PYTORCH_ALLOC_CONF',"
     " os.environ.get('PYTORCH_CUDA_ALLOC_CONF', 'expandable_segments:True'))",
 )
@@ -404,7 +404,7 @@ print(json.dumps([key for key in before if before[key] != after[key]]))
 """
 
 
-def test_importing_the_package_changes_two_variables_and_nothing_else(tmp_path: Path) -> None:
+def test_importing_the_package_changes_three_variables_and_nothing_else(tmp_path: Path) -> None:
     command = [sys.executable, "-c", IMPORTING, *sorted(MODULES)]
     users = {"OMP_WAIT_POLICY": "ACTIVE", "PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}
     for variables, changed in (({}, ["environment"]), (users, [])):  # what the user has set stays

@@ -705,3 +705,19 @@ def test_the_bytes_of_tokens_are_those_of_the_text(tmp_path: Path, sample_dir: P
         offsets = TokenOffsets(texts)
         begins = [offsets.push(token) for token in answer]
         assert begins[0] == 0 and offsets.n_characters == len(said), name
+
+
+def test_tokens_begin_where_their_text_does(tmp_path: Path) -> None:
+    """Also behind parts of characters that nothing completes, which a random model says all the time."""
+    tokenizer = Tokenizer(write(tmp_path, tokenizer_json=byte_level(), tokenizer_config_json=SPECIAL))
+    texts = TokenTexts(tokenizer)
+    rng = random.Random(1)
+    for _ in range(200):
+        tokens = [rng.randrange(tokenizer.vocab_size) for _ in range(12)]
+        text = tokenizer.decode(tokens)
+        offsets = TokenOffsets(texts)
+        for token in tokens:
+            begin = offsets.push(token)
+            piece = texts.text_of(token)
+            if not piece.startswith("bytes:") and token not in tokenizer.special_ids:
+                assert text[begin:].startswith(piece), (tokens, token)

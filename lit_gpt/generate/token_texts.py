@@ -66,8 +66,21 @@ class TokenOffsets:
         """Where the next token begins. Special tokens are none of the text."""
         offset = self.n_characters
         if token not in self.texts.tokenizer.special_ids:
-            self.n_characters += len(self.decoder.decode(self.texts.bytes_of(token)))
+            spelled = self.texts.bytes_of(token)
+            begun, _ = self.decoder.getstate()
+            if begun and not may_be_character(begun + spelled[:1]):
+                offset += 1  # behind the sign that stands for what was begun and has no end
+            self.n_characters += len(self.decoder.decode(spelled))
         return offset
+
+
+def may_be_character(part: bytes) -> bool:
+    """Whether bytes are a character in UTF-8, or the beginning of one."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(part)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_tiny
 from helpers.shell import python
 from safetensors.torch import load_file, save_file
 
@@ -127,6 +127,12 @@ def blob_id(file: Path) -> str:
 
 def is_lfs(file: Path) -> bool:
     return file.suffix in (".safetensors", ".bin")
+
+
+@pytest.fixture(scope="module")
+def tiny_dir(tmp_path_factory, sample_dir: Path) -> Path:
+    """A tiny model with the whole vocabulary, whose 19 MB are more than CHUNK."""
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "checkpoint", sample_dir, vocab_size=49152)
 
 
 @pytest.fixture

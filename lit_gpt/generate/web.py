@@ -60,6 +60,9 @@ def add_error_handlers(app: FastAPI) -> None:
         for problem in problems:
             place = place_of(problem)
             message = problem["msg"].removeprefix("Value error, ")
+            found = problem.get("input")
+            if place and isinstance(found, int | float | str) and problem["type"] != "value_error":
+                place += f" is {shortened(json.dumps(found))}"
             messages.append(f"{place}: {message}" if place else message)
         return JSONResponse(error_body(400, f"{'; '.join(messages)}.", place_of(problems[0]) or None), 400)
 
@@ -93,6 +96,10 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ClientGone)
     async def gone(request: Request, error: ClientGone) -> Response:
         return Response(status_code=499)
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:36]} ..."
 
 
 def place_of(problem: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what the tests need, checks style and types, and runs the tests.
 #
-#     bash scripts/test.sh                  everything that runs without a GPU: 18 minutes or so on two cores
+#     bash scripts/test.sh                  everything that runs without a GPU: 14 minutes or so on two cores
 #     bash scripts/test.sh --fast           style, types, and the properties that matter most: about 30 seconds
 #     bash scripts/test.sh --gpu            only what needs a GPU; prints a page of results to paste. Where nothing can be
 #                                           installed, or scripts/pack_for_gpu.sh has packed, with the python3 at hand

@@ -10,6 +10,7 @@ true. For one prompt, see generate/base.py.
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -106,7 +107,8 @@ def main(
 
     # the answers, each written as soon as those before it are
     began = time.perf_counter()
-    n_answers = n_tokens = n_cut = 0
+    n_answers = n_tokens = 0
+    ended: Counter[str] = Counter()  # how many for which reason
     said_at = began
     for job, answers in answer_jobs(engine, jobs()):
         values = as_values(answers, tokenizer)
@@ -119,7 +121,7 @@ def main(
         answers_file.write(job.record, values)
         n_answers += 1
         n_tokens += sum(len(answer.tokens) for answer in answers)
-        n_cut += values.get("finish_reason") == "length"
+        ended[str(values.get("finish_reason"))] += 1
         if time.perf_counter() - said_at > 10:
             said_at = time.perf_counter()
             print(f"{counted(n_answers, 'answer')}, {n_tokens / (said_at - began):.1f} tokens/s", file=sys.stderr)
@@ -130,8 +132,11 @@ def main(
         f" ({n_tokens / seconds:.1f} tokens/s), {peak_memory_gb(device):.2f} GB at most.",
         file=sys.stderr,
     )
-    if n_cut:
-        print(f"{counted(n_cut, 'answer')} cut at --max_new_tokens {max_new_tokens}.", file=sys.stderr)
+    if ended["length"]:
+        print(f"{counted(ended['length'], 'answer')} cut at --max_new_tokens {max_new_tokens}.", file=sys.stderr)
+    if ended["error"]:
+        cut = counted(ended["error"], "answer")
+        print(f"{cut} cut: what --json_schema allows has become too complex. Simplify its patterns.", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -254,14 +254,16 @@ def test_hostile_schemas_are_refused(name: str, tokenizers: dict[str, Tokenizer]
         JsonSchemas(tokenizers["byte-level"]).grammar(HOSTILE[name])
 
 
+GROWING = {"type": "string", "pattern": "^.*a.{200}$"}  # what it has to remember doubles with each character
+
+
 def test_an_answer_that_becomes_too_complex_ends(tokenizers: dict[str, Tokenizer]) -> None:
     """It says so, and others go on."""
     tokenizer = tokenizers["sample"]
     engine = Engine(random_model(tokenizer), tokenizer)
-    hostile = {"type": "string", "pattern": "^.*a.{200}$"}  # what it has to remember doubles with each character
     schemas = JsonSchemas(tokenizer)
     requests = [
-        Request([1, 2], 150, Sampling(1.0, seed=0), tokenizer.stop_ids, grammar=schemas.grammar(hostile)),
+        Request([1, 2], 150, Sampling(1.0, seed=0), tokenizer.stop_ids, grammar=schemas.grammar(GROWING)),
         Request([1, 2], 150, stop_ids=tokenizer.stop_ids, grammar=schemas.grammar(BOUNDED["pattern"])),
     ]
     too_complex, other = engine.run(requests)
@@ -289,6 +291,13 @@ def test_a_prompt_and_a_file_of_prompts(tiny_dir: Path, tmp_path: Path, capsys) 
     for answer in answers:
         assert answer["finish_reason"] == "stop"
         jsonschema.validate(json.loads(answer["answer"]), schema)
+    # what was not to be found out is said
+    flags |= dict(json_schema=json.dumps(GROWING), num_samples=1, max_new_tokens=150)
+    script("generate/file.py").main(tmp_path / "prompts.txt", tmp_path / "others.jsonl", **flags)
+    reasons = [json.loads(line)["finish_reason"] for line in (tmp_path / "others.jsonl").read_text().splitlines()]
+    assert sorted(reasons) == ["error", "length"]
+    said = capsys.readouterr().err
+    assert "1 answer cut at --max_new_tokens 150.\n1 answer cut: what --json_schema allows has become too" in said
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from lit_gpt.device import peak_memory_gb
 from lit_gpt.distributed import devices_for_answers, is_first
 from lit_gpt.generate.choices import requests_for_choices, weigh
 from lit_gpt.generate.engine import Engine, Logprob, Request
-from lit_gpt.generate.json_schema import JsonSchemas, read_schema
+from lit_gpt.generate.json_schema import TOO_COMPLEX, JsonSchemas, read_schema
 from lit_gpt.generate.sampling import Sampling
 from lit_gpt.ranges import check_range
 from lit_gpt.runs.load_finetuned import UseArgs, load_model_for_use, read_for_use
@@ -117,7 +117,7 @@ def main(
         if answer.finish_reason == "length":
             print(f"Cut at --max_new_tokens {max_new_tokens}.", file=sys.stderr)
         elif answer.finish_reason == "error":
-            print("Cut: what --json_schema allows has become too complex. Simplify its patterns.", file=sys.stderr)
+            print(f"Cut: {TOO_COMPLEX}", file=sys.stderr)
         print_logprobs(answer.logprobs, tokenizer)
         seconds = time.perf_counter() - began
         n_tokens = len(answer.tokens)

@@ -23,7 +23,7 @@ from lit_gpt.device import default_device, peak_memory_gb
 from lit_gpt.display.words import counted, duration
 from lit_gpt.generate.choices import requests_for_choices, weigh
 from lit_gpt.generate.engine import Engine, Request
-from lit_gpt.generate.json_schema import JsonSchemas, read_schema
+from lit_gpt.generate.json_schema import TOO_COMPLEX, JsonSchemas, read_schema
 from lit_gpt.generate.prompts_file import AnswersFile, Job, answer_jobs, as_values, read_questions
 from lit_gpt.generate.sampling import Sampling
 from lit_gpt.ranges import check_range
@@ -135,8 +135,7 @@ def main(
     if ended["length"]:
         print(f"{counted(ended['length'], 'answer')} cut at --max_new_tokens {max_new_tokens}.", file=sys.stderr)
     if ended["error"]:
-        cut = counted(ended["error"], "answer")
-        print(f"{cut} cut: what --json_schema allows has become too complex. Simplify its patterns.", file=sys.stderr)
+        print(f"{counted(ended['error'], 'answer')} cut: {TOO_COMPLEX}", file=sys.stderr)
 
 
 if __name__ == "__main__":

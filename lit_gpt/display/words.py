@@ -16,3 +16,8 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
+
+
+def shortened(text: str, n: int = 60) -> str:
+    """The beginning of a text, of n characters; all of it if it is no longer."""
+    return text if len(text) <= n else f"{text[:n]} ..."

@@ -63,6 +63,8 @@ matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0, limits=LLParserLi
 matcher.compute_bitmask()
 print(json.dumps(matcher.get_error()))
 """
+TOO_COMPLEX = "what --json_schema allows has become too complex. Simplify its patterns."
+"""What is said of an answer that ends with the reason "error"."""
 NOT_A_TOKEN = b"\xff"  # no byte of any text; llguidance begins its special tokens with it
 
 

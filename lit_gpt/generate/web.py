@@ -18,6 +18,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lit_gpt.display.words import shortened
 from lit_gpt.errors import InputError
 from lit_gpt.generate.engine import Answer
 from lit_gpt.generate.engine_thread import Busy, Call, EngineFailed
@@ -62,7 +63,7 @@ def add_error_handlers(app: FastAPI) -> None:
             message = problem["msg"].removeprefix("Value error, ")
             found = problem.get("input")
             if place and isinstance(found, int | float | str) and problem["type"] != "value_error":
-                place += f" is {shortened(json.dumps(found))}"
+                place += f" is {shortened(json.dumps(found), 40)}"
             messages.append(f"{place}: {message}" if place else message)
         return JSONResponse(error_body(400, f"{'; '.join(messages)}.", place_of(problems[0]) or None), 400)
 
@@ -96,10 +97,6 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ClientGone)
     async def gone(request: Request, error: ClientGone) -> Response:
         return Response(status_code=499)
-
-
-def shortened(text: str) -> str:
-    return text if len(text) <= 40 else f"{text[:36]} ..."
 
 
 def place_of(problem: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ right.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lit_gpt.display.words import counted
+from lit_gpt.display.words import counted, shortened
 
 TRAINED = "as trained"
 NO_ADAPTER = "without adapter"
@@ -464,8 +464,3 @@ def judge_answers(answers: Sequence[Answered], has_logprobs: bool) -> list[Findi
     other = next(answer for answer in answers if answer not in same)
     text = f"{len(same)} of {n} are as here. One that is not: {shortened(other.server)!r}, expected"
     return [Finding("other answers", f"{text} {shortened(other.expected)!r}.", is_wrong=not has_logprobs)]
-
-
-def shortened(text: str, n: int = 60) -> str:
-    """The beginning of a text."""
-    return text if len(text) <= n else f"{text[:n]} ..."

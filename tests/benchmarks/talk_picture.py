@@ -1,23 +1,21 @@
 """The picture of the page to talk, tutorials/talk.png: the sample model and what the quick start has trained.
 
-    python tests/benchmarks/talk_picture.py
+    PYTHONPATH=tests python tests/benchmarks/talk_picture.py
 
-It needs Chromium and out/lora/quickstart.
+It is taken by what the tests drive the page with, hence the path. It needs Chromium and out/lora/quickstart.
 """
 
-import sys
 import tempfile
 from pathlib import Path
+
+from helpers.browser import Browser, Page
+from helpers.server import Server
 
 ROOT = Path(__file__).parents[2]
 QUESTIONS = ["What does the function `shutil.move` do?", "And `shutil.copy`?"]
 
 
 def main() -> None:
-    sys.path.insert(0, str(ROOT / "tests"))
-    from helpers.browser import Browser, Page
-    from helpers.server import Server
-
     sample = ROOT / "checkpoints/sample/SmolLM2-135M-Instruct-Q4_1"
     server = Server(sample, "--finetuned", ROOT / "out/lora/quickstart", "--with_base")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:

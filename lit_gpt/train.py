@@ -21,6 +21,7 @@ from lit_gpt.failures import how_to_go_on
 from lit_gpt.interruption import Interruption
 from lit_gpt.make_optimizer import make_optimizer
 from lit_gpt.model.packing import Layout
+from lit_gpt.model.rope import rotates_by_length
 from lit_gpt.optimizer_in_backward import OptimizerInBackward
 from lit_gpt.out_of_memory import explain_memory
 from lit_gpt.ranges import check_range, check_seed
@@ -537,8 +538,3 @@ def obstacle_to_sharing(model: nn.Module) -> str | None:
 def has_dropout(model: nn.Module) -> bool:
     """Whether a layer sets random elements to zero in training."""
     return any(module.p > 0 for module in model.modules() if isinstance(module, nn.Dropout))
-
-
-def rotates_by_length(model: nn.Module) -> bool:
-    """Whether the rotation of a token depends on how long its record is, as with some kinds of `model.rope.Rope`."""
-    return any(getattr(module, "by_length", False) for module in model.modules())

@@ -19,7 +19,7 @@ from lit_gpt.checkpoint.tensor_names import hf_name
 from lit_gpt.generate.decode import generate
 from lit_gpt.model.gpt import count_parameters
 from lit_gpt.model.packing import Layout
-from lit_gpt.train import rotates_by_length
+from lit_gpt.model.rope import rotates_by_length
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.replace(" ", "_"))

@@ -109,6 +109,7 @@ MAY_KNOW = {
     # it lays linears together, so that it knows those whose codes can be
     "fast_linears": "model cpu_codes replace_modules",
     "display": "errors files packages",
+    "scores": "display.words errors files",
     "data": "model.packing config display errors ranges lock files packages out_of_memory",
     "checkpoint": "model lora quantize cpu_codes config families errors lock files download name_patterns out_of_memory"
     " sharding",
@@ -119,22 +120,24 @@ MAY_KNOW = {
     # a chat: what is typed has to be Unicode, and conversations are kept in files; a server ends by a signal
     "generate": "model config data device display.words errors ranges sharding distributed cli files packages"
     " interruption",
-    "runs": "checkpoint data model lora adapter full quantize cpu_codes fast_linears stream_blocks config device"
+    "runs": "scores checkpoint data model lora adapter full quantize cpu_codes fast_linears stream_blocks config device"
     " sharding distributed display cli failures errors lock ranges files packages",
     # no method, no tokenizer, no file format
-    "train": "data.dataset make_optimizer optimizer_in_backward model.packing stream_blocks device sharding runs.log"
-    " runs.resume display.words interruption watch failures out_of_memory errors ranges",
+    "train": "scores data.dataset make_optimizer optimizer_in_backward model.packing model.rope stream_blocks device"
+    " sharding runs.log runs.resume display.words interruption watch failures out_of_memory errors ranges",
+    "evaluation": "scores runs generate checkpoint data model lora config device display cli ranges errors files"
+    " packages lock",
     "recipe": "make_optimizer optimizer_in_backward runs data model quantize stream_blocks config device sharding"
     " distributed ranges errors",
     "adapter_recipe": "recipe train runs generate checkpoint data quantize config device sharding",
     "memory": "train make_optimizer optimizer_in_backward runs checkpoint data model quantize stream_blocks config"
     " device sharding display interruption errors",
-    "classifier": "recipe train runs checkpoint data model lora quantize config device sharding distributed display"
-    " errors ranges files packages",
-    "formats": "runs checkpoint data model lora quantize config errors lock files packages",
+    "classifier": "scores recipe train runs checkpoint data model lora quantize config device sharding distributed"
+    " display errors ranges files packages",
+    "formats": "scores evaluation runs checkpoint data model lora quantize config errors lock files packages",
     # a server is checked against answers, and against models that are rounded in each way
-    "studies": "memory runs generate checkpoint data model lora full quantize cpu_codes config device display cli"
-    " errors files",
+    "studies": "scores evaluation memory runs generate checkpoint data model lora full quantize cpu_codes config device"
+    " display cli errors files",
 }
 
 

@@ -34,7 +34,7 @@ from lit_gpt.model.attention import CausalSelfAttention, Mask, cache_masks
 from lit_gpt.model.embeddings import EMBEDDINGS
 from lit_gpt.model.fused import loss_and_gradient
 from lit_gpt.model.kv_cache import KVCache, LayerCache, PackedCache
-from lit_gpt.model.loss import LossAndGradient, summed_loss
+from lit_gpt.model.loss import Judge, LossAndGradient, judge_targets, summed_loss
 from lit_gpt.model.mlp import MLPS
 from lit_gpt.model.norms import NORMS
 from lit_gpt.model.packing import Layout
@@ -109,6 +109,7 @@ class GPT(nn.Module):
         input_pos: torch.Tensor | None = None,
         layout: Layout | None = None,
         cache: KVCache | PackedCache | None = None,
+        judge: Judge | None = None,
     ) -> torch.Tensor:
         """Logits; or, with a layout, the summed loss of its targets.
 
@@ -119,10 +120,12 @@ class GPT(nn.Module):
             cache: The keys and values of the tokens before, which those of idx join. None, with input_pos, is the
                 cache that `set_kv_cache` made. With a layout it is a `PackedCache`, and nothing is trained: what is
                 wanted are the logits of the tokens at `target_index`.
+            judge: With a layout and no cache, what is wanted of each target in place of the sum, such as
+                `loss.loss_of_each`.
 
         Returns:
             (B, T, V) in the model's dtype; with a layout a float32 scalar (float64 for a float64 model); with a layout
-            and a cache (N, V).
+            and a cache (N, V); with a layout and a judge (N, ...), in the order of `layout.target`.
 
         Raises:
             ValueError: a row or a record is longer than block_size; the cache is missing, too short or for another
@@ -136,7 +139,10 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
         if cache is not None:
             return self.logits(x)
-        # the cross entropy of all targets, added up over chunks: the logits of all positions are never in memory
+        # over chunks of targets: the logits of all positions are never in memory
+        if judge is not None:
+            return judge_targets(self.logits, judge, self.lm_head.out_features, x, layout.target)
+        # the cross entropy of all targets, added up
         return summed_loss(
             self.logits,
             self.loss_and_gradient,

@@ -14,6 +14,8 @@ from lit_gpt.model.fused import at_least_float32
 Head = Callable[[torch.Tensor], torch.Tensor]
 # from logits (N, V) and targets (N,) to the summed loss, a scalar, and the gradient of the logits: see `fused.py`
 LossAndGradient = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# from logits (n, V) and targets (n,) to something of each target, (n, ...)
+Judge = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class SummedLoss(torch.autograd.Function):
@@ -94,6 +96,22 @@ def summed_loss(
         logits = head(x[rows])
         loss += F.cross_entropy(logits.to(at_least_float32(logits.dtype)), target[rows], reduction="sum")
     return loss
+
+
+def loss_of_each(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """A `Judge`: -log p(target), (n,), in float32 or wider."""
+    return F.cross_entropy(logits.to(at_least_float32(logits.dtype)), target, reduction="none")
+
+
+def judge_targets(head: Head, judge: Judge, vocab_size: int, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """What `judge` makes of each of N targets, (N, ...), without the logits of all of them in memory.
+
+    The other arguments are those of `summed_loss`.
+    """
+    parts = [judge(head(x[rows]), target[rows]) for rows in chunks(x.size(0), rows_at_once(vocab_size, x.dtype))]
+    if not parts:  # no target
+        return judge(head(x), target)
+    return torch.cat(parts)
 
 
 def rows_at_once(vocab_size: int, dtype: torch.dtype) -> int:

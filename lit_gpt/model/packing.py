@@ -47,6 +47,7 @@ class Layout:
     target_index: torch.Tensor  # (N,)
     target: torch.Tensor  # (N,)
     segments: tuple[Segment, ...]  # in the order of the row, without gaps
+    targets_of: tuple[tuple[int, int], ...] = ()  # which record has how many of the targets, in their order
 
     @classmethod
     def end_to_end(
@@ -66,6 +67,7 @@ class Layout:
         segments: list[Segment] = []
         targets: list[torch.Tensor] = []
         target_index: list[torch.Tensor] = []
+        targets_of: list[tuple[int, int]] = []
         T = 0
         for group, prefix_length in groups:
             # what the records of a group begin with, once
@@ -92,6 +94,7 @@ class Layout:
                 in_prefix = before < prefix_length
                 target_index.append(torch.where(in_prefix, prefix_start + before, T - prefix_length + before))
                 targets.append(ids[target])
+                targets_of.append((i, len(target)))
                 T += length
 
         layout = cls(
@@ -99,6 +102,7 @@ class Layout:
             target_index=torch.cat(target_index),
             target=torch.cat(targets).long(),
             segments=tuple(segments),
+            targets_of=tuple(targets_of),
         )
         return torch.cat(tokens)[None].long(), layout
 
@@ -154,7 +158,14 @@ class Layout:
             target_index=moved(self.target_index),
             target=moved(self.target),
             segments=self.segments,
+            targets_of=self.targets_of,
         )
+
+    def split_by_record(self, values: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Values (N, ...) of the targets, for each record by its number in what `end_to_end` was given."""
+        counts = [n for _, n in self.targets_of]
+        parts = torch.split(values, counts)
+        return {record: part for (record, _), part in zip(self.targets_of, parts, strict=True)}
 
 
 @dataclass(frozen=True)

@@ -221,3 +221,8 @@ SCALING_FUNCTIONS = {
     "yarn": scale_yarn,
     "longrope": scale_longrope,
 }
+
+
+def rotates_by_length(model: nn.Module) -> bool:
+    """Whether the rotation of a token depends on how long its record is, as with some kinds of `Rope`."""
+    return any(getattr(module, "by_length", False) for module in model.modules())

@@ -1,0 +1,1 @@
+"""How good a model is on each record, and whether another one is better."""

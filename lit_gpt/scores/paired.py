@@ -119,7 +119,7 @@ def bootstrap(values: np.ndarray, weights: np.ndarray, seed: int = 0, draws: int
 def t_quantile(freedom: int) -> float:
     """The 0.975 quantile of Student's t, by its expansion in 1 / freedom (Abramowitz and Stegun, 26.7.5).
 
-    It is right to three digits from five degrees of freedom on, and too low below.
+    It is right to three digits from seven degrees of freedom on, and too low below.
     """
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     first = (z**3 + z) / 4

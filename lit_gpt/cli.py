@@ -130,7 +130,7 @@ def parse(main: Callable[..., None], args: Sequence[str], also: Sequence[str] = 
     if receiver:
         own_args, passed_on = split_args(args, option_strings(parser))
 
-    own_args = join_paths(own_args, flags_of_paths(parser))
+    own_args = join_paths(own_args, flags_of_paths(parser), first=flag_of_first_words(main))
     try:
         parsed = parser.parse_args(configs_first(own_args))
         check_groups(parser, vars(parsed))
@@ -168,15 +168,23 @@ def flags_of_paths(parser: "ArgumentParser") -> set[str]:
     return {flag for action in actions for flag in action.option_strings}
 
 
-def join_paths(args: Sequence[str], flags: set[str]) -> list[str]:
+def flag_of_first_words(main: Callable[..., None]) -> str:
+    """The flag whose values may stand before all flags: that of a first parameter of paths that has to be given."""
+    for name, parameter in signature(main).parameters.items():
+        is_paths = get_type_hints(main)[name] == list[Path]
+        return f"--{name}" if is_paths and parameter.default is Parameter.empty else ""
+    return ""
+
+
+def join_paths(args: Sequence[str], flags: set[str], first: str = "") -> list[str]:
     """The words of a command line in which each of these flags stands once, with a list.
 
     Paths may follow each other, as `--finetuned out/lora/*` has them, or the flag comes again. jsonargparse knows lists
-    in brackets alone, which stay as they are.
+    in brackets alone, which stay as they are. Words before all flags are values of `first`, if there is one.
     """
     others: list[str] = []
     paths: dict[str, list[str]] = {}
-    flag = ""  # whose values come next
+    flag = first  # whose values come next
     for word in args:
         value: str | None = word
         if word.startswith("--"):

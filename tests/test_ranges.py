@@ -37,6 +37,7 @@ OUT_OF_RANGE = {
     "--logprobs": "-1",
     "--draft_tokens": "-1",
     "--batch_size": NOT_A_COUNT,
+    "--limit": "1 0 -1",
     "--port": "-1 65536",
     "--max_batch": NOT_A_COUNT,
     "--max_waiting": "-1",

@@ -134,14 +134,15 @@ def read_metric(text: str) -> Metric:
         InputError: there is none of this name, no such file, no such function in it, or it does not take two arguments.
     """
     if text in METRICS:
-        return Metric(text.replace("_", " "), METRICS[text])
+        title = "ROUGE-L" if text == "rouge_l" else text.replace("_", " ")
+        return Metric(title, METRICS[text])
     file, _, name = text.rpartition(":")
     if not file.endswith(".py"):
         known = ", ".join(METRICS)
         raise InputError(
             f"There is no metric {text}, expected one of {known}, or a function of yours: my_file.py:judge."
         )
-    path = Path(file).expanduser()
+    path = file_of_metric(text)
     if not path.is_file():
         raise not_there(path, path.parent.glob("*.py"), "Name the file of the metric.")
     function = getattr(load_file(path), name, None)
@@ -154,6 +155,11 @@ def read_metric(text: str) -> Metric:
             f"{name} of {path} takes {inspect.signature(function)}, expected two arguments: a record, and an answer."
         ) from None
     return Metric(name.replace("_", " "), function)
+
+
+def file_of_metric(text: str) -> Path | None:
+    """The file that a flag names; None for a metric that is there."""
+    return None if text in METRICS else Path(text.rpartition(":")[0]).expanduser()
 
 
 def load_file(path: Path) -> Any:

@@ -33,11 +33,21 @@ def ids_of_records(records: Sequence[Record]) -> list[str]:
     return ids_of_texts(ids.int().numpy().tobytes() + trained.byte().numpy().tobytes() for ids, trained in records)
 
 
-@torch.inference_mode()
 def judge_records(
     model: GPT, records: Sequence[Record], judge: Judge = loss_of_each, batch_tokens: int = BATCH_TOKENS
 ) -> list[torch.Tensor]:
     """What `judge` makes of each target, (n_targets, ...) on the CPU for each record; by default its loss in nats.
+
+    The arguments are those of `judged_records`.
+    """
+    of_record = dict(judged_records(model, records, judge, batch_tokens))
+    return [of_record[i] for i in range(len(records))]
+
+
+def judged_records(
+    model: GPT, records: Sequence[Record], judge: Judge = loss_of_each, batch_tokens: int = BATCH_TOKENS
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """The same as it is found, with the number of each record; what begins alike comes together.
 
     Records that begin alike share what they begin with. The result is the same, within rounding.
 
@@ -48,14 +58,12 @@ def judge_records(
         batch_tokens: The most tokens of a forward pass; a longer record is alone in one.
     """
     device = next(model.parameters()).device
-    of_record: dict[int, torch.Tensor] = {}
-    with eval_mode(model):
-        for group in groups_with_like_beginnings(records, batch_tokens):
-            idx, layout = Layout.end_to_end([records[i] for i in group], share_prefixes=not rotates_by_length(model))
+    for group in groups_with_like_beginnings(records, batch_tokens):
+        idx, layout = Layout.end_to_end([records[i] for i in group], share_prefixes=not rotates_by_length(model))
+        with eval_mode(model), torch.inference_mode():
             values = model(idx.to(device), layout=layout.to(device), judge=judge).cpu()
-            for i, part in layout.split_by_record(values).items():
-                of_record[group[i]] = part
-    return [of_record[i] for i in range(len(records))]
+        for i, part in layout.split_by_record(values).items():
+            yield group[i], part
 
 
 def groups_with_like_beginnings(records: Sequence[Record], batch_tokens: int) -> Iterator[list[int]]:

@@ -1,0 +1,164 @@
+"""What a model can do, and what fine-tuning did to it: on your own data, on texts, and on the tasks of a harness.
+
+    python scripts/evaluate.py --finetuned out/lora/docstrings
+    python scripts/evaluate.py --finetuned out/lora/docstrings --metric rouge_l --limit 50
+    python scripts/evaluate.py --finetuned out/lora/docstrings --records questions.jsonl --metric my_file.py:judge
+    python scripts/evaluate.py --texts book.txt
+
+A model that was fine-tuned is compared with its base, record by record. Interrupted, the same command goes on.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from lit_gpt import InputError
+from lit_gpt.cli import Flags, command, run
+from lit_gpt.data.dataset import Dataset
+from lit_gpt.data.prompts import resolve_style
+from lit_gpt.data.records import Keys
+from lit_gpt.device import default_device
+from lit_gpt.evaluation.folder import claim_evaluation, data_of_run, default_out_dir, found_so_far, identity_of
+from lit_gpt.evaluation.measure import answers_of, choice_scores, loss_scores, metric_scores, summed_losses
+from lit_gpt.evaluation.metrics import file_of_metric, read_metric
+from lit_gpt.evaluation.questions import Question, questions_of_data, questions_of_file
+from lit_gpt.evaluation.report import write_report
+from lit_gpt.evaluation.texts import scores_of_texts, windows_of_file
+from lit_gpt.generate.engine import Engine
+from lit_gpt.ranges import check_range
+from lit_gpt.runs.load_finetuned import UseArgs, read_for_use
+from lit_gpt.runs.side_by_side import load_models_for_use
+from lit_gpt.scores.record_scores import RecordScores
+
+
+def main(
+    finetuned: list[Path] = [],  # noqa: B006 # jsonargparse makes a copy
+    with_base: bool = True,
+    out_dir: Path | None = None,
+    data_dir: Path | None = None,
+    records: Path | None = None,
+    texts: list[Path] = [],  # noqa: B006
+    metric: list[str] | str | None = None,
+    choices: list[str] | None = None,
+    limit: int | None = None,
+    prompt_style: str = "auto",
+    max_new_tokens: int = 200,
+    stop: list[str] | None = None,
+    batch_size: int = 16,
+    overwrite: bool = False,
+    keys: Flags[Keys] = Keys(),
+    args: Flags[UseArgs] = UseArgs(),
+) -> None:
+    """Measure a model, and what fine-tuning did to it.
+
+    Args:
+        finetuned: The folder that a fine-tuning script wrote: an out_dir (its best), or one folder of it. Several are
+            compared with the base, each on the same copy of its weights.
+        with_base: Measure the model, too, as it was before it was fine-tuned.
+        out_dir: Where the report goes, and what is found on the way. None is out/evaluate/NAME, by the model's name.
+        data_dir: A folder that one of scripts/prepare_*.py wrote: the loss of its validation records. None, where
+            nothing else is to be measured, is what the first fine-tuned model was trained on.
+        records: A file of records as for training: the loss of their answers. With choices, also how often the right
+            one is the likeliest.
+        texts: Files of texts: their loss, and bits per byte, which models of other tokenizers can be compared by.
+        metric: How answers are judged: exact_match, contains, number_match, rouge_l, or a function in a file of yours,
+            my_file.py:function, which takes a record and an answer and returns a number, higher is better. Several are
+            a list, such as ["rouge_l", "contains"].
+        choices: Answers to choose from in --records, such as ["spam", "ham"]. A record may have choices of its own.
+        limit: Measure the first so many records of --data_dir and --records, and windows of each of the --texts.
+        prompt_style: The text around a question of --records, as in generate/base.py.
+        max_new_tokens: The longest answer that is judged, in tokens.
+        stop: Strings that end an answer, and are no part of it.
+        batch_size: How many answers are made at once. What they say does not depend on it.
+        overwrite: Replace what is in out_dir.
+        keys: The names that --records have for their parts, as for training; see lit_gpt/data/records.py.
+        args: With which model, and how; see lit_gpt/runs/load_finetuned.py.
+    """
+    check_range("--limit", limit, at_least=2)
+    check_range("--max_new_tokens", max_new_tokens, at_least=1)
+    check_range("--batch_size", batch_size, at_least=1)
+    metric = [metric] if isinstance(metric, str) else metric or []
+    metrics = [read_metric(text) for text in metric]
+    folders = list(finetuned) if args.finetuned is None else [args.finetuned, *finetuned]
+    if data_dir is None and records is None and not texts:
+        data_dir = data_of_run(folders)
+    if data_dir is not None and records is not None:
+        raise InputError("--data_dir and --records both say what is asked. Evaluate one after the other.")
+    if metrics and data_dir is None and records is None:
+        raise InputError("--metric judges answers, and texts ask nothing. Name --data_dir or --records, too.")
+    if choices and records is None:
+        raise InputError("--choices are for --records. Name a file, or leave them out.")
+
+    # what the models are asked, before a weight is read
+    tokenizer, config, trained_style = read_for_use(replace(args, finetuned=folders[0] if folders else None))
+    style = resolve_style(prompt_style, tokenizer, trained_style)
+    questions: list[Question] = []
+    if data_dir is not None:
+        dataset = Dataset(data_dir, "val")
+        dataset.check_can_train(tokenizer, config)
+        questions = questions_of_data(dataset, tokenizer, limit)
+    if records is not None:
+        questions = questions_of_file(records, keys, tokenizer, style, config.block_size, choices, limit)
+    windows_of = {name: windows_of_file(path, tokenizer, config.block_size, limit) for name, path in named(texts)}
+
+    # the folder, which may hold what an interrupted evaluation has found
+    settings = {
+        **vars(args),
+        **vars(keys),
+        "finetuned": folders,
+        "with_base": with_base,
+        "data_dir": data_dir,
+        "records": records,
+        "texts": texts,
+        "metric": metric,
+        "choices": choices,
+        "limit": limit,
+        "prompt_style": prompt_style,
+        "max_new_tokens": max_new_tokens,
+        "stop": stop,
+    }
+    files = [path for path in (records, *texts, *map(file_of_metric, metric)) if path is not None]
+    files += [data_dir / name for name in ("meta.json", "split.bin", "tokens.bin", "trained.bin") if data_dir]
+    out_dir = out_dir or default_out_dir(folders, args.checkpoint_dir)
+    claim_evaluation(out_dir, identity_of(settings, args.checkpoint_dir, folders, files), overwrite)
+
+    # the models, on one copy of the weights that they share
+    device = default_device()
+    models, tokenizer, _ = load_models_for_use(args, finetuned, device, with_base, n_rows=batch_size)
+    engine = Engine(models, tokenizer, max_batch=batch_size, draft_tokens=args.draft_tokens)
+
+    # each model, record by record
+    scores: dict[str, list[RecordScores]] = {}
+    for name, model in models.items():
+        found = found_so_far(out_dir, name)
+        scores[name] = []
+        if questions:
+            scores[name].append(loss_scores(name, model, questions, found))
+        if any(question.choice_requests for question in questions):
+            scores[name].append(choice_scores(name, engine, questions, found))
+        if metrics:
+            answers = answers_of(name, engine, questions, max_new_tokens, stop or (), found)
+            scores[name] += [metric_scores(metric, questions, answers) for metric in metrics]
+        for text_name, windows in windows_of.items():
+            sums = summed_losses(
+                name,
+                model,
+                [window.record for window in windows],
+                [window.name for window in windows],
+                found,
+                what=f"loss on {text_name}",
+            )
+            scores[name] += scores_of_texts(text_name, windows, sums)
+
+    # the report
+    table = write_report(out_dir, scores, command(), settings)
+    print(f"{table}\n\nReport: {out_dir / 'report.md'}")
+
+
+def named(texts: list[Path]) -> list[tuple[str, Path]]:
+    """Files with the names of their measures: short ones, if no two are the same."""
+    names = [path.name for path in texts]
+    return [(str(path) if names.count(path.name) > 1 else path.name, path) for path in texts]
+
+
+if __name__ == "__main__":
+    run(main)

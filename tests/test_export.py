@@ -34,7 +34,7 @@ from lit_gpt.formats.gguf_reader import convert_gguf, read_gguf
 from lit_gpt.formats.gguf_tokenizer import CONTROL, UNUSED, USER_DEFINED
 from lit_gpt.formats.gguf_vocabulary import gguf_vocabulary
 from lit_gpt.formats.merge import export_merged, export_merged_gguf, export_peft
-from lit_gpt.formats.verify import TEXTS, compare_logits, logits_of, verify_copy
+from lit_gpt.formats.verify import TEXTS, Logits, compare_logits, logits_of, verify_copy
 from lit_gpt.generate.decode import stream
 from lit_gpt.lora import LoRA, LoRALinear
 from lit_gpt.replace_modules import replace_modules
@@ -792,3 +792,23 @@ def test_convert_script(tiny, tmp_path) -> None:
     ):
         refused = python(*command, "--out_dir", tmp_path / "x", *flags)
         assert refused.returncode == 2 and message in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_a_proof_says_how_the_loss_changes(tiny) -> None:
+    """With an interval; and of a copy that it is the same."""
+    model, tokenizer = load_model(tiny), Tokenizer(tiny)
+    expected = logits_of(model, tokenizer)
+    assert str(compare_logits(expected, logits_of(model, tokenizer))).endswith("the loss is the same to six digits")
+    model.lm_head.weight.data *= 1.1
+    actual = logits_of(model, tokenizer)
+    difference = compare_logits(expected, actual)
+
+    def mean_loss(texts: Logits) -> float:
+        logits = torch.cat([text.logits[:-1] for text in texts])
+        targets = torch.cat([tokenizer.encode(text)[1:] for text in TEXTS])
+        return torch.nn.functional.cross_entropy(logits, targets).item()
+
+    change = mean_loss(actual) - mean_loss(expected)
+    assert difference.loss.mean == pytest.approx(change, rel=1e-3)
+    assert difference.loss.low < change < difference.loss.high
+    assert re.search(r"the loss changes by [+-]\d\.\d+ \[.+, .+\] nats per token$", str(difference))

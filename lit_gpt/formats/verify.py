@@ -3,12 +3,17 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from lit_gpt.checkpoint.load import load_model
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.errors import InputError
 from lit_gpt.model.gpt import GPT
+from lit_gpt.model.loss import loss_of_each
+from lit_gpt.scores.paired import Difference as PairedDifference
+from lit_gpt.scores.paired import interval_text, paired_difference
+from lit_gpt.scores.record_scores import RecordScores
 
 TEXTS = (  # prose, a question, code, figures, another script
     "The sun rose over the harbour, and the fishermen were already far out at sea when the first bells rang.",
@@ -21,7 +26,19 @@ TEXTS = (  # prose, a question, code, figures, another script
 # to a dtype.
 EXACT = 1e-4
 ROUNDING = {"float64": 1e-4, "float32": 1e-4, "float16": 0.03, "bfloat16": 0.15, "q8_0": 0.15}
-Logits = list[torch.Tensor]  # (T, V) float32 for each of TEXTS
+SAME_LOSS = 5e-7  # nats per token: less does not show in six digits
+
+
+class TextLogits(NamedTuple):
+    """What a model says at each position of a text, on the CPU."""
+
+    logits: torch.Tensor
+    """(T, V) float32"""
+    ids: torch.Tensor
+    """The tokens of the text, (T,)."""
+
+
+Logits = list[TextLogits]  # of each of TEXTS
 
 
 class Difference(NamedTuple):
@@ -33,12 +50,21 @@ class Difference(NamedTuple):
     """Share of the positions at which both find the same token the likeliest."""
     scale: float
     """The largest logit."""
+    loss: PairedDifference
+    """Of the loss on the texts, position by position."""
 
     def __str__(self) -> str:
         return (
             f"logits (up to {self.scale:.1f}) differ by at most {self.largest:.2e}, by {self.mean:.2e} on average;"
-            f" the likeliest token is the same at {100 * self.agreement:.1f} % of the positions"
+            f" the likeliest token is the same at {100 * self.agreement:.1f} % of the positions;"
+            f" {self.change_of_loss()}"
         )
+
+    def change_of_loss(self) -> str:
+        """How the loss differs, with a 95 % interval over the tokens of the texts."""
+        if max(abs(self.loss.low), abs(self.loss.high)) < SAME_LOSS:
+            return "the loss is the same to six digits"
+        return f"the loss changes by {interval_text(self.loss, sign=True)} nats per token"
 
     def is_within(self, share: float) -> bool:
         """Whether the largest difference is at most this share of the largest logit. One that is NaN is not."""
@@ -52,21 +78,32 @@ def logits_of(model: GPT, tokenizer: Tokenizer) -> Logits:
     logits = []
     for text in TEXTS:
         ids = tokenizer.encode(text, device)[: model.config.block_size]
-        logits.append(model(ids[None])[0].float().cpu())
+        logits.append(TextLogits(model(ids[None])[0].float().cpu(), ids.cpu()))
     return logits
 
 
 def compare_logits(expected: Logits, actual: Logits) -> Difference:
     """The difference between two models. The scale is that of the first."""
-    gaps = [(a - b).abs() for a, b in zip(expected, actual, strict=True)]
-    same_token = [a.argmax(-1) == b.argmax(-1) for a, b in zip(expected, actual, strict=True)]
+    gaps = []
+    same_token = []
+    for one, other in zip(expected, actual, strict=True):
+        gaps.append((one.logits - other.logits).abs())
+        same_token.append(one.logits.argmax(-1) == other.logits.argmax(-1))
     n_values = sum(gap.numel() for gap in gaps)
     return Difference(
         largest=max(gap.max().item() for gap in gaps),
         mean=sum(gap.sum().item() for gap in gaps) / n_values,
         agreement=torch.cat(same_token).float().mean().item(),
-        scale=max(logits.abs().max().item() for logits in expected),
+        scale=max(text.logits.abs().max().item() for text in expected),
+        loss=paired_difference(loss_of_positions(expected), loss_of_positions(actual)),
     )
+
+
+def loss_of_positions(texts: Logits) -> RecordScores:
+    """The loss of each token of the texts that has one before it, as if it were a record."""
+    each = [loss_of_each(text.logits[:-1], text.ids[1:]) for text in texts]
+    values = torch.cat(each).double().numpy()
+    return RecordScores("loss", values, np.ones(len(values)), [str(i) for i in range(len(values))], True)
 
 
 def verify_copy(expected: Logits, folder: Path) -> None:

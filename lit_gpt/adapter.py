@@ -10,9 +10,15 @@ Version 2 (https://arxiv.org/abs/2304.15010) also trains the norms, and a bias a
 
     y = s (W x + b)      W frozen, s (out) one and b (out) zero at the start
 
-`apply_adapter` and `apply_adapter_v2` change a built model in place, whatever its linears are made of.
+`apply_adapter` and `apply_adapter_v2` change a built model in place, whatever its linears are made of. `scale_adapter`
+sets how much of the change is used, from 0, the base to the last bit, to 1, as trained. Of g, s, b and the weight w of
+a norm it takes so much of the way from where they started:
+
+    u g      1 + u (s - 1)      u b      w_base + u (w - w_base)          u the scale
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,9 +60,12 @@ class AdaptedAttention(CausalSelfAttention):
         gate = torch.zeros(n_head, 1, 1, device=device, dtype=torch.float32)
         self.adapter_prompt = nn.Parameter(prompt)
         self.adapter_gate = nn.Parameter(gate)
+        self.change_scale = 1.0  # how much of it is used: see `scale_adapter`
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
         """Attention to the text, and as much of that to the prompt as the gates let through: (B, nh, T, hs)."""
+        if self.change_scale == 0:
+            return super().attend(q, k, v, mask)
         # keys and values of the prompt, for every row
         prompt = self.adapter_prompt.to(q.dtype)[None]  # (1, L, C)
         keys = self.split_heads(self.norm_k(self.k(prompt)))  # (1, ng, L, hs)
@@ -67,7 +76,7 @@ class AdaptedAttention(CausalSelfAttention):
         # each token sees all of the prompt
         everything = torch.ones(q.size(2), keys.size(2), dtype=torch.bool, device=q.device)  # (T, L)
         y = self.attention_function(q, keys, values, everything, scale=self.scale, softcap=self.softcap)
-        gate = self.adapter_gate.to(y.dtype)
+        gate = (self.change_scale * self.adapter_gate).to(y.dtype)
         return super().attend(q, k, v, mask) + gate * y
 
 
@@ -85,10 +94,18 @@ class AdapterV2Linear(nn.Module):
         scale = torch.ones(linear.out_features, device=device, dtype=torch.float32)
         self.adapter_bias = nn.Parameter(bias)
         self.adapter_scale = nn.Parameter(scale)
+        self.change_scale = 1.0  # how much of it is used: see `scale_adapter`
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.linear(x)
-        return self.adapter_scale.to(y.dtype) * (y + self.adapter_bias.to(y.dtype))
+        if self.change_scale == 0:
+            return y
+        bias = self.adapter_bias
+        scale = self.adapter_scale
+        if self.change_scale != 1:
+            bias = self.change_scale * bias
+            scale = 1 + self.change_scale * (scale - 1)
+        return scale.to(y.dtype) * (y + bias.to(y.dtype))
 
 
 def apply_adapter(model: GPT, adapter: Adapter) -> list[str]:
@@ -123,16 +140,61 @@ def apply_adapter_v2(model: GPT, adapter: Adapter) -> list[str]:
     names = apply_adapter(model, adapter)
 
     # trained weights are float32: bfloat16 would round small updates away
+    base_norms = {}
     for name, param in model.named_parameters():
         if is_norm(name):
             at_least_float32 = torch.promote_types(param.dtype, torch.float32)
             param.data = param.data.to(at_least_float32)
+            base_norms[name] = param.detach().clone()
+    # as they were before training, for `scale_adapter`; a dictionary is in no state dict
+    model.base_norms = base_norms  # type: ignore[assignment]
 
     def with_bias_and_scale(name: str, module: nn.Module) -> nn.Module | None:
         # a quantized linear is no nn.Linear, but has this
         return AdapterV2Linear(module) if hasattr(module, "in_features") else None
 
     return names + replace_modules(model, with_bias_and_scale)
+
+
+@torch.no_grad()
+def scale_adapter(model: GPT, scale: float) -> None:
+    """Uses so much of the change that an adapter has made: 1 is as trained, 0 is the base to the last bit.
+
+    Norms, which version 2 trains, get other values: they can be scaled once, and do not train any longer.
+    """
+    for module in adapted_modules(model):
+        module.change_scale = scale
+    for name, base_norm in base_norms_of(model).items():
+        norm = model.get_parameter(name)
+        norm.data = torch.lerp(base_norm.to(norm.device), norm.data, scale)
+
+
+@contextmanager
+def adapter_scaled(model: GPT, scale: float) -> Iterator[None]:
+    """Within it the adapter has this scale, as by `scale_adapter`; after it all is as it was, to the last bit.
+
+    One may not stand within another, where norms are scaled.
+    """
+    modules = adapted_modules(model)
+    scales_before = [module.change_scale for module in modules]
+    norms = {name: model.get_parameter(name).data for name in base_norms_of(model)}
+    scale_adapter(model, scale)
+    try:
+        yield
+    finally:
+        for module, scale_before in zip(modules, scales_before, strict=True):
+            module.change_scale = scale_before
+        for name, norm in norms.items():
+            model.get_parameter(name).data = norm
+
+
+def adapted_modules(model: GPT) -> list[AdaptedAttention | AdapterV2Linear]:
+    return [module for module in model.modules() if isinstance(module, AdaptedAttention | AdapterV2Linear)]
+
+
+def base_norms_of(model: GPT) -> dict[str, torch.Tensor]:
+    """The norms that version 2 trains, as they were before it, by their names; none of an adapter of version 1."""
+    return getattr(model, "base_norms", {})
 
 
 def is_norm(key: str) -> bool:

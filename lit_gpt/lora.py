@@ -3,11 +3,14 @@
     y = W x + (alpha / r) B A x        W (out, in) frozen, A (r, in) random, B (out, r) zero at the start
 
 `apply_lora` swaps layers of a built model in place. It does not ask what they are made of: nn.Linear gives LoRA, a
-quantized linear gives QLoRA. `merge_lora_weights` is its inverse and leaves a plain model behind.
+quantized linear gives QLoRA. `merge_lora_weights` is its inverse and leaves a plain model behind. `scale_lora` sets how
+much of the change is used: from 0, the base to the last bit, to 1, as trained.
 """
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,6 +146,7 @@ class LoRALinear(nn.Module):
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.scaling = scaling
+        self.change_scale = 1.0  # how much of the change is used: see `scale_lora`
         self.dropout = nn.Dropout(dropout)
         device = next(linear.parameters()).device
         A = torch.empty(r, linear.in_features, device=device, dtype=torch.float32)
@@ -152,8 +156,11 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(B)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.change_scale == 0:
+            return self.linear(x)
         x_low = self.dropout(x) if self.training and self.dropout.p else None
-        return low_rank_linear(x, self.linear, self.lora_A, self.lora_B, self.scaling, x_low)  # (B, T, out)
+        scaling = self.scaling * self.change_scale
+        return low_rank_linear(x, self.linear, self.lora_A, self.lora_B, scaling, x_low)  # (B, T, out)
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
@@ -171,10 +178,16 @@ class LoRALinear(nn.Module):
 
     def changed(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight (out, in) with the change added, in float32 at least."""
-        change = self.scaling * (self.lora_B @ self.lora_A)
+        change = self.scaling * self.change_scale * (self.lora_B @ self.lora_A)
         # bfloat16 plus float32 is float32, a float64 weight stays what it is
         dtype = torch.promote_types(weight.dtype, change.dtype)
         return weight.to(dtype) + change
+
+    @torch.no_grad()
+    def fix_scale(self) -> None:
+        """Multiplies B by `scale`, which is 1 from then on: for files that have no place for it."""
+        self.lora_B.mul_(self.change_scale)
+        self.change_scale = 1.0
 
 
 class DoRALinear(LoRALinear):
@@ -183,13 +196,15 @@ class DoRALinear(LoRALinear):
         y = m / |V| V x        V = W + scaling B A, |V| (out,) the lengths of its rows, m = |W| at the start
 
     As in the paper no gradient goes through |V|.
+
+    With a scale s, both parts of the change are multiplied by it, so that 0 is W and 1 what was trained:
+
+        V = W + s scaling B A        m becomes |W| + s (m - |W|)
     """
 
     def __init__(self, linear: nn.Module, r: int, scaling: float, dropout: float = 0.0) -> None:
         super().__init__(linear, r, scaling, dropout)
-        weight = self.base_weight()
-        dtype = torch.promote_types(self.lora_A.dtype, weight.dtype)
-        lengths = weight.to(dtype).norm(dim=1)
+        lengths = self.base_lengths(self.base_weight())
         self.lora_magnitude = nn.Parameter(lengths.to(self.lora_A.dtype))
 
     def base_weight(self) -> torch.Tensor:
@@ -198,16 +213,31 @@ class DoRALinear(LoRALinear):
             return full_tensor(self.linear.weight)
         return self.linear.dequantize()
 
+    def base_lengths(self, weight: torch.Tensor) -> torch.Tensor:
+        """|W| (out,) of the weight (out, in), in float32 at least."""
+        dtype = torch.promote_types(self.lora_A.dtype, weight.dtype)
+        return weight.to(dtype).norm(dim=1)
+
+    def magnitude(self, weight: torch.Tensor) -> torch.Tensor:
+        """m (out,) at this scale, of the module's `base_weight`."""
+        if self.change_scale == 1:
+            return self.lora_magnitude
+        lengths = self.base_lengths(weight)
+        return torch.lerp(lengths, self.lora_magnitude.to(lengths.dtype), self.change_scale)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.change_scale == 0:  # to the last bit: with a bias, what is below rounds
+            return self.linear(x)
         with torch.no_grad():
-            lengths = super().changed(self.base_weight()).norm(dim=1)
+            weight = self.base_weight()
+            lengths = super().changed(weight).norm(dim=1)
         # m / |V| is for V x alone: the bias is taken off the linear's output, and put back
         bias = self.linear.bias
         if bias is None:
             bias = 0
         y = super().forward(x) - bias  # (B, T, out)
-        scale = (self.lora_magnitude / lengths).to(x.dtype)
-        return y * scale + bias
+        row_scale = (self.magnitude(weight) / lengths).to(x.dtype)
+        return y * row_scale + bias
 
     @torch.no_grad()
     def for_answers(self) -> LoRALinear | None:
@@ -220,23 +250,30 @@ class DoRALinear(LoRALinear):
         is_wide = isinstance(linear, nn.Linear) and linear.weight.dtype.itemsize >= 4
         if not is_wide and not hasattr(linear, "multiply_rows"):
             return None
-        lengths = super().changed(self.base_weight()).norm(dim=1)
-        scale = self.lora_magnitude / lengths
+        weight = self.base_weight()
+        lengths = super().changed(weight).norm(dim=1)
+        row_scale = self.magnitude(weight) / lengths
         if is_wide:
             # a new parameter: a head may be tied to the embedding
-            scaled = linear.weight * scale[:, None].to(linear.weight.dtype)
+            scaled = linear.weight * row_scale[:, None].to(linear.weight.dtype)
             linear.weight = nn.Parameter(scaled, requires_grad=False)
         else:
-            linear.multiply_rows(scale)
+            linear.multiply_rows(row_scale)
         lora = LoRALinear(linear, len(self.lora_A), self.scaling)
+        lora.change_scale = self.change_scale
         lora.lora_A = self.lora_A
-        lora.lora_B = nn.Parameter(self.lora_B * scale[:, None])
+        lora.lora_B = nn.Parameter(self.lora_B * row_scale[:, None])
         return lora.train(self.training)
 
     def changed(self, weight: torch.Tensor) -> torch.Tensor:
         direction = super().changed(weight)
-        scale = self.lora_magnitude / direction.norm(dim=1)
-        return direction * scale[:, None]
+        row_scale = self.magnitude(weight) / direction.norm(dim=1)
+        return direction * row_scale[:, None]
+
+    @torch.no_grad()
+    def fix_scale(self) -> None:
+        self.lora_magnitude.copy_(self.magnitude(self.base_weight()))
+        super().fix_scale()
 
 
 def apply_lora(model: GPT, lora: LoRA) -> list[str]:
@@ -246,7 +283,7 @@ def apply_lora(model: GPT, lora: LoRA) -> list[str]:
         InputError: the model has none of them, or already carries LoRA; a pattern is for none of them.
     """
     # what cannot be
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
+    if lora_linears(model):
         raise InputError("This model already carries LoRA: merge it first (`python scripts/merge_lora.py`).")
     n_layer = model.config.n_layer
     lora.blocks(n_layer)  # refuses layers that are not there, even if only the head is adapted
@@ -283,6 +320,35 @@ def mark_only_lora_as_trainable(model: nn.Module) -> None:
     """Freezes everything but the parameters of LoRA."""
     for name, param in model.named_parameters():
         param.requires_grad = lora_filter(name)
+
+
+def scale_lora(model: nn.Module, scale: float) -> None:
+    """Multiplies the change that LoRA has made by `scale`: 1 is as trained, 0 is the base to the last bit."""
+    for module in lora_linears(model):
+        module.change_scale = scale
+
+
+@contextmanager
+def lora_scaled(model: nn.Module, scale: float) -> Iterator[None]:
+    """Within it the change has this scale, as by `scale_lora`; after it the one it had. No weight is copied."""
+    linears = lora_linears(model)
+    scales_before = [module.change_scale for module in linears]
+    scale_lora(model, scale)
+    try:
+        yield
+    finally:
+        for module, scale_before in zip(linears, scales_before, strict=True):
+            module.change_scale = scale_before
+
+
+def fix_lora_scale(model: nn.Module) -> None:
+    """Changes the trained weights such that they have the scale themselves: for files that have no place for it."""
+    for module in lora_linears(model):
+        module.fix_scale()
+
+
+def lora_linears(model: nn.Module) -> list[LoRALinear]:
+    return [module for module in model.modules() if isinstance(module, LoRALinear)]
 
 
 def merge_lora_weights(model: nn.Module) -> list[str]:

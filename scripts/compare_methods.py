@@ -10,13 +10,12 @@ Interrupted, the same command goes on.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 
 from lit_gpt import InputError
 from lit_gpt.cli import PassedOn, flags_of, run
 from lit_gpt.config import SAMPLE
-from lit_gpt.data.read_files import open_text
+from lit_gpt.evaluation.forgetting import read_general_text
 from lit_gpt.lock import hold
 from lit_gpt.ranges import check_range
 from lit_gpt.studies.compare_methods import (
@@ -62,7 +61,7 @@ def main(
         steps: In place of minutes, the optimizer steps of 16 records that each method takes.
         tokens: In place of minutes, about how many tokens each method reads, those of prompts too.
         general_text: A text that has nothing to do with the data, on which forgetting is measured. None is
-            lit_gpt/studies/general_text.txt.
+            lit_gpt/evaluation/general_text.txt.
         flags: Flags for the scripts in finetune/.
     """
     methods = list(CANDIDATES) if methods is None else methods
@@ -70,9 +69,7 @@ def main(
     check_end(minutes, steps, tokens, flags)
 
     # what all methods have in common
-    text_path = general_text or Path(str(files("lit_gpt.studies") / "general_text.txt"))
-    with open_text(text_path) as file:
-        text = file.read()
+    text = read_general_text(general_text)
     budget = Budget(
         checkpoint_dir=str(checkpoint_dir),
         data_dir=str(data_dir),

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import ROOT, make_tiny
 from helpers.runs import write_data
 from helpers.shell import python
-from torch.nn import functional as F
 
 from lit_gpt import Config, InputError, Tokenizer
 from lit_gpt.checkpoint.load import build_model, load_model
 from lit_gpt.cli import parse
 from lit_gpt.data.dataset import Dataset
+from lit_gpt.evaluation.forgetting import forgetting, general_records, read_general_text, remember_base
 from lit_gpt.memory.plan import adapt, setup_of_script
 from lit_gpt.runs.load_finetuned import load_finetuned
 from lit_gpt.runs.log import HEADER, read_metrics
@@ -31,7 +30,6 @@ from lit_gpt.studies.compare_methods import (
     steps_for,
     steps_that_fit,
     stored_budget,
-    text_loss,
     write_budget,
 )
 
@@ -78,11 +76,13 @@ def test_methods_stand_side_by_side(folder) -> None:
     assert found["full"]["trained"] == sum(param.numel() for param in model.parameters())
     assert found[LORA]["trained"] == found[QLORA]["trained"] == 5 * 8 * (48 + 48 + 48 + 16)
     assert found["adapter"]["trained"] == 3 * (10 * 48 + 6)
-    text = (ROOT / "lit_gpt/studies/general_text.txt").read_text()
+    records = general_records(read_general_text(), Tokenizer(folder / "base"), model.config.block_size)
+    base = remember_base(model, records)
     tuned, _ = load_finetuned(None, folder / "out/full/best")  # the validation after the last step is the best
-    tokenizer = Tokenizer(folder / "base")
-    gap = text_loss(tuned, tokenizer, text) - text_loss(model, tokenizer, text)
+    measured = forgetting(tuned, base, records)
+    gap = measured.loss.mean - forgetting(model, base, records).loss.mean
     assert found["full"]["forgotten"] == pytest.approx(gap, rel=1e-6) and gap != 0
+    assert found["full"]["kl"] == pytest.approx(measured.kl.mean, rel=1e-6) and measured.kl.mean > 0
     assert (folder / "out/compare.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -117,16 +117,6 @@ def test_methods_train_as_much_as_their_names_say() -> None:
     block = sum(param.numel() for param in build_model(config).transformer.h[0].parameters())
     assert last == 4 * block + config.n_embd and full > last  # the last blocks, and the norm behind them
     assert qlora == lora and lora_64 == 8 * lora_all and lora_all > lora > adapter and adapter_v2 > adapter
-
-
-@torch.no_grad()
-def test_loss_of_a_text(tiny_dir) -> None:
-    """By hand: paragraphs apart, each token but the first of each."""
-    model, tokenizer = load_model(tiny_dir), Tokenizer(tiny_dir)
-    parts = ["The sun rose over the harbour.", "Then it rained."]
-    ids = [tokenizer.encode(part)[None] for part in parts]
-    losses = torch.cat([F.cross_entropy(model(x)[0, :-1], x[0, 1:], reduction="none") for x in ids])
-    assert text_loss(model, tokenizer, "\n\n".join(parts) + "\n") == pytest.approx(losses.mean().item(), rel=1e-5)
 
 
 def test_it_goes_on_where_it_stopped(folder, tmp_path) -> None:

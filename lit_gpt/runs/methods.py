@@ -5,12 +5,21 @@ of the tensors that train and are saved. Everything else asks this table and nev
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from lit_gpt.adapter import Adapter, adapter_filter, adapter_v2_filter, apply_adapter, apply_adapter_v2
+from lit_gpt.adapter import (
+    Adapter,
+    adapter_filter,
+    adapter_scaled,
+    adapter_v2_filter,
+    apply_adapter,
+    apply_adapter_v2,
+    scale_adapter,
+)
 from lit_gpt.full import Full, mark_chosen_as_trainable
-from lit_gpt.lora import LoRA, apply_lora, lora_filter
+from lit_gpt.lora import LoRA, apply_lora, lora_filter, lora_scaled, scale_lora
 from lit_gpt.model.gpt import GPT
 
 
@@ -33,6 +42,10 @@ class Method:
     trains_base: bool = False
     """Whether the base's own weights train. They need a dtype that can be trained, and cannot be quantized; several
     devices split them, and what is saved is a model of its own: a Hugging Face folder."""
+    scale: Callable[[GPT, float], None] | None = None
+    """Uses so much of what was trained, from then on: 1 is all of it, 0 the base. None if the base is gone."""
+    scaled: Callable[[GPT, float], AbstractContextManager[None]] | None = None
+    """The same for a while: a context, after which all is as it was."""
 
 
 def in_place(surgeon: Callable[[GPT, Any], Any]) -> Callable[[GPT, Any], GPT]:
@@ -56,6 +69,8 @@ LORA = Method(
     flag="lora",
     apply=in_place(apply_lora),
     filter=lora_filter,
+    scale=scale_lora,
+    scaled=lora_scaled,
 )
 ADAPTER = Method(
     name="adapter",
@@ -64,6 +79,8 @@ ADAPTER = Method(
     flag="adapter",
     apply=in_place(apply_adapter),
     filter=adapter_filter,
+    scale=scale_adapter,
+    scaled=adapter_scaled,
 )
 ADAPTER_V2 = Method(
     name="adapter_v2",
@@ -72,6 +89,8 @@ ADAPTER_V2 = Method(
     flag="adapter",
     apply=in_place(apply_adapter_v2),
     filter=adapter_v2_filter,
+    scale=scale_adapter,
+    scaled=adapter_scaled,
 )
 FULL = Method(
     name="full",

@@ -1,8 +1,8 @@
 """A comparison of fine-tuning methods: runs of the scripts in finetune/ on the same records, side by side.
 
 Every method is trained by its own script in a process of its own, so that its peak memory is its own. All read the same
-records in the same order. How much a model forgot is how much its loss rose on a text that has nothing to do with the
-data.
+records in the same order. How much a model forgot is measured on a text that has nothing to do with the data: see
+`evaluation/forgetting.py`.
 
     out_dir/compare.json               the budget: what all runs have in common
     out_dir/adapter/                   a run, with its metrics.csv and best/; last/ is deleted when it is done
@@ -24,8 +24,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from lit_gpt.checkpoint.load import build_model, load_model
 from lit_gpt.checkpoint.weight_files import read_tensors
 from lit_gpt.cli import parse
@@ -35,11 +33,11 @@ from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.display.figures import new_row, require_drawing, save_figure
 from lit_gpt.display.tables import markdown_table
 from lit_gpt.errors import InputError
+from lit_gpt.evaluation.forgetting import RememberedBase, forgetting, general_records, remember_base
+from lit_gpt.evaluation.record_losses import Record
 from lit_gpt.files import write_whole
 from lit_gpt.full import Full, mark_chosen_as_trainable
 from lit_gpt.memory.plan import adapt, setup_of_script
-from lit_gpt.model.gpt import GPT
-from lit_gpt.model.packing import Layout
 from lit_gpt.runs.header import finetuned_file, read_header
 from lit_gpt.runs.load_finetuned import load_finetuned
 from lit_gpt.runs.log import read_metrics
@@ -108,6 +106,8 @@ class Outcome:
     """Size of what has to be kept of the training."""
     forgotten: float
     """How much higher the loss on the general text is than the base model's, in nats a token."""
+    kl: float | None = None
+    """KL(base || model) on that text, in nats a token. None in an outcome.json of November 2026."""
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,7 @@ def check_comparison(
         data.check_can_train(tokenizer, config)
         if not len(data):
             raise InputError(f"{budget.data_dir} has no {adjective} records. Prepare the data with some.")
-    if not paragraphs(text, tokenizer, config.block_size):
-        raise InputError("The general text has no paragraph of two tokens or more: nothing to measure forgetting on.")
+    general_records(text, tokenizer, config.block_size)
 
     # methods, on a model without weights
     if not budget.steps:
@@ -315,16 +314,18 @@ def train_candidate(name: str, scripts: Path, budget: Budget, folder: Path) -> N
     run_script(scripts / candidate.script, flags)
 
 
-def measure_outcome(name: str, folder: Path, text: str, base_loss: float) -> Outcome:
-    """The figures of a finished run. `base_loss` is the base model's loss on the text."""
+def measure_outcome(
+    name: str, folder: Path, records: Sequence[Record], base: RememberedBase, base_loss: float
+) -> Outcome:
+    """The figures of a finished run. `base_loss` is the base model's loss on the general text's `records`."""
     rows = read_metrics(folder / "metrics.csv")
     steps = [row for row in rows if row["seconds"] is not None]
     val_losses = [row["val_loss"] for row in rows if row["val_loss"] is not None]
     seconds = sum(row["seconds"] for row in steps)
     n_tokens = sum(row["tokens"] for row in steps)
     size = sum(path.stat().st_size for path in (folder / "best").iterdir())
-    model, header = load_finetuned(None, folder / "last")
-    tuned_loss = text_loss(model, Tokenizer(header.checkpoint_dir), text)
+    model, _ = load_finetuned(None, folder / "last")
+    forgotten = forgetting(model, base, records)
     return Outcome(
         method=name,
         trained=trained_parameters(folder / "last"),
@@ -333,7 +334,8 @@ def measure_outcome(name: str, folder: Path, text: str, base_loss: float) -> Out
         tokens_per_second=n_tokens / seconds,
         val_loss=val_losses[-1],
         size_mb=size / 1e6,
-        forgotten=tuned_loss - base_loss,
+        forgotten=forgotten.loss.mean - base_loss,
+        kl=forgotten.kl.mean,
     )
 
 
@@ -350,33 +352,15 @@ def trained_parameters(folder: Path) -> int:
     return sum(param.numel() for name, param in model.named_parameters() if name in chosen)
 
 
-@torch.no_grad()
-def text_loss(model: GPT, tokenizer: Tokenizer, text: str) -> float:
-    """Mean loss per token of the paragraphs of a text, in nats."""
-    device = next(model.parameters()).device
-    loss = 0.0
-    n_targets = 0
-    for ids in paragraphs(text, tokenizer, model.config.block_size):
-        idx, layout = Layout.end_to_end([(ids, torch.ones(len(ids)))])
-        loss += model(idx.to(device), layout=layout.to(device)).item()
-        n_targets += layout.n_targets
-    return loss / n_targets
-
-
-def paragraphs(text: str, tokenizer: Tokenizer, limit: int) -> list[torch.Tensor]:
-    """The token ids of each paragraph, at most `limit` of them.
-
-    A paragraph of a single token is left out: no token is predicted without one before it.
-    """
-    parts = [part.strip() for part in text.split("\n\n")]
-    encoded = [tokenizer.encode(part)[:limit] for part in parts if part]
-    return [ids for ids in encoded if len(ids) > 1]
-
-
 def compare(names: Sequence[str], scripts: Path, budget: Budget, text: str, out_dir: Path) -> list[Outcome]:
     """Trains and measures each method that is not done yet; writes compare.md and compare.png after each."""
-    tokenizer = Tokenizer(budget.checkpoint_dir)
-    base_loss = text_loss(load_model(Path(budget.checkpoint_dir)), tokenizer, text)
+    # what the base says about the general text
+    model = load_model(Path(budget.checkpoint_dir))
+    records = general_records(text, Tokenizer(budget.checkpoint_dir), model.config.block_size)
+    base = remember_base(model, records)
+    base_loss = forgetting(model, base, records).loss.mean
+    del model  # before the first process needs the memory
+
     outcomes = []
     for name in names:
         folder = folder_of(name, out_dir)
@@ -386,7 +370,7 @@ def compare(names: Sequence[str], scripts: Path, budget: Budget, text: str, out_
         if not file.is_file():
             print(f"\n{name}", file=sys.stderr, flush=True)
             train_candidate(name, scripts, budget, folder)
-            outcome = measure_outcome(name, folder, text, base_loss)
+            outcome = measure_outcome(name, folder, records, base, base_loss)
             write_whole(file, json.dumps(asdict(outcome), indent=2) + "\n")
             gc.collect()  # the measured model, before the next process needs the memory
         shutil.rmtree(folder / "last", ignore_errors=True)  # it is for going on; what was trained is in `best`
@@ -423,6 +407,7 @@ def outcomes_table(outcomes: Sequence[Outcome], first: float) -> str:
         "validation loss",
         "on disk",
         "forgotten",
+        "KL to the base",
     )
     rows = []
     for outcome in outcomes:
@@ -435,6 +420,7 @@ def outcomes_table(outcomes: Sequence[Outcome], first: float) -> str:
             f"{outcome.val_loss:.3f}",
             f"{outcome.size_mb:,.1f} MB",
             f"{outcome.forgotten:+.3f}",
+            "" if outcome.kl is None else f"{outcome.kl:.3f}",
         )
         rows.append(row)
     lines = markdown_table(heads, rows, right=range(1, len(heads)))

@@ -33,6 +33,7 @@ from lit_gpt.formats.merge import (
 from lit_gpt.formats.verify import logits_of, verify_copy
 from lit_gpt.lock import locks
 from lit_gpt.ranges import check_range
+from lit_gpt.runs.load_finetuned import check_scale
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,7 @@ def main(
     dtype: DType | Literal["q8_0"] | None = None,
     max_shard_size: float = 4.0,
     prove_it: bool = True,
+    scale: float = 1.0,
 ) -> None:
     """Write a folder for transformers, peft or llama.cpp.
 
@@ -61,8 +63,9 @@ def main(
         max_shard_size: The largest file, in GB.
         prove_it: Compute sample texts with the model and with what was written, one after the other. False leaves it
             out where --format hf copies a checkpoint; what was fine-tuned, peft and gguf are always compared.
+        scale: How much of the change of a LoRA is written, as in scripts/merge_lora.py: 1 is all of it.
     """
-    check_flags(finetuned, format, dtype, max_shard_size)
+    check_flags(finetuned, format, dtype, max_shard_size, scale)
     must_be_empty(out_dir)
     max_shard = math.ceil(max_shard_size * 1e9)
 
@@ -71,6 +74,7 @@ def main(
     if finetuned is not None and format != "peft":
         whole = whole_model(finetuned)
     if whole is not None:
+        check_scale(scale, header_of(finetuned), finetuned)
         sentence = without_template(header_of(finetuned).prompt_style, Tokenizer(whole))
         if sentence:
             print(sentence)
@@ -81,23 +85,26 @@ def main(
         if finetuned is None:
             export_gguf(checkpoint_dir or SAMPLE, out_dir, dtype or "float16")
         else:
-            export_merged_gguf(finetuned, checkpoint_dir, out_dir, dtype or "float16")
+            export_merged_gguf(finetuned, checkpoint_dir, out_dir, dtype or "float16", scale=scale)
     elif format == "peft":
-        export_peft(finetuned, checkpoint_dir, out_dir)
+        export_peft(finetuned, checkpoint_dir, out_dir, scale)
     elif finetuned is not None:
-        export_merged(finetuned, checkpoint_dir, out_dir, as_dtype(dtype), max_shard=max_shard)
+        export_merged(finetuned, checkpoint_dir, out_dir, as_dtype(dtype), max_shard=max_shard, scale=scale)
     else:
         copy_checkpoint(checkpoint_dir or SAMPLE, out_dir, as_dtype(dtype), max_shard=max_shard, verify=prove_it)
     print(f"Wrote {out_dir}.")
 
 
-def check_flags(finetuned: Path | None, format: str, dtype: str | None, max_shard_size: float) -> None:
+def check_flags(finetuned: Path | None, format: str, dtype: str | None, max_shard_size: float, scale: float) -> None:
     """Raises InputError for flags that do not go together."""
     if dtype == "q8_0" and format != "gguf":
         raise InputError("--dtype q8_0 is for --format gguf. Here: float32, bfloat16 or float16.")
     if dtype is not None and format == "peft":
         raise InputError(f"--dtype {dtype} is not for --format peft, whose weights are float32. Leave it out.")
     check_range("--max_shard_size", max_shard_size, above=0, at_most=1e6)
+    check_range("--scale", scale, at_least=0)
+    if scale != 1 and finetuned is None:
+        raise InputError(f"--scale {scale:g} is for what was fine-tuned. Name it: --finetuned.")
     if format == "peft" and finetuned is None:
         raise InputError("--format peft needs what was trained: --finetuned.")
 

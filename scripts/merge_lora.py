@@ -1,6 +1,7 @@
 """Merge what LoRA has learned into its base: a plain checkpoint folder.
 
     python scripts/merge_lora.py --finetuned out/lora/docstrings --out_dir checkpoints/mine/SmolLM2-docstrings
+    python scripts/merge_lora.py --finetuned out/lora/docstrings --scale 0.75 --out_dir checkpoints/mine/three-quarters
 
 The result is a Hugging Face folder, for every script here and for transformers. It is read back and compared.
 """
@@ -10,6 +11,7 @@ from pathlib import Path
 from lit_gpt.cli import run
 from lit_gpt.device import DType, as_dtype
 from lit_gpt.formats.merge import Base, export_merged
+from lit_gpt.ranges import check_range
 from lit_gpt.runs.load_finetuned import QuantizeAs
 
 
@@ -20,6 +22,7 @@ def main(
     dtype: DType | None = None,
     base: Base = "dequantized",
     quantize: QuantizeAs = "auto",
+    scale: float = 1.0,
 ) -> None:
     """Merge LoRA weights into their base.
 
@@ -33,8 +36,11 @@ def main(
             far each is from the trained model is measured and printed.
         quantize: How the base was quantized in training, if that was done by peft, which does not say: bnb.nf4 for
             most. auto is as it says of itself.
+        scale: How much of the change is merged: 1 is all of it, 0 none, and 1.25 more than was trained.
+            scripts/choose_scale.py compares some.
     """
-    export_merged(finetuned, checkpoint_dir, out_dir, as_dtype(dtype), base, quantize=quantize)
+    check_range("--scale", scale, at_least=0)
+    export_merged(finetuned, checkpoint_dir, out_dir, as_dtype(dtype), base, quantize=quantize, scale=scale)
     print(f"Wrote {out_dir}.")
 
 

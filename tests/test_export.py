@@ -27,6 +27,7 @@ from lit_gpt import Config, InputError, Tokenizer
 from lit_gpt.checkpoint.load import load_model
 from lit_gpt.checkpoint.save import convert_checkpoint, save_hf, save_tensors, write_files
 from lit_gpt.checkpoint.tensor_names import hf_name
+from lit_gpt.checkpoint.weight_files import read_metadata
 from lit_gpt.data.prompts import render, resolve_style
 from lit_gpt.formats import gguf_writer as gguf_out
 from lit_gpt.formats import merge as exporting
@@ -544,6 +545,35 @@ def test_peft_folder_from_the_script(tiny, tmp_path) -> None:
     # with the tokenizer, its template and what ends a text
     again, before = Tokenizer(tmp_path / "peft"), Tokenizer(tiny)
     assert again.behaviour == before.behaviour and not (tmp_path / "peft" / "config.json").exists()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [0.0, 0.6, 1.25])
+@pytest.mark.parametrize("lora", [LoRA(r=4), LoRA(r=4, dora=True, alpha_pattern={"attn.q": 3})], ids=["lora", "dora"])
+def test_exports_take_a_scale_along(lora, scale, tiny, tmp_path) -> None:
+    """Merged and for peft they are the model that is used with this scale; 0 is the base. Headers say it."""
+    from peft import PeftModel
+
+    adapter = write_adapter(tmp_path / "lora", tiny, lora)
+    export_merged(adapter, None, tmp_path / "merged", scale=scale)
+    export_peft(adapter, None, tmp_path / "peft", scale=scale)
+    ours, _ = load_finetuned(None, adapter, scale=scale)
+    expected = ours(tokens(1, 15))
+    assert error(reference(tmp_path / "merged")(tokens(1, 15)).logits, expected) < 1e-5
+    theirs = PeftModel.from_pretrained(reference(tiny), tmp_path / "peft").eval()
+    assert error(theirs(tokens(1, 15)).logits, expected) < 1e-5
+    assert (error(load_model(tiny)(tokens(1, 15)), expected) < 1e-5) == (scale == 0)
+    for file in ("merged/model.safetensors", "peft/adapter_model.safetensors"):
+        assert read_metadata(tmp_path / file)["lit_gpt.scale"] == f"{scale:g}"
+
+
+def test_what_was_not_fine_tuned_has_no_scale(tiny, tmp_path) -> None:
+    main = script("scripts/convert_lit_checkpoint.py").main
+    with pytest.raises(InputError, match=r"^--scale 0\.5 is for what was fine-tuned\. Name it: --finetuned\.$"):
+        main(tmp_path / "out", checkpoint_dir=tiny, scale=0.5)
+    with pytest.raises(InputError, match=r"^--scale 0\.5 is for what was fine-tuned\. Name it: --finetuned\.$"):
+        load_for_use(UseArgs(checkpoint_dir=tiny, scale=0.5), torch.device("cpu"))
+    assert not (tmp_path / "out").exists()
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ OUT_OF_RANGE = {
     "--max_new_tokens": "0 -5",
     "--temperature": "1e-40 -1 .nan .inf",
     "--top_k": NOT_A_COUNT,
+    "--scale": "-0.1 .nan .inf",
     "--top_p": "0 -1 1.5 .nan .inf",
     "--min_p": "-0.1 1.5 .nan .inf",
     "--repetition_penalty": "0 0.001 101 -1 .nan .inf",

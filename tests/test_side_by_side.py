@@ -87,6 +87,23 @@ def test_they_share_what_is_frozen_and_say_what_each_says_alone(quantize, runs) 
 
 
 @torch.no_grad()
+def test_one_scale_for_all(runs) -> None:
+    """It is that of each alone; and 0 is the base, whatever was trained."""
+    names = ("lora", "dora", "adapter", "adapter_v2")
+    for scale in (0.0, 0.5):
+        args = UseArgs(scale=scale)
+        models, tokenizer, _ = load_models_for_use(args, [runs[name] for name in names], CPU, with_base=True)
+        idx = tokenizer.encode("What does str.upper do?")[None]
+        for name in names:
+            alone, _ = load_finetuned(None, runs[name], scale=scale)
+            alone = prepare_for_answers(alone, shares_weights=True)
+            assert models[name](idx).equal(alone(idx))
+            assert models[name](idx).equal(models["base"](idx)) == (scale == 0)
+    with pytest.raises(InputError, match=r"^--scale 0\.5 is for LoRA and adapters, .*full holds a whole model"):
+        load_models_for_use(args, [runs["lora"], runs["full"]], CPU)
+
+
+@torch.no_grad()
 def test_a_whole_model_beside_the_others(runs) -> None:
     models, tokenizer, _ = load_models_for_use(UseArgs(finetuned=runs["full"]), [runs["lora"]], CPU, with_base=True)
     assert list(models) == ["base", "full", "lora"]

@@ -32,6 +32,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of all names in WEIGHTS
 QUANTIZE = "lit_gpt.quantize"  # in the header of WEIGHTS: peft itself has no place for how its base was quantized
+SCALE = "lit_gpt.scale"  # in the header of files: how much of what was trained is in them, if it is not all
 OUR_LEAVES = {  # the end of a name in WEIGHTS -> the end of ours
     "lora_A.weight": "lora_A",
     "lora_B.weight": "lora_B",
@@ -50,11 +51,18 @@ Tensors = dict[str, torch.Tensor]  # by our names: transformer.h.3.attn.q.lora_A
 
 
 def save_peft(
-    trained: Tensors, lora: LoRA, config: Config, base: str, folder: Path, quantize: Quantize | None = None
+    trained: Tensors,
+    lora: LoRA,
+    config: Config,
+    base: str,
+    folder: Path,
+    quantize: Quantize | None = None,
+    scale: float = 1.0,
 ) -> None:
     """Writes trained LoRA weights such that `PeftModel.from_pretrained(base, folder)` loads them.
 
-    `quantize` is how the base was quantized in training, for `read_quantize`.
+    `quantize` is how the base was quantized in training, for `read_quantize`. `scale` is what the weights have been
+    scaled by, for whoever reads the header.
 
     Raises:
         InputError: DoRA on a part of a fused linear: its one magnitude would need the other parts' too. Or LoRA on the
@@ -88,9 +96,14 @@ def save_peft(
                 " scripts/merge_lora.py."
             )
 
-    save_tensors(tensors, folder / WEIGHTS, {QUANTIZE: quantize or "none"})
+    save_tensors(tensors, folder / WEIGHTS, {QUANTIZE: quantize or "none"} | scale_metadata(scale))
     settings = peft_settings(lora, config, base, ranks, alphas)
     (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def scale_metadata(scale: float) -> dict[str, str]:
+    """What the header of a file says of its scale: nothing if it is 1."""
+    return {} if scale == 1 else {SCALE: f"{scale:g}"}
 
 
 def by_module(trained: Tensors) -> dict[str, Change]:

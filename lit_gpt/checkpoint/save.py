@@ -163,11 +163,13 @@ def save_hf(
     max_shard: int | None = None,
     check: Callable[[Path], None] | None = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Writes a model as a Hugging Face folder. `source` is the folder it came from: its tokenizer goes along.
 
     A head that no longer is the embedding (a LoRA on it was merged) is written too, and config.json says so.
-    `dtypes` has one for each weight, None keeps what it has. `max_shard` and `check` are those of `convert_checkpoint`.
+    `dtypes` has one for each weight, None keeps what it has. `max_shard` and `check` are those of `convert_checkpoint`,
+    `metadata` is text for the headers of the files.
     """
     config = model.config
     if config.tie_embeddings and model.lm_head.weight is not model.transformer.wte.weight:
@@ -183,7 +185,7 @@ def save_hf(
         source=source,
         out_dir=out_dir,
         hugging_face=True,
-        metadata={},
+        metadata=dict(metadata),
         max_shard=max_shard,
         check=check,
     )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lit_gpt.checkpoint.load import EMBEDDING, HEAD, cast_without_overflow, stored_dtypes, widest
-from lit_gpt.checkpoint.peft import save_peft
+from lit_gpt.checkpoint.peft import save_peft, scale_metadata
 from lit_gpt.checkpoint.save import copy_companions, replace_tokenizer, save_hf
 from lit_gpt.config import Config
 from lit_gpt.data.embedding_rows import beyond_rows, describe
@@ -20,7 +20,7 @@ from lit_gpt.files import must_be_empty, new_folder
 from lit_gpt.formats.gguf_writer import GGUFType, check_can_be_gguf, export_gguf
 from lit_gpt.formats.verify import EXACT, ROUNDING, Difference, Logits, compare_logits, logits_of, verify_copy
 from lit_gpt.lock import locks
-from lit_gpt.lora import LoRA, lora_filter, merge_lora_weights
+from lit_gpt.lora import LoRA, fix_lora_scale, lora_filter, merge_lora_weights
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantize import Quantize, dequantize_linears
 from lit_gpt.runs.header import Header, finetuned_file, is_peft, read_header, read_peft_header
@@ -54,6 +54,7 @@ def export_merged(
     base: Base = "dequantized",
     max_shard: int | None = None,
     quantize: QuantizeAs = "auto",
+    scale: float = 1.0,
 ) -> None:
     """Merges a LoRA into its base, writes a Hugging Face folder and verifies that it holds the model.
 
@@ -63,6 +64,7 @@ def export_merged(
     If the base was quantized in training, the change was learned for the quantized weights. Both bases are tried then:
     the original weights and those that the codes stand for. How far each is from the trained model is printed.
     `quantize` says how it was, of an adapter of peft, which does not say so itself.
+    `scale` is how much of the change is merged: 1 is all of it. Another one stands in the headers of the files.
     The style that was trained becomes the folder's chat template.
 
     Raises:
@@ -84,7 +86,7 @@ def export_merged(
     working = widest([*stored.values(), *written.values()])
 
     # the model as it was trained
-    model, header = load_finetuned(checkpoint_dir, finetuned, working, quantize=quantized or "none")
+    model, header = load_finetuned(checkpoint_dir, finetuned, working, quantize=quantized or "none", scale=scale)
     trained_logits = logits_of(model, tokenizer)
 
     # merge
@@ -95,7 +97,7 @@ def export_merged(
         check_merge(difference, working)
     else:
         del model  # no two of them at once
-        model = merge_into(base, finetuned, checkpoint_dir, working, quantized, trained_logits, tokenizer)
+        model = merge_into(base, finetuned, checkpoint_dir, working, quantized, scale, trained_logits, tokenizer)
     if model.config.tie_embeddings and model.lm_head.weight is not model.transformer.wte.weight:
         print("The head was the embedding and now differs from it: the merged checkpoint holds both.")
 
@@ -108,13 +110,20 @@ def export_merged(
         finish_tokenizer(finetuned, header, folder)
         verify_copy(merged_logits, folder)
 
-    save_hf(model, source, out_dir, max_shard, check=check, dtypes=written)
+    save_hf(model, source, out_dir, max_shard, check=check, dtypes=written, metadata=scale_metadata(scale))
 
 
 def export_merged_gguf(
-    finetuned: Path, checkpoint_dir: Path | None, out_dir: Path, kind: GGUFType, base: Base = "dequantized"
+    finetuned: Path,
+    checkpoint_dir: Path | None,
+    out_dir: Path,
+    kind: GGUFType,
+    base: Base = "dequantized",
+    scale: float = 1.0,
 ) -> None:
     """Merges a LoRA into its base in float32, and writes that as a GGUF file: its weights are rounded once.
+
+    A `scale` other than 1 is in the name of the file, and of the model in it.
 
     Raises:
         InputError: see `export_merged` and `export_gguf`.
@@ -127,16 +136,20 @@ def export_merged_gguf(
     # the name of the file is that of the folder that is merged to: the run's
     best = finetuned.resolve()
     name = best.parent.name if best.name in ("best", "last") else best.name
+    if scale != 1:
+        name += f"-scale-{scale:g}"
     out_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir.absolute().parent, prefix=".merged-") as folder:
         merged = Path(folder) / name
-        export_merged(finetuned, checkpoint_dir, merged, torch.float32, base)
+        export_merged(finetuned, checkpoint_dir, merged, torch.float32, base, scale=scale)
         export_gguf(merged, out_dir, kind)
 
 
 @locks("out_dir")
-def export_peft(finetuned: Path, checkpoint_dir: Path | None, out_dir: Path) -> None:
+def export_peft(finetuned: Path, checkpoint_dir: Path | None, out_dir: Path, scale: float = 1.0) -> None:
     """Writes a LoRA as peft's adapter, reads it back and verifies that it is the same.
+
+    With a `scale`, B and the magnitudes of DoRA are those that have it: peft has no place for it. The header says so.
 
     If the base was quantized in training, lines say how far the adapter is from it on the original weights, which are
     those that peft gets if nobody asks for others, and how to ask.
@@ -150,12 +163,19 @@ def export_peft(finetuned: Path, checkpoint_dir: Path | None, out_dir: Path) -> 
         raise InputError(f"{finetuned} was trained with {method}; peft knows LoRA.")
     source = base_of(finetuned, checkpoint_dir, header_of(finetuned))
     tokenizer = fitting_tokenizer(finetuned, source, Config.from_checkpoint(source))
-    model, header = load_finetuned(checkpoint_dir, finetuned)
+    model, header = load_finetuned(checkpoint_dir, finetuned, scale=scale)
+    fix_lora_scale(model)
     trained = {key: value for key, value in model.state_dict().items() if lora_filter(key)}
 
     with new_folder(out_dir) as folder:
         save_peft(
-            trained, LoRA(**header.settings), model.config, base=str(source), folder=folder, quantize=header.quantize
+            trained,
+            LoRA(**header.settings),
+            model.config,
+            base=str(source),
+            folder=folder,
+            quantize=header.quantize,
+            scale=scale,
         )
         copy_companions(source, folder)
         finish_tokenizer(finetuned, header, folder)
@@ -170,7 +190,7 @@ def export_peft(finetuned: Path, checkpoint_dir: Path | None, out_dir: Path) -> 
 
     if header.quantize is not None:
         del model, copy  # no two of them at once
-        original, _ = load_finetuned(source, finetuned, quantize="none")
+        original, _ = load_finetuned(source, finetuned, quantize="none", scale=scale)
         difference = compare_logits(expected, logits_of(original, tokenizer))
         print(f"On the original weights: {difference}, from the quantized model that was trained.")
         print(f"For peft, quantize the base as in training: quantization_config={BITS_AND_BYTES[header.quantize]}.")
@@ -297,6 +317,7 @@ def merge_into(
     checkpoint_dir: Path | None,
     dtype: torch.dtype,
     quantized: Quantize,
+    scale: float,
     trained_logits: Logits,
     tokenizer: Tokenizer,
 ) -> GPT:
@@ -309,7 +330,7 @@ def merge_into(
     for name in in_order:
         model = None  # frees the one before
         quantize: QuantizeAs = "none" if name == "original" else quantized
-        model, _ = load_finetuned(checkpoint_dir, finetuned, dtype, quantize=quantize)
+        model, _ = load_finetuned(checkpoint_dir, finetuned, dtype, quantize=quantize, scale=scale)
         merge_in_place(model, dtype)
         differences[name] = compare_logits(trained_logits, logits_of(model, tokenizer))
         print(f"Merged into the {name} weights: {differences[name]}, from the quantized model that was trained.")

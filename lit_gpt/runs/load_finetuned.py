@@ -52,6 +52,9 @@ class UseArgs:
     """The model. None is the sample model, or the base of what was fine-tuned."""
     finetuned: Path | None = None
     """The folder that a fine-tuning script wrote: an out_dir (its best), or one folder of it. It is not merged."""
+    scale: float = 1.0
+    """How much of the change of a LoRA or an adapter is used: 1 is all of it, 0 none, and 1.25 more than was trained.
+    scripts/choose_scale.py compares some."""
     top_p: float | None = None
     """Sample from the fewest likeliest tokens that together have this probability."""
     min_p: float | None = None
@@ -75,6 +78,7 @@ class UseArgs:
     """Seed of the sampling."""
 
     def __post_init__(self) -> None:
+        check_range("--scale", self.scale, at_least=0)
         check_range("--top_p", self.top_p, above=0, at_most=1)
         check_range("--min_p", self.min_p, at_least=0, at_most=1)
         check_penalty(self.repetition_penalty)
@@ -98,10 +102,13 @@ def read_for_use(args: UseArgs) -> tuple[Tokenizer, Config, str | None]:
     """What is known before a weight is read: the tokenizer, the shape of the model, and the prompt style as above.
 
     Raises:
-        InputError: there is no such model; or its tokenizer does not fit it, or is not the one of the training.
+        InputError: there is no such model, or nothing of it to scale; or its tokenizer does not fit it, or is not the
+            one of the training.
     """
     # a model as it was downloaded
     if args.finetuned is None:
+        if args.scale != 1:
+            raise InputError(f"--scale {args.scale:g} is for what was fine-tuned. Name it: --finetuned.")
         checkpoint_dir = args.checkpoint_dir or SAMPLE
         config = Config.from_checkpoint(checkpoint_dir)
         tokenizer = Tokenizer(checkpoint_dir)
@@ -110,6 +117,7 @@ def read_for_use(args: UseArgs) -> tuple[Tokenizer, Config, str | None]:
 
     # or one that was fine-tuned; an adapter of peft does not say with which tokenizer
     header, base_dir = read_base(args.checkpoint_dir, args.finetuned)
+    check_scale(args.scale, header, args.finetuned)
     config = Config.from_checkpoint(base_dir)
     tokenizer = trained_tokenizer(args.finetuned, base_dir)
     if header.tokenizer not in ("", tokenizer.fingerprint):
@@ -175,6 +183,7 @@ def load_model_for_use(args: UseArgs, device: torch.device, mesh: "DeviceMesh | 
             quantize=args.quantize,
             mesh=mesh,
             blocks_on_host=args.stream_blocks,
+            scale=args.scale,
         )
     if mesh is not None:
         shard_weights(model, mesh)
@@ -195,22 +204,43 @@ def load_finetuned(
     methods: Mapping[str, Method] = METHODS,
     mesh: "DeviceMesh | None" = None,
     blocks_on_host: bool = False,
+    scale: float = 1.0,
 ) -> tuple[GPT, Header]:
     """A base model with what was trained on it, unmerged. `checkpoint_dir` None is the base it was trained on.
 
     `quantize` "auto" quantizes the base as it was in training. A line on stderr says if it is quantized otherwise.
-    `mesh` is that of `load_weights`, and so is `blocks_on_host`.
+    `mesh` is that of `load_weights`, and so is `blocks_on_host`. `scale` is how much of the change is used.
 
     Raises:
-        InputError: another base, or keys that do not fit it.
+        InputError: another base, or keys that do not fit it; or see `check_scale`.
     """
     header, base_dir = read_base(checkpoint_dir, finetuned_dir, methods)
+    check_scale(scale, header, finetuned_dir, methods)
     kind = choose_quantization(header, quantize, finetuned_dir)
     model = build_model(Config.from_checkpoint(base_dir))
     quantize_empty_model(model, kind, device)
     base = load_weights(model, base_dir, dtype, device, mesh, blocks_on_host)
     model, header = put_trained_on(model, base, base_dir, header, finetuned_dir, methods)
+    use_scale(model, scale, header, methods)
     return model.eval(), header
+
+
+def check_scale(scale: float, header: Header, finetuned_dir: Path, methods: Mapping[str, Method] = METHODS) -> None:
+    """Raises InputError for a scale that is not 1, if what was trained cannot be scaled."""
+    if scale != 1 and methods[header.method].scale is None:
+        raise InputError(
+            f"--scale {scale:g} is for LoRA and adapters, which leave their base as it is, and {finetuned_dir} holds a"
+            " whole model. Leave it out."
+        )
+
+
+def use_scale(model: GPT, scale: float, header: Header, methods: Mapping[str, Method] = METHODS) -> None:
+    """Scales what the method of `header` has changed in a model, in place. `check_scale` says for which that works."""
+    if scale == 1:
+        return
+    set_scale = methods[header.method].scale
+    assert set_scale is not None, "check_scale has refused it"
+    set_scale(model, scale)
 
 
 def put_trained_on(

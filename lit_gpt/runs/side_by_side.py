@@ -36,6 +36,7 @@ from lit_gpt.runs.load_finetuned import (
     put_trained_on,
     read_base,
     read_for_use,
+    use_scale,
 )
 from lit_gpt.runs.methods import METHODS, Method
 
@@ -66,8 +67,8 @@ def load_models_for_use(
     """Models by name, the tokenizer that all have, and the prompt style that the first was trained in, if any.
 
     The names are "base", if there is no fine-tuned one or with `with_base`, and those of the folders as `model_names`
-    makes them. `args.finetuned` is the first of the folders, if it is set. `n_rows` is how many texts each of them will
-    decode at once, for which weights that none shares are laid out.
+    makes them. `args.finetuned` is the first of the folders, if it is set; `args.scale` is for all that are fine-tuned.
+    `n_rows` is how many texts each of them will decode at once, for which weights that none shares are laid out.
 
     Raises:
         InputError: two of them have another base, tokenizer or quantization; there are several, and --stream_blocks;
@@ -106,6 +107,7 @@ def load_models_for_use(
         for one in adapters:
             model = sharing(base, METHODS[one.header.method], kind)
             model, _ = put_trained_on(model, fingerprint, base_dir, one.header, one.folder)
+            use_scale(model, args.scale, one.header)
             models[one.name] = model.eval()
         for model in models.values():
             prepare_for_answers(model, shares_weights=True)

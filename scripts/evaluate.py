@@ -18,6 +18,7 @@ from lit_gpt.data.prompts import resolve_style
 from lit_gpt.data.records import Keys
 from lit_gpt.device import default_device
 from lit_gpt.evaluation.folder import claim_evaluation, data_of_run, default_out_dir, found_so_far, identity_of
+from lit_gpt.evaluation.forgetting import forgetting, general_records, read_general_text, remember_base
 from lit_gpt.evaluation.measure import answers_of, choice_scores, loss_scores, metric_scores, summed_losses
 from lit_gpt.evaluation.metrics import file_of_metric, read_metric
 from lit_gpt.evaluation.questions import Question, questions_of_data, questions_of_file
@@ -26,7 +27,7 @@ from lit_gpt.evaluation.texts import scores_of_texts, windows_of_file
 from lit_gpt.generate.engine import Engine
 from lit_gpt.ranges import check_range
 from lit_gpt.runs.load_finetuned import UseArgs, read_for_use
-from lit_gpt.runs.side_by_side import load_models_for_use
+from lit_gpt.runs.side_by_side import BASE, load_models_for_use
 from lit_gpt.scores.record_scores import RecordScores
 
 
@@ -39,6 +40,7 @@ def main(
     texts: list[Path] = [],  # noqa: B006
     metric: list[str] | str | None = None,
     choices: list[str] | None = None,
+    general_text: Path | None = None,
     limit: int | None = None,
     prompt_style: str = "auto",
     max_new_tokens: int = 200,
@@ -64,6 +66,8 @@ def main(
             my_file.py:function, which takes a record and an answer and returns a number, higher is better. Several are
             a list, such as ["rouge_l", "contains"].
         choices: Answers to choose from in --records, such as ["spam", "ham"]. A record may have choices of its own.
+        general_text: A text that has nothing to do with the data, on which forgetting is measured where there is a base
+            to compare with. None is lit_gpt/evaluation/general_text.txt.
         limit: Measure the first so many records of --data_dir and --records, and windows of each of the --texts.
         prompt_style: The text around a question of --records, as in generate/base.py.
         max_new_tokens: The longest answer that is judged, in tokens.
@@ -98,6 +102,7 @@ def main(
         questions = questions_of_data(dataset, tokenizer, limit)
     if records is not None:
         questions = questions_of_file(records, keys, tokenizer, style, config.block_size, choices, limit)
+    general = general_records(read_general_text(general_text), tokenizer, config.block_size)
     windows_of = {name: windows_of_file(path, tokenizer, config.block_size, limit) for name, path in named(texts)}
 
     # the folder, which may hold what an interrupted evaluation has found
@@ -111,12 +116,13 @@ def main(
         "texts": texts,
         "metric": metric,
         "choices": choices,
+        "general_text": general_text,
         "limit": limit,
         "prompt_style": prompt_style,
         "max_new_tokens": max_new_tokens,
         "stop": stop,
     }
-    files = [path for path in (records, *texts, *map(file_of_metric, metric)) if path is not None]
+    files = [path for path in (records, general_text, *texts, *map(file_of_metric, metric)) if path is not None]
     files += [data_dir / name for name in ("meta.json", "split.bin", "tokens.bin", "trained.bin") if data_dir]
     out_dir = out_dir or default_out_dir(folders, args.checkpoint_dir)
     claim_evaluation(out_dir, identity_of(settings, args.checkpoint_dir, folders, files), overwrite)
@@ -148,6 +154,13 @@ def main(
                 what=f"loss on {text_name}",
             )
             scores[name] += scores_of_texts(text_name, windows, sums)
+
+    # what each has forgotten: how far it is from the base on a text that has nothing to do with the data
+    if BASE in models and len(models) > 1:
+        remembered = remember_base(models[BASE], general)
+        for name, model in models.items():
+            forgotten = forgetting(model, remembered, general)
+            scores[name] += [replace(forgotten.loss, measure="general text: loss"), forgotten.kl]
 
     # the report
     table = write_report(out_dir, scores, command(), settings)

@@ -86,7 +86,11 @@ def test_loss_and_answers_of_prepared_data(tuned: Path, tiny_dir: Path, data_dir
     assert "| loss, nats per token ↓ |" in text and capsys.readouterr().out.split("\n\n")[0] in text
     assert (tmp_path / "out/evaluation.png").read_bytes().startswith(b"\x89PNG")
     kept = read_scores(tmp_path / "out/scores-tuned.csv")
-    assert [one.measure for one in kept] == ["loss", "ROUGE-L", "length"] and len(kept[0]) == len(data)
+    measures = ["loss", "ROUGE-L", "length", "general text: loss", "KL to the base"]
+    assert [one.measure for one in kept] == measures and len(kept[0]) == len(data)
+    # forgetting: the base has forgotten nothing
+    assert report["KL to the base"]["models"]["base"]["mean"] == 0 < report["KL to the base"]["models"]["tuned"]["mean"]
+    assert report["KL to the base"]["differences_to_base"]["tuned"]["in_words"].startswith("tuned is worse by")
 
 
 def test_two_files_of_scores_are_compared(tuned: Path, tmp_path: Path, capsys) -> None:
@@ -115,7 +119,7 @@ def test_records_and_choices_of_a_file(tuned: Path, tiny_dir: Path, tmp_path: Pa
     path = tmp_path / "records.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     report = evaluate(tmp_path / "out", finetuned=[tuned], records=path, choices=["Yes", "No"], metric="exact_match")
-    assert list(report) == ["loss", "choice accuracy", "exact match"]
+    assert list(report) == ["loss", "choice accuracy", "exact match", "general text: loss", "KL to the base"]
     model, tokenizer = load_model(tiny_dir), Tokenizer(tiny_dir)
     asked = [
         ("Is it a bird?", "", ["Yes", "No"], 0), ("Is it a plane?", "far", ["Yes", "No"], 1),

@@ -580,10 +580,10 @@ def is_yaml(text: str) -> bool:
 # ---- hyperparameters.yaml
 
 
-def command(flags: Sequence[str] | None = None) -> str:
-    """The command line as it can be typed again; or the same script with other flags."""
-    script = os.path.relpath(sys.argv[0])
-    return shlex.join(["python", script, *(sys.argv[1:] if flags is None else flags)])
+def command(flags: Sequence[str] | None = None, script: Path | None = None) -> str:
+    """The command line as it can be typed again; or the same script, or another one, with other flags."""
+    path = os.path.relpath(sys.argv[0] if script is None else script)
+    return shlex.join(["python", path, *(sys.argv[1:] if flags is None else flags)])
 
 
 def save_hyperparameters(path: Path, settings: dict[str, Any]) -> None:

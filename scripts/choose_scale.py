@@ -54,7 +54,7 @@ def main(
         checkpoint_dir: The base, if it is no longer where it was in training.
         data_dir: Prepared data, whose validation records the loss is of. None is what it was trained on.
         out_dir: Where the table, the plot and the scores of each record go. None is out/scale/NAME.
-        scales: What to multiply the change by. 0, the base, and 1, as trained, are always among them.
+        scales: Factors of the change. 0, the base, and 1, as trained, are always among them.
         max_forgetting: The most that the chosen one may have forgotten: KL(base || model) on the general text, in nats
             per token. None is no limit.
         limit: Measure the first so many validation records. None is all.

@@ -8,6 +8,7 @@
 A model that was fine-tuned is compared with its base, record by record. Interrupted, the same command goes on.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lit_gpt.data.dataset import Dataset
 from lit_gpt.data.prompts import resolve_style
 from lit_gpt.data.records import Keys
 from lit_gpt.device import default_device
+from lit_gpt.evaluation.changes import worst_section
 from lit_gpt.evaluation.folder import claim_evaluation, data_of_run, default_out_dir, found_so_far, identity_of
 from lit_gpt.evaluation.forgetting import forgetting, general_records, read_general_text, remember_base
 from lit_gpt.evaluation.measure import answers_of, choice_scores, loss_scores, metric_scores, summed_losses
@@ -28,7 +30,7 @@ from lit_gpt.generate.engine import Engine
 from lit_gpt.ranges import check_range
 from lit_gpt.runs.load_finetuned import UseArgs, read_for_use
 from lit_gpt.runs.side_by_side import BASE, load_models_for_use
-from lit_gpt.scores.record_scores import RecordScores
+from lit_gpt.scores.record_scores import LOSS, RecordScores
 
 
 def main(
@@ -45,6 +47,7 @@ def main(
     prompt_style: str = "auto",
     max_new_tokens: int = 200,
     stop: list[str] | None = None,
+    n_worst: int = 5,
     batch_size: int = 16,
     overwrite: bool = False,
     keys: Flags[Keys] = Keys(),
@@ -72,6 +75,7 @@ def main(
         prompt_style: The text around a question of --records, as in generate/base.py.
         max_new_tokens: The longest answer that is judged, in tokens.
         stop: Strings that end an answer, and are no part of it.
+        n_worst: How many records the report shows with the answers of both models: those that got worse most.
         batch_size: How many answers are made at once. What they say does not depend on it.
         overwrite: Replace what is in out_dir.
         keys: The names that --records have for their parts, as for training; see lit_gpt/data/records.py.
@@ -79,6 +83,7 @@ def main(
     """
     check_range("--limit", limit, at_least=2)
     check_range("--max_new_tokens", max_new_tokens, at_least=1)
+    check_range("--n_worst", n_worst, at_least=0)
     check_range("--batch_size", batch_size, at_least=1)
     metric = [metric] if isinstance(metric, str) else metric or []
     metrics = [read_metric(text) for text in metric]
@@ -162,8 +167,20 @@ def main(
             forgotten = forgetting(model, remembered, general)
             scores[name] += [replace(forgotten.loss, measure="general text: loss"), forgotten.kl]
 
+    # the records that got worse most
+    def ask(name: str, asked: Sequence[Question]) -> list[str]:
+        return answers_of(name, engine, asked, max_new_tokens, stop or (), found_so_far(out_dir, name))
+
+    sections = []
+    if BASE in models and questions and n_worst:
+        losses = {name: next(one for one in of_model if one.measure == LOSS) for name, of_model in scores.items()}
+        for name in models:
+            if name != BASE:
+                both = (losses[BASE], losses[name])
+                sections.append(worst_section((BASE, name), both, questions, ask, n_worst))
+
     # the report
-    table = write_report(out_dir, scores, command(), settings)
+    table = write_report(out_dir, scores, command(), settings, sections)
     print(f"{table}\n\nReport: {out_dir / 'report.md'}")
 
 

@@ -20,6 +20,7 @@ from lit_gpt.cli import parse
 from lit_gpt.data.conversation_tokens import encode_question
 from lit_gpt.data.dataset import Dataset
 from lit_gpt.data.prompts import render
+from lit_gpt.evaluation.changes import worst_records
 from lit_gpt.evaluation.kept import Kept
 from lit_gpt.evaluation.questions import questions_of_data
 from lit_gpt.evaluation.texts import windows_of_text
@@ -27,6 +28,7 @@ from lit_gpt.generate.choices import requests_for_choices, weigh
 from lit_gpt.generate.decode import generate
 from lit_gpt.generate.engine import Engine
 from lit_gpt.runs.load_finetuned import load_finetuned
+from lit_gpt.runs.report import html_cell
 from lit_gpt.scores.record_scores import read_scores
 
 RECORDS = [
@@ -91,6 +93,26 @@ def test_loss_and_answers_of_prepared_data(tuned: Path, tiny_dir: Path, data_dir
     # forgetting: the base has forgotten nothing
     assert report["KL to the base"]["models"]["base"]["mean"] == 0 < report["KL to the base"]["models"]["tuned"]["mean"]
     assert report["KL to the base"]["differences_to_base"]["tuned"]["in_words"].startswith("tuned is worse by")
+
+
+def test_what_got_worse_stands_side_by_side(tuned: Path, data_dir: Path, tiny_dir: Path, tmp_path: Path) -> None:
+    """The records whose loss rose most, or fell least, with the answers that metrics judge."""
+    evaluate(tmp_path / "out", finetuned=[tuned], n_worst=2, limit=6)
+    base, later = [read_scores(tmp_path / f"out/scores-{name}.csv")[0] for name in ("base", "tuned")]
+    change = later.values - base.values
+    places = worst_records(base, later, 2)
+    assert change[places[0]] >= change[places[1]] >= np.delete(change, places).max()
+    section = (tmp_path / "out/report.md").read_text().partition("## What got worse with tuned")[2]
+    assert f"{(change > 0).sum()} of 6 records have a higher loss than with base." in section
+    questions = questions_of_data(Dataset(data_dir, "val"), Tokenizer(tiny_dir), 6)
+    where = [section.index(f"<b>Prompt of {questions[i].where}</b>") for i in places]
+    assert where == sorted(where) and section.count("<table>") == 2
+    assert f"<b>base, loss {base.values[places[1]]:.3f}</b>" in section
+    answer = Kept(tmp_path / "out/found-tuned.jsonl")[f"answer {questions[places[0]].name}"]
+    assert html_cell(f"tuned, loss {later.values[places[0]]:.3f}", answer) in section
+    # more answers are asked by the same command with another number, and what was found stays
+    evaluate(tmp_path / "out", finetuned=[tuned], n_worst=0, limit=6)
+    assert "What got worse" not in (tmp_path / "out/report.md").read_text()
 
 
 def test_two_files_of_scores_are_compared(tuned: Path, tmp_path: Path, capsys) -> None:

@@ -91,6 +91,7 @@ OUT_OF_RANGE = {
     "--host_gb": NOT_POSITIVE,
     "--max_shard_size": f"{NOT_POSITIVE} 1e300",
     "--samples": "-1",
+    "--n_worst": "-1",
     "--scales": "[-0.1] [.nan]",
     "--max_forgetting": "-0.1 .nan .inf",
     "--n_records": NOT_A_COUNT,

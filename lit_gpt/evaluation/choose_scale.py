@@ -50,9 +50,9 @@ class AtScale:
 
     scale: float
     loss: RecordScores
-    """Of the validation records."""
+    """Its loss on each validation record."""
     text: Forgetting
-    """Of the general text."""
+    """What it has forgotten of each paragraph of the general text."""
 
     @property
     def forgotten(self) -> float:

@@ -16,7 +16,7 @@ from lit_gpt.checkpoint.load import load_model
 from lit_gpt.cpu_codes import CodedLinear, quantize_to_4_bits
 from lit_gpt.fast_linears import OneDNNLinear, StackedAttention, StackedMLP, has_onednn, prepare_for_answers
 from lit_gpt.generate.decode import generate
-from lit_gpt.lora import DoRALinear, LoRA, apply_lora
+from lit_gpt.lora import DoRALinear, LoRA, apply_lora, scale_lora
 from lit_gpt.runs.load_finetuned import UseArgs, load_model_for_use
 
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="This CPU or this torch has no such oneDNN.")
@@ -75,6 +75,22 @@ def test_methods_stay_on_top(method: str, quantize: str | None, llama_dir: Path)
     plain = logits(model)
     assert error(logits(prepare_for_answers(model)), plain) < (1e-4 if quantize is None else 0.03)
     assert not any(isinstance(module, DoRALinear) for module in model.modules())
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+@pytest.mark.parametrize("quantize", [None, "cpu.int8"])
+def test_a_scaled_dora_stays_scaled(quantize: str | None, scale: float, llama_dir: Path) -> None:
+    model = load_model(llama_dir, torch.float32, quantize=quantize)
+    base = logits(model)
+    METHODS["dora"](model)
+    torch.manual_seed(0)
+    for name, param in model.named_parameters():
+        if "lora_" in name:
+            param.data += 0.1 * torch.randn_like(param)
+    scale_lora(model, scale)
+    plain = logits(model)
+    assert plain.equal(base) == (scale == 0)
+    assert error(logits(prepare_for_answers(model)), plain) < (1e-4 if quantize is None else 0.03)
 
 
 def test_dora_stays_where_its_weight_would_be_rounded_anew(llama_dir: Path) -> None:

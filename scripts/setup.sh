@@ -12,6 +12,7 @@
 #     classify    finetune/classifier.py: scikit-learn
 #     serve       generate/serve.py: fastapi and uvicorn
 #     json        answers by a JSON schema: llguidance
+#     eval        tasks of lm-evaluation-harness, such as arc_easy
 #     loggers     --logger tensorboard, --logger wandb
 #     test        what scripts/test.sh needs; all of the above but loggers is in it
 set -euo pipefail

@@ -74,7 +74,7 @@ def test_setup_explains_every_extra() -> None:
     [
         (
             ["report,smaple"],
-            "There is no extra smaple. Known are sample, report, data, classify, serve, json, loggers, test",
+            "There is no extra smaple. Known are sample, report, data, classify, serve, json, eval, loggers, test",
         ),
         (["--quick"], "There is no extra --quick."),
         (["sample", "report"], "2 arguments found, expected one"),

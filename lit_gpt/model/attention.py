@@ -185,24 +185,26 @@ def attend_by_segment(
     keys = k.split([*lengths, n_before], dim=2)
     values = v.split([*lengths, n_before], dim=2)
 
-    # a segment sees itself and the prefix that it continues, which is a segment of the row, too, or stands behind it
-    number_of = {segment.start: i for i, segment in enumerate(mask.segments)}
+    # a segment sees itself and the prefix that it continues: an earlier segment of the row with all that this one sees,
+    # or what stands behind the row
+    prefix_starts = {segment.prefix_start for segment in mask.segments if segment.prefix_length}
+    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # keys and values, by where a segment begins
     outputs = []
     for i, segment in enumerate(mask.segments):
+        all_keys, all_values = keys[i], values[i]
         segment_mask = sliding_window_mask(segment, window, q.device)
-        if segment.prefix_length == 0:
-            outputs.append(dense(queries[i], keys[i], values[i], segment_mask))
-            continue
-        if segment.prefix_start < q.size(2):
-            prefix = number_of[segment.prefix_start]
-            prefix_keys, prefix_values = keys[prefix], values[prefix]
-        else:
-            prefix_keys = k.narrow(2, segment.prefix_start, segment.prefix_length)
-            prefix_values = v.narrow(2, segment.prefix_start, segment.prefix_length)
-        all_keys = torch.cat((prefix_keys, keys[i]), dim=2)
-        all_values = torch.cat((prefix_values, values[i]), dim=2)
-        if segment_mask is None:
-            segment_mask = mask.mask_of(segment)
+        if segment.prefix_length:
+            if segment.prefix_start < q.size(2):
+                prefix_keys, prefix_values = seen[segment.prefix_start]
+            else:
+                prefix_keys = k.narrow(2, segment.prefix_start, segment.prefix_length)
+                prefix_values = v.narrow(2, segment.prefix_start, segment.prefix_length)
+            all_keys = torch.cat((prefix_keys, all_keys), dim=2)
+            all_values = torch.cat((prefix_values, all_values), dim=2)
+            if segment_mask is None:
+                segment_mask = mask.mask_of(segment)
+        if segment.start in prefix_starts:
+            seen[segment.start] = all_keys, all_values
         outputs.append(dense(queries[i], all_keys, all_values, segment_mask))
     return torch.cat(outputs, dim=2)
 

@@ -11,7 +11,11 @@ import torch
 
 
 class Segment(NamedTuple):
-    """Tokens that attend to each other, causally, and to all of a prefix that stands elsewhere in the row."""
+    """Tokens that attend to each other, causally, and to all of a prefix that stands elsewhere in the row.
+
+    The prefix is the segment that begins at `prefix_start`, and what that one continues in its turn: `prefix_length`
+    counts all of it.
+    """
 
     start: int
     length: int
@@ -198,11 +202,16 @@ class VarlenIndex:
         # only a shared prefix makes keys differ from the row itself
         key_index = None
         if any(segment.prefix_length for segment in segments):
-            spans = []
+            keys_of: dict[int, torch.Tensor] = {}  # by where a segment begins
             for segment in segments:
-                spans.append(torch.arange(segment.prefix_start, segment.prefix_start + segment.prefix_length))
-                spans.append(torch.arange(segment.start, segment.start + segment.length))
-            key_index = torch.cat(spans)
+                keys = torch.arange(segment.start, segment.start + segment.length)
+                if segment.prefix_length:
+                    prefix = keys_of.get(segment.prefix_start)
+                    if prefix is None:  # it stands behind the row
+                        prefix = torch.arange(segment.prefix_start, segment.prefix_start + segment.prefix_length)
+                    keys = torch.cat((prefix, keys))
+                keys_of[segment.start] = keys
+            key_index = torch.cat(list(keys_of.values()))
 
         ends_q = list(accumulate(q_lengths, initial=0))
         ends_k = list(accumulate(k_lengths, initial=0))
@@ -266,7 +275,7 @@ def prefix_groups(records: Sequence[list[int]]) -> list[tuple[list[int], int]]:
     return groups[::-1]
 
 
-def common_prefix(a: list[int], b: list[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two records share at their beginning."""
     for n, (x, y) in enumerate(zip(a, b)):
         if x != y:

@@ -60,11 +60,11 @@ def checkpoint(request) -> Path:
     return request.getfixturevalue(request.param)
 
 
-def ours(checkpoint: Path, kept: KeptAnswers | None = None):
+def ours(checkpoint: Path):
     from lit_gpt.evaluation.harness_model import HarnessModel
 
     return HarnessModel(
-        load_model(checkpoint, torch.float32), Tokenizer(checkpoint), kept or KeptAnswers(None), partial(shown, "model")
+        load_model(checkpoint, torch.float32), Tokenizer(checkpoint), KeptAnswers(None), partial(shown, "model")
     )
 
 
@@ -353,8 +353,8 @@ def test_questions_that_a_model_cannot_be_asked(folder: Path, tiny_dir: Path, bo
     with pytest.raises(InputError, match="a_task asks how likely '' is, which is 0 tokens behind its prompt"):
         model.loglikelihood(asked("loglikelihood", (CONTEXT, "")))
     for settings, message in {
-        "num_beams": ({"num_beams": 4}, "num_beams is not 1"),
-        "unknown": ({"typical_p": 0.2}, "typical_p are unknown"),
+        "num_beams": ({"num_beams": 4}, "num_beams is 4, expected 1"),
+        "unknown": ({"typical_p": 0.2}, "typical_p, expected none but do_sample"),
         "range": ({"do_sample": True, "temperature": 0.7, "top_p": 3.0}, "--top_p is 3.0"),
         "type": ({"temperature": "warm"}, "wrong type"),
     }.values():

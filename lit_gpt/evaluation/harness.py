@@ -287,6 +287,11 @@ def run_tasks(
     for model in models.values():
         loaded.check_model(tokenizer, model.config.block_size)
     with KeptAnswers(keep_in) as kept:
+        if len(kept):
+            print(
+                f"{counted(len(kept), 'answer')} of before in {keep_in}: what is there is not computed anew.",
+                file=sys.stderr,
+            )
         for name, model in models.items():
             asked = HarnessModel(
                 model,

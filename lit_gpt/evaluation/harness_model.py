@@ -6,6 +6,7 @@ the tokenizer adds one), the same windows of a long text, prompts cut from the l
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -23,9 +24,10 @@ from lit_gpt.evaluation.record_losses import eval_mode
 from lit_gpt.generate.engine import Engine, Request
 from lit_gpt.generate.sampling import Sampling
 from lit_gpt.model.gpt import GPT
+from lit_gpt.ranges import LARGEST_SEED
 
 MAX_GEN_TOKS = 256  # the harness' default for a task that does not say how long an answer may be
-LARGEST_SEED = 2**32
+TEXTS_AT_ONCE = 1024  # that are encoded: the places of all their tokens are in memory meanwhile
 END_OF_PREFILL = "\N{END OF TEXT} "
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -95,7 +97,11 @@ class HarnessModel(TemplateLM):
     def encode(self, texts: Sequence[str], add_special_tokens: bool | None = None) -> list[list[int]]:
         """The tokens of many texts; as `tok_encode`."""
         bos = self.tokenizer.use_bos if add_special_tokens else add_special_tokens
-        return [encoded.ids for encoded in self.tokenizer.encode_batch(texts, bos)]
+        ids = []
+        for first in range(0, len(texts), TEXTS_AT_ONCE):
+            encoded = self.tokenizer.encode_batch(texts[first : first + TEXTS_AT_ONCE], bos)
+            ids += [tokens.ids for tokens in encoded]
+        return ids
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         return self.tokenizer.chat_template or ""
@@ -225,7 +231,7 @@ class HarnessModel(TemplateLM):
             kwargs: dict[str, Any] = dict(normalize_gen_kwargs(settings, MAX_GEN_TOKS))
             until = handle_stop_sequences(kwargs.pop("until"), self.tokenizer.id_to_token(self.eot_token_id))
             n = kwargs.pop("max_gen_toks")
-            sampling = sampling_of(kwargs, seed % LARGEST_SEED)
+            sampling = sampling_of(kwargs, seed % (LARGEST_SEED + 1))
         except (TypeError, ValueError) as error:
             raise InputError(f"The task {asked.task_name} has generation_kwargs of a wrong type: {error}.") from None
         except InputError as error:
@@ -263,17 +269,17 @@ def sampling_of(kwargs: Mapping[str, Any], seed: int) -> Sampling:
     Raises:
         InputError: one of them is unknown, or out of its range.
     """
-    settings = {**kwargs}
-    is_drawn = settings.pop("do_sample")
-    temperature = float(settings.pop("temperature", 1.0))
-    sampling = Sampling(repetition_penalty=settings.pop("repetition_penalty", 1.0))
-    filters = {name: settings.pop(name, None) for name in ("top_k", "top_p", "min_p")}
-    if is_drawn and temperature > 0:
-        sampling = Sampling(temperature, **filters, repetition_penalty=sampling.repetition_penalty, seed=seed)
-    if settings.pop("num_beams", 1) != 1:
-        raise InputError("num_beams is not 1, and there is no beam search.")
-    if settings:
-        raise InputError(f"{' and '.join(sorted(settings))} are unknown.")
+    known = {"do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams"}
+    unknown = sorted(kwargs.keys() - known)
+    if unknown:
+        raise InputError(f"{' and '.join(unknown)}, expected none but {', '.join(sorted(known))}.")
+    if kwargs.get("num_beams", 1) != 1:
+        raise InputError(f"num_beams is {kwargs['num_beams']}, expected 1: there is no beam search.")
+    sampling = Sampling(repetition_penalty=kwargs.get("repetition_penalty", 1.0))
+    temperature = float(kwargs.get("temperature", 1.0))
+    if kwargs["do_sample"] and temperature > 0:
+        filters = {name: kwargs.get(name) for name in ("top_k", "top_p", "min_p")}
+        sampling = replace(sampling, temperature=temperature, seed=seed, **filters)
     sampling.check()
     return sampling
 

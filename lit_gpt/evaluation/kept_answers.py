@@ -42,6 +42,9 @@ class KeptAnswers:
                 with path.open("r+b") as file:
                     file.truncate(n_whole)
 
+    def __len__(self) -> int:
+        return len(self.answers)
+
     def __contains__(self, key: str) -> bool:
         return key in self.answers
 

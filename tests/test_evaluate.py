@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.harness_tasks import write_tasks
 from helpers.methods import finetune
 from helpers.runs import write_data
 from helpers.scripts import script
@@ -221,6 +222,22 @@ def test_it_goes_on_where_it_was_interrupted(tuned: Path, data_dir: Path, tmp_pa
         evaluate(tmp_path / "out", **flags, max_new_tokens=7)
 
 
+def test_tasks_of_the_harness_beside_it(tuned: Path, tmp_path: Path, capfd) -> None:
+    """The figures of the harness, paired like all others, and what it says itself; they are not asked twice."""
+    tasks = write_tasks(tmp_path / "tasks", n=6)
+    flags = dict(finetuned=[tuned], tasks="docstring_letters", include_path=tasks, n_shots=2)
+    report = evaluate(tmp_path / "out", **flags)
+    assert list(report) == ["docstring_letters: acc", "general text: loss", "KL to the base"]
+    assert report["docstring_letters: acc"]["records"] == 6
+    figures = report["docstring_letters: acc"]["models"]
+    section = (tmp_path / "out/report.md").read_text().split("## Tasks")[1]
+    row = next(line for line in section.splitlines() if line.startswith("| docstring_letters | acc"))
+    assert "| 2 | 6 |" in row and all(f"| {figures[name]['mean']:.4f} ± " in row for name in ("base", "tuned"))
+    assert "log-likelihoods to compute" in capfd.readouterr().err
+    assert evaluate(tmp_path / "out", **flags) == report
+    assert "to compute" not in capfd.readouterr().err
+
+
 def test_records_that_come_twice_are_told_apart(data_dir: Path, tiny_dir: Path, monkeypatch) -> None:
     data = Dataset(data_dir, "val")
     monkeypatch.setattr(data, "records", data.records[[0, 1, 0]])
@@ -229,7 +246,7 @@ def test_records_that_come_twice_are_told_apart(data_dir: Path, tiny_dir: Path, 
 
 
 WRONG = [
-    (dict(texts=["t.txt"], metric="rouge_l"), "--metric judges answers, and texts ask nothing"),
+    (dict(texts=["t.txt"], metric="rouge_l"), "--metric judges answers to --data_dir or --records"),
     (dict(choices=["a", "b"], texts=["t.txt"]), "--choices are for --records"),
     (dict(), "There is nothing to evaluate on. Name --data_dir, --records, --texts or --tasks"),
     (dict(texts=["none.txt"]), "t.txt? Name a file with --texts"),

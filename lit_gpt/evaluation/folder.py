@@ -22,6 +22,9 @@ from lit_gpt.runs.side_by_side import model_names
 
 IDENTITY = "evaluation.json"
 FOUND = "found-"
+FOUND_TASKS = "found-of-tasks.jsonl"  # of all models: see kept_answers.py
+WITHOUT_EFFECT = ("out_dir", "batch_size", "n_worst", "overwrite", "keys", "args")
+"""Flags on which nothing that is found depends, and those that stand here one by one."""
 
 
 def default_out_dir(finetuned: Sequence[Path], checkpoint_dir: Path | None) -> Path:
@@ -61,8 +64,9 @@ def identity_of(
     """
     folders = [read_base(checkpoint_dir, folder)[1] for folder in finetuned] or [checkpoint_dir or SAMPLE]
     weights = [state_of_folder(folder) for folder in (*finetuned, *folders)]
+    settings = {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
     contents = {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    return json.loads(json.dumps({"settings": plain(dict(settings)), "weights": weights, "files": contents}))
+    return json.loads(json.dumps({"settings": plain(settings), "weights": weights, "files": contents}))
 
 
 def state_of_folder(folder: Path) -> list[str]:

@@ -27,6 +27,7 @@ import numpy as np
 
 from lit_gpt.data.chat_template import choose_template
 from lit_gpt.data.tokenizer import Tokenizer
+from lit_gpt.display.tables import markdown_table
 from lit_gpt.display.words import counted, duration, shortened
 from lit_gpt.errors import InputError
 from lit_gpt.evaluation.kept_answers import KeptAnswers
@@ -35,6 +36,7 @@ from lit_gpt.files import not_there, some_of
 from lit_gpt.model.gpt import GPT
 from lit_gpt.packages import require
 from lit_gpt.ranges import check_range, check_seed
+from lit_gpt.runs.report import escape_cell
 from lit_gpt.scores.record_scores import RecordScores
 
 BOOTSTRAPS = 1000  # draws for the standard error of a metric that has no formula for it
@@ -437,6 +439,29 @@ def totals_of(found: Mapping[str, Any]) -> list[Total]:
                 )
             )
     return totals
+
+
+def tasks_section(results: TaskResults) -> str:
+    """Markdown: the harness' own figures of all models, with its standard errors, and what should be known of them."""
+    heads = ["task", "metric", "shots", "documents", *map(escape_cell, results.totals)]
+    rows = []
+    for of_models in zip(*results.totals.values(), strict=True):
+        total = of_models[0]
+        of_filter = "" if total.filter == "none" else f" ({total.filter})"
+        arrow = {True: " ↑", False: " ↓", None: ""}[total.higher_is_better]
+        row = [
+            escape_cell(total.name),
+            escape_cell(f"{total.metric}{of_filter}") + arrow,
+            "" if total.n_shots is None else f"{total.n_shots}",
+            f"{total.n_documents:,}",
+        ]
+        for one in of_models:
+            error = "" if one.stderr is None else f" ± {one.stderr:.4f}"
+            row.append(f"{one.value:.4f}{error}")
+        rows.append(row)
+    parts = ["## Tasks", "As lm-evaluation-harness gives them, with its standard errors."]
+    parts.append(markdown_table(heads, rows, right=[2, 3]))
+    return "\n\n".join([*parts, *results.notes])
 
 
 # ---- what is shown

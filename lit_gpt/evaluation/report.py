@@ -15,7 +15,7 @@ from lit_gpt.cli import as_yaml
 from lit_gpt.display.figures import INSTALL, can_draw, save_figure
 from lit_gpt.display.tables import markdown_table
 from lit_gpt.files import write_whole
-from lit_gpt.runs.report import code_block, escape_markdown
+from lit_gpt.runs.report import code_block, escape_cell
 from lit_gpt.scores.paired import Difference, Interval, in_words, interval_of, interval_text, paired_difference
 from lit_gpt.scores.record_scores import NATS, RecordScores, write_scores
 
@@ -44,7 +44,7 @@ def write_report(
     parts += [
         *sections,
         "<details>\n<summary>Settings</summary>",
-        code_block(as_yaml(settings), "yaml"),
+        code_block(as_yaml({name: value for name, value in settings.items() if name not in ("keys", "args")}), "yaml"),
         "</details>",
     ]
     write_whole(out_dir / "report.md", "\n\n".join(parts) + "\n")
@@ -67,7 +67,7 @@ def scores_table(scores: Scores) -> str:
     names = list(scores)
     first, *others = names
     differences = differences_to_first(scores)
-    heads = ["measure", "records", *map(escape_markdown, names)]
+    heads = ["measure", "records", *map(escape_cell, names)]
     if others:
         heads.append("difference")
     rows = []
@@ -75,7 +75,7 @@ def scores_table(scores: Scores) -> str:
         row = [label_of(measure), f"{len(measure):,}"]
         row += [value_text(scores[name][place]) for name in names]
         if others:
-            sentences = [in_words(differences[name][place], escape_markdown(name)) for name in others]
+            sentences = [in_words(differences[name][place], escape_cell(name)) for name in others]
             row.append("; ".join(sentences))
         rows.append(row)
     return markdown_table(heads, rows, right=[1])
@@ -94,7 +94,7 @@ def label_of(scores: RecordScores) -> str:
     """The name of a measure with its unit, and an arrow that says which way is better."""
     arrow = "↓" if scores.lower_is_better else "↑"
     unit = f", {scores.unit}" if scores.unit and scores.unit not in scores.measure else ""
-    return f"{escape_markdown(scores.measure)}{unit} {arrow}"
+    return f"{escape_cell(scores.measure)}{unit} {arrow}"
 
 
 def value_text(scores: RecordScores) -> str:

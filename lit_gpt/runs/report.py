@@ -195,6 +195,11 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"([\\`*_~\[\]<>|&#])", r"\\\1", line)
 
 
+def escape_cell(text: str) -> str:
+    """The same for a table that is printed, too: a `_` between letters is no markup, and stays as it is."""
+    return escape_markdown(text).replace("\\_", "_")
+
+
 def code_block(text: str, language: str) -> str:
     """A fenced block; its fence is longer than any row of backticks in the text."""
     longest = max(map(len, re.findall("`+", text)), default=0)

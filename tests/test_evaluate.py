@@ -12,7 +12,8 @@ import torch
 from helpers.harness_tasks import write_tasks
 from helpers.methods import finetune
 from helpers.runs import write_data
-from helpers.scripts import script
+from helpers.scripts import ROOT, script
+from helpers.shell import python
 from torch.nn import functional as F
 
 from lit_gpt import InputError, Tokenizer
@@ -233,9 +234,20 @@ def test_tasks_of_the_harness_beside_it(tuned: Path, tmp_path: Path, capfd) -> N
     section = (tmp_path / "out/report.md").read_text().split("## Tasks")[1]
     row = next(line for line in section.splitlines() if line.startswith("| docstring_letters | acc"))
     assert "| 2 | 6 |" in row and all(f"| {figures[name]['mean']:.4f} ± " in row for name in ("base", "tuned"))
-    assert "log-likelihoods to compute" in capfd.readouterr().err
+    assert "base: 24 log-likelihoods to compute" in capfd.readouterr().err
     assert evaluate(tmp_path / "out", **flags) == report
-    assert "to compute" not in capfd.readouterr().err
+    assert "base: 0 log-likelihoods to compute" in capfd.readouterr().err
+
+
+def test_the_script_does_not_hide_the_package_of_its_name(tmp_path: Path) -> None:
+    """Metrics of some tasks say `import evaluate`, and Python looks into the folder of the script first."""
+    code = (
+        f"import sys; sys.argv[0] = '{ROOT}/scripts/evaluate.py'; sys.path[0] = '{ROOT}/scripts'\n"
+        "from lit_gpt.evaluation.harness import import_evaluate\n"
+        "import_evaluate()\nimport evaluate\nassert evaluate.load and '/scripts/' not in evaluate.__file__"
+    )
+    (tmp_path / "code.py").write_text(code)
+    python(tmp_path / "code.py", check=True)
 
 
 def test_records_that_come_twice_are_told_apart(data_dir: Path, tiny_dir: Path, monkeypatch) -> None:

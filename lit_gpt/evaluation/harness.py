@@ -11,6 +11,7 @@ your own is a YAML file in `include_path`, over files of your own, and needs no 
 
 import contextlib
 import difflib
+import importlib.util
 import io
 import logging
 import math
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,7 @@ def load_tasks(args: TaskArgs) -> LoadedTasks:
         raise not_there(args.include_path, args.include_path.parent.glob("*/"), "Name a folder of tasks.")
     if not args.tasks:
         raise InputError("No task is named. Name one with --tasks, such as arc_easy.")
+    import_evaluate()
     with quiet():
         manager = find_manager(args)
         seed_everything(args.seed)
@@ -148,6 +151,22 @@ def load_tasks(args: TaskArgs) -> LoadedTasks:
             check_task(name, task)
             set_shots(name, task, args.n_shots)
     return LoadedTasks(args, tasks, groups)
+
+
+def import_evaluate() -> None:
+    """Imports the package `evaluate`, which the metrics of some tasks import by its name.
+
+    Python looks for it in the folder of the script that runs first, and there finds scripts/evaluate.py.
+    """
+    if hasattr(sys.modules.get("evaluate"), "__path__"):  # a package, and no script
+        return
+    of_script = Path(sys.argv[0]).absolute().parent
+    elsewhere = [folder for folder in sys.path if Path(folder).absolute() != of_script]
+    spec = PathFinder.find_spec("evaluate", elsewhere)
+    assert spec is not None and spec.loader is not None, "lm_eval depends on it"
+    package = importlib.util.module_from_spec(spec)
+    sys.modules["evaluate"] = package
+    spec.loader.exec_module(package)
 
 
 def find_manager(args: TaskArgs) -> Any:

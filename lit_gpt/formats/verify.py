@@ -51,7 +51,7 @@ class Difference(NamedTuple):
     scale: float
     """The largest logit."""
     loss: PairedDifference
-    """Of the loss on the texts, position by position."""
+    """How the loss on the texts differs, position by position."""
 
     def __str__(self) -> str:
         return (

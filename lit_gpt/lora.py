@@ -185,7 +185,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def fix_scale(self) -> None:
-        """Multiplies B by `scale`, which is 1 from then on: for files that have no place for it."""
+        """Multiplies B by `change_scale`, which is 1 from then on: for files that have no place for it."""
         self.lora_B.mul_(self.change_scale)
         self.change_scale = 1.0
 

@@ -16,6 +16,7 @@ The scale is set in the one model that is in memory: the base needs no second co
 """
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,9 +88,9 @@ class Comparison:
     @property
     def best(self) -> AtScale:
         """As `rule` says; the smaller scale of two that are alike."""
-        limit = self.max_forgetting
-        # the base has forgotten nothing, so that there is always one
-        within = [one for one in self.measured if limit is None or one.forgotten <= limit]
+        limit = math.inf if self.max_forgetting is None else self.max_forgetting
+        # the base has forgotten nothing: there is always one
+        within = [one for one in self.measured if one.forgotten <= limit or one is self.base]
         return min(within, key=lambda one: one.loss.mean)
 
     @property
@@ -198,7 +199,7 @@ EXPLANATION = (
 
 def scales_table(comparison: Comparison) -> str:
     """A row for each scale; the best is bold."""
-    heads = ("scale", "validation loss", "to scale 1", "to the base", "KL to the base", "loss of the text")
+    heads = ("scale", "validation loss", "against scale 1", "against the base", "KL to the base", "loss of the text")
     rows = []
     for one in comparison.measured:
         base = comparison.base
@@ -245,10 +246,10 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
             {
                 "scale": one.scale,
                 "validation_loss": bounds(interval_of(one.loss)),
-                "to_scale_1": bounds(paired_difference(comparison.as_trained.loss, one.loss)),
-                "to_base": bounds(paired_difference(base.loss, one.loss)),
+                "against_scale_1": bounds(paired_difference(comparison.as_trained.loss, one.loss)),
+                "against_base": bounds(paired_difference(base.loss, one.loss)),
                 "kl_to_base": bounds(interval_of(one.text.kl)),
-                "text_loss_to_base": bounds(paired_difference(base.text.loss, one.text.loss)),
+                "text_loss_against_base": bounds(paired_difference(base.text.loss, one.text.loss)),
             }
         )
     return {

@@ -181,9 +181,10 @@ def test_tasks_have_the_figures_of_transformers(tiny_dir: Path, loaded: LoadedTa
         "docstrings: acc": totals["docstrings", "acc,none"].value,
     }.items():
         assert scores[measure].mean == pytest.approx(figure, rel=1e-5), measure
-    assert (
-        scores["docstring_texts: bits per byte"].lower_is_better and len(scores["docstrings: acc"]) == 2 * N_DOCUMENTS
-    )
+    assert scores["docstring_texts: bits per byte"].lower_is_better
+    assert len(scores["docstrings: acc"]) == 2 * N_DOCUMENTS
+    assert "docstring_letters: mcc" not in scores  # all documents have it together
+    assert totals["docstring_letters", "mcc,none"].stderr is not None
 
 
 def test_base_and_tuned_are_paired(tiny_dir: Path, folder: Path, capfd) -> None:
@@ -360,6 +361,17 @@ def test_questions_that_a_model_cannot_be_asked(folder: Path, tiny_dir: Path, bo
     }.values():
         with pytest.raises(InputError, match=f"a_task has generation_kwargs .*{message}"):
             model.generate_until(asked("generate_until", (CONTEXT, settings)))
+
+
+def test_a_document_that_lacks_a_field(folder: Path, tiny_dir: Path, tmp_path: Path) -> None:
+    lines = (folder / "test.jsonl").read_text().splitlines()
+    lines[1] = json.dumps(json.loads(lines[1]) | {"question": None})
+    (tmp_path / "test.jsonl").write_text("\n".join(lines))
+    data = {"test": str(tmp_path / "test.jsonl"), "shots": str(tmp_path / "test.jsonl")}
+    changes = {"dataset_kwargs": {"data_files": data}, "doc_to_text": "{{question.upper()}}"}
+    tasks = load_tasks(TaskArgs(("docstring_choices",), edited(folder, tmp_path / "edited", "choices", changes)))
+    with pytest.raises(InputError, match="A document does not fit the templates of its task: UndefinedError"):
+        run_tasks({"base": load_model(tiny_dir, torch.float32)}, Tokenizer(tiny_dir), tasks)
 
 
 def test_drawn_answers_differ_by_seed_alone(tiny_dir: Path) -> None:

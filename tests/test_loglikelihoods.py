@@ -10,6 +10,7 @@ from lit_gpt import GPT, Config
 from lit_gpt.evaluation import loglikelihoods
 from lit_gpt.evaluation.loglikelihoods import Continuation, TokenTree, batches, likelihoods
 from lit_gpt.model.attention import attend_by_segment, attend_in_one_call
+from lit_gpt.model.rope import rotates_by_length
 
 SIZES = dict(n_layer=2, n_head=4, n_query_groups=2, n_embd=32, intermediate_size=48, vocab_size=50, block_size=24)
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=9)  # few different ones, so that texts branch everywhere
@@ -83,6 +84,7 @@ def test_a_greedy_continuation_is_greedy(model: GPT) -> None:
 )
 def test_models_that_see_or_rotate_otherwise(changes, worth) -> None:
     model = new_model(**changes)
+    assert rotates_by_length(model) == ("rope_scaling" in changes)
     shots = (1, 2, 3, 4, 5)
     continuations = [Continuation((*shots, q, 7), (c, 8, c)) for q in (10, 11) for c in (20, 21, 22)]
     expected = [alone(model, continuation) for continuation in continuations]

@@ -15,6 +15,7 @@ import importlib.util
 import io
 import logging
 import math
+import os
 import random
 import sys
 import time
@@ -41,7 +42,7 @@ from lit_gpt.ranges import check_range, check_seed
 from lit_gpt.runs.report import escape_cell
 from lit_gpt.scores.record_scores import RecordScores
 
-BOOTSTRAPS = 1000  # draws for the standard error of a metric that has no formula for it
+BOOTSTRAPS = 300  # draws for the standard error of a metric that has no formula for it
 SECONDS_BETWEEN_LINES = 30
 HUB = "Its data come from the Hugging Face hub: check their name, the network, and HF_HUB_OFFLINE."
 
@@ -182,15 +183,14 @@ def find_manager(args: TaskArgs) -> Any:
         own = TaskManager(include_path=args.include_path, include_defaults=False)
         if all(is_complete(own.task_index, name) for name in names):
             return own
-    broken = broken_files(args.include_path)
     print("Looking for the tasks among those of lm-evaluation-harness ...", file=sys.stderr)
     manager = TaskManager(include_path=args.include_path)
     unknown = [name for name in names if name not in manager.task_index]
     if unknown:
+        broken = broken_files(args.include_path)
         near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3)
-        advice = f" Did you mean {' or '.join(near)}?" if near else " `lm-eval ls tasks` lists them."
-        reason = f" {some_of(broken, ' ')}" if broken else advice
-        raise InputError(f"There is no task {unknown[0]}.{reason}")
+        advice = f"Did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them."
+        raise InputError(f"There is no task {unknown[0]}. {some_of(broken, ' ') if broken else advice}")
     return manager
 
 
@@ -230,16 +230,14 @@ def load_task(manager: Any, name: str) -> dict[str, Any]:
     try:
         return {"groups": {}, **manager.load([name])}
     except Exception as error:  # a task is a program of somebody else, and its data come over the network
-        entry = manager.task_index.get(name)
-        path = getattr(entry, "yaml_path", None) or name
-        kind = type(error).__name__
-        is_of_hub = isinstance(error, ConnectionError) or "Hub" in str(error) or kind == "DatasetNotFoundError"
-        advice = HUB if is_of_hub else f"Correct {path}."
+        path = getattr(manager.task_index.get(name), "yaml_path", None)
+        is_of_hub = isinstance(error, ConnectionError) or "Hub" in str(error)
+        advice = HUB if is_of_hub else f"Correct {path or 'its file'}."
         raise InputError(f"The task {name} cannot be used: {one_line(error)}. {advice}") from error
 
 
 def one_line(error: BaseException) -> str:
-    """An error in a line: its kind, if its text does not say what happened, and the beginning of the text."""
+    """The kind of an error and the beginning of its text, in a line."""
     text = " ".join(str(error).split()).rstrip(".")
     return shortened(f"{type(error).__name__}: {text}" if text else type(error).__name__, 200)
 
@@ -299,10 +297,12 @@ def run_tasks(
     Raises:
         InputError: see `LoadedTasks.check_model` and `HarnessModel`.
     """
+    from jinja2 import TemplateError
     from lm_eval.evaluator import evaluate
 
     from lit_gpt.evaluation.harness_model import HarnessModel
 
+    os.environ["DISABLE_MULTIPROC"] = "1"  # its bootstrap would copy this process, and the model with it
     args = loaded.args
     results = TaskResults()
     for model in models.values():
@@ -310,7 +310,7 @@ def run_tasks(
     with KeptAnswers(keep_in) as kept:
         if len(kept):
             print(
-                f"{counted(len(kept), 'answer')} of before in {keep_in}: what is there is not computed anew.",
+                f"{keep_in}: {counted(len(kept), 'answer')} of before. What is there is not computed again.",
                 file=sys.stderr,
             )
         for name, model in models.items():
@@ -327,14 +327,19 @@ def run_tasks(
             for task in loaded.tasks.values():
                 task.set_fewshot_seed(args.seed)  # all models see the same examples
             with quiet(), silent():
-                found = evaluate(
-                    asked,
-                    {"tasks": loaded.tasks, "groups": loaded.groups},
-                    limit=args.limit,
-                    bootstrap_iters=BOOTSTRAPS,
-                    apply_chat_template=args.chat,
-                    fewshot_as_multiturn=args.chat,
-                )
+                try:
+                    found = evaluate(
+                        asked,
+                        {"tasks": loaded.tasks, "groups": loaded.groups},
+                        limit=args.limit,
+                        bootstrap_iters=BOOTSTRAPS,
+                        apply_chat_template=args.chat,
+                        fewshot_as_multiturn=args.chat,
+                    )
+                except TemplateError as error:
+                    raise InputError(
+                        f"A document does not fit the templates of its task: {one_line(error)}."
+                    ) from error
             results.scores[name] = scores_of(found["samples"], loaded)
             results.totals[name] = totals_of(found)
             if asked.n_cut:
@@ -346,7 +351,7 @@ def run_tasks(
 
 
 def scores_of(samples: Mapping[str, Sequence[Mapping[str, Any]]], loaded: LoadedTasks) -> list[RecordScores]:
-    """The scores of all measures that each document has a value of; then those of groups, over all their documents."""
+    """The scores of all measures that each document has a value of, and of groups over the documents of their tasks."""
     scores: list[RecordScores] = []
     of_task: dict[tuple[str, str, str], RecordScores] = {}  # by task, metric and filter
     for name, task in loaded.tasks.items():
@@ -442,7 +447,7 @@ def totals_of(found: Mapping[str, Any]) -> list[Total]:
     for name, figures in {**found["results"], **found.get("groups", {})}.items():
         for key, value in figures.items():
             metric, comma, filter_name = key.partition(",")
-            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            if not comma or metric.endswith("_stderr") or not is_number(value):
                 continue
             stderr = figures.get(f"{metric}_stderr,{filter_name}")
             totals.append(
@@ -451,13 +456,17 @@ def totals_of(found: Mapping[str, Any]) -> list[Total]:
                     metric=metric,
                     filter=filter_name,
                     value=float(value),
-                    stderr=float(stderr) if isinstance(stderr, int | float) else None,
+                    stderr=float(stderr) if is_number(stderr) else None,
                     n_shots=found["n-shot"].get(name),
                     n_documents=int(figures["sample_len"]),
                     higher_is_better=found["higher_is_better"].get(name, {}).get(metric),
                 )
             )
     return totals
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number)
 
 
 def tasks_section(results: TaskResults) -> str:

@@ -69,7 +69,7 @@ class HarnessModel(TemplateLM):
         self.seed = seed
         self.identity = identity_of(model)
         self.n_cut = 0
-        """How many prompts were longer than what the model reads."""
+        """How many prompts were longer than what the model reads, and lost their beginnings."""
 
     # ---- what the harness asks about it
 
@@ -79,7 +79,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that nothing comes before."""
+        """The token that stands before a text without a context."""
         return self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
 
     @property
@@ -95,7 +95,7 @@ class HarnessModel(TemplateLM):
         return self.encode([string], add_special_tokens)[0]
 
     def encode(self, texts: Sequence[str], add_special_tokens: bool | None = None) -> list[list[int]]:
-        """The tokens of many texts; as `tok_encode`."""
+        """The tokens of each text, as `tok_encode` has them."""
         bos = self.tokenizer.use_bos if add_special_tokens else add_special_tokens
         ids = []
         for first in range(0, len(texts), TEXTS_AT_ONCE):
@@ -177,7 +177,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **others: Any
     ) -> list[tuple[float, bool]]:
-        """The same of texts that are encoded: (the texts, the context's tokens, the continuation's)."""
+        """The log-likelihoods of texts that are encoded: (the texts, the context's tokens, the continuation's)."""
         asked = [Continuation(tuple(context), tuple(tokens)) for _, context, tokens in requests]
         for one in asked:
             self.n_cut += len(one.context) + len(one.tokens) > self.max_length + 1

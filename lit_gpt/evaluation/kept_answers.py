@@ -89,7 +89,7 @@ def key_of(model: str, question: Any) -> str:
 
 
 def identity_of(model: GPT) -> str:
-    """A sha256 over what a model says about a fixed text, bit by bit.
+    """A sha256 over how much text a model reads, and what it says about a fixed one, bit by bit.
 
     On a CPU another number of threads may round otherwise, so that it counts as another model.
     """
@@ -99,4 +99,5 @@ def identity_of(model: GPT) -> str:
     idx = torch.arange(n, device=device) * step % model.config.vocab_size
     with eval_mode(model), torch.inference_mode():
         logits = model(idx[None])
-    return hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()
+    said = logits.float().cpu().numpy().tobytes()
+    return hashlib.sha256(str(model.config.block_size).encode() + said).hexdigest()

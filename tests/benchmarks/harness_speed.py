@@ -113,9 +113,8 @@ def main() -> None:
             for sampler, examples in (("default", "others"), ("first_n", "the same")):
                 asked = questions(loaded.tasks[name], sampler, args.n_shots)
                 rounds = [asked[i : i + args.questions] for i in range(0, n_questions, args.questions)]
-                found = [one_round(our_model, their_model, kind, part, args.batch_sizes) for part in rounds][
-                    1:
-                ]  # one warms up
+                found = [one_round(our_model, their_model, kind, part, args.batch_sizes) for part in rounds]
+                del found[0]  # it warms up
                 for size in args.batch_sizes:
                     rows.append([name, examples, f"transformers, batches of {size}", *figures(found, size, args)])
                 rows.append([name, examples, "ours", *figures(found, 0, args)])

@@ -15,7 +15,7 @@ def write_tasks(folder: Path, n: int = 24, n_shots_from: int = 16) -> Path:
     """A folder of tasks with n documents each, and some more to take shots from.
 
     docstring_choices     which of four docstrings belongs to a name: acc, acc_norm
-    docstring_letters     the same, answered by a letter: four continuations of one token after one prompt
+    docstring_letters     the same, answered by a letter: acc, and mcc, which all documents have together
     docstring_answers     the docstring of a name, written by the model: exact_match by two filters
     docstring_texts       how likely the docstrings are: word_perplexity, bits_per_byte
     docstrings            a group of the first two
@@ -69,7 +69,7 @@ def tasks(folder: Path) -> dict[str, dict]:
         "doc_to_text": f"Question: {{{{question}}}}{listed}\nAnswer:",
         "doc_to_choice": ["A", "B", "C", "D"],
         "fewshot_config": {"sampler": "first_n"},
-        "metric_list": [{"metric": "acc", **mean}],
+        "metric_list": [{"metric": "acc", **mean}, {"metric": "mcc"}],
     }
     regex = {"function": "regex", "regex_pattern": r"(\w+)"}
     answers = {

@@ -19,12 +19,12 @@ from lit_gpt import GPT, InputError, Tokenizer
 from lit_gpt.checkpoint.load import load_model
 from lit_gpt.evaluation import harness
 from lit_gpt.evaluation.harness import LoadedTasks, TaskArgs, load_tasks, run_tasks, shown
-from lit_gpt.evaluation.kept_answers import KeptAnswers, identity_of
+from lit_gpt.evaluation.kept_answers import KeptAnswers, probe_fingerprint
 from lit_gpt.lora import LoRA, LoRALinear, apply_lora
 from lit_gpt.scores.paired import paired_difference
 
 N_DOCUMENTS = 5
-ALL_TASKS = ("docstrings", "docstring_answers", "docstring_texts")
+ALL_TASKS = ["docstrings", "docstring_answers", "docstring_texts"]
 CONTEXT = "Question: What does the function `abc.f` do?\nAnswer:"
 LONG = "The sun is hot and the moon is not. " * 60  # more than 256 tokens
 
@@ -170,7 +170,6 @@ def test_tasks_have_the_figures_of_transformers(tiny_dir: Path, loaded: LoadedTa
     assert {name for name, _ in totals} == {*loaded.tasks, "docstrings"}
     assert ("docstring_answers", "exact_match,first_word") in totals
     assert totals["docstring_choices", "acc,none"].n_shots == 2
-    assert totals["docstring_choices", "acc,none"].stderr > 0
 
     scores = {one.measure: one for one in results.scores["base"]}
     for measure, figure in {
@@ -183,6 +182,9 @@ def test_tasks_have_the_figures_of_transformers(tiny_dir: Path, loaded: LoadedTa
         assert scores[measure].mean == pytest.approx(figure, rel=1e-5), measure
     assert scores["docstring_texts: bits per byte"].lower_is_better
     assert len(scores["docstrings: acc"]) == 2 * N_DOCUMENTS
+    total = totals["docstring_choices", "acc_norm,none"]
+    values = scores["docstring_choices: acc_norm"].values
+    assert total.stderr == pytest.approx(values.std(ddof=1) / N_DOCUMENTS**0.5)
     assert "docstring_letters: mcc" not in scores  # all documents have it together
     assert totals["docstring_letters", "mcc,none"].stderr is not None
 
@@ -192,9 +194,10 @@ def test_base_and_tuned_are_paired(tiny_dir: Path, folder: Path, capfd) -> None:
     base = load_model(tiny_dir, torch.float32)
     quantized = load_model(tiny_dir, torch.float32, quantize="bnb.nf4")
     tuned = with_lora(tiny_dir)
-    tasks = load_tasks(TaskArgs(("docstring_choices", "docstring_texts"), folder, n_shots=3, limit=4))
+    tasks = load_tasks(TaskArgs(["docstring_choices", "docstring_texts"], folder, n_shots=3))
     capfd.readouterr()
-    results = run_tasks({"base": base, "quantized": quantized, "tuned": tuned}, Tokenizer(tiny_dir), tasks)
+    models = {"base": base, "quantized": quantized, "tuned": tuned}
+    results = run_tasks(models, Tokenizer(tiny_dir), tasks, limit=4)
     assert len(results.scores["base"]) == 4
     for name in ("quantized", "tuned"):
         for one, other in zip(results.scores["base"], results.scores[name], strict=True):
@@ -286,8 +289,8 @@ def test_a_model_is_known_by_what_it_says(tiny_dir: Path) -> None:
         with_lora(tiny_dir, alpha=16),
         with_lora(tiny_dir, alpha=8),
     ]
-    assert len({identity_of(model) for model in models}) == len(models)
-    assert identity_of(load_model(tiny_dir, torch.float32)) == identity_of(models[0])
+    assert len({probe_fingerprint(model) for model in models}) == len(models)
+    assert probe_fingerprint(load_model(tiny_dir, torch.float32)) == probe_fingerprint(models[0])
 
 
 # ---- what users get wrong
@@ -315,7 +318,7 @@ def edited(folder: Path, target: Path, name: str, changes: dict) -> Path:
 def test_a_task_that_cannot_be_used(changes, message, folder: Path, tmp_path: Path) -> None:
     path = edited(folder, tmp_path / "edited", "choices", changes)
     with pytest.raises(InputError, match=message) as error:
-        load_tasks(TaskArgs(("docstring_choices",), path))
+        load_tasks(TaskArgs("docstring_choices", path))
     assert "\n" not in str(error.value)
 
 
@@ -327,25 +330,25 @@ def test_names_that_are_wrong(folder: Path, tmp_path: Path, monkeypatch) -> None
         "lm_eval.tasks.TaskManager", lambda **_: TaskManager(include_path=folder, include_defaults=False)
     )
     with pytest.raises(InputError, match="There is no task docstring_choice. Did you mean docstring_choices"):
-        load_tasks(TaskArgs(("docstring_choice",), folder))
+        load_tasks(TaskArgs("docstring_choice", folder))
     (tmp_path / "mine.yaml").write_text("task: mine\ndoc_to_text: [")
     with pytest.raises(InputError, match="There is no task mine. .*mine.yaml cannot be read: ParserError"):
-        load_tasks(TaskArgs(("mine",), tmp_path))
+        load_tasks(TaskArgs("mine", tmp_path))
     with pytest.raises(InputError, match="missing is not there"):
-        load_tasks(TaskArgs(("mine",), tmp_path / "missing"))
+        load_tasks(TaskArgs("mine", tmp_path / "missing"))
     with pytest.raises(InputError, match="No task is named"):
         load_tasks(TaskArgs())
     with pytest.raises(InputError, match="docstring_choices is named twice, the second time by docstrings"):
-        load_tasks(TaskArgs(("docstring_choices", "docstrings"), folder))
+        load_tasks(TaskArgs(["docstring_choices", "docstrings"], folder))
     with pytest.raises(InputError, match="docstring_choices has 16 examples, fewer than 17 shots"):
-        load_tasks(TaskArgs(("docstring_choices",), folder, n_shots=17))
-    by_tag = load_tasks(TaskArgs(("with_letters", str(folder / "texts.yaml")), folder))
+        load_tasks(TaskArgs("docstring_choices", folder, n_shots=17))
+    by_tag = load_tasks(TaskArgs(["with_letters", str(folder / "texts.yaml")], folder))
     assert list(by_tag.tasks) == ["docstring_letters", "docstring_texts"]
 
 
 def test_questions_that_a_model_cannot_be_asked(folder: Path, tiny_dir: Path, bos_dir: Path, tmp_path: Path) -> None:
     long_answers = edited(folder, tmp_path / "long", "answers", {"generation_kwargs": {"max_gen_toks": 256}})
-    tasks = load_tasks(TaskArgs(("docstring_answers",), long_answers))
+    tasks = load_tasks(TaskArgs("docstring_answers", long_answers))
     with pytest.raises(InputError, match=re.escape("answers of up to 256 tokens, but the model reads 256")):
         tasks.check_model(Tokenizer(tiny_dir), 256)
     with pytest.raises(InputError, match="no chat template"):
@@ -369,7 +372,7 @@ def test_a_document_that_lacks_a_field(folder: Path, tiny_dir: Path, tmp_path: P
     (tmp_path / "test.jsonl").write_text("\n".join(lines))
     data = {"test": str(tmp_path / "test.jsonl"), "shots": str(tmp_path / "test.jsonl")}
     changes = {"dataset_kwargs": {"data_files": data}, "doc_to_text": "{{question.upper()}}"}
-    tasks = load_tasks(TaskArgs(("docstring_choices",), edited(folder, tmp_path / "edited", "choices", changes)))
+    tasks = load_tasks(TaskArgs("docstring_choices", edited(folder, tmp_path / "edited", "choices", changes)))
     with pytest.raises(InputError, match="A document does not fit the templates of its task: UndefinedError"):
         run_tasks({"base": load_model(tiny_dir, torch.float32)}, Tokenizer(tiny_dir), tasks)
 
@@ -385,8 +388,8 @@ def test_chat_changes_what_is_asked(tiny_dir: Path, folder: Path) -> None:
     model = load_model(tiny_dir, torch.float32)
     values = []
     for chat in (False, True):
-        tasks = load_tasks(TaskArgs(("docstring_choices",), folder, n_shots=1, limit=3, chat=chat))
-        run_tasks({"base": model}, Tokenizer(tiny_dir), tasks)
+        tasks = load_tasks(TaskArgs("docstring_choices", folder, n_shots=1, chat=chat))
+        run_tasks({"base": model}, Tokenizer(tiny_dir), tasks, limit=3)
         prompt = tasks.tasks["docstring_choices"].instances[0].args[0]
         values.append(prompt)
         assert prompt.count("<|im_start|>user") == (2 if chat else 0)

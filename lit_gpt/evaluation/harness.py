@@ -1,6 +1,6 @@
 """Tasks of lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness), asked of one model or several.
 
-    tasks = load_tasks(TaskArgs(tasks=["arc_easy", "my_task"], include_path=Path("my_tasks")))
+    tasks = load_tasks(TaskArgs(["arc_easy", "my_task"], include_path=Path("my_tasks")))
     results = run_tasks({"base": base, "tuned": tuned}, tokenizer, tasks)
     results.scores["tuned"]         a RecordScores for each measure that every document has a value of, to be paired
     results.totals["tuned"]         the harness' own figures, also of measures that all documents have together
@@ -51,14 +51,13 @@ HUB = "Its data come from the Hugging Face hub: check their name, the network, a
 class TaskArgs:
     """Tasks of lm-evaluation-harness, and how they are asked."""
 
-    tasks: tuple[str, ...] = ()
-    """Names of tasks, groups or tags, such as arc_easy, or YAML files of tasks."""
+    tasks: list[str] | str | None = None
+    """A task, a group or a tag, such as arc_easy, or the YAML file of a task. Several are a list, such as
+    ["arc_easy", "wikitext"]."""
     include_path: Path | None = None
     """A folder with tasks of your own: YAML files, also in folders below."""
     n_shots: int | None = None
     """Examples before each question. None is what each task says; a task that says 0 keeps it."""
-    limit: int | None = None
-    """Use the first so many documents of each task only."""
     chat: bool = False
     """Put each prompt into the chat template, its examples as turns of their own."""
     seed: int = 1234
@@ -66,8 +65,13 @@ class TaskArgs:
 
     def __post_init__(self) -> None:
         check_range("--n_shots", self.n_shots, at_least=0)
-        check_range("--limit", self.limit, at_least=1)
         check_seed("--seed", self.seed)
+
+    @property
+    def names(self) -> list[str]:
+        """The names, each once."""
+        names = [self.tasks] if isinstance(self.tasks, str) else self.tasks or []
+        return list(dict.fromkeys(names))
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def load_tasks(args: TaskArgs) -> LoadedTasks:
     require("lm_eval", "eval", "A task of lm-evaluation-harness (--tasks)")
     if args.include_path is not None and not args.include_path.is_dir():
         raise not_there(args.include_path, args.include_path.parent.glob("*/"), "Name a folder of tasks.")
-    if not args.tasks:
+    if not args.names:
         raise InputError("No task is named. Name one with --tasks, such as arc_easy.")
     import_evaluate()
     with quiet():
@@ -141,7 +145,7 @@ def load_tasks(args: TaskArgs) -> LoadedTasks:
         seed_everything(args.seed)
         tasks: dict[str, Any] = {}
         groups: dict[str, Any] = {}
-        for name in dict.fromkeys(args.tasks):
+        for name in args.names:
             loaded = load_task(manager, name)
             twice = sorted(tasks.keys() & loaded["tasks"].keys())
             if twice:
@@ -178,7 +182,7 @@ def find_manager(args: TaskArgs) -> Any:
     """
     from lm_eval.tasks import TaskManager
 
-    names = [name for name in args.tasks if not is_file_of_task(name)]
+    names = [name for name in args.names if not is_file_of_task(name)]
     if args.include_path is not None or not names:
         own = TaskManager(include_path=args.include_path, include_defaults=False)
         if all(is_complete(own.task_index, name) for name in names):
@@ -280,6 +284,7 @@ def run_tasks(
     tokenizer: Tokenizer,
     loaded: LoadedTasks,
     *,
+    limit: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
     max_batch: int = 16,
     keep_in: Path | None = None,
@@ -290,6 +295,7 @@ def run_tasks(
         models: By names that people know them by.
         tokenizer: That of all of them.
         loaded: See `load_tasks`.
+        limit: Ask the first so many documents of each task only.
         batch_tokens: The most tokens of a pass that computes log-likelihoods.
         max_batch: The most answers of a model that are generated at once.
         keep_in: The file of `KeptAnswers`, from which an interrupted evaluation goes on. None keeps nothing.
@@ -331,7 +337,7 @@ def run_tasks(
                     found = evaluate(
                         asked,
                         {"tasks": loaded.tasks, "groups": loaded.groups},
-                        limit=args.limit,
+                        limit=limit,
                         bootstrap_iters=BOOTSTRAPS,
                         apply_chat_template=args.chat,
                         fewshot_as_multiturn=args.chat,

@@ -18,7 +18,7 @@ from lit_gpt.data.chat_template import choose_template, fill_template
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.display.words import counted, shortened
 from lit_gpt.errors import InputError
-from lit_gpt.evaluation.kept_answers import KeptAnswers, identity_of, key_of
+from lit_gpt.evaluation.kept_answers import KeptAnswers, key_of, probe_fingerprint
 from lit_gpt.evaluation.loglikelihoods import BATCH_TOKENS, Continuation, likelihoods
 from lit_gpt.evaluation.record_losses import eval_mode
 from lit_gpt.generate.engine import Engine, Request
@@ -67,7 +67,7 @@ class HarnessModel(TemplateLM):
         self.batch_tokens = batch_tokens
         self.max_batch = max_batch
         self.seed = seed
-        self.identity = identity_of(model)
+        self.fingerprint = probe_fingerprint(model)
         self.n_cut = 0
         """How many prompts were longer than what the model reads, and lost their beginnings."""
 
@@ -181,7 +181,7 @@ class HarnessModel(TemplateLM):
         asked = [Continuation(tuple(context), tuple(tokens)) for _, context, tokens in requests]
         for one in asked:
             self.n_cut += len(one.context) + len(one.tokens) > self.max_length + 1
-        keys = [key_of(self.identity, [one.context, one.tokens]) for one in asked]
+        keys = [key_of(self.fingerprint, [one.context, one.tokens]) for one in asked]
         new = {key: one for key, one in zip(keys, asked, strict=True) if key not in self.kept}
         new_keys = list(new)
         with self.progress("log-likelihoods", len(new)) as done:
@@ -211,7 +211,7 @@ class HarnessModel(TemplateLM):
             InputError: a task asks for something that the engine cannot do, or leaves no room for a prompt.
         """
         asked = [self.request(request, seed) for seed, request in enumerate(requests, self.seed)]
-        keys = [key_of(self.identity, question_of(request)) for request, _ in asked]
+        keys = [key_of(self.fingerprint, question_of(request)) for request, _ in asked]
         new = {key: one for key, one in zip(keys, asked, strict=True) if key not in self.kept}
         # prompts that begin alike follow each other: the engine computes what they share once
         in_order = sorted(new.items(), key=lambda item: list(item[1][0].prompt))

@@ -84,11 +84,11 @@ def read_line(line: bytes) -> dict[str, Any] | None:
 
 
 def key_of(model: str, question: Any) -> str:
-    """The key of the answer of a model, given by its `identity_of`, to a question, which JSON can hold."""
+    """The key of the answer of a model, given by its `probe_fingerprint`, to a question, which JSON can hold."""
     return hashlib.sha256(json.dumps([model, question]).encode()).hexdigest()[:32]
 
 
-def identity_of(model: GPT) -> str:
+def probe_fingerprint(model: GPT) -> str:
     """A sha256 over how much text a model reads, and what it says about a fixed one, bit by bit.
 
     On a CPU another number of threads may round otherwise, so that it counts as another model.

@@ -108,7 +108,7 @@ def main() -> None:
     rows = [["task", "examples", "", "questions/s", "times as fast", "by processor time"]]
     with tempfile.TemporaryDirectory() as folder:
         n_questions = (args.rounds + 1) * args.questions
-        loaded = load_tasks(TaskArgs(tuple(TASKS), write_tasks(Path(folder), n_questions)))
+        loaded = load_tasks(TaskArgs(list(TASKS), write_tasks(Path(folder), n_questions)))
         for name, kind in TASKS.items():
             for sampler, examples in (("default", "others"), ("first_n", "the same")):
                 asked = questions(loaded.tasks[name], sampler, args.n_shots)

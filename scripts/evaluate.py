@@ -50,10 +50,6 @@ def main(
     data_dir: Path | None = None,
     records: Path | None = None,
     texts: list[Path] = [],  # noqa: B006
-    tasks: list[str] | str | None = None,
-    include_path: Path | None = None,
-    n_shots: int | None = None,
-    chat: bool = False,
     metric: list[str] | str | None = None,
     choices: list[str] | None = None,
     general_text: Path | None = None,
@@ -64,6 +60,7 @@ def main(
     n_worst: int = 5,
     batch_size: int = 16,
     overwrite: bool = False,
+    harness: Flags[TaskArgs] = TaskArgs(),
     keys: Flags[Keys] = Keys(),
     args: Flags[UseArgs] = UseArgs(),
 ) -> None:
@@ -79,11 +76,6 @@ def main(
         records: A file of records as for training: the loss of their answers. With choices, also how often the right
             one is the likeliest.
         texts: Files of texts: their loss, and bits per byte, which models of other tokenizers can be compared by.
-        tasks: Tasks of lm-evaluation-harness: names of tasks, groups or tags, such as arc_easy, or YAML files. Several
-            are a list. They need the extra eval, and published ones the Hugging Face hub.
-        include_path: A folder with tasks of your own: YAML files, also in folders below.
-        n_shots: Examples before each question of a task. None is what each task says; a task that says 0 keeps it.
-        chat: Put each prompt of a task into the chat template, its examples as turns of their own.
         metric: How answers are judged: exact_match, contains, number_match, rouge_l, or a function in a file of yours,
             my_file.py:function, which takes a record and an answer and returns a number, higher is better. Several are
             a list, such as ["rouge_l", "contains"].
@@ -97,19 +89,19 @@ def main(
         n_worst: How many records the report shows with the answers of both models: those that got worse most.
         batch_size: How many answers are made at once. What they say does not depend on it.
         overwrite: Replace what is in out_dir.
+        harness: Tasks of lm-evaluation-harness, and how they are asked; see lit_gpt/evaluation/harness.py.
         keys: The names that --records have for their parts, as for training; see lit_gpt/data/records.py.
         args: With which model, and how; see lit_gpt/runs/load_finetuned.py.
     """
-    settings = {**locals(), **vars(keys), **vars(args)}  # all flags
+    settings = {**locals(), **vars(harness), **vars(keys), **vars(args)}  # all flags
     check_range("--limit", limit, at_least=2)
     check_range("--max_new_tokens", max_new_tokens, at_least=1)
     check_range("--n_worst", n_worst, at_least=0)
     check_range("--batch_size", batch_size, at_least=1)
     metric_names = as_list(metric)
     metrics = [read_metric(text) for text in metric_names]
-    task_args = TaskArgs(tuple(as_list(tasks)), include_path, n_shots, limit, chat)
     folders = list(finetuned) if args.finetuned is None else [args.finetuned, *finetuned]
-    if data_dir is None and records is None and not texts and not task_args.tasks:
+    if data_dir is None and records is None and not texts and not harness.names:
         data_dir = data_of_run(folders)
     if data_dir is not None and records is not None:
         raise InputError("--data_dir and --records both say what is asked. Evaluate one after the other.")
@@ -130,7 +122,7 @@ def main(
         questions = questions_of_file(records, keys, tokenizer, style, config.block_size, choices, limit)
     windows_of = {name: windows_of_file(path, tokenizer, config.block_size, limit) for name, path in named(texts)}
     general = general_records(read_general_text(general_text), tokenizer, config.block_size)
-    loaded_tasks = load_tasks(task_args) if task_args.tasks else None
+    loaded_tasks = load_tasks(harness) if harness.names else None
     if loaded_tasks is not None:
         loaded_tasks.check_model(tokenizer, config.block_size)
 
@@ -165,7 +157,9 @@ def main(
 
     # the tasks of the harness
     if loaded_tasks is not None:
-        results = run_tasks(models, tokenizer, loaded_tasks, max_batch=batch_size, keep_in=out_dir / FOUND_TASKS)
+        results = run_tasks(
+            models, tokenizer, loaded_tasks, limit=limit, max_batch=batch_size, keep_in=out_dir / FOUND_TASKS
+        )
         for name in models:
             scores[name] += results.scores[name]
         sections.append(tasks_section(results))

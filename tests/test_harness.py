@@ -161,7 +161,7 @@ def test_tasks_have_the_figures_of_transformers(tiny_dir: Path, loaded: LoadedTa
     model = load_model(tiny_dir, torch.float32)
     results = run_tasks({"base": model}, Tokenizer(tiny_dir), loaded)
     for task in loaded.tasks.values():
-        task.set_fewshot_seed(loaded.args.seed)
+        task.set_fewshot_seed(loaded.args.shots_seed)
     with harness.quiet(), harness.silent():
         expected = evaluate(theirs(tiny_dir), {"tasks": loaded.tasks, "groups": loaded.groups}, bootstrap_iters=0)
     totals = {(total.name, f"{total.metric},{total.filter}"): total for total in results.totals["base"]}

@@ -39,6 +39,8 @@ OUT_OF_RANGE = {
     "--draft_tokens": "-1",
     "--batch_size": NOT_A_COUNT,
     "--limit": "1 0 -1",
+    "--n_shots": "-1",
+    "--shots_seed": NOT_A_SEED,
     "--port": "-1 65536",
     "--max_batch": NOT_A_COUNT,
     "--max_waiting": "-1",

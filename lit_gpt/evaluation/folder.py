@@ -23,7 +23,7 @@ from lit_gpt.runs.side_by_side import model_names
 IDENTITY = "evaluation.json"
 FOUND = "found-"
 FOUND_TASKS = "found-of-tasks.jsonl"  # of all models: see kept_answers.py
-WITHOUT_EFFECT = ("out_dir", "batch_size", "n_worst", "overwrite", "keys", "args")
+WITHOUT_EFFECT = ("out_dir", "batch_size", "n_worst", "overwrite", "harness", "keys", "args")
 """Flags on which nothing that is found depends, and those that stand here one by one."""
 
 

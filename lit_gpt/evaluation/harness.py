@@ -60,12 +60,12 @@ class TaskArgs:
     """Examples before each question. None is what each task says; a task that says 0 keeps it."""
     chat: bool = False
     """Put each prompt into the chat template, its examples as turns of their own."""
-    seed: int = 1234
+    shots_seed: int = 1234
     """Seed of the choice of the examples, and of answers that are drawn. The harness' own is 1234."""
 
     def __post_init__(self) -> None:
         check_range("--n_shots", self.n_shots, at_least=0)
-        check_seed("--seed", self.seed)
+        check_seed("--shots_seed", self.shots_seed)
 
     @property
     def names(self) -> list[str]:
@@ -142,7 +142,7 @@ def load_tasks(args: TaskArgs) -> LoadedTasks:
     import_evaluate()
     with quiet():
         manager = find_manager(args)
-        seed_everything(args.seed)
+        seed_everything(args.shots_seed)
         tasks: dict[str, Any] = {}
         groups: dict[str, Any] = {}
         for name in args.names:
@@ -327,11 +327,11 @@ def run_tasks(
                 progress=partial(shown, name),
                 batch_tokens=batch_tokens,
                 max_batch=max_batch,
-                seed=args.seed,
+                seed=args.shots_seed,
             )
-            seed_everything(args.seed)
+            seed_everything(args.shots_seed)
             for task in loaded.tasks.values():
-                task.set_fewshot_seed(args.seed)  # all models see the same examples
+                task.set_fewshot_seed(args.shots_seed)  # all models see the same examples
             with quiet(), silent():
                 try:
                     found = evaluate(

@@ -44,7 +44,10 @@ def write_report(
     parts += [
         *sections,
         "<details>\n<summary>Settings</summary>",
-        code_block(as_yaml({name: value for name, value in settings.items() if name not in ("keys", "args")}), "yaml"),
+        code_block(
+            as_yaml({name: value for name, value in settings.items() if name not in ("harness", "keys", "args")}),
+            "yaml",
+        ),
         "</details>",
     ]
     write_whole(out_dir / "report.md", "\n\n".join(parts) + "\n")

@@ -271,13 +271,14 @@ def scales_figure(comparison: Comparison) -> "Figure":
     means = [gain.mean for gain in gains]
     errors = [[gain.mean - gain.low for gain in gains], [gain.high - gain.mean for gain in gains]]
     axes.errorbar(forgotten, means, yerr=errors, color="0.4", ecolor="0.7", capsize=3, marker="o", zorder=2)
-    for one, x, y in zip(comparison.measured, forgotten, means, strict=True):
+    for one, x, y, next_y in zip(comparison.measured, forgotten, means, [*means[1:], means[-1]], strict=True):
         is_best = one is comparison.best
         if is_best:
             axes.plot(x, y, "*", color="black", markersize=17, zorder=3)
         label = f"{one.scale:g}, best" if is_best else f"{one.scale:g}"
         weight = "bold" if is_best else "normal"
-        axes.annotate(label, (x, y), xytext=(9, -13), textcoords="offset points", fontweight=weight)
+        beside_the_line = (9, 6) if next_y < y else (9, -13)
+        axes.annotate(label, (x, y), xytext=beside_the_line, textcoords="offset points", fontweight=weight)
     if comparison.max_forgetting is not None:
         axes.axvline(comparison.max_forgetting, color="0.4", linestyle="--", zorder=1)
         axes.annotate(

@@ -226,15 +226,15 @@ def test_it_goes_on_where_it_was_interrupted(tuned: Path, data_dir: Path, tmp_pa
 def test_tasks_of_the_harness_beside_it(tuned: Path, tmp_path: Path, capfd) -> None:
     """The figures of the harness, paired like all others, and what it says itself; they are not asked twice."""
     tasks = write_tasks(tmp_path / "tasks", n=6)
-    flags = dict(finetuned=[tuned], tasks="docstring_letters", include_path=tasks, n_shots=2)
+    flags = dict(finetuned=[tuned], tasks="docstring_letters", include_path=tasks, n_shots=2, limit=5)
     report = evaluate(tmp_path / "out", **flags)
     assert list(report) == ["docstring_letters: acc", "general text: loss", "KL to the base"]
-    assert report["docstring_letters: acc"]["records"] == 6
+    assert report["docstring_letters: acc"]["records"] == 5
     figures = report["docstring_letters: acc"]["models"]
     section = (tmp_path / "out/report.md").read_text().split("## Tasks")[1]
     row = next(line for line in section.splitlines() if line.startswith("| docstring_letters | acc"))
-    assert "| 2 | 6 |" in row and all(f"| {figures[name]['mean']:.4f} ± " in row for name in ("base", "tuned"))
-    assert "base: 24 log-likelihoods to compute" in capfd.readouterr().err
+    assert "| 2 | 5 |" in row and all(f"| {figures[name]['mean']:.4f} ± " in row for name in ("base", "tuned"))
+    assert "base: 20 log-likelihoods to compute" in capfd.readouterr().err
     assert evaluate(tmp_path / "out", **flags) == report
     assert "base: 0 log-likelihoods to compute" in capfd.readouterr().err
 

@@ -13,6 +13,8 @@ from lit_gpt.checkpoint.load import build_model, load_weights
 from lit_gpt.cli import Flags, run
 from lit_gpt.data.dataset import open_splits
 from lit_gpt.device import weight_dtype
+from lit_gpt.evaluation.forgetting_in_training import general_text_of
+from lit_gpt.evaluation.validation_metric import validation_metric
 from lit_gpt.full import Full, mark_chosen_as_trainable
 from lit_gpt.generate.answers import answers
 from lit_gpt.memory.plan import print_plan
@@ -57,6 +59,9 @@ def main(
     config = Config.from_checkpoint(args.checkpoint_dir)
     train_data, val_data = open_splits(args.data_dir, tokenizer, config)
     check_run(train_data, val_data, train)  # what the settings need of the data
+    # what validations measure besides the loss: None, unless --train.metric or --train.watch_forgetting says so
+    metric = validation_metric(train, tokenizer, val_data)
+    general_text = general_text_of(train, tokenizer, config, METHODS["full"])
 
     # devices: with --devices 2 two processes of this command are started here, and this one only waits for them
     fabric = start_processes(args, trains_base=True, shard=True, optimizer_in_backward=train.optimizer_in_backward)
@@ -94,6 +99,8 @@ def main(
         resume=args.resume,
         show_sample=lambda: answers(model, tokenizer, val_data, min(n_answers, 1)),  # one, or none
         optimizer_path=args.optimizer,
+        metric=metric,
+        general_text=general_text,
     )
     if n_answers:
         checkpoints.load("best")  # the weights that generate/base.py --finetuned uses

@@ -169,6 +169,18 @@ def scale_adapter(model: GPT, scale: float) -> None:
         norm.data = torch.lerp(base_norm.to(norm.device), norm.data, scale)
 
 
+@torch.no_grad()
+def fix_adapter_scale(model: GPT) -> None:
+    """Changes the trained weights such that they have the scale themselves, which is 1 again. Norms have it already."""
+    for module in adapted_modules(model):
+        if isinstance(module, AdaptedAttention):
+            module.adapter_gate.mul_(module.change_scale)
+        else:
+            module.adapter_bias.mul_(module.change_scale)
+            module.adapter_scale.sub_(1).mul_(module.change_scale).add_(1)
+        module.change_scale = 1.0
+
+
 @contextmanager
 def adapter_scaled(model: GPT, scale: float) -> Iterator[None]:
     """Within it the adapter has this scale, as by `scale_adapter`; after it all is as it was, to the last bit.

@@ -8,6 +8,8 @@ from lit_gpt.config import Config
 from lit_gpt.data.dataset import open_splits
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.device import weight_dtype
+from lit_gpt.evaluation.forgetting_in_training import general_text_of
+from lit_gpt.evaluation.validation_metric import validation_metric
 from lit_gpt.generate.answers import answers
 from lit_gpt.quantize import Quantize, quantize_linears
 from lit_gpt.recipe import (
@@ -54,6 +56,8 @@ def finetune_adapter(
     config = Config.from_checkpoint(args.checkpoint_dir)
     train_data, val_data = open_splits(args.data_dir, tokenizer, config)
     check_run(train_data, val_data, train)
+    metric = validation_metric(train, tokenizer, val_data)
+    general_text = general_text_of(train, tokenizer, config, method)
 
     # device
     fabric = start_processes(args, optimizer_in_backward=train.optimizer_in_backward)
@@ -92,6 +96,8 @@ def finetune_adapter(
         resume=args.resume,
         show_sample=lambda: answers(model, tokenizer, val_data, min(n_answers, 1)),
         optimizer_path=args.optimizer,
+        metric=metric,
+        general_text=general_text,
     )
     if n_answers:
         checkpoints.load("best")

@@ -8,25 +8,38 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
 
-from lit_gpt.data.dataset import Dataset, heaviest_first, micro_batches, step_records
+from lit_gpt.data.dataset import (
+    Dataset,
+    end_to_end,
+    heaviest_first,
+    micro_batch_groups,
+    micro_batches,
+    step_records,
+)
 from lit_gpt.device import peak_memory_gb
 from lit_gpt.display.words import counted, duration
 from lit_gpt.errors import InputError, Interrupted
+from lit_gpt.evaluation.record_losses import ids_of_records
 from lit_gpt.failures import how_to_go_on
 from lit_gpt.interruption import Interruption
 from lit_gpt.make_optimizer import make_optimizer
+from lit_gpt.model.loss import loss_of_each
 from lit_gpt.model.packing import Layout
 from lit_gpt.model.rope import rotates_by_length
 from lit_gpt.optimizer_in_backward import OptimizerInBackward
 from lit_gpt.out_of_memory import explain_memory
 from lit_gpt.ranges import check_range, check_seed
+from lit_gpt.runs.best import is_within
 from lit_gpt.runs.log import Log
 from lit_gpt.runs.resume import Progress, check_finite, save_progress, start_or_resume
+from lit_gpt.runs.val_losses import ValLosses
+from lit_gpt.scores.record_scores import RecordScores, losses
 from lit_gpt.sharding import any_device, full_tensor, sum_over_devices
 from lit_gpt.stream_blocks import stream_of
 from lit_gpt.watch import note_place
@@ -34,6 +47,8 @@ from lit_gpt.watch import note_place
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+    from lit_gpt.evaluation.forgetting_in_training import GeneralText
+    from lit_gpt.evaluation.validation_metric import ValidationMetric
     from lit_gpt.runs.saves import Checkpoints
 
 
@@ -82,11 +97,28 @@ class TrainArgs:
     before the first step and one after the last, too."""
     eval_records: int = 64
     """How many validation records to use: always the first ones."""
+    metric: str | None = None
+    """Answer validation records at each validation, and choose `best` by how good the answers are, in place of the
+    validation loss, which decides between equals: exact_match, contains, number_match, rouge_l, or a function of your
+    own, my_file.py:function, that takes a record and an answer and returns a number. Higher is better."""
+    metric_records: int = 16
+    """How many validation records to answer for the metric: always the first ones."""
+    watch_forgetting: bool = False
+    """Measure at each validation how far the model has moved from its base on a general text: the loss there, and the
+    KL to the base in nats per token. What the base says is kept in the host's memory, 2 bytes for each token of the
+    text and each of the vocabulary."""
+    general_text: Path | None = None
+    """A text file to watch forgetting by, paragraphs apart by empty lines; its first 2,048 tokens are read. null is
+    lit_gpt/evaluation/general_text.txt."""
+    max_forgetting: float | None = None
+    """Hold forgetting within this budget, in nats per token of KL to the base, such as 0.02: each validation scales
+    down what LoRA or an adapter has changed until it is within, and measures that; `best` has these weights, and
+    training goes on with its own. Full fine-tuning is not scaled: there `best` is the best validation within."""
     patience: int | None = None
     """Stop after this many validations in a row that were no better than the best."""
     save_minutes: float | None = 10.0
     """Minutes between saves of `last`, from which a run goes on. None saves by steps alone. Ctrl-C and SIGTERM save,
-    too. `best` is saved whenever the validation loss is the lowest so far."""
+    too. `best` is saved whenever a validation is the best so far."""
     save_interval: int | None = None
     """Optimizer steps between saves of `last`, besides those by time."""
     keep_steps: bool = False
@@ -97,13 +129,13 @@ class TrainArgs:
     enough_steps = 50  # no setting: a run of less than half as many gets a remark. The quick start learns a style in 50
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "max_norm", "max_hours", "save_minutes"):
+        for name in ("learning_rate", "max_norm", "max_hours", "save_minutes", "max_forgetting"):
             check_range(f"--train.{name}", getattr(self, name), above=0)
         for name in ("min_learning_rate", "warmup_steps", "weight_decay"):
             check_range(f"--train.{name}", getattr(self, name), at_least=0)
         for name in ("global_batch_size", "micro_batch_size", "micro_batch_tokens", "epochs", "max_steps"):
             check_range(f"--train.{name}", getattr(self, name), at_least=1)
-        for name in ("eval_interval", "eval_records", "patience", "save_interval"):
+        for name in ("eval_interval", "eval_records", "metric_records", "patience", "save_interval"):
             check_range(f"--train.{name}", getattr(self, name), at_least=1)
         for name in ("beta1", "beta2"):
             check_range(f"--train.{name}", getattr(self, name), at_least=0, below=1)
@@ -118,6 +150,13 @@ class TrainArgs:
             )
         if self.keep_steps and self.save_interval is None:
             raise InputError("train.keep_steps keeps what train.save_interval saves, and there is none. Set it, too.")
+        if self.general_text is not None and not self.watches_forgetting:
+            raise InputError("train.general_text is for train.watch_forgetting, which is off. Set it, too.")
+
+    @property
+    def watches_forgetting(self) -> bool:
+        """Whether validations measure how far the model has moved from its base."""
+        return self.watch_forgetting or self.max_forgetting is not None
 
     def or_learning_rate(self, own: float | None) -> Self:
         """The same with the method's own learning rate, if it has none yet."""
@@ -147,6 +186,8 @@ def fit(
     resume: bool = False,
     show_sample: Callable[[], list] | None = None,
     optimizer_path: str = "torch.optim.AdamW",
+    metric: "ValidationMetric | None" = None,
+    general_text: "GeneralText | None" = None,
 ) -> Log:
     """Trains the parameters of `model` that require a gradient, and saves `best` and `last`.
 
@@ -162,17 +203,22 @@ def fit(
         resume: Whether to go on from `last`, if there is one.
         show_sample: Gives answers (see `generate.answers`) to print after every validation.
         optimizer_path: The path of the optimizer's class.
+        metric: Judges answers, as --train.metric says.
+        general_text: A text to measure forgetting by, as --train.watch_forgetting says. The model is the base, but for
+            what `last` holds.
 
     Raises:
-        InputError: no data, a loss that is not finite, or not enough GPU memory.
+        InputError: no data, a loss that is not finite, not enough GPU memory, or a setting that nobody reads here.
         Interrupted: Ctrl-C or SIGTERM came, and the run is saved.
     """
     check_run(train_data, val_data, args)
+    check_measures(args, metric, general_text)
     steps = args.steps(len(train_data))
     steps_per_epoch = args.steps_per_epoch(len(train_data))
 
     # the model on its device. This comes before the optimizer, since fsdp replaces each parameter by a slice of it.
     # From here on `model` is Fabric's wrapper; inside it is the model that `checkpoints` saves
+    unwrapped = model
     is_streamed = stream_of(model) is not None  # then all that belongs on the device is there, and the rest must not be
     model = fabric.setup_module(model, move_to_device=not is_streamed)
     obstacle = obstacle_to_sharing(model)
@@ -184,12 +230,23 @@ def fit(
     optimizer: Any = fabric.setup_optimizers(own_optimizer)  # Fabric's wrapper
     in_backward = OptimizerInBackward(own_optimizer, args.max_norm) if args.optimizer_in_backward else None
 
+    # what the base says to the general text: it is still the base, also where the run goes on
+    if general_text is not None:
+        general_text.remember_base(fabric, model)
+
     # step 0, or the step, the weights and the optimizer that `last` holds; the log writes metrics.csv and shows the
     # progress
     progress = start_or_resume(fabric, checkpoints, optimizer, train_data, args, resume)
     log = Log(
-        checkpoints.out_dir, steps, first_step=progress.step, main_process=fabric.is_global_zero, loggers=fabric.loggers
+        checkpoints.out_dir,
+        steps,
+        first_step=progress.step,
+        main_process=fabric.is_global_zero,
+        loggers=fabric.loggers,
+        metric="" if metric is None else metric.name,
+        max_forgetting=args.max_forgetting,
     )
+    val_losses = ValLosses(checkpoints.out_dir, goes_on=progress.step > 0) if fabric.is_global_zero else None
     log.note(describe_run(fabric, model, train_data, args, progress))
     if resume and progress.step == 0:
         log.note("Nothing has been saved yet that the run could go on from: it begins at step 0.")
@@ -203,18 +260,35 @@ def fit(
             "Each step goes forward and backward twice: first for the norm, to clip by. Not so with a max_norm null."
         )
 
-    def validate(extra: bool = False) -> None:
-        """Measures the validation loss, saves `best` if it is the lowest so far, and shows a sample.
+    def validate_weights(extra: bool, figures: dict[str, float]) -> None:
+        """Adds to `figures` what else is to be measured, and saves `best` if it is the best so far."""
+        of_records = evaluate(fabric, model, val_data, args)
+        loss = of_records.mean
+        if metric is not None:
+            figures["metric"] = metric.measure(fabric, unwrapped)
+        log.val(progress.step, loss, **figures)
+        check_finite(loss, f"The validation loss after step {progress.step}")
+        is_best = progress.note_validation(
+            loss,
+            figures.get("metric"),
+            within_budget=is_within(figures.get("general_kl"), args.max_forgetting),
+            extra=extra,
+        )
+        if is_best:
+            checkpoints.save("best")
+        if val_losses is not None:
+            val_losses.write(of_records, is_best)
 
-        An `extra` one is not due yet, see `Progress.note_val_loss`.
+    def validate(extra: bool = False) -> None:
+        """Validates the weights, those that a budget of forgetting allows, and shows a sample.
+
+        An `extra` one is not due yet, see `Progress.note_validation`.
         """
-        if len(val_data):
-            loss = evaluate(fabric, model, val_data, args)
-            log.val(progress.step, loss)
-            check_finite(loss, f"The validation loss after step {progress.step}")
-            is_best = progress.note_val_loss(loss, extra)
-            if is_best:
-                checkpoints.save("best")
+        if len(val_data) and general_text is not None:
+            with general_text.within_budget(fabric, model, unwrapped) as figures:
+                validate_weights(extra, figures)
+        elif len(val_data):
+            validate_weights(extra, {})
         if show_sample is not None:
             for sample in show_sample():
                 log.note(f"{sample.question}\n    -> {sample.answer}")
@@ -422,26 +496,44 @@ def leaves_out_step(fabric: "Fabric", grad_norm: float, step: int) -> bool:
 
 
 @torch.no_grad()
-def evaluate(fabric: "Fabric", model: nn.Module, dataset: Dataset, args: TrainArgs) -> float:
-    """Mean loss per trained token over the first `eval_records` records, in nats."""
+def evaluate(fabric: "Fabric", model: nn.Module, dataset: Dataset, args: TrainArgs) -> RecordScores:
+    """The loss of each of the first `eval_records` records in nats per trained token; their mean is over all tokens.
+
+    All processes must call it, and all get all losses.
+    """
     # dropout is off here, so that prefixes can be shared even if training cannot share them
-    batches = micro_batches(
+    share_prefixes = args.share_prefixes and not rotates_by_length(model)
+    numbers = range(min(len(dataset), args.eval_records))
+    groups = micro_batch_groups(
         dataset,
-        range(min(len(dataset), args.eval_records)),
+        numbers,
         args.micro_batch_size,
         rank=fabric.global_rank,
         world_size=fabric.world_size,
-        share_prefixes=args.share_prefixes and not rotates_by_length(model),
+        share_prefixes=share_prefixes,
         micro_batch_tokens=args.micro_batch_tokens,
     )
+
+    # the loss of each target, on the device: nothing waits for it between two passes
     model.eval()
-    total = torch.zeros(2, device=fabric.device)  # the summed loss, and over how many tokens
-    for idx, layout in batches:
-        total[0] += model(idx.to(fabric.device, non_blocking=True), layout=layout.to(fabric.device))
-        total[1] += layout.n_targets
+    of_groups = []
+    for group in groups:
+        idx, layout = end_to_end(dataset, group, share_prefixes)
+        idx = idx.to(fabric.device, non_blocking=True)
+        of_targets = model(idx, layout=layout.to(fabric.device), judge=loss_of_each)
+        of_groups.append((group, layout, of_targets))
     model.train()  # back to the mode in which a model is built, and trained
-    loss, n_targets = sum_over_devices(fabric, total).tolist()
-    return loss / n_targets
+
+    # their sum for each record, in float64; zero where another device has it
+    totals = torch.zeros(len(numbers), dtype=torch.float64)
+    for group, layout, of_targets in of_groups:
+        of_members = layout.split_by_record(of_targets.cpu().double())
+        for member, number in enumerate(group):
+            totals[number] = of_members[member].sum()
+    if fabric.world_size > 1:
+        totals = sum_over_devices(fabric, totals.to(fabric.device)).cpu()
+    n_targets = [dataset.n_targets(number) for number in numbers]
+    return losses(totals.tolist(), n_targets, ids_of_records([dataset[number] for number in numbers]))
 
 
 def check_run(train_data: Dataset, val_data: Dataset, args: TrainArgs) -> None:
@@ -453,13 +545,27 @@ def check_run(train_data: Dataset, val_data: Dataset, args: TrainArgs) -> None:
     """
     if args.learning_rate is None:
         raise InputError("train.learning_rate is null, expected a number: this method has none of its own.")
-    if args.patience is not None and not len(val_data):
-        raise InputError("train.patience needs validation records, and there are none. Prepare the data with some.")
+    for name in ("patience", "metric", "watch_forgetting", "max_forgetting"):
+        if getattr(args, name) and not len(val_data):
+            raise InputError(f"train.{name} needs validation records, and there are none. Prepare the data with some.")
     if not len(train_data):
         raise InputError(
             "There are no training records: all went to validation. Prepare the data with a smaller fraction."
         )
     check_one_micro_batch(train_data, args)
+
+
+def check_measures(args: TrainArgs, metric: "ValidationMetric | None", general_text: "GeneralText | None") -> None:
+    """Raises InputError for a measure that is asked for and that the script does not hand over, such as a classifier's
+    script: what it trains gives no answers and reads no text."""
+    asked = {
+        "metric": args.metric is not None and metric is None,
+        "watch_forgetting": args.watch_forgetting and general_text is None,
+        "max_forgetting": args.max_forgetting is not None and general_text is None,
+    }
+    for name, is_missing in asked.items():
+        if is_missing:
+            raise InputError(f"train.{name} is for models that write text, and this one does not. Leave it out.")
 
 
 def check_one_micro_batch(train_data: Dataset, args: TrainArgs) -> None:

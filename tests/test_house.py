@@ -123,21 +123,22 @@ MAY_KNOW = {
     "runs": "scores checkpoint data model lora adapter full quantize cpu_codes fast_linears stream_blocks config device"
     " sharding distributed display cli failures errors lock ranges files packages",
     # no method, no tokenizer, no file format
-    "train": "scores data.dataset make_optimizer optimizer_in_backward model.packing model.rope stream_blocks device"
-    " sharding runs.log runs.resume display.words interruption watch failures out_of_memory errors ranges",
-    "evaluation": "scores runs generate checkpoint data model lora config device display cli ranges errors files"
-    " packages lock",
+    "train": "scores evaluation.record_losses data.dataset make_optimizer optimizer_in_backward model.loss"
+    " model.packing model.rope stream_blocks device sharding runs.best runs.log runs.resume runs.val_losses"
+    " display.words interruption watch failures out_of_memory errors ranges",
+    "evaluation": "scores runs generate checkpoint data model lora config device sharding display cli ranges errors"
+    " files packages lock",
     "recipe": "make_optimizer optimizer_in_backward runs data model quantize stream_blocks config device sharding"
     " distributed ranges errors",
-    "adapter_recipe": "recipe train runs generate checkpoint data quantize config device sharding",
+    "adapter_recipe": "recipe train evaluation runs generate checkpoint data quantize config device sharding",
     "memory": "train make_optimizer optimizer_in_backward runs checkpoint data model quantize stream_blocks config"
     " device sharding display interruption errors",
     "classifier": "scores recipe train runs checkpoint data model lora quantize config device sharding distributed"
     " display errors ranges files packages",
     "formats": "scores evaluation runs checkpoint data model lora quantize config errors lock files packages",
     # a server is checked against answers, and against models that are rounded in each way
-    "studies": "scores evaluation memory runs generate checkpoint data model lora full quantize cpu_codes config device"
-    " display cli errors files",
+    "studies": "scores evaluation memory runs generate checkpoint data model lora full quantize cpu_codes"
+    " config device display cli errors files",
 }
 
 

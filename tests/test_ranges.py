@@ -76,6 +76,8 @@ OUT_OF_RANGE = {
     "--train.max_hours": NOT_POSITIVE,
     "--train.eval_interval": NOT_A_COUNT,
     "--train.eval_records": NOT_A_COUNT,
+    "--train.metric_records": NOT_A_COUNT,
+    "--train.max_forgetting": NOT_POSITIVE,
     "--train.patience": NOT_A_COUNT,
     "--train.save_minutes": NOT_POSITIVE,
     "--train.save_interval": NOT_A_COUNT,

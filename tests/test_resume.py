@@ -168,6 +168,8 @@ def contents(out_dir: Path) -> dict[str, Any]:
                 found[name] = tensors, parsed(file.metadata())
         elif name == "metrics.csv":
             found[name] = [line.split(",")[:-2] for line in path.read_text().splitlines()]
+        elif name == "val_losses.csv":
+            found[name] = path.read_text()
         elif name == "hyperparameters.yaml":
             found[name] = yaml.safe_load(path.read_text()) | {"out_dir": None}
     return found

@@ -25,17 +25,20 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import lit_gpt.train
-from lit_gpt import Config, InputError
+from lit_gpt import Config, InputError, Tokenizer
 from lit_gpt.checkpoint.load import build_model, load_weights
 from lit_gpt.data.dataset import Dataset, heaviest_first, micro_batches, step_records
 from lit_gpt.data.prepare import DataArgs, prepare
 from lit_gpt.device import weight_dtype
 from lit_gpt.distributed import launch
+from lit_gpt.evaluation.forgetting_in_training import general_text_of
+from lit_gpt.evaluation.validation_metric import validation_metric
 from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
 from lit_gpt.make_optimizer import make_optimizer
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.packing import Segment
 from lit_gpt.optimizer_in_backward import check_in_backward
+from lit_gpt.runs.methods import METHODS
 from lit_gpt.runs.resume import data_fingerprint
 from lit_gpt.runs.saves import Checkpoints
 from lit_gpt.train import TrainArgs, flags_for_more_steps, learning_rate
@@ -74,7 +77,18 @@ def run_fit(
     """Trains on one process and returns the rows of metrics.csv, but for the clock's and the memory's columns."""
     train_data, val_data = Dataset(data_dir, "train"), Dataset(data_dir, "val")
     checkpoints = Checkpoints(out_dir, model, DESCRIPTION)
-    lit_gpt.train.fit(launch(1, precision), model, train_data, val_data, args, checkpoints, resume)
+    tokenizer = Tokenizer(Path(train_data.meta["checkpoint"]))
+    lit_gpt.train.fit(
+        launch(1, precision),
+        model,
+        train_data,
+        val_data,
+        args,
+        checkpoints,
+        resume,
+        metric=validation_metric(args, tokenizer, val_data),
+        general_text=general_text_of(args, tokenizer, model.config, METHODS["lora"]),
+    )
     return rows_of(out_dir)
 
 
@@ -352,7 +366,10 @@ BASE = dataclasses.replace(
 )
 LEARNED = {"weights", "loss", "val_loss", "grad_norm"}
 SCHEDULE = LEARNED | {"learning_rate"}
-LENGTH = SCHEDULE | {"step", "epoch", "tokens", "trained_tokens", "files", "passes", "computed"}
+FORGETTING = {"general_loss", "general_kl"}
+MEASURED = FORGETTING | {"metric", "scale"}  # columns that are empty unless asked for
+LENGTH = SCHEDULE | MEASURED | {"step", "epoch", "tokens", "trained_tokens", "files", "passes", "computed"}
+ANSWER_LENGTH = f"{ROOT}/tests/helpers/answer_length.py:judge"
 FLIPS: dict[str, tuple[Any, set[str]]] = {  # field -> another value, and all that it changes
     "learning_rate": (0.01, SCHEDULE),
     "min_learning_rate": (0.01, SCHEDULE),
@@ -362,7 +379,7 @@ FLIPS: dict[str, tuple[Any, set[str]]] = {  # field -> another value, and all th
     "beta2": (0.5, LEARNED),
     "max_norm": (None, LEARNED),
     "optimizer_in_backward": (True, {"passes", "computed"}),  # twice, since the gradient is clipped
-    "global_batch_size": (16, LENGTH - {"step", "files", "passes", "learning_rate"}),
+    "global_batch_size": (16, LENGTH - MEASURED - {"step", "files", "passes", "learning_rate"}),
     "micro_batch_size": (4, {"passes", "computed"}),  # smaller batches have fewer prefixes to share
     "micro_batch_tokens": (60, {"passes", "computed"}),
     "share_prefixes": (False, {"computed"}),
@@ -371,6 +388,11 @@ FLIPS: dict[str, tuple[Any, set[str]]] = {  # field -> another value, and all th
     "max_hours": (1e-9, LENGTH | {"saves"}),
     "eval_interval": (2, {"val_loss"}),
     "eval_records": (2, {"val_loss"}),
+    "metric": (ANSWER_LENGTH, {"metric"}),
+    "metric_records": (1, {"metric"}),
+    "watch_forgetting": (True, FORGETTING),
+    "general_text": (ROOT / "LICENSE", FORGETTING),
+    "max_forgetting": (1e-3, FORGETTING | {"val_loss", "scale"}),
     "patience": (1, LENGTH - {"weights"} | {"saves"}),
     "save_minutes": (1e-9, {"saves"}),
     "save_interval": (3, {"files"}),
@@ -378,6 +400,9 @@ FLIPS: dict[str, tuple[Any, set[str]]] = {  # field -> another value, and all th
     "seed": (7, LEARNED | {"tokens", "trained_tokens", "computed"}),
 }
 BASES = {  # where a setting shows under another base only
+    "metric_records": {"metric": ANSWER_LENGTH},
+    "general_text": {"watch_forgetting": True},
+    "max_forgetting": {"watch_forgetting": True},
     "patience": {"learning_rate": 1e-30, "eval_interval": 2},
     "max_norm": {"max_norm": 0.01},
 }

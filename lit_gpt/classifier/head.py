@@ -26,6 +26,7 @@ from lit_gpt.classifier.pooling import POOLINGS, pool_last
 from lit_gpt.errors import InputError
 from lit_gpt.lora import lora_filter, lora_learning_rate
 from lit_gpt.model.gpt import GPT
+from lit_gpt.model.loss import Judge
 from lit_gpt.model.packing import Layout
 from lit_gpt.quantize import Quantize
 from lit_gpt.ranges import check_range
@@ -225,9 +226,15 @@ class Classifier(nn.Module):
         features = self.features(idx, layout).to(self.output_layer.weight.dtype)
         return self.head(self.standardize(features))
 
-    def forward(self, idx: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """The summed loss of the records, a scalar, in which each counts as much as its class weighs."""
+    def forward(self, idx: torch.Tensor, layout: Layout, judge: Judge | None = None) -> torch.Tensor:
+        """The summed loss of the records, a scalar, in which each counts as much as its class weighs.
+
+        With a judge, such as `model.loss.loss_of_each`, what it gives for each record, (N,), times that weight.
+        """
         logits = self.logits(idx, layout)
+        if judge is not None:
+            each = judge(logits, layout.target)
+            return each if self.class_weights is None else each * self.class_weights[layout.target]
         return F.cross_entropy(logits, layout.target, self.class_weights, reduction="sum")
 
 

@@ -340,6 +340,22 @@ def micro_batches(
     Every rank gets the same number of micro-batches, since unequal numbers would deadlock. Missing ones are empty: a
     single token and no target.
     """
+    groups = micro_batch_groups(
+        dataset, records, micro_batch_size, rank, world_size, share_prefixes, micro_batch_tokens
+    )
+    return [end_to_end(dataset, group, share_prefixes) for group in groups]
+
+
+def micro_batch_groups(
+    dataset: Dataset,
+    records: Sequence[int],
+    micro_batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    share_prefixes: bool = False,
+    micro_batch_tokens: int | None = None,
+) -> list[list[int]]:
+    """Which records each of this rank's micro-batches has; none, if it is an empty one. See `micro_batches`."""
     # a share for each rank
     longest_first = sorted(records, key=lambda i: (-dataset.length(i), i))
     shares = [longest_first[r::world_size] for r in range(world_size)]
@@ -348,22 +364,20 @@ def micro_batches(
     if micro_batch_tokens is None:
         share = shares[rank]
         n_micro_batches = math.ceil(len(shares[0]) / micro_batch_size)
-        groups = [share[k::n_micro_batches] for k in range(n_micro_batches)]
-    else:
-        prefix = length_of_common_prefix(dataset, records) if share_prefixes else 0
-        groups_of_ranks = [group_by_tokens(share, dataset, micro_batch_tokens, prefix) for share in shares]
-        n_micro_batches = max(len(groups) for groups in groups_of_ranks)
-        groups = groups_of_ranks[rank]
-        groups += [[]] * (n_micro_batches - len(groups))
+        return [share[k::n_micro_batches] for k in range(n_micro_batches)]
+    prefix = length_of_common_prefix(dataset, records) if share_prefixes else 0
+    groups_of_ranks = [group_by_tokens(share, dataset, micro_batch_tokens, prefix) for share in shares]
+    n_micro_batches = max(len(groups) for groups in groups_of_ranks)
+    groups = groups_of_ranks[rank]
+    return groups + [[]] * (n_micro_batches - len(groups))
 
-    # rows of tokens
-    batches = []
-    for group in groups:
-        members = [dataset[i] for i in group]
-        if not members:
-            members = [empty_record()]
-        batches.append(Layout.end_to_end(members, share_prefixes))
-    return batches
+
+def end_to_end(dataset: Dataset, group: Sequence[int], share_prefixes: bool = False) -> tuple[torch.Tensor, Layout]:
+    """These records as a row of tokens (1, T), and its layout. No records are a single token without a target."""
+    members = [dataset[i] for i in group]
+    if not members:
+        members = [empty_record()]
+    return Layout.end_to_end(members, share_prefixes)
 
 
 def empty_record() -> tuple[torch.Tensor, torch.Tensor]:

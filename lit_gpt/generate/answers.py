@@ -24,8 +24,10 @@ class Answered(NamedTuple):
     """The answer of the model."""
 
 
-def answers(model: GPT, tokenizer: Tokenizer, dataset: Dataset, n: int, max_new_tokens: int = 60) -> list[Answered]:
-    """The greedy answers to the first n prompts of a dataset, or to all if it has fewer.
+def answers(
+    model: GPT, tokenizer: Tokenizer, dataset: Dataset, n: int, max_new_tokens: int = 60, quiet: bool = False
+) -> list[Answered]:
+    """The greedy answers to the first n prompts of a dataset, or to all if it has fewer. Says so, unless `quiet`.
 
     If the model is split among devices, all processes must call it.
     """
@@ -33,7 +35,7 @@ def answers(model: GPT, tokenizer: Tokenizer, dataset: Dataset, n: int, max_new_
     model.eval()
 
     n = min(n, len(dataset))
-    if n > 1 and is_first():
+    if n > 1 and is_first() and not quiet:
         print(f"Answering {n} validation records ...", file=sys.stderr)
 
     questions = [dataset.question(i) for i in range(n)]

@@ -1,9 +1,12 @@
 """The log of a run while it trains: on a terminal a progress bar, elsewhere plain lines; and `metrics.csv`.
 
-step,epoch,loss,val_loss,learning_rate,grad_norm,tokens,trained_tokens,seconds,memory_gb
-0,,,3.5,,,,,,                                         a validation before the first step
-1,0.5,3.25,,0.001,1.5,2048,512,0.75,1.5               a step
-2,1.0,3.0,3.125,0.001,1.25,1024,256,0.5,1.5           a step, and the validation after it
+step,epoch,loss,val_loss,...,learning_rate,grad_norm,tokens,trained_tokens,seconds,memory_gb
+0,,,3.5,...,,,,,,                                         a validation before the first step
+1,0.5,3.25,,...,0.001,1.5,2048,512,0.75,1.5               a step
+2,1.0,3.0,3.125,...,0.001,1.25,1024,256,0.5,1.5           a step, and the validation after it
+
+    ...     what a validation measures only if it is asked to: metric, with --train.metric; general_loss and general_kl,
+            with --train.watch_forgetting; and scale, how much of the change it has left, with --train.max_forgetting
 """
 
 import atexit
@@ -23,14 +26,30 @@ from rich.text import Text
 from lit_gpt.display.words import duration
 from lit_gpt.errors import InputError
 from lit_gpt.files import write_whole
+from lit_gpt.runs.best import is_better, is_within
 
-HEADER = "step,epoch,loss,val_loss,learning_rate,grad_norm,tokens,trained_tokens,seconds,memory_gb"
-COLUMNS = HEADER.split(",")
+COLUMNS = [
+    "step",
+    "epoch",
+    "loss",
+    "val_loss",
+    "metric",
+    "general_loss",
+    "general_kl",
+    "scale",
+    "learning_rate",
+    "grad_norm",
+    "tokens",
+    "trained_tokens",
+    "seconds",
+    "memory_gb",
+]
+HEADER = ",".join(COLUMNS)
 Row = dict[str, Any]  # a number for each column, or None
 
 SHOWN = {  # what a line or the bar says of a step, as far as it is known
     "loss": "loss {:.4f}",
-    "val_loss": "val loss {}",
+    "validation": "{}",
     "learning_rate": "learning rate {:.2e}",
     "speed": "{:,.0f} tokens/s",
     "memory_gb": "{:.2f} GB",
@@ -53,11 +72,19 @@ class Log:
         first_step: int = 0,
         main_process: bool = True,
         loggers: Sequence[Any] = (),
+        metric: str = "metric",
+        max_forgetting: float | None = None,
     ) -> None:
-        """A run that goes on after `first_step` keeps the rows up to it."""
+        """A run that goes on after `first_step` keeps the rows up to it.
+
+        `metric` is the name of what the column of this name holds, and `max_forgetting` the most that `best` may have
+        in the column general_kl.
+        """
         self.total_steps = total_steps
         self.first_step = first_step
         self.loggers = loggers
+        self.metric = metric
+        self.max_forgetting = max_forgetting
         self.main_process = main_process
         self.open = main_process
         self.rows: list[Row] = []
@@ -78,12 +105,10 @@ class Log:
             self.last_row_at -= len(lines[-1]) + 1
 
         # what is shown: the last step, the last validation, the time
-        self.val_loss: float | None = None
-        self.val_step = 0
+        self.validation: Row | None = None
         for row in self.rows:
             if row["val_loss"] is not None:
-                self.val_loss = row["val_loss"]
-                self.val_step = row["step"]
+                self.validation = row
         self.shown: Row = dict.fromkeys(COLUMNS) | {"step": first_step}
         self.printed_step = first_step
         self.began = time.monotonic()
@@ -117,14 +142,13 @@ class Log:
         if self.live is None and (is_due or step == self.total_steps):
             self.print_line()
 
-    def val(self, step: int, val_loss: float) -> None:
-        """Logs the validation loss after `step` steps; it joins the row of that step."""
+    def val(self, step: int, val_loss: float, **figures: float) -> None:
+        """Logs the validation loss after `step` steps, and what else was measured; it joins the row of that step."""
         if not self.main_process:
             return
-        self.val_loss = self.write_figures(step, {"val_loss": val_loss})["val_loss"]
-        self.val_step = step
+        self.validation = self.write_figures(step, {"val_loss": val_loss} | figures)
         if self.live is None:
-            self.note(f"step {step:,}/{self.total_steps:,}  val loss {self.val_loss:.4f}")
+            self.note(f"step {step:,}/{self.total_steps:,}  {self.figures_of(self.validation)}")
 
     def note(self, text: str) -> None:
         """Prints a text that does not tear the progress bar."""
@@ -133,24 +157,49 @@ class Log:
         elif self.main_process:
             print(text, file=sys.stderr, flush=True)
 
+    def best(self) -> Row | None:
+        """The row of the best validation, see `runs/best.py`, the first of several; None if there was none."""
+        best = None
+        for row in self.rows:
+            if row["val_loss"] is None or not is_within(row["general_kl"], self.max_forgetting):
+                continue
+            if best is None or is_better(row["val_loss"], row["metric"], best["val_loss"], best["metric"]):
+                best = row
+        return best
+
     def best_step(self) -> int | None:
-        """The step with the lowest validation loss, the first of several; None if there was no validation."""
-        validations = [row for row in self.rows if row["val_loss"] is not None]
-        if not validations:
-            return None
-        return min(validations, key=lambda row: row["val_loss"])["step"]
+        """The step of the best validation; None if there was none."""
+        best = self.best()
+        return None if best is None else best["step"]
+
+    def why_best(self) -> str:
+        """By what `best` was chosen, in words."""
+        best = self.best()
+        if best is None:
+            return "as last: nothing was set aside to judge by"
+        by = "lowest validation loss" if best["metric"] is None else f"highest {self.metric}"
+        budget = "" if self.max_forgetting is None else " within --train.max_forgetting"
+        return f"{by}{budget}, of step {best['step']:,}"
 
     def facts(self) -> dict[str, str]:
         """The run in a few figures, for the report."""
         steps = [row for row in self.rows if row["loss"] is not None]
-        val_losses = [row["val_loss"] for row in self.rows if row["val_loss"] is not None]
         seconds = sum(row["seconds"] for row in steps)
         facts = {"Optimizer steps": f"{len(steps):,}", "Time in them": duration(seconds)}
-        if val_losses:
-            before = val_losses[0]
-            best = min(val_losses)
-            end = val_losses[-1]
-            facts["Validation loss"] = f"{before:.4f} before, {best:.4f} at best, {end:.4f} at the end"
+        best = self.best()
+        if best is not None:
+            validations = [row for row in self.rows if row["val_loss"] is not None]
+            names = {
+                "val_loss": "Validation loss",
+                "metric": self.metric[:1].upper() + self.metric[1:],
+                "general_loss": "Loss on the general text",
+                "general_kl": "Forgetting (KL to the base there)",
+                "scale": "Scale of the change, within --train.max_forgetting",
+            }
+            for column, name in names.items():
+                if best[column] is not None:
+                    before, at_best, end = [row[column] for row in (validations[0], best, validations[-1])]
+                    facts[name] = f"{before:.4f} before, {at_best:.4f} at best, {end:.4f} at the end"
         if steps:
             tokens = sum(row["tokens"] for row in steps)
             peak = max(row["memory_gb"] for row in steps)
@@ -226,17 +275,28 @@ class Log:
         speed = None
         if self.shown["tokens"] is not None and self.shown["seconds"]:
             speed = self.shown["tokens"] / self.shown["seconds"]
-        figures = self.shown | {"val_loss": self.val_loss_text(), "speed": speed}
+        figures = self.shown | {"validation": self.validation_text(), "speed": speed}
         texts = [text.format(figures[name]) for name, text in SHOWN.items() if figures[name] is not None]
         return "  ".join(texts)
 
-    def val_loss_text(self) -> str | None:
-        """The last validation loss, with its step if that is an earlier one; None if there was no validation."""
-        if self.val_loss is None:
+    def validation_text(self) -> str | None:
+        """The last validation, with its step if that is an earlier one; None if there was none."""
+        if self.validation is None:
             return None
-        text = f"{self.val_loss:.4f}"
-        if self.val_step != self.shown["step"]:
-            text += f" (step {self.val_step:,})"
+        text = self.figures_of(self.validation)
+        if self.validation["step"] != self.shown["step"]:
+            text += f" (step {self.validation['step']:,})"
+        return text
+
+    def figures_of(self, validation: Row) -> str:
+        """What a validation has measured."""
+        text = f"val loss {validation['val_loss']:.4f}"
+        if validation["metric"] is not None:
+            text += f"  {self.metric} {validation['metric']:.4f}"
+        if validation["general_kl"] is not None:
+            text += f"  general loss {validation['general_loss']:.4f}  KL {validation['general_kl']:.4f}"
+        if validation["scale"] is not None:
+            text += f"  scale {validation['scale']:.2f}"
         return text
 
     def times_text(self) -> str:
@@ -254,20 +314,23 @@ class Log:
 def read_metrics(path: Path) -> list[Row]:
     """The rows of a `metrics.csv`, None where a cell is empty. A last line torn by a killed process is left out.
 
+    Earlier versions had fewer columns, which are empty then.
+
     Raises:
-        InputError: another version wrote it, or something else did.
+        InputError: a later version wrote it, or something else did.
     """
     try:
         *whole_lines, _ = path.read_text(encoding="utf-8").split("\n")  # what follows the last line end may be torn
         header, *lines = whole_lines or [HEADER]
-        if header != HEADER:
+        columns = header.split(",")
+        if "step" not in columns or not set(columns) <= set(COLUMNS):
             raise InputError(
                 f"{path} has other columns than this version writes: {header}. Start anew with --overwrite."
             )
         rows = []
         for line in lines:
             numbers = [parse_number(cell) for cell in line.split(",")]
-            rows.append(dict(zip(COLUMNS, numbers, strict=True)))
+            rows.append(dict.fromkeys(COLUMNS) | dict(zip(columns, numbers, strict=True)))
     except ValueError as error:
         raise InputError(
             f"{path} is damaged ({error}). Delete it to go on without its figures, or start anew with --overwrite."

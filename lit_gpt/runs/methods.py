@@ -16,10 +16,11 @@ from lit_gpt.adapter import (
     adapter_v2_filter,
     apply_adapter,
     apply_adapter_v2,
+    fix_adapter_scale,
     scale_adapter,
 )
 from lit_gpt.full import Full, mark_chosen_as_trainable
-from lit_gpt.lora import LoRA, apply_lora, lora_filter, lora_scaled, scale_lora
+from lit_gpt.lora import LoRA, apply_lora, fix_lora_scale, lora_filter, lora_scaled, scale_lora
 from lit_gpt.model.gpt import GPT
 
 
@@ -44,6 +45,8 @@ class Method:
     devices split them, and what is saved is a model of its own: a Hugging Face folder."""
     scale: Callable[[GPT, float], None] | None = None
     """Uses so much of what was trained, from then on: 1 is all of it, 0 the base. None if the base is gone."""
+    fix_scale: Callable[[GPT], None] | None = None
+    """Changes the trained weights such that they have the scale themselves, which is 1 again."""
     scaled: Callable[[GPT, float], AbstractContextManager[None]] | None = None
     """The same for a while: a context, after which all is as it was."""
 
@@ -70,6 +73,7 @@ LORA = Method(
     apply=in_place(apply_lora),
     filter=lora_filter,
     scale=scale_lora,
+    fix_scale=fix_lora_scale,
     scaled=lora_scaled,
 )
 ADAPTER = Method(
@@ -80,6 +84,7 @@ ADAPTER = Method(
     apply=in_place(apply_adapter),
     filter=adapter_filter,
     scale=scale_adapter,
+    fix_scale=fix_adapter_scale,
     scaled=adapter_scaled,
 )
 ADAPTER_V2 = Method(
@@ -90,6 +95,7 @@ ADAPTER_V2 = Method(
     apply=in_place(apply_adapter_v2),
     filter=adapter_v2_filter,
     scale=scale_adapter,
+    fix_scale=fix_adapter_scale,
     scaled=adapter_scaled,
 )
 FULL = Method(

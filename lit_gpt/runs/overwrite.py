@@ -24,6 +24,7 @@ FOLDERS = (
 FILES = (
     "hyperparameters.yaml",
     "metrics.csv",
+    "val_losses.csv",
     "report.md",
     "loss.png",
     "confusion.png",  # of a classifier

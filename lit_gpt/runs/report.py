@@ -61,6 +61,15 @@ def loss_figure(rows: list[Row]) -> "Figure":
     if len(val_steps):
         axes.plot(val_steps, val_losses, color="tab:orange", marker="o", linewidth=1, label="validation")
 
+    # what was forgotten, with an axis of its own; dashed and with squares, for who sees or prints it in grey
+    kl_steps, kls = columns_of(rows, "step", "general_kl")
+    if len(kl_steps):
+        right = axes.twinx()
+        right.plot(kl_steps, kls, color="black", linestyle="--", marker="s", markersize=4, linewidth=1)
+        right.set(ylabel="KL to the base on the general text (nats per token)")
+        right.set_ylim(bottom=0)
+        axes.plot([], [], color="black", linestyle="--", marker="s", markersize=4, label="forgetting (right axis)")
+
     # how much of it is shown, and a note of what is not
     notes = []
     if not finite.all():
@@ -265,9 +274,4 @@ def report_run(
         facts=facts,
         answers=answers,
     )
-    best_step = log.best_step()
-    if best_step is None:
-        reason = "as last: nothing was set aside to judge by"
-    else:
-        reason = f"lowest validation loss, of step {best_step:,}"
-    print(f"Report: {path}. Weights: {out_dir / 'best'} ({reason}), {out_dir / 'last'}.")
+    print(f"Report: {path}. Weights: {out_dir / 'best'} ({log.why_best()}), {out_dir / 'last'}.")

@@ -16,6 +16,7 @@ import torch
 from lit_gpt.data.dataset import Dataset
 from lit_gpt.distributed import check_alike
 from lit_gpt.errors import InputError
+from lit_gpt.runs.best import is_better
 from lit_gpt.sharding import local_tensor, sum_over_devices
 
 if TYPE_CHECKING:
@@ -36,28 +37,37 @@ class Progress:
     step: int = 0
     """Optimizer steps done."""
     best_val_loss: float = math.inf
-    """The lowest of all validations, which is that of `best`."""
+    """The loss of the best of all validations, which is that of `best`."""
+    best_metric: float = -math.inf
+    """Its metric, with --train.metric."""
     best_for_patience: float = math.inf
-    """The lowest of those that a run has which is never stopped."""
+    """The loss of the best of those that a run has which is never stopped."""
+    best_metric_for_patience: float = -math.inf
+    """Its metric."""
     evals_without_gain: int = 0
     """How many of those came after it."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """The scale of the loss under 16-true and 16-mixed; empty under the others."""
 
-    def note_val_loss(self, val_loss: float, extra: bool = False) -> bool:
-        """Remembers a validation loss. Returns whether it is the lowest so far.
+    def note_validation(
+        self, loss: float, metric: float | None = None, within_budget: bool = True, extra: bool = False
+    ) -> bool:
+        """Remembers a validation. Returns whether it is the best so far, which one beyond the budget never is.
 
         An `extra` one, which there is because the run stops here for a while, is nothing to be patient by: the run
         ends where it would have ended without the stop.
         """
-        if not extra and val_loss < self.best_for_patience:
-            self.best_for_patience = val_loss
+        is_gain = within_budget and is_better(loss, metric, self.best_for_patience, self.best_metric_for_patience)
+        if not extra and is_gain:
+            self.best_for_patience = loss
+            self.best_metric_for_patience = -math.inf if metric is None else metric
             self.evals_without_gain = 0
         elif not extra:
             self.evals_without_gain += 1
-        is_best = val_loss < self.best_val_loss
+        is_best = within_budget and is_better(loss, metric, self.best_val_loss, self.best_metric)
         if is_best:
-            self.best_val_loss = val_loss
+            self.best_val_loss = loss
+            self.best_metric = -math.inf if metric is None else metric
         return is_best
 
     def out_of_patience(self, patience: int | None) -> bool:

@@ -70,7 +70,7 @@ def main(
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["label", *trained.names, "text"])
     blank = [""] * (2 + len(trained.names))
-    rows = probabilities_in_order(model, dataset, batch_size)
+    rows = probabilities_in_order(model, dataset, batch_size, trained.temperature)
     for text in all_texts:
         if not text.strip():
             writer.writerow(blank)
@@ -81,12 +81,14 @@ def main(
         writer.writerow([label, *cells, " ".join(text.split())])
 
 
-def probabilities_in_order(model: Classifier, dataset: Texts, batch_size: int) -> Iterator[np.ndarray]:
+def probabilities_in_order(
+    model: Classifier, dataset: Texts, batch_size: int, temperature: float
+) -> Iterator[np.ndarray]:
     """The probabilities (n_classes,) of each text. Every ten seconds a line on stderr says how many are done."""
     said_at = time.monotonic()
     for start in range(0, len(dataset), batch_size):
         numbers = dataset.records[start : start + batch_size]
-        yield from compute_probabilities(model, dataset.choose(numbers), batch_size)
+        yield from compute_probabilities(model, dataset.choose(numbers), batch_size, temperature)
         sys.stdout.flush()
         if time.monotonic() - said_at > 10:
             said_at = time.monotonic()

@@ -23,6 +23,7 @@ from lit_gpt import InputError, Tokenizer
 from lit_gpt.checkpoint.load import load_model
 from lit_gpt.checkpoint.weight_files import read_metadata
 from lit_gpt.classifier.cached_states import cached_rows, hidden_rows
+from lit_gpt.classifier.confusion import confusion_markdown, confusion_text
 from lit_gpt.classifier.features import (
     compute_features,
     compute_logits,
@@ -31,6 +32,7 @@ from lit_gpt.classifier.features import (
     in_batches,
     require_scikit_learn,
 )
+from lit_gpt.classifier.grid import Grid, Setting
 from lit_gpt.classifier.head import (
     Classifier,
     ClassifierArgs,
@@ -40,20 +42,19 @@ from lit_gpt.classifier.head import (
     mark_trainable,
 )
 from lit_gpt.classifier.load import load_classifier
-from lit_gpt.classifier.scores import (
-    confusion_markdown,
-    confusion_text,
-    score_predictions,
-    write_classifier_report,
-)
-from lit_gpt.classifier.sweep import check_sweep, saturation, steps_of, summarize
+from lit_gpt.classifier.report import write_classifier_report
+from lit_gpt.classifier.scores import Scores, score_log_probabilities
+from lit_gpt.classifier.sweep import check_seeds, saturation, steps_of
 from lit_gpt.classifier.texts import TextArgs, Texts, load_texts, read_labelled, split_texts, tokenize_texts
 from lit_gpt.classifier.training import ClassifierTrainArgs
+from lit_gpt.classifier.word_baseline import BASELINE, words_to_classes
 from lit_gpt.cli import read_hyperparameters, save_hyperparameters
 from lit_gpt.distributed import launch
 from lit_gpt.model.packing import Layout
 from lit_gpt.runs.out_dir import start_run
 from lit_gpt.runs.overwrite import drop_earlier_run
+from lit_gpt.scores.paired import Interval
+from lit_gpt.scores.record_scores import read_scores
 
 WORDS = {
     "up": "raise higher above climb over top",
@@ -199,6 +200,11 @@ def test_logistic_regression_is_that_of_scikit_learn(tiny_dir, texts) -> None:
         assert np.abs(got - expected).max() < 1e-3
 
 
+def score_predictions(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> Scores:
+    ids = [str(i) for i in range(len(labels))]
+    return score_log_probabilities(labels, np.log(np.eye(n_classes)[predicted] + 1e-3), ids)
+
+
 def test_scores() -> None:
     from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
@@ -218,7 +224,7 @@ def test_scores_without_a_class(tmp_path) -> None:
     found = score_predictions(labels, predicted, 3)
     expected = f1_score(labels, predicted, labels=[0, 1, 2], average="macro", zero_division=0)
     assert found.confusion.shape == (3, 3) and found.f1.mean() == pytest.approx(expected)
-    write_classifier_report(found, ["a", "b", "c"], tmp_path, "command", {}, "4 test texts")
+    write_classifier_report(found, None, ["a", "b", "c"], labels, tmp_path, "command", {}, "4 test texts")
     assert "| F1 of c | 0.0000 |" in (tmp_path / "report.md").read_text()
 
 
@@ -259,13 +265,17 @@ def test_split_keeps_equal_texts_together(csv_path) -> None:
 
 
 def test_an_overwritten_run_leaves_nothing(tmp_path) -> None:
-    """Of a sweep neither; what others put there stays."""
+    """Of a sweep or a curve neither; what others put there stays."""
     settings = {"overwrite": True, "resume": False, "k": 1}
-    for name in ("seed-0-last-2/best/x", "seed-12-head/last/x", "seed-0-features/x", "seeds/x", "seed-0-notes/x"):
+    folders = ("seed-0-last-2/best", "seed-12-head/last", "seed-0-features", "seed-1-64-labels/best")
+    for name in (*(f"{folder}/x" for folder in folders), "seeds/x", "seed-0-notes/x"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
-    for name in ("sweep.csv", "sweep.md", "sweep.png", "confusion.png", "hidden.safetensors"):
+    for name in ("confusion.png", "reliability.png", "scores.csv", "hidden.safetensors"):
         (tmp_path / name).touch()
+    for ending in (".csv", "_scores.csv", ".md", ".png"):
+        (tmp_path / f"sweep{ending}").touch()
+        (tmp_path / f"labels_curve{ending}").touch()
     start_run(launch(), tmp_path, settings)
     drop_earlier_run()  # as at the first save
     assert {path.name for path in tmp_path.iterdir()} == {"hyperparameters.yaml", "seeds", "seed-0-notes"}
@@ -282,12 +292,12 @@ def test_a_sweep_goes_on_with_its_settings(tmp_path) -> None:
 
 def test_a_sweep_that_cannot_end_does_not_begin(monkeypatch) -> None:
     with pytest.raises(InputError, match="--sweep_seeds is 0"):
-        check_sweep(0)
+        check_seeds(0)
     monkeypatch.setattr("lit_gpt.packages.find_spec", lambda name: None)
     with pytest.raises(InputError, match="scikit-learn: pip install"):
         require_scikit_learn()
     with pytest.raises(InputError, match="matplotlib: pip install"):
-        check_sweep(1)
+        check_seeds(1)
 
 
 @pytest.mark.parametrize(
@@ -302,6 +312,12 @@ def test_a_sweep_that_cannot_end_does_not_begin(monkeypatch) -> None:
         ({"method": "lora", "quantize": "bnb.nf4"}, "--quantize is for --method qlora"),
         ({"precision": "16-true"}, "weights in float16 cannot be trained"),
         ({"optimizer": "torch.optim.LBFGS"}, "LBFGS cannot step"),
+        ({"sweep": True, "labels_curve": [8]}, "--sweep trains with all labels, and --labels_curve with few"),
+        ({"labels_curve": []}, r"--labels_curve is \[\], expected numbers"),
+        ({"labels_curve": [8, 1]}, "--labels_curve is 1, expected 2 or more"),
+        ({"labels_curve": [8, 49]}, "--labels_curve ends with 49, expected 48 or less: seed 0 has no more"),
+        ({"labels_curve": [8], "train": ClassifierTrainArgs(patience=1)}, "no texts aside to be patient by"),
+        ({"labels_curve": [8], "val_fraction": 0.01}, "Seed 0 has 1 text to score, expected two or more"),
     ],
 )
 def test_what_cannot_be_leaves_no_out_dir(flags, message, csv_path, tiny_dir, tmp_path) -> None:
@@ -560,7 +576,7 @@ def test_a_head_is_as_good_as_a_logistic_regression(tiny_dir, tmp_path, capsys) 
 
 def test_sweep(csv_path, tiny_dir, tmp_path) -> None:
     """Every step once per seed, and nothing twice; nothing of other texts."""
-    csv_path = shutil.copy(csv_path, tmp_path / "texts.csv")
+    csv_path = Path(shutil.copy(csv_path, tmp_path / "texts.csv"))
     flags = ["--checkpoint_dir", tiny_dir, "--data_path", csv_path, "--out_dir", tmp_path / "out", "--sweep", "true"]
     flags += ["--train.learning_rate", 0.01, "--sweep_seeds", 2]
     done = python(ROOT / "finetune/classifier.py", *flags, check=True)
@@ -570,27 +586,44 @@ def test_sweep(csv_path, tiny_dir, tmp_path) -> None:
     assert "seed 2 of 2, last 1 block\n" in said and f"--finetuned {tmp_path / 'out'}/seed-0-" in output
     assert [line.split(",")[0] for line in rows.splitlines()[1:]] == steps * 2
     assert (tmp_path / "out/sweep.png").read_bytes().startswith(b"\x89PNG") and "Enough: " in output
+    assert (tmp_path / "out/sweep.md").read_text() in output
     kept = rows.splitlines(keepends=True)
     (tmp_path / "out/sweep.csv").write_text("".join(kept[:-1]))
     run(ROOT / "finetune/classifier.py", *flags, "--resume", "true")
     again = (tmp_path / "out/sweep.csv").read_text().splitlines(keepends=True)
     assert again[:-1] == kept[:-1] and again[-1].split(",")[4:] == kept[-1].split(",")[4:]
 
-    lines = csv_path.read_text().splitlines(keepends=True)
+    # the differences are those of single texts, which are kept
+    table = (tmp_path / "out/sweep.md").read_text()
+    assert table.count("\n- ") == 2 * (len(steps) - 1) - 1
+    assert "Accuracy against TF-IDF, words alone:\n\n- features" in table
+    of_texts = {one.measure: one for one in read_scores(tmp_path / "out/sweep_scores.csv")}
+    assert len(of_texts) == 2 * 2 * len(steps)
+    for row in csv.DictReader(again):
+        hits = of_texts[f"{row['setting']}, seed {row['seed']}: accuracy"]
+        assert len(hits) == 12 and hits.mean == pytest.approx(float(row["accuracy"]))
+
+    lines = Path(shutil.copy(csv_path, tmp_path / "before.csv")).read_text().splitlines(keepends=True)
     csv_path.write_text("".join(lines[:-1]))
     refused = python(ROOT / "finetune/classifier.py", *flags, "--resume", "true")
     assert refused.returncode == 2 and "sweep.csv has rows of other texts" in refused.stderr
     assert (tmp_path / "out/sweep.csv").read_text() == "".join(again)
 
+    data = load_texts(TextArgs(data_path=tmp_path / "before.csv"), Tokenizer(tiny_dir), 64)
+    (tmp_path / "out/sweep_scores.csv").unlink()
+    with pytest.raises(
+        InputError, match=r"sweep.csv has rows whose texts are not in .*sweep_scores.csv: no 'TF-IDF, s"
+    ):
+        Grid(tmp_path / "out/sweep.csv", data)
+
 
 def test_where_it_saturates() -> None:
-    def rows(setting: str, minutes: float, *accuracies: float) -> list[dict[str, str]]:
-        values = dict(setting=setting, trained="1", minutes=str(minutes), f1="0")
-        return [values | {"seed": str(i), "accuracy": str(a)} for i, a in enumerate(accuracies)]
+    def setting(name: str, minutes: float, accuracy: float, spread: float) -> Setting:
+        return Setting(name, 1, minutes, Interval(accuracy, 0, 1, 80), spread, f1=0)
 
-    entries = summarize(rows("a", 1, 0.7, 0.7) + rows("b", 2, 0.92, 0.94) + rows("c", 3, 0.93, 0.95))
-    assert [entry.accuracy for entry in entries] == pytest.approx([0.7, 0.93, 0.94])
-    assert saturation(entries).name == "b"
+    settings = [setting(BASELINE, 0, 0.95, 0), setting("a", 1, 0.7, 0)]
+    settings += [setting("b", 2, 0.93, 0.014), setting("c", 3, 0.94, 0.014)]
+    assert saturation(settings).name == "b"
     assert list(steps_of(ClassifierArgs(), 6)) == ["features", "head", "last 1", "last 2", "last 4", "last 6"]
     assert asdict(steps_of(ClassifierArgs(), 6)["last 4"])["k"] == 4
     with pytest.raises(InputError, match="2 blocks"):
@@ -603,3 +636,92 @@ def test_hidden_rows_are_what_reaches_a_block(tiny_dir, texts) -> None:
     start, end = texts.span(7)
     ids, _ = texts[7]
     assert (rows[0][start:end] - model.gpt.transformer.wte(ids)).abs().max() < 1e-12
+
+
+def test_a_labels_curve_learns_from_so_many_labels(tiny_dir, tmp_path, capsys) -> None:
+    """Other labels of the texts set aside change the accuracy, and no weight. It goes on where it was stopped."""
+    with write_texts(tmp_path / "texts.csv", 60).open() as file:
+        records = [record | {"split": "train" if i < 40 else "val"} for i, record in enumerate(csv.DictReader(file))]
+    main = script("finetune/classifier.py").main
+    shared = dict(checkpoint_dir=tiny_dir, labels_curve=[32, 4], sweep_seeds=1, k=2, pooling="mean")
+    weights, tables = [], []
+    for name in ("right", "wrong"):
+        out_dir = tmp_path / name
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+        main(data_path=tmp_path / f"{name}.json", out_dir=out_dir, **shared)
+        weights.append(load_file(out_dir / "seed-0-32-labels/best/classifier.safetensors"))
+        tables.append((out_dir / "labels_curve.md").read_text())
+        assert tables[-1] in capsys.readouterr().out and (out_dir / "labels_curve.png").is_file()
+        for record in records[40:]:
+            record["label"] = "up" if record["label"] == "down" else "down"
+    assert equal(*weights) and tables[0] != tables[1]
+    heads = [line.split("|")[1].strip() for line in tables[0].splitlines()]
+    assert heads == ["labels", "---:", "4", "32"]
+
+    # 4 labels make a step an epoch: they are gone through until there are enough steps
+    for n in (4, 32):
+        assert len([row for row in rows_of(tmp_path / f"right/seed-0-{n}-labels") if row["loss"]]) == 30
+    rows = (tmp_path / "right/labels_curve.csv").read_text().splitlines(keepends=True)
+    assert [row.split(",seed")[0].split(",0,")[0].strip('"') for row in rows[1:]] == [
+        "TF-IDF, 4 labels", "4 labels", "TF-IDF, 32 labels", "32 labels"
+    ]  # fmt: skip
+    (tmp_path / "right/labels_curve.csv").write_text("".join(rows[:-1]))
+    shutil.rmtree(tmp_path / "right/seed-0-4-labels")
+    main(data_path=tmp_path / "right.json", out_dir=tmp_path / "right", resume=True, **shared)
+    assert (tmp_path / "right/labels_curve.md").read_text() == tables[0]
+    assert not (tmp_path / "right/seed-0-4-labels").exists()
+
+
+def test_a_temperature_is_kept_and_used(csv_path, tiny_dir, tmp_path, capsys) -> None:
+    """Probabilities are those of divided logits; a classifier that was saved without one has 1."""
+    main = script("finetune/classifier.py").main
+    train = ClassifierTrainArgs(max_steps=8, warmup_steps=1)
+    main(checkpoint_dir=tiny_dir, data_path=csv_path, out_dir=tmp_path / "out", method="head", train=train)
+    report = (tmp_path / "out/report.md").read_text()
+    assert "## How sure it is" in report and (tmp_path / "out/reliability.png").is_file()
+    measures = [one.measure for one in read_scores(tmp_path / "out/scores.csv")]
+    assert measures == ["accuracy", "log loss", "words alone: accuracy", "words alone: log loss"]
+
+    model, tokenizer, trained = load_classifier(None, tmp_path / "out", torch.float32, None)
+    assert trained.temperature != 1 and f"Temperature {trained.temperature:.2f}" in capsys.readouterr().out
+    lines = csv_path.read_text().splitlines()[1:6]
+    texts = [line.rpartition(",")[0] for line in lines]
+    ids = tokenize_texts(texts, tokenizer, trained.max_seq_length)
+    logits = torch.from_numpy(compute_logits(model, Texts(ids, [0] * 5, np.arange(5)), 16))
+
+    def labelled() -> list[dict[str, str]]:
+        (tmp_path / "texts.txt").write_text("\n".join(texts))
+        script("generate/classify.py").main(
+            finetuned=tmp_path / "out", texts=tmp_path / "texts.txt", precision="32-true"
+        )
+        return list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+
+    file = tmp_path / "out/best/classifier.safetensors"
+    header = json.loads(read_metadata(file)["lit_gpt"])
+    labels = []
+    for temperature in (trained.temperature, 1.0):
+        rows = labelled()
+        expected = (logits / temperature).softmax(1)
+        for row, probabilities in zip(rows, expected, strict=True):
+            assert [float(row[name]) for name in trained.names] == pytest.approx(probabilities.tolist(), abs=1e-3)
+        labels.append([row["label"] for row in rows])
+        header["settings"].pop("temperature", None)
+        save_file(load_file(file), file, {"lit_gpt": json.dumps(header)})
+    assert labels[0] == labels[1]
+
+
+def test_words_alone(csv_path, tiny_dir, tmp_path, capsys, monkeypatch) -> None:
+    """Without a word in two texts they know the shares of the classes; without scikit-learn a line says so."""
+    log_probabilities, _ = words_to_classes(["one", "two", "three"], np.array([0, 1, 1]), ["two", "?"])
+    assert np.exp(log_probabilities) == pytest.approx(np.array([[1 / 3, 2 / 3]] * 2))
+    main = script("finetune/classifier.py").main
+    monkeypatch.setattr("lit_gpt.classifier.word_baseline.is_installed", lambda name: False)
+    main(
+        checkpoint_dir=tiny_dir,
+        data_path=csv_path,
+        out_dir=tmp_path / "out",
+        method="head",
+        train=ClassifierTrainArgs(max_steps=1),
+    )
+    line = "No comparison with words alone, as scikit-learn is missing: scikit-learn: pip install -e '.[classify]'"
+    assert line in capsys.readouterr().out and line in (tmp_path / "out/report.md").read_text()

@@ -85,6 +85,7 @@ OUT_OF_RANGE = {
     "--k": NOT_A_COUNT,
     "--head_layers": "-1",
     "--sweep_seeds": NOT_A_COUNT,
+    "--labels_curve": "[0] [8,-1]",
     # scripts/
     "--max_seq_length": NOT_A_COUNT,
     "--val_fraction": "-0.1 1.1 .nan",

@@ -42,10 +42,10 @@ def compute_logits(model: Classifier, dataset: Texts, batch_size: int) -> np.nda
     return compute_each(model.logits, model, dataset, batch_size)
 
 
-def compute_probabilities(model: Classifier, dataset: Texts, batch_size: int) -> np.ndarray:
+def compute_probabilities(model: Classifier, dataset: Texts, batch_size: int, temperature: float) -> np.ndarray:
     """The probability of each class for each record, (len(dataset), n_classes) float32."""
     logits = torch.from_numpy(compute_logits(model, dataset, batch_size))
-    return logits.softmax(1).numpy()
+    return (logits / temperature).softmax(1).numpy()
 
 
 @torch.inference_mode()
@@ -70,7 +70,7 @@ def compute_each(
 
 def require_scikit_learn() -> None:
     """Raises InputError if it is not installed."""
-    require("sklearn", "classify", "A logistic regression (--method features or --sweep)")
+    require("sklearn", "classify", "A logistic regression (--method features, --sweep or --labels_curve)")
 
 
 @torch.no_grad()

@@ -117,6 +117,9 @@ class TrainedClassifier:
     """The names of the classes, in the order of the head's outputs."""
     max_seq_length: int
     """Longer texts were cut to their first tokens."""
+    temperature: float = 1.0
+    """What the logits are divided by where a probability is told, see classifier/calibration.py. 1 in `last`, and in
+    what was saved before December 2026."""
 
 
 class Standardize(nn.Module):

@@ -4,7 +4,7 @@
 `Checkpoints` and `load_finetuned` from here, since runs know no classifier.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
@@ -57,9 +57,11 @@ def new_classifier_checkpoints(
     tokenizer: Tokenizer,
 ) -> Checkpoints:
     """The folders `last` and `best` of a classifier's run. `base` is the fingerprint of the model's weights."""
+    settings = asdict(trained)
+    del settings["temperature"]  # found at the end, and no part of what a run goes on by
     header = Header(
         method=CLASSIFIER.name,
-        settings=asdict(trained),
+        settings=settings,
         checkpoint_dir=str(checkpoint_dir),
         base=base,
         tokenizer=tokenizer.fingerprint,
@@ -67,6 +69,13 @@ def new_classifier_checkpoints(
         quantize=quantization(model.gpt),
     )
     return Checkpoints(folder, model, header, CLASSIFIER)
+
+
+def save_with_temperature(checkpoints: Checkpoints, trained: TrainedClassifier, temperature: float) -> None:
+    """Saves the weights that the model has as `best`, with the temperature that suits them."""
+    settings = asdict(replace(trained, temperature=temperature))
+    checkpoints.header = replace(checkpoints.header, settings=settings)
+    checkpoints.save("best")
 
 
 def load_classifier(

@@ -1,25 +1,17 @@
-"""How good a classifier is: accuracy, F1 and confusion matrix, as text and as a figure."""
+"""How good a classifier is: accuracy, F1 and confusion matrix of the texts it is scored on, and how sure they are."""
 
-import shlex
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from lit_gpt.classifier.features import compute_logits
-from lit_gpt.classifier.head import Classifier
-from lit_gpt.classifier.texts import Texts
-from lit_gpt.display.figures import INSTALL, can_draw, new_figure, save_figure
-from lit_gpt.display.tables import markdown_table
-from lit_gpt.runs.report import escape_markdown, write_report
+from lit_gpt.classifier.calibration import Calibration
+from lit_gpt.scores.over_seeds import interval_over_seeds
+from lit_gpt.scores.paired import DRAWS, Interval
+from lit_gpt.scores.record_scores import RecordScores, shares
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-MOST_CLASSES = 10  # a matrix of more is wider than a terminal, and mostly zeros: it becomes a list
-MOST_MISTAKES = 10
-WIDEST_NAME = 12  # characters, in a matrix
+ACCURACY = "accuracy"
+LOG_LOSS = "log loss"
 
 
 class Scores(NamedTuple):
@@ -29,178 +21,99 @@ class Scores(NamedTuple):
     """How often each true class (rows) was taken for each class (columns), (n_classes, n_classes) int64."""
     f1: np.ndarray
     """F1 of each class, (n_classes,); their mean is macro F1."""
-    accuracy: float
+    hits: RecordScores
+    """Whether each text got its label."""
+    log_loss: RecordScores
+    """-log p of the label of each text, in nats."""
     trained: int
     """The number of trained parameters."""
     minutes: float
     """All the work from the base model's weights to the classifier."""
+    calibration: Calibration | None = None
+    """None where no texts were set aside for a temperature."""
+
+    @property
+    def accuracy(self) -> float:
+        return self.hits.mean
 
 
-def score_classifier(model: Classifier, dataset: Texts, batch_size: int, seconds: float) -> Scores:
-    """The scores of a classifier on these texts; `seconds` is how long its training took."""
-    model.eval()
-    predicted = compute_logits(model, dataset, batch_size).argmax(1)
-    return score_predictions(
-        dataset.labels,
-        predicted,
-        n_classes=model.output_layer.out_features,
-        trained=sum(param.numel() for param in model.parameters() if param.requires_grad),
-        seconds=seconds,
-    )
-
-
-def score_predictions(
-    labels: np.ndarray, predicted: np.ndarray, n_classes: int, trained: int = 0, seconds: float = 0.0
+def score_log_probabilities(
+    labels: np.ndarray,
+    log_probabilities: np.ndarray,
+    ids: Sequence[str],
+    trained: int = 0,
+    seconds: float = 0.0,
+    calibration: Calibration | None = None,
 ) -> Scores:
-    """The scores of predictions (n,) for labels (n,). A class that neither occurs nor is predicted has an F1 of 0.
+    """The scores of log-probabilities (n, n_classes) for labels (n,); `ids` are the names of the texts.
 
-    By hand, since every method ends here, and only `features` and a sweep need scikit-learn.
+    A class that neither occurs nor is predicted has an F1 of 0. By hand, since every method ends here, and few of them
+    need scikit-learn.
     """
+    predicted = log_probabilities.argmax(1)
+    n_classes = log_probabilities.shape[1]
     confusion = np.zeros((n_classes, n_classes), np.int64)
     np.add.at(confusion, (labels, predicted), 1)
-    hits = confusion.diagonal()
-
-    # F1 = 2 TP / (2 TP + FP + FN): a class is predicted TP + FP times, and occurs TP + FN times
-    predicted_or_true = confusion.sum(0) + confusion.sum(1)
-    f1 = np.zeros(n_classes)
-    np.divide(2 * hits, predicted_or_true, out=f1, where=predicted_or_true > 0)
+    losses = -log_probabilities[np.arange(len(labels)), labels]
     return Scores(
         confusion=confusion,
-        f1=f1,
-        accuracy=float(hits.sum() / confusion.sum()),
+        f1=f1_of(confusion.diagonal(), confusion.sum(0) + confusion.sum(1)),
+        hits=shares(ACCURACY, predicted == labels, ids),
+        log_loss=RecordScores(LOG_LOSS, losses, np.ones(len(losses)), list(ids), lower_is_better=True),
         trained=trained,
         minutes=seconds / 60,
+        calibration=calibration,
     )
 
 
-def write_classifier_report(
-    scores: Scores, names: Sequence[str], out_dir: Path, command: str, settings: dict[str, Any], scored: str
-) -> None:
-    """Prints the scores and writes them to report.md, with confusion.png, and says where everything is.
+def f1_of(hits: np.ndarray, predicted_or_true: np.ndarray) -> np.ndarray:
+    """F1 of each class, (n_classes,), from how often it was rightly predicted, and was predicted or true."""
+    # F1 = 2 TP / (2 TP + FP + FN): a class is predicted TP + FP times, and occurs TP + FN times
+    f1 = np.zeros(len(hits))
+    np.divide(2 * hits, predicted_or_true, out=f1, where=predicted_or_true > 0)
+    return f1
 
-    `names` are the classes', `scored` says which texts were scored.
+
+# ---- how sure they are
+
+
+def accuracy_interval(hits: Sequence[RecordScores]) -> Interval:
+    """The 95 % interval of an accuracy, from the hits of each seed.
+
+    Where all texts are right, or all wrong, no draw of them is another one. The interval is then that of Clopper and
+    Pearson (1934), for as many trials that all end alike: its far end is 0.025^(1/n) from there.
     """
-    # the facts: all of them for the report, and as a line without the F1 of many classes
-    facts = {
-        "Accuracy": f"{100 * scores.accuracy:.2f} %",
-        "F1 (macro)": f"{scores.f1.mean():.4f}",
-        "Scored on": scored,
-        "Trained parameters": f"{scores.trained:,}",
-        "Minutes": f"{scores.minutes:.2f}",
-    }
-    f1_of_class = {f"F1 of {name}": f"{f1:.4f}" for name, f1 in zip(names, scores.f1, strict=True)}
-    shown = facts if len(names) > MOST_CLASSES else facts | f1_of_class
-    facts |= f1_of_class
-    parts = [f"{name} {value}" for name, value in shown.items()]
-    print("; ".join(parts))
-    print(f"\n{confusion_text(scores.confusion, names)}\n")
-
-    # confusion.png, report.md
-    sections = ["## Confusion matrix", confusion_markdown(scores.confusion, names)]
-    if can_draw():
-        figure = confusion_figure(scores.confusion, names)
-        save_figure(figure, out_dir / "confusion.png")
-        sections.append("![How often each true class was taken for each class](confusion.png)")
-    else:
-        print(f"No plot, as matplotlib is missing: {INSTALL}")
-    path = write_report(
-        out_dir,
-        title="Classifier",
-        command=command,
-        settings=settings,
-        facts=facts,
-        answers=[],
-        sections=sections,
-    )
-
-    # where everything is
-    weights = [str(out_dir / name) for name in ("best", "last") if (out_dir / name).is_dir()]
-    finetuned = shlex.quote(str(out_dir))
-    print(
-        f"Report: {path}. Weights: {', '.join(weights)}."
-        f" Label texts: python generate/classify.py --finetuned {finetuned} --texts FILE"
-    )
+    interval = interval_over_seeds(hits)
+    farthest = 1 - 0.025 ** (1 / interval.n)
+    if all(one.values.all() for one in hits):
+        return Interval(1.0, 1 - farthest, 1.0, interval.n)
+    if not any(one.values.any() for one in hits):
+        return Interval(0.0, 0.0, farthest, interval.n)
+    return interval
 
 
-# ---- the confusion matrix
+def f1_interval(confusion: np.ndarray, seed: int = 0) -> Interval:
+    """The 95 % bootstrap interval of macro F1 over texts, with `seed` for the draws."""
+    # to draw texts is to draw cells of their matrix, each by its share; most cells of many classes are empty
+    n_classes = len(confusion)
+    rows, columns = np.nonzero(confusion)
+    counts = confusion[rows, columns]
+    n_texts = int(counts.sum())
+    is_hit = rows == columns
+    rng = np.random.default_rng(seed)
+    means = []
+    for drawn in rng.multinomial(n_texts, counts / n_texts, DRAWS):
+        hits = np.bincount(rows, drawn * is_hit, n_classes)
+        predicted = np.bincount(columns, drawn, n_classes)
+        true = np.bincount(rows, drawn, n_classes)
+        means.append(f1_of(hits, predicted + true).mean())
+
+    mean = f1_of(confusion.diagonal(), confusion.sum(0) + confusion.sum(1)).mean()
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(float(mean), float(low), float(high), n_texts)
 
 
-def confusion_text(confusion: np.ndarray, names: Sequence[str]) -> str:
-    """The matrix as aligned text: a row for each true class, a column for each predicted one.
-
-    Names are cut to fit. Of many classes it is a list of the most frequent mistakes instead.
-    """
-    if len(names) > MOST_CLASSES:
-        rows = frequent_mistakes(confusion, names)
-        heading = f"The most frequent mistakes (of more than {MOST_CLASSES} classes the matrix is only drawn):"
-        return "\n".join([heading, *aligned([("true", "predicted", "texts"), *rows])])
-    short_names = [cut(name) for name in names]
-    rows = [("true \\ predicted", *short_names)]
-    for name, counts in zip(short_names, confusion, strict=True):
-        rows.append((name, *(f"{count:,}" for count in counts)))
-    return "\n".join(aligned(rows))
-
-
-def confusion_markdown(confusion: np.ndarray, names: Sequence[str]) -> str:
-    """The same as a table in Markdown, with whole names."""
-    if len(names) > MOST_CLASSES:
-        rows = frequent_mistakes(confusion, [escape_markdown(name) for name in names])
-        heading = f"There are {len(names)} classes. These are the most frequent mistakes:"
-        return f"{heading}\n\n{markdown_table(('true', 'predicted', 'texts'), rows, right=[2])}"
-    heads = [escape_markdown(name) for name in names]
-    rows = []
-    for head, counts in zip(heads, confusion, strict=True):
-        rows.append((head, *(f"{count:,}" for count in counts)))
-    return markdown_table(("true \\ predicted", *heads), rows, right=range(1, len(names) + 1))
-
-
-def frequent_mistakes(confusion: np.ndarray, names: Sequence[str]) -> list[tuple[str, ...]]:
-    """(true class, predicted class, how often) of the pairs that were mistaken most often."""
-    mistakes = confusion.copy()
-    np.fill_diagonal(mistakes, 0)
-    rows: list[tuple[str, ...]] = []
-    for number in np.argsort(-mistakes, axis=None, kind="stable")[:MOST_MISTAKES]:
-        true, predicted = np.unravel_index(number, mistakes.shape)
-        count = mistakes[true, predicted]
-        if count:
-            rows.append((names[true], names[predicted], f"{count:,}"))
-    return rows
-
-
-def cut(name: str) -> str:
-    """A name on one line that is no longer than a column."""
-    line = " ".join(name.split())
-    return line if len(line) <= WIDEST_NAME else f"{line[: WIDEST_NAME - 1]}…"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows as lines: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [first.ljust(widths[0])]
-        for cell, width in zip(others, widths[1:], strict=True):
-            cells.append(cell.rjust(width))
-        lines.append("  ".join(cells))
-    return lines
-
-
-def confusion_figure(confusion: np.ndarray, names: Sequence[str]) -> "Figure":
-    """Rows are the true classes, columns the predicted ones; the colour is the share of the row."""
-    side = 2.2 + 0.55 * len(names)
-    figure, axes = new_figure(side + 0.8, side, frame=True)
-
-    # the colours, and the counts on them; a class without texts has a row of zeros
-    n_texts = confusion.sum(1, keepdims=True)
-    shares = confusion / np.maximum(1, n_texts)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), count in np.ndenumerate(confusion):
-        color = "white" if shares[row, column] > 0.5 else "black"
-        axes.text(column, row, f"{count:,}", ha="center", va="center", color=color)
-
-    # names of many classes would run into each other
-    rotation = 45 if len(names) > 4 else 0
-    axes.set_xticks(range(len(names)), names, rotation=rotation)
-    axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="predicted", ylabel="true")
-    return figure
+def percent_text(interval: Interval, digits: int = 1) -> str:
+    """An accuracy and its interval: 97.5 % [92.5, 100.0]."""
+    mean, low, high = (100 * end for end in (interval.mean, interval.low, interval.high))
+    return f"{mean:.{digits}f} % [{low:.{digits}f}, {high:.{digits}f}]"

@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from lit_gpt.display.words import counted
 from lit_gpt.distributed import is_first
 from lit_gpt.errors import InputError
 from lit_gpt.ranges import check_range
+from lit_gpt.scores.record_scores import ids_of_texts
 
 
 @dataclass(frozen=True)
@@ -141,10 +143,19 @@ class ClassifierData:
     """Longer texts were cut to their first tokens."""
     val_fraction: float
 
+    @cached_property
+    def ids(self) -> list[str]:
+        """The name of each record in files of scores: by its text, so that it is the same in other runs."""
+        return ids_of_texts(text.encode() for text in self.labelled.texts)
+
     def split(self, seed: int) -> tuple[Texts, Texts, Texts]:
         """The records to train on, to validate with, and to score by. Raises InputError: see `split_texts`."""
         sides = split_texts(self.labelled, self.val_fraction, seed)
         return self.texts.choose(sides.train), self.texts.choose(sides.val), self.texts.choose(sides.scored)
+
+    def first_labels(self, train_data: Texts, n: int, seed: int) -> Texts:
+        """The first n texts to train on, of those of a seed; see `few_labels`."""
+        return train_data.choose(train_data.records[few_labels(train_data.labels, n, seed)])
 
     def describe_scored(self, seed: int) -> str:
         """Which texts a classifier is scored by: 80 test texts."""
@@ -304,6 +315,20 @@ def split_texts(data: LabelledTexts, val_fraction: float, seed: int) -> Sides:
         )
     scored = np.flatnonzero(is_test) if is_test.any() else val
     return Sides(train, val, scored)
+
+
+def few_labels(labels: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """The places of n of these labels (n_labels,), drawn with `seed`: each class as often as its share, and once at
+    least. The places for a smaller n are the first of those for a larger one."""
+    rng = np.random.default_rng(seed)
+    # how much of its class comes before each label, in a random order of each class: with the smallest first, every
+    # beginning holds as much of one class as of another
+    before = np.empty(len(labels))
+    for label in np.unique(labels):
+        places = rng.permutation(np.flatnonzero(labels == label))
+        before[places] = (np.arange(len(places)) + 0.5) / len(places)
+        before[places[0]] = 0
+    return np.argsort(before, kind="stable")[:n]
 
 
 def draw_validation(texts: Sequence[str], val_fraction: float, seed: int) -> np.ndarray:

@@ -6,9 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lit_gpt.checkpoint.load import build_model, load_weights
 from lit_gpt.classifier.cached_states import cached_rows
-from lit_gpt.classifier.features import fit_logistic_regression, fit_standardize
+from lit_gpt.classifier.calibration import Calibration, calibrate, log_softmax
+from lit_gpt.classifier.features import compute_logits, fit_logistic_regression, fit_standardize
 from lit_gpt.classifier.head import (
     Classifier,
     ClassifierArgs,
@@ -17,9 +20,9 @@ from lit_gpt.classifier.head import (
     default_learning_rate,
     mark_trainable,
 )
-from lit_gpt.classifier.load import new_classifier_checkpoints
-from lit_gpt.classifier.scores import Scores, score_classifier
-from lit_gpt.classifier.texts import ClassifierData
+from lit_gpt.classifier.load import new_classifier_checkpoints, save_with_temperature
+from lit_gpt.classifier.scores import Scores, score_log_probabilities
+from lit_gpt.classifier.texts import ClassifierData, Texts
 from lit_gpt.config import Config
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.device import weight_dtype
@@ -63,15 +66,20 @@ def train_classifier(
     lora: LoRA,
     quantize: Quantize | None,
     train: ClassifierTrainArgs,
+    n_labels: int | None = None,
 ) -> Scores:
     """Trains a classifier, saves it in `folder`, and returns its scores on the test texts, or on those that this seed
     sets aside if there are none.
 
-    `depths` are the blocks whose inputs are computed once for all classifiers of the run; see `cached_rows`.
+    `depths` are the blocks whose inputs are computed once for all classifiers of the run; see `cached_rows`. With
+    `n_labels` so many labels are all that it learns from: no others choose `best` or fit a temperature.
     """
     began = time.perf_counter()
     train = train.for_method(classifier, config)
     train_data, val_data, scored_data = data.split(seed)
+    if n_labels is not None:
+        train_data = data.first_labels(train_data, n_labels, seed)
+        val_data = val_data.choose(val_data.records[:0])
 
     # build, quantize, load, adapt
     gpt = build_model(config)
@@ -122,8 +130,6 @@ def train_classifier(
     # train
     if classifier.method == "features":
         fit_logistic_regression(model, train_data, train.micro_batch_size)
-        checkpoints.save("best")
-        drop_earlier_run()
     else:
         fit(
             fabric,
@@ -136,7 +142,39 @@ def train_classifier(
             optimizer_path=args.optimizer,
         )
         checkpoints.load("best")
+    model.eval()
+
+    # how sure it is: a temperature by the validation texts, kept with the weights
+    calibration = None
+    if n_labels is None:
+        calibration = calibrate_classifier(model, data, val_data, scored_data, train.micro_batch_size, seed)
+    save_with_temperature(checkpoints, trained, calibration.temperature if calibration else 1.0)
+    drop_earlier_run()
 
     # score
-    seconds += time.perf_counter() - began
-    return score_classifier(model, scored_data, train.micro_batch_size, seconds)
+    if calibration is None:
+        log_probabilities = log_softmax(compute_logits(model, scored_data, train.micro_batch_size))
+    else:
+        log_probabilities = calibration.after
+    return score_log_probabilities(
+        scored_data.labels,
+        log_probabilities,
+        ids=[data.ids[i] for i in scored_data.records],
+        trained=sum(param.numel() for param in model.parameters() if param.requires_grad),
+        seconds=seconds + time.perf_counter() - began,
+        calibration=calibration,
+    )
+
+
+def calibrate_classifier(
+    model: Classifier, data: ClassifierData, val_data: Texts, scored_data: Texts, batch_size: int, seed: int
+) -> Calibration:
+    """The temperature of a trained classifier by its validation texts, and what it does to the scored ones."""
+    is_scored = np.array_equal(val_data.records, scored_data.records)
+    return calibrate(
+        val_logits=compute_logits(model, val_data, batch_size),
+        val_labels=val_data.labels,
+        scored_logits=None if is_scored else compute_logits(model, scored_data, batch_size),
+        val_texts=[data.labelled.texts[i] for i in val_data.records],
+        seed=seed,
+    )

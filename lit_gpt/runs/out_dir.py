@@ -43,6 +43,9 @@ PLACES = (
     "JSM_NAMESPACE_RANK",
 )
 
+# Runs that train many classifiers keep a row for each in one of these, and have no `last` of their own
+TABLES = ("sweep.csv", "labels_curve.csv")
+
 # Settings that may differ between machines: where things are. A fingerprint says whether they are the same
 PATHS = ("checkpoint_dir", "data_dir", "out_dir")
 
@@ -144,7 +147,7 @@ def is_first_by_environment() -> bool:
 def holds_run(out_dir: Path) -> bool:
     """Whether a run has begun in a folder. It may not have saved yet."""
     first_file = "hyperparameters.yaml"
-    names = (first_file, f"{first_file}.tmp", "last", ".last.old", "sweep.csv", BEFORE, f"{BEFORE}.partial")
+    names = (first_file, f"{first_file}.tmp", "last", ".last.old", *TABLES, BEFORE, f"{BEFORE}.partial")
     return any((out_dir / name).exists() for name in names)
 
 
@@ -189,7 +192,7 @@ def write_settings(out_dir: Path, settings: dict[str, Any], to_go_on: str) -> No
     recover(out_dir / "last")
 
     # the settings
-    has_begun = (out_dir / "last").is_dir() or (out_dir / "sweep.csv").is_file()
+    has_begun = (out_dir / "last").is_dir() or any((out_dir / name).is_file() for name in TABLES)
     if settings["resume"] and has_begun and hyperparameters.is_file():
         check_same_settings(hyperparameters, settings)
     else:

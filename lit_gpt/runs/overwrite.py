@@ -28,10 +28,17 @@ FILES = (
     "report.md",
     "loss.png",
     "confusion.png",  # of a classifier
+    "reliability.png",
+    "scores.csv",
     "hidden.safetensors",
     "sweep.csv",  # of a sweep over how much of a classifier trains
+    "sweep_scores.csv",
     "sweep.md",
     "sweep.png",
+    "labels_curve.csv",  # of a curve over how many labels it has
+    "labels_curve_scores.csv",
+    "labels_curve.md",
+    "labels_curve.png",
 )
 OTHERS = (
     "tensorboard",  # --logger
@@ -39,6 +46,7 @@ OTHERS = (
     "seed-[0-9]*-features",  # the classifiers of a sweep
     "seed-[0-9]*-head",
     "seed-[0-9]*-last-[0-9]*",
+    "seed-[0-9]*-[0-9]*-labels",  # and of a curve
 )
 # and what is left of them where a process was killed, see lit_gpt/files.py
 LEFTOVERS_OF_FOLDERS = (".{}.partial", ".{}.old")

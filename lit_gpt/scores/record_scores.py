@@ -24,7 +24,15 @@ ID = "record"  # the column that says which record it is
 WEIGHT = " weight"  # the end of the name of a column of weights
 LOSS = "loss"
 NATS = "nats per token"
-LOWER_IS_BETTER = (LOSS, "perplexity", "bits per byte", "KL to the base", "loss per word", "loss per byte")
+LOWER_IS_BETTER = (
+    LOSS,
+    "log loss",
+    "perplexity",
+    "bits per byte",
+    "KL to the base",
+    "loss per word",
+    "loss per byte",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,5 +163,5 @@ def kind_of(measure: str) -> tuple[bool, str]:
     """Whether less of a measure is better, and its unit."""
     name = measure.rpartition(": ")[2]
     units = {LOSS: NATS, "KL to the base": NATS, "bits per byte": "bits per byte"}
-    units |= {"loss per word": "nats per word", "loss per byte": "nats per byte"}
+    units |= {"loss per word": "nats per word", "loss per byte": "nats per byte", "log loss": "nats per text"}
     return name in LOWER_IS_BETTER, units.get(name, "")

@@ -28,6 +28,7 @@ SMALLER = [  # what is printed -> what is typed here, where the printed one woul
         r"\g<0> --train.max_steps 2 --train.eval_records 4 --n_answers 0",
     ),
     (r"finetune/classifier\.py", r"\g<0> --train.max_steps 2"),
+    (r"\[8, 64, 512\]", "[4, 8]"),
     (r"--config finetune/recipes/quickstart.yaml", r"\g<0> --train.max_steps 3 --train.eval_interval 3 --n_answers 1"),
     (r"--max_new_tokens \d+", "--max_new_tokens 8"),
     # a model of 4 blocks

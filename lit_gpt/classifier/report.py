@@ -120,8 +120,11 @@ def measures_of(scores: Scores, words: Scores | None) -> list[RecordScores]:
 def compare_with_words(scores: Scores, words: Scores) -> str:
     """The accuracy of words alone, and the paired difference, in a line."""
     accuracy = percent_text(accuracy_interval([words.hits]), digits=2)
+    line = f"{WORDS_ALONE.capitalize()} ({BASELINE}): accuracy {accuracy}"
+    if len(scores.hits) < 2:  # no text to compare with the first one
+        return f"{line}."
     difference = in_words(paired_difference(words.hits, scores.hits), "the classifier", of="texts")
-    return f"{WORDS_ALONE.capitalize()} ({BASELINE}): accuracy {accuracy}; {difference}."
+    return f"{line}; {difference}."
 
 
 def words_table(scores: Scores, words: Scores) -> str:

@@ -123,7 +123,15 @@ def main(
         run_sweep(train_one, steps, data, seeds, args.out_dir)
         return
     if labels_curve is not None:
-        run_labels_curve(train_one, classifier, labels_curve, data, seeds, train, args.out_dir)
+        run_labels_curve(
+            train_one,
+            classifier=classifier,
+            labels_curve=labels_curve,
+            data=data,
+            seeds=seeds,
+            train=train,
+            out_dir=args.out_dir,
+        )
         return
     scores = train_one(classifier, args.seed, args.out_dir)
 

@@ -85,7 +85,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The temperature, from 1/20 to 20, by which `labels` (n,) are the likeliest; 1 without any.
 
     That is the lowest sum of -log p, and of log(temperature)^2 / 2, which counts little beside a hundred texts. Without
-    that prior a few texts that are all right would be taken for certainty: no temperature were too low.
+    that prior a few texts that are all right would be taken for certainty: no temperature would be too low.
     """
     losses = []
     rows = np.arange(len(labels))

@@ -107,10 +107,9 @@ def run_labels_curve(
 
 
 def with_steps(train: ClassifierTrainArgs, n_labels: int) -> ClassifierTrainArgs:
-    """The same with so many epochs that there are enough steps, unless --train.max_steps says how many."""
-    if train.max_steps is not None:
-        return train
-    epochs = math.ceil(LEAST_STEPS / train.steps_per_epoch(n_labels))
+    """The same with so many epochs that there are enough steps: as many as --train.max_steps says, if it does."""
+    least = train.max_steps or LEAST_STEPS
+    epochs = math.ceil(least / train.steps_per_epoch(n_labels))
     return replace(train, epochs=max(train.epochs, epochs))
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LEAST_STEPS = 30  # an epoch of 8 texts is one step: it teaches nothing. The measurements are in tutorials/classifier.md
+LEAST_STEPS = 10  # an epoch of 8 texts is one step. The measurements are in tutorials/classifier.md
 
 
 class TrainFew(Protocol):

@@ -1,5 +1,7 @@
 """Calibration, and intervals over seeds: `pytest tests/test_calibration.py`, about 5 s"""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import special, stats
@@ -15,7 +17,12 @@ from lit_gpt.classifier.calibration import (
 )
 from lit_gpt.classifier.scores import accuracy_interval, f1_interval, score_log_probabilities
 from lit_gpt.classifier.texts import few_labels
-from lit_gpt.scores.over_seeds import bootstrap_two_ways, difference_over_seeds, interval_over_seeds
+from lit_gpt.scores.over_seeds import (
+    bootstrap_two_ways,
+    difference_over_seeds,
+    in_words_over_seeds,
+    interval_over_seeds,
+)
 from lit_gpt.scores.paired import bootstrap, interval_of, paired_difference
 from lit_gpt.scores.record_scores import shares
 
@@ -138,6 +145,12 @@ def test_seeds_are_no_records() -> None:
     assert once == interval_of(first) and thrice.mean == pytest.approx(once.mean) and thrice.n == 50
     assert thrice.high - thrice.low > 0.95 * (once.high - once.low)
     assert difference_over_seeds([first], [second]) == paired_difference(first, second)
+    # seeds that say the contrary: more records would not help
+    contrary = difference_over_seeds(
+        [first, first], [second, shares("accuracy", 2 * first.values - second.values, ids)]
+    )
+    contrary = replace(contrary, needed=10)
+    assert "and 2 seeds; more seeds may show one" in in_words_over_seeds(contrary, 2, "it")
     assert difference_over_seeds([first] * 2, [second.choose(ids[::-1])] * 2).mean == pytest.approx(
         second.mean - first.mean
     )

@@ -596,7 +596,7 @@ def test_sweep(csv_path, tiny_dir, tmp_path) -> None:
     # the differences are those of single texts, which are kept
     table = (tmp_path / "out/sweep.md").read_text()
     assert table.count("\n- ") == 2 * (len(steps) - 1) - 1
-    assert "Accuracy against TF-IDF, words alone:\n\n- features" in table
+    assert "Accuracy against TF-IDF, words alone:\n\n- features: " in table
     of_texts = {one.measure: one for one in read_scores(tmp_path / "out/sweep_scores.csv")}
     assert len(of_texts) == 2 * 2 * len(steps)
     for row in csv.DictReader(again):

@@ -21,8 +21,8 @@ from lit_gpt.classifier.scores import ACCURACY, LOG_LOSS, Scores, accuracy_inter
 from lit_gpt.classifier.texts import ClassifierData
 from lit_gpt.errors import InputError
 from lit_gpt.files import write_whole
-from lit_gpt.scores.over_seeds import difference_over_seeds
-from lit_gpt.scores.paired import Difference, Interval, in_words
+from lit_gpt.scores.over_seeds import difference_over_seeds, in_words_over_seeds
+from lit_gpt.scores.paired import Interval
 from lit_gpt.scores.record_scores import RecordScores, read_scores, write_scores
 
 COLUMNS = ("setting", "seed", "trained", "minutes", "accuracy", "f1", "data")
@@ -124,16 +124,15 @@ class Grid:
             settings.append(setting)
         return settings
 
-    def difference(self, name: str, other: str) -> Difference:
-        """By how much `other` is more accurate than `name`, over the texts of the seeds that both have."""
+    def compare(self, name: str, other: str, subject: str) -> str:
+        """By how much `other` is more accurate than `name`, over the texts of the seeds that both have, in words.
+
+        `subject` is what it is called there: "last 4 is better by 0.040 [0.010, 0.070]".
+        """
         of_other = self.seeds_of(other)
         seeds = [seed for seed in self.seeds_of(name) if seed in of_other]
-        return difference_over_seeds(self.hits(name, seeds), self.hits(other, seeds))
-
-    def sentence(self, name: str, other: str) -> str:
-        """The difference in words: "last 4 is better by 0.040 [0.010, 0.070]"."""
-        words = in_words(self.difference(name, other), other, of="texts")
-        return words if words.startswith(other) else f"{other}: {words}"
+        difference = difference_over_seeds(self.hits(name, seeds), self.hits(other, seeds))
+        return in_words_over_seeds(difference, len(seeds), subject, of="texts")
 
 
 def check_enough_texts(data: ClassifierData, seeds: Sequence[int]) -> None:

@@ -25,7 +25,6 @@ from lit_gpt.display.tables import markdown_table
 from lit_gpt.errors import InputError
 from lit_gpt.files import write_whole
 from lit_gpt.ranges import check_range
-from lit_gpt.scores.paired import in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -140,7 +139,7 @@ def report_labels_curve(
 
     rows = []
     for n, model, baseline in zip(labels_curve, models, words, strict=True):
-        difference = in_words(grid.difference(baseline.name, model.name), method, of="texts")
+        difference = grid.compare(baseline.name, model.name, subject=method)
         rows.append((f"{n:,}", percent_text(model.accuracy), percent_text(baseline.accuracy), difference))
     heads = ("labels", f"accuracy, {method}", f"accuracy, {WORDS_ALONE}", "paired difference")
     table = markdown_table(heads, rows, right=[0])

@@ -1,6 +1,7 @@
 """How good a classifier is: accuracy, F1 and confusion matrix of the texts it is scored on, and how sure they are."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -89,7 +90,8 @@ def accuracy_interval(hits: Sequence[RecordScores]) -> Interval:
         return Interval(1.0, 1 - farthest, 1.0, interval.n)
     if not any(one.values.any() for one in hits):
         return Interval(0.0, 0.0, farthest, interval.n)
-    return interval
+    # what is added for the other seeds may go beyond what an accuracy can be
+    return replace(interval, low=max(0.0, interval.low), high=min(1.0, interval.high))
 
 
 def f1_interval(confusion: np.ndarray, seed: int = 0) -> Interval:

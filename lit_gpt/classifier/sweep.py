@@ -140,7 +140,8 @@ def differences_text(grid: Grid, settings: Sequence[Setting], enough: str) -> st
         lines = [f"Accuracy against {name}, {meaning}:", ""]
         for setting in settings:
             if setting.name not in (name, BASELINE):
-                lines.append(f"- {grid.sentence(name, setting.name)}")
+                words = grid.compare(name, setting.name, subject="it")
+                lines.append(f"- {setting.name}: {words}")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 

@@ -23,6 +23,7 @@ from lit_gpt.scores.paired import (
     Difference,
     Interval,
     in_common,
+    in_words,
     interval_of,
     paired_difference,
     records_needed,
@@ -71,6 +72,14 @@ def difference_over_seeds(scores: Sequence[RecordScores], others: Sequence[Recor
         lower_is_better=scores[0].lower_is_better,
         needed=records_needed(of_record, weight_of_record),
     )
+
+
+def in_words_over_seeds(difference: Difference, n_seeds: int, name: str, of: str = "records") -> str:
+    """The sentence of `in_words`, but for a difference that more seeds would show rather than more records."""
+    needed = difference.needed
+    if n_seeds == 1 or difference.is_seen or needed is None or needed > difference.n:
+        return in_words(difference, name, of)
+    return f"no difference can be seen with {difference.n:,} {of} and {n_seeds} seeds; more seeds may show one"
 
 
 def by_seed_and_record(scores: Sequence[RecordScores]) -> tuple[np.ndarray, np.ndarray]:

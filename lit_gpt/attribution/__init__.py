@@ -1,0 +1,1 @@
+"""Attribution: which training records made a fine-tuned model what it is."""

@@ -1,0 +1,85 @@
+"""Gradients of all training records on the disk: made once for a run, and asked often.
+
+gradients.bin    float32 (n_records, size)    the sketch of each record's gradient
+losses.bin       float32 (n_records)          the loss of each, summed over its targets
+state.json       whose gradients these are, and of how many records they are there
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from lit_gpt.attribution.gradients import RecordGradients
+from lit_gpt.data.dataset import Dataset
+from lit_gpt.files import write_whole
+
+STATE = "state.json"
+SAVE_EVERY = 20  # micro-batches
+
+
+class GradientStore:
+    """The gradients of the training records of a run, mapped into memory."""
+
+    def __init__(self, folder: Path, key: str, n_records: int, size: int) -> None:
+        """Opens what is in `folder`, or begins anew if those are gradients of something else.
+
+        Args:
+            folder: It is made if it is not there.
+            key: Says whose gradients they are, see `key_of`.
+            n_records: Of the training data.
+            size: Numbers of a sketch.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.identity = {"key": key, "n_records": n_records, "size": size}
+        self.n_done = self.stored()
+        mode: Literal["r+", "w+"] = "r+" if self.n_done else "w+"
+        self.gradients = np.memmap(folder / "gradients.bin", np.float32, mode, shape=(n_records, size))
+        self.losses = np.memmap(folder / "losses.bin", np.float32, mode, shape=(n_records,))
+
+    def stored(self) -> int:
+        """Of how many records the gradients are there already."""
+        file = self.folder / STATE
+        if not file.is_file():
+            return 0
+        state = json.loads(file.read_text(encoding="utf-8"))
+        is_same = all(state.get(name) == value for name, value in self.identity.items())
+        return int(state["n_done"]) if is_same else 0
+
+    def fill(
+        self,
+        dataset: Dataset,
+        source: RecordGradients,
+        micro_batch_size: int,
+        show: Callable[[int], None] = lambda n_done: None,
+    ) -> None:
+        """Makes the gradients that are missing, and calls `show` with the number of those that are there."""
+        n_records = len(self.losses)
+        for number, start in enumerate(range(self.n_done, n_records, micro_batch_size), 1):
+            end = min(start + micro_batch_size, n_records)
+            sketches, losses = source.of([dataset[i] for i in range(start, end)])
+            self.gradients[start:end] = sketches.cpu().numpy()
+            self.losses[start:end] = losses.cpu().numpy()
+            self.n_done = end
+            if number % SAVE_EVERY == 0 or end == n_records:
+                self.save()
+            show(end)
+
+    def save(self) -> None:
+        """From here on an interrupted pass goes on."""
+        # the numbers reach the disk before the file that says that they are there
+        self.gradients.flush()
+        self.losses.flush()
+        write_whole(self.folder / STATE, json.dumps(self.identity | {"n_done": self.n_done}, indent=2) + "\n")
+
+
+def key_of(weights: Path, *facts: str) -> str:
+    """A fingerprint of the trained weights in a file, and of what else the gradients depend on."""
+    digest = hashlib.sha256(weights.read_bytes())
+    for fact in facts:
+        digest.update(fact.encode())
+    return digest.hexdigest()

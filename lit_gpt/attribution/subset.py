@@ -1,0 +1,35 @@
+"""A prepared folder with some of another one's training records: the same arrays, with other codes in split.bin."""
+
+import json
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+
+from lit_gpt.data.dataset import NEITHER, Dataset
+from lit_gpt.files import must_be_empty, new_folder
+
+
+def write_subset(dataset: Dataset, keep: Collection[int], folder: Path, why: str) -> None:
+    """Writes a folder of prepared data that trains on some records of `dataset`; those for validation stay.
+
+    Args:
+        dataset: The training records.
+        keep: The numbers of those to train on, within `dataset`.
+        folder: It must not hold anything.
+        why: How they were chosen, for meta.json.
+
+    Raises:
+        InputError: `folder` is not empty.
+    """
+    must_be_empty(folder)
+    codes = np.array(dataset.split)
+    left_out = np.setdiff1d(np.arange(len(dataset)), list(keep))
+    codes[dataset.records[left_out]] = NEITHER
+    meta = dataset.meta | {"n_train": len(keep), "chosen": why}
+    with new_folder(folder) as partial:
+        for name in ("tokens", "trained", "ends"):
+            shutil.copyfile(dataset.data_dir / f"{name}.bin", partial / f"{name}.bin")
+        codes.tofile(partial / "split.bin")
+        (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")

@@ -1,14 +1,27 @@
 """Which training records did what: `pytest tests/test_attribute.py`, about 10 s"""
 
+import csv
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from helpers.methods import finetune
 from helpers.models import make_record, small_gpt
+from helpers.runs import write_data
+from helpers.scripts import script
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lit_gpt import GPT, InputError
+from lit_gpt.attribution import influence, store
 from lit_gpt.attribution.gradients import Record, RecordGradients, Sketch, first_target
+from lit_gpt.checkpoint.weight_files import read_metadata
+from lit_gpt.data.dataset import Dataset
 from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
 from lit_gpt.model.packing import Layout
 
@@ -114,3 +127,130 @@ def test_a_model_whose_gradients_are_not_known(prepare: Callable[[GPT], None], w
     prepare(model)
     with pytest.raises(InputError, match=what):
         RecordGradients(model, Sketch(16))
+
+
+# ---- from gradients to influences
+
+
+@pytest.mark.parametrize("n", [7, 60], ids=["fewer than numbers of a sketch", "more"])
+def test_influences_by_their_definition(n: int, monkeypatch) -> None:
+    monkeypatch.setattr(influence, "ROWS", 16)  # read in parts
+    rng = np.random.default_rng(0)
+    gradients = rng.normal(size=(n, 20)).astype(np.float32)
+    targets = rng.normal(size=(3, 20)).astype(np.float32)
+    H = sum(np.outer(g, g) for g in gradients.astype(np.float64))
+    H += 0.5 * np.mean([g @ g for g in gradients]) * np.eye(20)
+    expected = [[t @ np.linalg.inv(H) @ g for g in gradients] for t in targets]
+    np.testing.assert_allclose(influence.influences(gradients, targets, damping=0.5), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_records_that_do_the_same(monkeypatch) -> None:
+    monkeypatch.setattr(influence, "ROWS", 16)
+    rng = np.random.default_rng(0)
+    gradients = rng.normal(size=(40, 30)).astype(np.float32)
+    gradients[35] = 3 * gradients[2]
+    gradients[20] = -gradients[1]  # the opposite is not the same
+    (pair,) = influence.alike(gradients, least=0.9, most=10)
+    assert (pair.first, pair.second) == (2, 35) and pair.cosine == pytest.approx(1, abs=1e-5)
+
+
+# ---- the script
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory, tiny_dir) -> Path:
+    """A run with LoRA on a tiny model, its data, and what the script found of it."""
+    folder = tmp_path_factory.mktemp("run")
+    write_data(folder / "data", tiny_dir)
+    finetune("lora", tiny_dir, folder / "data", folder / "lora")
+    attribute(folder, folder / "found", select=0.2, drop=0.1)
+    return folder
+
+
+def attribute(run_dir: Path, out_dir: Path, **flags: Any) -> dict[str, Any]:
+    """What the script reports."""
+    settings = dict(finetuned=run_dir / "lora", out_dir=out_dir, precision="32-true") | flags
+    script("scripts/attribute.py").main(**settings)
+    return json.loads((out_dir / "report.json").read_text())
+
+
+def table(out_dir: Path) -> list[dict[str, str]]:
+    with (out_dir / "scores.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_asked_about_a_training_record_it_names_that_record(run_dir, tmp_path) -> None:
+    shutil.copytree(run_dir / "found/gradients", tmp_path / "out/gradients")
+    data = Dataset(run_dir / "data", "train")
+    of_data = table(run_dir / "found")
+    assert [int(row["record"]) for row in of_data] == data.records.tolist()
+    for number in (3, 17):
+        asked = of_data[number]
+        report = attribute(run_dir, tmp_path / "out", prompt=asked["prompt"], answer=asked["answer"])
+        assert report["lowered"][0]["record"] == int(data.records[number])
+        assert report["loss"] == pytest.approx(float(asked["loss"]), rel=1e-4)
+
+
+def test_gradients_are_made_once(run_dir, tmp_path, monkeypatch) -> None:
+    """Asked again it makes those of the target alone; interrupted, those that are missing; of other weights, all."""
+    made: list[int] = []
+    of = RecordGradients.of
+
+    def counting(source: RecordGradients, records: list) -> tuple:
+        if len(made) == 2 and stops:
+            raise KeyboardInterrupt
+        made.append(len(records))
+        return of(source, records)
+
+    monkeypatch.setattr(RecordGradients, "of", counting)
+    monkeypatch.setattr(store, "SAVE_EVERY", 1)
+    stops = True
+    with pytest.raises(KeyboardInterrupt):
+        attribute(run_dir, tmp_path / "out")
+    assert made == [16, 16]
+    stops = False
+    attribute(run_dir, tmp_path / "out")
+    assert made == [16, 16, 8, 7]
+    expected = (run_dir / "found/gradients/gradients.bin").read_bytes()
+    assert (tmp_path / "out/gradients/gradients.bin").read_bytes() == expected
+    other = tmp_path / "other"
+    shutil.copytree(run_dir / "lora/best", other)
+    file = other / "lora.safetensors"
+    save_file({key: 2 * tensor for key, tensor in load_file(file).items()}, file, read_metadata(file))
+    attribute(run_dir, tmp_path / "out", finetuned=other, data_dir=run_dir / "data")
+    assert made[4:] == [16, 16, 8, 7]
+
+
+def test_data_of_the_helpful_and_without_the_harmful(run_dir, tmp_path, tiny_dir) -> None:
+    data = Dataset(run_dir / "data", "train")
+    influence_of = {int(row["record"]): float(row["influence"]) for row in table(run_dir / "found")}
+    in_order = sorted(influence_of, key=influence_of.__getitem__)
+    helpful = Dataset(run_dir / "found/selected", "train")
+    assert set(helpful.records.tolist()) == set(in_order[-8:])
+    rest = Dataset(run_dir / "found/without_harmful", "train")
+    assert set(rest.records.tolist()) == set(in_order[4:])
+    val = Dataset(run_dir / "found/selected", "val")
+    assert val.records.tolist() == Dataset(run_dir / "data", "val").records.tolist()
+    torch.testing.assert_close(helpful[0], data[int(np.flatnonzero(data.records == helpful.records[0])[0])])
+    finetune("lora", tiny_dir, run_dir / "found/selected", tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        ({"answer": "Ada."}, "Name a --prompt"),
+        ({"select": 0.2}, "selected is not empty"),
+        ({"out_dir": "lora"}, "holds no attribution"),
+        ({"data_dir": "nowhere"}, "is not there"),
+    ],
+)
+def test_what_cannot_be_asked(run_dir, tmp_path, flags: dict[str, Any], what: str) -> None:
+    before = content(run_dir / "found")
+    flags = {flag: run_dir / value if flag.endswith("dir") else value for flag, value in flags.items()}
+    with pytest.raises(InputError, match=what):
+        attribute(run_dir, **{"out_dir": run_dir / "found"} | flags)
+    assert content(run_dir / "found") == before
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}

@@ -128,6 +128,7 @@ MAY_KNOW = {
     " display.words interruption watch failures out_of_memory errors ranges",
     "evaluation": "scores runs generate checkpoint data model lora config device sharding display cli ranges errors"
     " files packages lock",
+    "attribution": "scores evaluation runs generate data model lora display files lock errors",
     "recipe": "make_optimizer optimizer_in_backward runs data model quantize stream_blocks config device sharding"
     " distributed ranges errors",
     "adapter_recipe": "recipe train evaluation runs generate checkpoint data quantize config device sharding",

@@ -7,7 +7,7 @@ state.json       whose gradients these are, and of how many records they are the
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +15,11 @@ import numpy as np
 
 from lit_gpt.attribution.gradients import RecordGradients
 from lit_gpt.data.dataset import Dataset
-from lit_gpt.files import write_whole
+from lit_gpt.errors import InputError
+from lit_gpt.files import has_content, write_whole
+from lit_gpt.lock import hold
 
+GRADIENTS = "gradients"  # the folder, in the out_dir of an attribution
 STATE = "state.json"
 SAVE_EVERY = 20  # micro-batches
 
@@ -50,14 +53,8 @@ class GradientStore:
         is_same = all(state.get(name) == value for name, value in self.identity.items())
         return int(state["n_done"]) if is_same else 0
 
-    def fill(
-        self,
-        dataset: Dataset,
-        source: RecordGradients,
-        micro_batch_size: int,
-        show: Callable[[int], None] = lambda n_done: None,
-    ) -> None:
-        """Makes the gradients that are missing, and calls `show` with the number of those that are there."""
+    def fill(self, dataset: Dataset, source: RecordGradients, micro_batch_size: int) -> Iterator[int]:
+        """Makes the gradients that are missing, and gives the number of each record whose gradient is there."""
         n_records = len(self.losses)
         for number, start in enumerate(range(self.n_done, n_records, micro_batch_size), 1):
             end = min(start + micro_batch_size, n_records)
@@ -67,7 +64,7 @@ class GradientStore:
             self.n_done = end
             if number % SAVE_EVERY == 0 or end == n_records:
                 self.save()
-            show(end)
+            yield from range(start, end)
 
     def save(self) -> None:
         """From here on an interrupted pass goes on."""
@@ -75,6 +72,19 @@ class GradientStore:
         self.gradients.flush()
         self.losses.flush()
         write_whole(self.folder / STATE, json.dumps(self.identity | {"n_done": self.n_done}, indent=2) + "\n")
+
+
+def claim_attribution(out_dir: Path) -> None:
+    """Keeps other processes from writing to the folder until this one ends.
+
+    Raises:
+        InputError: it holds something else, or another process writes there.
+    """
+    if out_dir.exists() and not out_dir.is_dir():
+        raise InputError(f"{out_dir} is a file, expected a folder. Name another --out_dir.")
+    if has_content(out_dir) and not (out_dir / GRADIENTS).is_dir():
+        raise InputError(f"{out_dir} is not empty, and holds no attribution. Name another --out_dir.")
+    hold(out_dir)
 
 
 def key_of(weights: Path, *facts: str) -> str:

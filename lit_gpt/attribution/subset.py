@@ -11,6 +11,18 @@ from lit_gpt.data.dataset import NEITHER, Dataset
 from lit_gpt.files import must_be_empty, new_folder
 
 
+def most_helpful(influence: np.ndarray, share: float) -> np.ndarray:
+    """The numbers of the records that lower the target's loss the most: this share of them, and one at the least."""
+    n = max(1, round(share * len(influence)))
+    return np.sort(np.argsort(-influence, kind="stable")[:n])
+
+
+def without_most_harmful(influence: np.ndarray, share: float) -> np.ndarray:
+    """The numbers of the records that are left without this share of them, those that raise the loss the most."""
+    n = min(len(influence) - 1, round(share * len(influence)))
+    return np.sort(np.argsort(influence, kind="stable")[n:])
+
+
 def write_subset(dataset: Dataset, keep: Collection[int], folder: Path, why: str) -> None:
     """Writes a folder of prepared data that trains on some records of `dataset`; those for validation stay.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lit_gpt import Config, InputError
+from lit_gpt.attribution.fit import losses_elsewhere
 from lit_gpt.attribution.gradients import RecordGradients, Sketch
 from lit_gpt.attribution.influence import alike, influences
 from lit_gpt.attribution.report import Attribution, write_attribution
@@ -20,10 +21,11 @@ from lit_gpt.attribution.store import GRADIENTS, GradientStore, claim_attributio
 from lit_gpt.attribution.subset import most_helpful, without_most_harmful, write_subset
 from lit_gpt.attribution.target import answer_record, given_answer, target_of, validation_records
 from lit_gpt.cli import command, run
-from lit_gpt.data.dataset import open_splits
+from lit_gpt.data.dataset import OTHER, open_splits
 from lit_gpt.device import Precision, default_device, inference_dtype
 from lit_gpt.display.progress import progress
 from lit_gpt.evaluation.folder import data_of_run
+from lit_gpt.evaluation.kept import Kept
 from lit_gpt.files import must_be_empty
 from lit_gpt.ranges import check_range
 from lit_gpt.runs.header import finetuned_file
@@ -42,6 +44,7 @@ def main(
     n_records: int = 64,
     select: float | None = None,
     drop: float | None = None,
+    other_questions: int = 4,
     n_shown: int = 10,
     sketch_size: int = 8192,
     micro_batch_size: int = 16,
@@ -64,6 +67,8 @@ def main(
         select: Write this share of the training records, the most helpful ones, to out_dir/selected: a folder of
             prepared data to train on.
         drop: Write the training records without this share of them, the most harmful ones, to out_dir/without_harmful.
+        other_questions: Behind how many questions of others each answer is tried, to find answers that do not belong to
+            their own. Each takes a fifth of an epoch's time or less; 0 leaves it out.
         n_shown: How many records of each kind to show.
         sketch_size: Numbers that are kept of a gradient. More are more exact.
         micro_batch_size: Records whose gradients are made at once. Lower it when memory runs out.
@@ -72,6 +77,7 @@ def main(
     """
     for name, share in (("select", select), ("drop", drop)):
         check_range(f"--{name}", share, above=0, below=1)
+    check_range("--other_questions", other_questions, at_least=0)
     counts = dict(
         n_records=n_records,
         n_shown=n_shown,
@@ -121,8 +127,12 @@ def main(
     target = target_of(asked, source, micro_batch_size, what)
     (influence,) = influences(store.gradients, target.gradient.numpy()[None])
     n_targets = np.array([train_data.n_targets(i) for i in range(len(train_data))])
+    misfit = None
+    if other_questions and OTHER not in train_data.trained:  # trained prompts are in the losses
+        kept = Kept(store.folder / f"elsewhere-{key[:16]}.jsonl")
+        misfit = store.losses / losses_elsewhere(model, train_data, other_questions, kept)
     pairs = alike(store.gradients, least=0.8, most=1000)
-    found = Attribution(target.what, target.loss, influence, store.losses / n_targets, pairs)
+    found = Attribution(target.what, target.loss, influence, store.losses / n_targets, misfit, pairs)
 
     # the report, and data to train on
     findings = write_attribution(out_dir, found, train_data, tokenizer, command(), n_shown)

@@ -24,7 +24,7 @@ from lit_gpt.files import write_whole
 from lit_gpt.generate.answers import bare_question
 from lit_gpt.runs.report import code_block, escape_markdown
 
-COLUMNS = ("record", "influence", "loss", "targets", "prompt", "answer")
+COLUMNS = ("record", "influence", "loss", "misfit", "targets", "prompt", "answer")
 TEXT_LENGTH = 100  # of a prompt or an answer in a table
 
 
@@ -40,6 +40,8 @@ class Attribution:
     """(n,): by how much it would be higher without each training record, in nats per token, as an estimate."""
     losses: np.ndarray
     """(n,): the loss of each record, in nats per token."""
+    misfit: np.ndarray | None
+    """(n,): the loss of each answer as a share of its loss behind other questions. None where it was not asked for."""
     pairs: Sequence[Pair]
     """Records whose gradients point the same way."""
 
@@ -66,30 +68,40 @@ def write_attribution(
     helpful = [i for i in order[:n_shown] if found.influence[i] > 0]
     harmful = [i for i in order[: -n_shown - 1 : -1] if found.influence[i] < 0]
 
-    def table(numbers: Sequence[int]) -> str:
+    def table(numbers: Sequence[int], scores: np.ndarray, name: str, form: str) -> str:
+        if not len(numbers):
+            return "None."
         rows = []
         for i in numbers:
             prompt, answer = (in_cell(text) for text in texts[i])
-            rows.append(
-                [f"{dataset.records[i]}", f"{found.influence[i]:+.2g}", f"{found.losses[i]:.2f}", prompt, answer]
-            )
-        return markdown_table(("record", "influence", "loss", "prompt", "answer"), rows, right=(0, 1, 2))
+            figures = [f"{dataset.records[i]}", f"{scores[i]:{form}}", f"{found.losses[i]:.2f}"]
+            rows.append([*figures, prompt, answer])
+        return markdown_table(("record", name, "loss", "prompt", "answer"), rows, right=(0, 1, 2))
 
     sections = [
         f"{found.target}: a loss of {found.loss:.4f} nats per token, by {counted(len(order), 'training record')}.",
         "The influence of a record is by how much that loss would be higher without it, as a linear estimate says: what"
         " counts is the order, not the size.",
         "## They lowered it the most",
-        table(helpful) if helpful else "None.",
+        table(helpful, found.influence, "influence", "+.2g"),
         "## They raised it the most",
-        table(harmful) if harmful else "None.",
+        table(harmful, found.influence, "influence", "+.2g"),
         "## They do the same",
         pairs_table(found.pairs[:n_shown], dataset, texts),
     ]
+    misfits: list[int] = []
+    if found.misfit is not None:
+        misfits = np.argsort(-found.misfit, kind="stable")[:n_shown].tolist()
+        sections += [
+            "## Their answers may belong to other questions",
+            "The misfit is the loss of an answer behind its own question, as a share of its loss behind others. Near 1"
+            " or above, the question says nothing about the answer.",
+            table(misfits, found.misfit, "misfit", ".2f"),
+        ]
     findings = "\n\n".join(sections)
     report = "\n\n".join(["# Attribution", code_block(command, "sh"), findings]) + "\n"
     write_whole(out_dir / "report.md", report)
-    content = as_json(found, dataset, texts, command, helpful, harmful)
+    content = as_json(found, dataset, texts, command, helpful, harmful, misfits)
     write_whole(out_dir / "report.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     write_whole(out_dir / "scores.csv", scores_csv(found, dataset, texts))
     return findings
@@ -119,6 +131,7 @@ def as_json(
     command: str,
     helpful: Sequence[int],
     harmful: Sequence[int],
+    misfits: Sequence[int],
 ) -> dict[str, Any]:
     """The content of report.json."""
 
@@ -128,6 +141,7 @@ def as_json(
             "record": int(dataset.records[i]),
             "influence": float(found.influence[i]),
             "loss": float(found.losses[i]),
+            "misfit": None if found.misfit is None else float(found.misfit[i]),
             "prompt": prompt,
             "answer": answer,
         }
@@ -138,6 +152,7 @@ def as_json(
         "loss": found.loss,
         "lowered": [entry(i) for i in helpful],
         "raised": [entry(i) for i in harmful],
+        "misfits": [entry(i) for i in misfits],
         "alike": [
             {
                 "records": [int(dataset.records[pair.first]), int(dataset.records[pair.second])],
@@ -154,6 +169,7 @@ def scores_csv(found: Attribution, dataset: Dataset, texts: RecordTexts) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for i, record in enumerate(dataset.records.tolist()):
-        influence = f"{found.influence[i]:.6g}"
-        writer.writerow((record, influence, f"{found.losses[i]:.6g}", dataset.n_targets(i), *texts[i]))
+        misfit = "" if found.misfit is None else f"{found.misfit[i]:.6g}"
+        figures = (f"{found.influence[i]:.6g}", f"{found.losses[i]:.6g}", misfit, dataset.n_targets(i))
+        writer.writerow((record, *figures, *texts[i]))
     return text.getvalue()

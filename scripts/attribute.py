@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lit_gpt import Config, InputError
-from lit_gpt.attribution.fit import losses_elsewhere
+from lit_gpt.attribution.fit import losses_elsewhere, other_questions
 from lit_gpt.attribution.gradients import RecordGradients, Sketch
 from lit_gpt.attribution.influence import alike, influences
 from lit_gpt.attribution.report import Attribution, write_attribution
@@ -44,7 +44,7 @@ def main(
     n_records: int = 64,
     select: float | None = None,
     drop: float | None = None,
-    other_questions: int = 4,
+    n_questions: int = 2,
     n_shown: int = 10,
     sketch_size: int = 8192,
     micro_batch_size: int = 16,
@@ -67,8 +67,9 @@ def main(
         select: Write this share of the training records, the most helpful ones, to out_dir/selected: a folder of
             prepared data to train on.
         drop: Write the training records without this share of them, the most harmful ones, to out_dir/without_harmful.
-        other_questions: Behind how many questions of others each answer is tried, to find answers that do not belong to
-            their own. Each takes a fifth of an epoch's time or less; 0 leaves it out.
+        n_questions: Behind how many other questions each answer is tried, to find those that do not belong to their
+            own. The first asks nothing, the others are those of records. Each takes about a fifth of an epoch's time;
+            0 leaves it out.
         n_shown: How many records of each kind to show.
         sketch_size: Numbers that are kept of a gradient. More are more exact.
         micro_batch_size: Records whose gradients are made at once. Lower it when memory runs out.
@@ -77,7 +78,7 @@ def main(
     """
     for name, share in (("select", select), ("drop", drop)):
         check_range(f"--{name}", share, above=0, below=1)
-    check_range("--other_questions", other_questions, at_least=0)
+    check_range("--n_questions", n_questions, at_least=0)
     counts = dict(
         n_records=n_records,
         n_shown=n_shown,
@@ -128,9 +129,10 @@ def main(
     (influence,) = influences(store.gradients, target.gradient.numpy()[None])
     n_targets = np.array([train_data.n_targets(i) for i in range(len(train_data))])
     misfit = None
-    if other_questions and OTHER not in train_data.trained:  # trained prompts are in the losses
+    if n_questions and OTHER not in train_data.trained:  # trained prompts are in the losses
         kept = Kept(store.folder / f"elsewhere-{key[:16]}.jsonl")
-        misfit = store.losses / losses_elsewhere(model, train_data, other_questions, kept)
+        questions = other_questions(train_data, tokenizer, n_questions)
+        misfit = store.losses / losses_elsewhere(model, train_data, questions, kept)
     pairs = alike(store.gradients, least=0.8, most=1000)
     found = Attribution(target.what, target.loss, influence, store.losses / n_targets, misfit, pairs)
 

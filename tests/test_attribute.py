@@ -16,14 +16,17 @@ from helpers.runs import write_data
 from helpers.scripts import script
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional as F
 
-from lit_gpt import GPT, InputError
+from lit_gpt import GPT, InputError, Tokenizer
 from lit_gpt.attribution import influence, store
+from lit_gpt.attribution.fit import other_questions
 from lit_gpt.attribution.gradients import Record, RecordGradients, Sketch, first_target
 from lit_gpt.checkpoint.weight_files import read_metadata
 from lit_gpt.data.dataset import Dataset
 from lit_gpt.lora import LoRA, apply_lora, mark_only_lora_as_trainable
 from lit_gpt.model.packing import Layout
+from lit_gpt.runs.load_finetuned import load_finetuned
 
 
 def model_with_lora(**changes) -> GPT:
@@ -189,6 +192,28 @@ def test_asked_about_a_training_record_it_names_that_record(run_dir, tmp_path) -
         report = attribute(run_dir, tmp_path / "out", prompt=asked["prompt"], answer=asked["answer"])
         assert report["lowered"][0]["record"] == int(data.records[number])
         assert report["loss"] == pytest.approx(float(asked["loss"]), rel=1e-4)
+
+
+@torch.no_grad()
+def test_misfits_by_hand(run_dir, tiny_dir) -> None:
+    """The loss of an answer behind its own question, as a share of its mean loss behind nothing and another one."""
+    model, _ = load_finetuned(None, run_dir / "lora", torch.float32)
+    tokenizer = Tokenizer(tiny_dir)
+    data = Dataset(run_dir / "data", "train")
+    nothing, other = other_questions(data, tokenizer, 2)
+    assert tokenizer.decode_with_special(nothing.tolist()).endswith(
+        "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+    def loss(question: torch.Tensor, answer: torch.Tensor) -> float:
+        ids = torch.cat((question, answer))
+        logits = model(ids[None])[0, len(question) - 1 : -1]
+        return F.cross_entropy(logits, answer, reduction="sum").item()
+
+    for number, row in list(enumerate(table(run_dir / "found")))[:6]:
+        question, answer = data.question(number)
+        elsewhere = (loss(nothing, answer) + loss(other, answer)) / 2
+        assert float(row["misfit"]) == pytest.approx(loss(question, answer) / elsewhere, rel=1e-4)
 
 
 def test_gradients_are_made_once(run_dir, tmp_path, monkeypatch) -> None:

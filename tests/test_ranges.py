@@ -103,7 +103,7 @@ OUT_OF_RANGE = {
     "--n_mails": "1 -5",
     "--select": "0 1 -0.1 .nan",
     "--drop": "0 1 -0.1 .nan",
-    "--other_questions": "-1",
+    "--n_questions": "-1",
     "--n_shown": NOT_A_COUNT,
     "--sketch_size": NOT_A_COUNT,
     "--micro_batch_size": NOT_A_COUNT,

@@ -7,11 +7,16 @@ nothing about the answer, or speaks against it. The loss alone cannot tell a wro
 share behind no question at all is the instruction-following difficulty of Li et al. 2023, arXiv 2308.12032.)
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from lit_gpt.attribution.gradients import Record, first_target
+from lit_gpt.data.conversation_tokens import encode_question
 from lit_gpt.data.dataset import Dataset
+from lit_gpt.data.prompts import render
+from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.evaluation.kept import Kept
 from lit_gpt.evaluation.measure import summed_losses
 from lit_gpt.model.gpt import GPT
@@ -19,23 +24,34 @@ from lit_gpt.model.gpt import GPT
 SEED = 0  # of the draw of the questions
 
 
-def losses_elsewhere(model: GPT, dataset: Dataset, n_questions: int, kept: Kept) -> np.ndarray:
-    """The mean summed loss of each answer behind the questions of some records, the same for all, (n,) float64.
+def other_questions(dataset: Dataset, tokenizer: Tokenizer, n_questions: int) -> list[torch.Tensor]:
+    """Prompts to put answers behind, (T,) each: one that asks nothing, if the style prints anything, then records'."""
+    rendered = render(dataset.meta["prompt_style"], {"instruction": ""}, tokenizer)
+    questions = [encode_question(rendered, tokenizer)]
+    if not len(questions[0]):  # then the first token of an answer would have nothing to be predicted from
+        questions = []
+    for i in np.random.default_rng(SEED).permutation(len(dataset)).tolist():
+        if len(questions) >= n_questions:
+            break
+        ids, trained = dataset[i]
+        questions.append(ids[: first_target(trained)])
+    return questions
+
+
+def losses_elsewhere(model: GPT, dataset: Dataset, questions: Sequence[torch.Tensor], kept: Kept) -> np.ndarray:
+    """The mean summed loss of each answer behind some other questions, the same for all, (n,) float64.
 
     Args:
         model: The trained model.
         dataset: The training records. What follows the prompt is the answer, with all that stands between answers.
-        n_questions: How many other questions there are.
+        questions: The tokens of each, (T,).
         kept: Gives what was found before, and takes what is found now.
     """
     n = len(dataset)
-    chosen = np.random.default_rng(SEED).permutation(n)[:n_questions].tolist()
+    names = [str(i) for i in range(n)]
     of_questions = []
-    for number, j in enumerate(chosen, 1):
-        ids, trained = dataset[j]
-        question = ids[: first_target(trained)]
+    for number, question in enumerate(questions, 1):
         records = [behind(question, dataset[i]) for i in range(n)]
-        names = [str(i) for i in range(n)]
         what = f"loss behind other question {number}"
         of_questions.append(summed_losses("answers", model, records, names, kept, what))
     return np.mean(of_questions, axis=0)

@@ -25,8 +25,10 @@ from lit_gpt.attribution.gradients import Record, RecordGradients, Sketch, first
 from lit_gpt.attribution.influence import influences
 from lit_gpt.checkpoint.load import load_model
 from lit_gpt.config import SAMPLE
+from lit_gpt.data.conversation_tokens import encode_question
 from lit_gpt.data.dataset import Dataset, step_records
 from lit_gpt.data.prepare import DataArgs, prepare
+from lit_gpt.data.prompts import render
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.evaluation.measure import n_targets
 from lit_gpt.evaluation.record_losses import judge_records
@@ -36,7 +38,6 @@ from lit_gpt.model.packing import Layout
 
 OUT = Path("out/attribution")
 SKETCH_SIZE = 16384
-OTHER_QUESTIONS = 4
 LONGEST = 64  # tokens of a docstring's record
 
 
@@ -148,10 +149,10 @@ def scores(model: GPT, task: Task) -> dict[str, np.ndarray]:
     target = of_val.sum(0) / sum(map(n_targets, task.val))
 
     began = time.process_time()
+    nothing = encode_question(render("chat", {"instruction": ""}, Tokenizer(SAMPLE)), Tokenizer(SAMPLE))
+    ids, trained = task.train[np.random.default_rng(0).permutation(n)[0]]
     elsewhere = []
-    for j in np.random.default_rng(0).permutation(n)[:OTHER_QUESTIONS]:
-        ids, trained = task.train[j]
-        question = ids[: first_target(trained)]
+    for question in (nothing, ids[: first_target(trained)]):
         of_answers = judge_records(model, [behind(question, record) for record in task.train])
         elsewhere.append([values.sum().item() for values in of_answers])
     misfit_seconds = time.process_time() - began

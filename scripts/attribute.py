@@ -28,7 +28,6 @@ from lit_gpt.evaluation.folder import data_of_run
 from lit_gpt.evaluation.kept import Kept
 from lit_gpt.files import must_be_empty
 from lit_gpt.ranges import check_range
-from lit_gpt.runs.header import finetuned_file
 from lit_gpt.runs.load_finetuned import load_finetuned, read_base, trained_tokenizer
 from lit_gpt.runs.resume import data_fingerprint
 from lit_gpt.runs.side_by_side import model_names
@@ -97,7 +96,8 @@ def main(
         raise InputError(f"{finetuned} was trained with {header.method}, expected lora: finetune/lora.py writes it.")
     tokenizer = trained_tokenizer(finetuned, base_dir)
     data_dir = data_dir or data_of_run([finetuned])
-    train_data, val_data = open_splits(data_dir, tokenizer, Config.from_checkpoint(base_dir))
+    config = Config.from_checkpoint(base_dir)
+    train_data, val_data = open_splits(data_dir, tokenizer, config)
     if prompt is None:
         asked = validation_records(val_data, n_records)
     style = train_data.meta["prompt_style"]
@@ -112,12 +112,12 @@ def main(
 
     # the model, and a gradient of each training record
     dtype = inference_dtype(precision)
-    model, _ = load_finetuned(checkpoint_dir, finetuned, dtype=dtype, device=default_device())
+    model, header = load_finetuned(checkpoint_dir, finetuned, dtype=dtype, device=default_device())
+    source = RecordGradients(model, Sketch(sketch_size))
     if prompt is not None:
         answer = answer or given_answer(model, tokenizer, style, prompt, max_new_tokens)
-        asked = [answer_record(tokenizer, style, prompt, answer)]
-    source = RecordGradients(model, Sketch(sketch_size))
-    key = key_of(finetuned_file(finetuned), header.base, data_fingerprint(train_data), str(dtype))
+        asked = [answer_record(tokenizer, style, prompt, answer, config.block_size)]
+    key = key_of(source.linears, header.base, str(header.quantize), str(dtype), data_fingerprint(train_data))
     store = GradientStore(out_dir / GRADIENTS, key, len(train_data), sketch_size)
     missing = store.fill(train_data, source, micro_batch_size)
     for _ in progress(missing, len(train_data), "gradients of training records", store.n_done):

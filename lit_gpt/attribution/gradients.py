@@ -36,6 +36,8 @@ from lit_gpt.model.rope import rotates_by_length
 
 Record = tuple[torch.Tensor, torch.Tensor]  # its tokens (T,), and whether each is trained, (T,) bool
 
+POSITIONS = 128  # the cache is made longer by so many
+
 
 class Sketch:
     """Vectors of millions of numbers as `size` numbers whose products are those of the vectors, but for chance.
@@ -84,7 +86,7 @@ class RecordGradients:
         self.in_all_rows: list[int] = []  # tokens with which every row of the cache begins
 
     def of(self, records: Sequence[Record]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sketches (n, size) of the gradients of n records' summed losses, and these losses, (n,): float32."""
+        """The sketches (n, size) of the gradients of n records' summed losses, and these losses, (n,)."""
         starts = [first_target(trained) - 1 for _, trained in records]
         cache = self.read_prompts(records, starts)
 
@@ -131,20 +133,18 @@ class RecordGradients:
                     cache.copy_row(0, row, n_shared)
             self.in_all_rows = shared
         n_shared = len(self.in_all_rows)
-        self.read(
-            cache,
-            [
-                (Piece(row, n_shared, len(prompt) - n_shared), prompt[n_shared:])
-                for row, prompt in enumerate(prompts)
-                if len(prompt) > n_shared
-            ],
-        )
+        rest = []
+        for row, prompt in enumerate(prompts):
+            if len(prompt) > n_shared:
+                rest.append((Piece(row, n_shared, len(prompt) - n_shared), prompt[n_shared:]))
+        self.read(cache, rest)
         return cache
 
     def room_for(self, n_rows: int, length: int) -> KVCache:
         """The cache, with at least so many rows and positions."""
         if self.cache is None or n_rows > self.cache.batch_size or length > self.cache.max_seq_length:
-            self.cache = self.model.new_kv_cache(n_rows, length)
+            rounded = -(-length // POSITIONS) * POSITIONS  # so that few records need a larger one
+            self.cache = self.model.new_kv_cache(n_rows, min(rounded, self.model.config.block_size))
             self.in_all_rows = []
         return self.cache
 
@@ -179,9 +179,9 @@ class RecordGradients:
         rows: dict[str, Rows] = {}
         positions = model.positions(idx, None, layout, cache)
         x = model.transformer.wte(idx, positions.pos).requires_grad_()
-        handles = [
-            module.register_forward_hook(partial(keep_rows, rows, name)) for name, module in self.linears.items()
-        ]
+        handles = []
+        for name, linear in self.linears.items():
+            handles.append(linear.register_forward_hook(partial(keep_rows, rows, name)))
         try:
             x = model.run_blocks(x, positions, cache=cache)
             x = model.transformer.ln_f(x[0].index_select(0, layout.target_index))

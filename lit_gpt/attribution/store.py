@@ -7,9 +7,9 @@ state.json       whose gradients these are, and of how many records they are the
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from lit_gpt.data.dataset import Dataset
 from lit_gpt.errors import InputError
 from lit_gpt.files import has_content, write_whole
 from lit_gpt.lock import hold
+from lit_gpt.lora import LoRALinear
 
 GRADIENTS = "gradients"  # the folder, in the out_dir of an attribution
 STATE = "state.json"
@@ -38,8 +39,10 @@ class GradientStore:
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.identity = {"key": key, "n_records": n_records, "size": size}
+        self.identity: dict[str, Any] = {"key": key, "n_records": n_records, "size": size}
         self.n_done = self.stored()
+        if not self.n_done:
+            (folder / STATE).unlink(missing_ok=True)  # it speaks of gradients that go away now
         mode: Literal["r+", "w+"] = "r+" if self.n_done else "w+"
         self.gradients = np.memmap(folder / "gradients.bin", np.float32, mode, shape=(n_records, size))
         self.losses = np.memmap(folder / "losses.bin", np.float32, mode, shape=(n_records,))
@@ -47,11 +50,13 @@ class GradientStore:
     def stored(self) -> int:
         """Of how many records the gradients are there already."""
         file = self.folder / STATE
-        if not file.is_file():
+        gradients = self.folder / "gradients.bin"
+        if not file.is_file() or not gradients.is_file():
             return 0
         state = json.loads(file.read_text(encoding="utf-8"))
+        n_bytes = 4 * self.identity["n_records"] * self.identity["size"]
         is_same = all(state.get(name) == value for name, value in self.identity.items())
-        return int(state["n_done"]) if is_same else 0
+        return int(state["n_done"]) if is_same and gradients.stat().st_size == n_bytes else 0
 
     def fill(self, dataset: Dataset, source: RecordGradients, micro_batch_size: int) -> Iterator[int]:
         """Makes the gradients that are missing, and gives the number of each record whose gradient is there."""
@@ -87,9 +92,13 @@ def claim_attribution(out_dir: Path) -> None:
     hold(out_dir)
 
 
-def key_of(weights: Path, *facts: str) -> str:
-    """A fingerprint of the trained weights in a file, and of what else the gradients depend on."""
-    digest = hashlib.sha256(weights.read_bytes())
+def key_of(linears: Mapping[str, LoRALinear], *facts: str) -> str:
+    """A fingerprint of the trained factors of these linears, and of what else the gradients depend on."""
+    digest = hashlib.sha256()
+    for name, linear in linears.items():
+        digest.update(name.encode())
+        for factor in (linear.lora_A, linear.lora_B):
+            digest.update(factor.detach().cpu().numpy().tobytes())
     for fact in facts:
-        digest.update(fact.encode())
+        digest.update(f"{fact}\n".encode())
     return digest.hexdigest()

@@ -8,6 +8,7 @@ import torch
 from lit_gpt.attribution.gradients import Record, RecordGradients
 from lit_gpt.data.conversation_tokens import ConversationEncoder, encode_question
 from lit_gpt.data.dataset import Dataset
+from lit_gpt.data.embedding_rows import check_prompt
 from lit_gpt.data.loss_mask import mark_trained
 from lit_gpt.data.prompts import render
 from lit_gpt.data.tokenizer import Tokenizer
@@ -57,16 +58,28 @@ def validation_records(dataset: Dataset, n_records: int) -> list[Record]:
 
 
 def given_answer(model: GPT, tokenizer: Tokenizer, style: str, prompt: str, max_new_tokens: int) -> str:
-    """The model's own greedy answer to a prompt."""
-    question = encode_question(render(style, {"instruction": prompt}, tokenizer), tokenizer)
-    request = Request(question.tolist(), max_new_tokens, stop_ids=tokenizer.stop_ids)
+    """The model's own greedy answer to a prompt.
+
+    Raises:
+        InputError: the prompt is too long.
+    """
+    question = encode_question(render(style, {"instruction": prompt}, tokenizer), tokenizer).tolist()
+    check_prompt(question, tokenizer, model.config)
+    room = model.config.block_size - len(question)
+    request = Request(question, min(max_new_tokens, room), stop_ids=tokenizer.stop_ids)
     (answer,) = Engine(model, tokenizer).run([request])
     return answer.text.strip()
 
 
-def answer_record(tokenizer: Tokenizer, style: str, prompt: str, answer: str) -> Record:
-    """The tokens of a prompt and its answer as they would be trained."""
+def answer_record(tokenizer: Tokenizer, style: str, prompt: str, answer: str, longest: int) -> Record:
+    """The tokens of a prompt and its answer as they would be trained.
+
+    Raises:
+        InputError: they are more than `longest`.
+    """
     rendered = render(style, {"instruction": prompt, "output": answer}, tokenizer)
     (encoding,) = ConversationEncoder(tokenizer).encode_batch([rendered])
     ids, marks = mark_trained(rendered, encoding.encoded, tokenizer)
+    if len(ids) > longest:
+        raise InputError(f"The prompt and its answer have {len(ids)} tokens, but the model reads {longest}.")
     return torch.tensor(ids), torch.tensor(list(marks)).bool()

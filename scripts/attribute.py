@@ -18,7 +18,7 @@ from lit_gpt.attribution.gradients import RecordGradients, Sketch
 from lit_gpt.attribution.influence import alike, influences
 from lit_gpt.attribution.report import Attribution, write_attribution
 from lit_gpt.attribution.store import GRADIENTS, GradientStore, claim_attribution, key_of
-from lit_gpt.attribution.subset import most_helpful, without_most_harmful, write_subset
+from lit_gpt.attribution.subset import most_helpful, without_misfits, write_subset
 from lit_gpt.attribution.target import answer_record, given_answer, target_of, validation_records
 from lit_gpt.cli import command, run
 from lit_gpt.data.dataset import OTHER, open_splits
@@ -65,7 +65,8 @@ def main(
         n_records: How many validation records to ask about: always the first ones.
         select: Write this share of the training records, the most helpful ones, to out_dir/selected: a folder of
             prepared data to train on.
-        drop: Write the training records without this share of them, the most harmful ones, to out_dir/without_harmful.
+        drop: Write the training records without this share of them, those whose answers belong to their questions the
+            least, to out_dir/without_misfits.
         n_questions: Behind how many other questions each answer is tried, to find those that do not belong to their
             own. The first asks nothing, the others are those of records. Each takes about a fifth of an epoch's time;
             0 leaves it out.
@@ -101,11 +102,15 @@ def main(
     if prompt is None:
         asked = validation_records(val_data, n_records)
     style = train_data.meta["prompt_style"]
+    has_answers = OTHER not in train_data.trained  # prompts and texts that are trained are in the losses
+    if drop is not None and not (n_questions and has_answers):
+        what = "there are none in these data alone" if n_questions else "--n_questions is 0"
+        raise InputError(f"--drop leaves out answers that do not belong to their questions, but {what}. Leave it out.")
 
     # the folder, which may hold the gradients already
     out_dir = out_dir or Path("out/attribute") / model_names([finetuned])[0].replace("/", "-")
     claim_attribution(out_dir)
-    folders = {"selected": select, "without_harmful": drop}
+    folders = {"selected": select, "without_misfits": drop}
     for name, share in folders.items():
         if share is not None:
             must_be_empty(out_dir / name)
@@ -129,7 +134,7 @@ def main(
     (influence,) = influences(store.gradients, target.gradient.numpy()[None])
     n_targets = np.array([train_data.n_targets(i) for i in range(len(train_data))])
     misfit = None
-    if n_questions and OTHER not in train_data.trained:  # trained prompts are in the losses
+    if n_questions and has_answers:
         kept = Kept(store.folder / f"elsewhere-{key[:16]}.jsonl")
         questions = other_questions(train_data, tokenizer, n_questions)
         misfit = store.losses / losses_elsewhere(model, train_data, questions, kept)
@@ -143,10 +148,10 @@ def main(
         chosen = most_helpful(influence, select)
         write_subset(train_data, chosen, out_dir / "selected", f"the most helpful {select:g} of {data_dir}")
         print(f"Data: {out_dir / 'selected'}, {len(chosen):,} training records")
-    if drop is not None:
-        chosen = without_most_harmful(influence, drop)
-        write_subset(train_data, chosen, out_dir / "without_harmful", f"{data_dir} without the most harmful {drop:g}")
-        print(f"Data: {out_dir / 'without_harmful'}, {len(chosen):,} training records")
+    if drop is not None and misfit is not None:
+        chosen = without_misfits(misfit, drop)
+        write_subset(train_data, chosen, out_dir / "without_misfits", f"{data_dir} without the {drop:g} that fit least")
+        print(f"Data: {out_dir / 'without_misfits'}, {len(chosen):,} training records")
 
 
 if __name__ == "__main__":

@@ -246,14 +246,17 @@ def test_gradients_are_made_once(run_dir, tmp_path, monkeypatch) -> None:
     assert made[4:] == [16, 16, 8, 7]
 
 
-def test_data_of_the_helpful_and_without_the_harmful(run_dir, tmp_path, tiny_dir) -> None:
+def test_data_of_the_helpful_and_without_misfits(run_dir, tmp_path, tiny_dir) -> None:
     data = Dataset(run_dir / "data", "train")
-    influence_of = {int(row["record"]): float(row["influence"]) for row in table(run_dir / "found")}
-    in_order = sorted(influence_of, key=influence_of.__getitem__)
+
+    def in_order(column: str) -> list[int]:
+        value_of = {int(row["record"]): float(row[column]) for row in table(run_dir / "found")}
+        return sorted(value_of, key=value_of.__getitem__)
+
     helpful = Dataset(run_dir / "found/selected", "train")
-    assert set(helpful.records.tolist()) == set(in_order[-8:])
-    rest = Dataset(run_dir / "found/without_harmful", "train")
-    assert set(rest.records.tolist()) == set(in_order[4:])
+    assert set(helpful.records.tolist()) == set(in_order("influence")[-8:])
+    rest = Dataset(run_dir / "found/without_misfits", "train")
+    assert set(rest.records.tolist()) == set(in_order("misfit")[:-4])
     val = Dataset(run_dir / "found/selected", "val")
     assert val.records.tolist() == Dataset(run_dir / "data", "val").records.tolist()
     torch.testing.assert_close(helpful[0], data[int(np.flatnonzero(data.records == helpful.records[0])[0])])
@@ -264,6 +267,7 @@ def test_data_of_the_helpful_and_without_the_harmful(run_dir, tmp_path, tiny_dir
     ("flags", "what"),
     [
         ({"answer": "Ada."}, "Name a --prompt"),
+        ({"drop": 0.1, "n_questions": 0}, "--n_questions is 0"),
         ({"select": 0.2}, "selected is not empty"),
         ({"out_dir": "lora"}, "holds no attribution"),
         ({"data_dir": "nowhere"}, "is not there"),

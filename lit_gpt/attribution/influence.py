@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 ROWS = 1024  # of gradients that are read at a time
-DAMPING = 0.1
+DAMPING = 0.3
 
 
 class Pair(NamedTuple):

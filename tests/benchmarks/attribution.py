@@ -1,11 +1,11 @@
 """Does scripts/attribute.py name the right records? Planted errors are to be found, and runs are made without some.
 
-    python tests/benchmarks/attribution.py docstrings       20 min of a core for a training, of which there are three
-    python tests/benchmarks/attribution.py labels           e-mails, from scripts/download_spam.py
+    python tests/benchmarks/attribution.py docstrings       about 25 min of a core, most of it for five trainings
+    python tests/benchmarks/attribution.py labels           15 min; e-mails of scripts/download_spam.py
 
-3 % of the records get a wrong answer: in `docstrings` answers change places, in `labels` spam is called ham and ham
-spam. A LoRA is trained on all of them, and then without those that were named, and without as many random ones. All
-runs see the other records in the same order. What has been done lies in out/attribution/, and the command goes on.
+3 % of some hundred records get a wrong answer: in `docstrings` answers change places, in `labels` spam is called ham
+and ham spam. A LoRA is trained on all of them, and then without those that were named, or as many random ones. All runs
+see the other records in the same order. What has been done lies in out/attribution/, and the command goes on.
 """
 
 import argparse

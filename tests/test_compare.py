@@ -1,6 +1,7 @@
 """scripts/compare_methods.py on a tiny model: `pytest tests/test_compare.py`, about 1 min"""
 
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -21,6 +22,8 @@ from lit_gpt.evaluation.forgetting import forgetting, general_records, read_gene
 from lit_gpt.memory.plan import adapt, setup_of_script
 from lit_gpt.runs.load_finetuned import load_finetuned
 from lit_gpt.runs.log import HEADER, read_metrics
+from lit_gpt.scores.paired import paired_difference
+from lit_gpt.scores.record_scores import read_scores
 from lit_gpt.studies.compare_methods import (
     CANDIDATES,
     FROZEN_SHARE,
@@ -83,6 +86,14 @@ def test_methods_stand_side_by_side(folder) -> None:
     gap = measured.loss.mean - forgetting(model, base, records).loss.mean
     assert found["full"]["forgotten"] == pytest.approx(gap, rel=1e-6) and gap != 0
     assert found["full"]["kl"] == pytest.approx(measured.kl.mean, rel=1e-6) and measured.kl.mean > 0
+    # each against the best, record by record
+    ranked = sorted(FOUR, key=lambda name: found[name]["val_loss"])
+    of_row = {line.split(" | ")[0].removeprefix("| "): line for line in table.splitlines()}
+    assert "| the best |" in of_row[ranked[0]]
+    assert all(re.search(r"it is worse by|no difference", of_row[name]) for name in ranked[1:])
+    losses = [read_scores(folder / "out" / path / "val_losses.csv")[1] for path in ("full", "adapter")]
+    gap = found["adapter"]["val_loss"] - found["full"]["val_loss"]
+    assert paired_difference(*losses).mean == pytest.approx(gap, abs=1e-6) and gap != 0
     assert (folder / "out/compare.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,17 +1,17 @@
 """Scores that runs and evaluations have left behind, to be compared without a model."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from lit_gpt.errors import InputError
 from lit_gpt.files import list_some, not_there
-from lit_gpt.scores.record_scores import RecordScores, read_scores
-
-VAL_SCORES = "val_losses.csv"  # in the out_dir of a run
+from lit_gpt.runs.val_losses import NAME as VAL_LOSSES
+from lit_gpt.scores.record_scores import LOSS, RecordScores, read_scores
 
 
 def read_stored(path: Path) -> list[RecordScores]:
-    """The scores in a file, or of `best` in the out_dir of a run.
+    """The scores in a file; or the validation losses of `best`, in the out_dir of a run.
 
     Raises:
         InputError: there are none.
@@ -20,9 +20,9 @@ def read_stored(path: Path) -> list[RecordScores]:
         return read_scores(path)
     if not path.exists():
         raise not_there(path, path.parent.glob("*"), "Name the out_dir of a run, or a file of scores.")
-    for folder in (path, path / "best"):
-        if (folder / VAL_SCORES).is_file():
-            return read_scores(folder / VAL_SCORES)
+    if (path / VAL_LOSSES).is_file():
+        of_best, *_ = read_scores(path / VAL_LOSSES)  # or of the last validation, if none could be the best
+        return [replace(of_best, measure=LOSS)]
     evaluated = sorted(path.glob("scores-*.csv"))
     if evaluated:
         raise InputError(f"{path} holds the scores of several models. Name one of them: {list_some(evaluated)}.")

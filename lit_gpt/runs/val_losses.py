@@ -1,6 +1,6 @@
 """The loss of each validation record, of `best` and of the last validation: `out_dir/val_losses.csv`.
 
-    record,best: loss,best: loss weight,last: loss,last: loss weight
+    record,best: loss (lower is better),best: loss weight,last: loss (lower is better),last: loss weight
     3f09c1a2b4d5e6f7,1.25,12,1.5,12                                      the mean over 12 trained tokens
 
 A record has its name by its content, so that two runs can be compared record by record without their models, even if

@@ -1,7 +1,7 @@
 """The scores of a model, a number for each record, and the files that keep them.
 
-    record,loss,loss weight,exact match
-    3f09c1a2b4d5e6f7,1.25,12,0                 a mean over 12 tokens; an answer that is another one
+    record,loss (lower is better),loss weight,exact match
+    3f09c1a2b4d5e6f7,1.25,12,0                                   a mean over 12 tokens; an answer that is another one
     77aa01bc9d3e4f50,0.5,40,1
 
 A mean says how good a model is. The numbers behind it say how sure that is, and let two models be compared record by
@@ -21,18 +21,17 @@ from lit_gpt.errors import InputError
 from lit_gpt.files import write_whole
 
 ID = "record"  # the column that says which record it is
-WEIGHT = " weight"  # the end of the name of a column of weights
+WEIGHT = " weight"  # the end of the name of a column of weights,
+LOWER = " (lower is better)"  # and of one of numbers that are better the lower they are
 LOSS = "loss"
 NATS = "nats per token"
-LOWER_IS_BETTER = (
-    LOSS,
-    "log loss",
-    "perplexity",
-    "bits per byte",
-    "KL to the base",
-    "loss per word",
-    "loss per byte",
-)
+UNITS = {
+    LOSS: NATS,
+    "KL to the base": NATS,
+    "bits per byte": "bits per byte",
+    "loss per word": "nats per word",
+    "loss per byte": "nats per byte",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,13 +108,14 @@ def write_scores(path: Path, scores: Sequence[RecordScores]) -> None:
     columns = [ID]
     for one in scores:
         is_weighted = bool((one.weights != 1).any())
-        columns.append(one.measure)
+        column = one.measure + LOWER if one.lower_is_better else one.measure
+        columns.append(column)
         if is_weighted:
             columns.append(one.measure + WEIGHT)
         for name, value, weight in zip(one.ids, one.values.tolist(), one.weights.tolist(), strict=True):
-            lines[name][one.measure] = f"{value:.10g}"
+            lines[name][column] = f"{value:.10g}"
             if is_weighted:
-                lines[name][one.measure + WEIGHT] = f"{weight:g}"
+                lines[name][one.measure + WEIGHT] = f"{weight:.10g}"
     assert len(set(columns)) == len(columns), f"two measures have one name: {columns}"
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -141,27 +141,21 @@ def read_scores(path: Path) -> list[RecordScores]:
     if columns[:1] != [ID] or len(columns) < 2 or not rows:
         raise wrong
     scores = []
-    for measure in columns[1:]:
-        if measure.endswith(WEIGHT):
+    for column in columns[1:]:
+        if column.endswith(WEIGHT):
             continue
-        scored = [row for row in rows if row[measure]]
+        measure = column.removesuffix(LOWER)
         weight = measure + WEIGHT
+        scored = [row for row in rows if row[column]]
         try:
-            values = [float(row[measure]) for row in scored]
+            values = [float(row[column]) for row in scored]
             weights = [float(row[weight]) if weight in columns else 1.0 for row in scored]
         except (ValueError, TypeError):
             raise wrong from None
         ids = [row[ID] for row in scored]
         if not ids or len(set(ids)) < len(ids) or not np.isfinite([*values, *weights]).all() or min(weights) <= 0:
             raise wrong
-        lower, unit = kind_of(measure)
+        unit = UNITS.get(measure.rpartition(": ")[2], "")
+        lower = column != measure
         scores.append(RecordScores(measure, np.array(values), np.array(weights), ids, lower, unit))
     return scores
-
-
-def kind_of(measure: str) -> tuple[bool, str]:
-    """Whether less of a measure is better, and its unit."""
-    name = measure.rpartition(": ")[2]
-    units = {LOSS: NATS, "KL to the base": NATS, "bits per byte": "bits per byte"}
-    units |= {"loss per word": "nats per word", "loss per byte": "nats per byte", "log loss": "nats per text"}
-    return name in LOWER_IS_BETTER, units.get(name, "")

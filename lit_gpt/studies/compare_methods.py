@@ -43,6 +43,10 @@ from lit_gpt.runs.load_finetuned import load_finetuned
 from lit_gpt.runs.log import read_metrics
 from lit_gpt.runs.methods import METHODS
 from lit_gpt.runs.resume import data_fingerprint
+from lit_gpt.runs.val_losses import LAST
+from lit_gpt.runs.val_losses import NAME as VAL_LOSSES
+from lit_gpt.scores.paired import in_words, paired_difference
+from lit_gpt.scores.record_scores import RecordScores, read_scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -378,7 +382,8 @@ def compare(names: Sequence[str], scripts: Path, budget: Budget, text: str, out_
 
         # table and figure of all that are done
         first = loss_before([outcome.method for outcome in outcomes], out_dir)
-        write_whole(out_dir / "compare.md", outcomes_table(outcomes, first) + "\n")
+        table = outcomes_table(outcomes, first, against_best(outcomes, out_dir))
+        write_whole(out_dir / "compare.md", table + "\n")
         save_figure(outcomes_figure(outcomes, first), out_dir / "compare.png")
     return outcomes
 
@@ -396,8 +401,35 @@ def loss_before(names: Sequence[str], out_dir: Path) -> float:
     return rows[0]["val_loss"]
 
 
-def outcomes_table(outcomes: Sequence[Outcome], first: float) -> str:
-    """A Markdown table, a row for each outcome. `first` is the validation loss before training."""
+def against_best(outcomes: Sequence[Outcome], out_dir: Path) -> list[str]:
+    """How much worse each method is than the one with the lowest validation loss, record by record, in words."""
+    best = min(outcomes, key=lambda outcome: outcome.val_loss)
+    of_best = last_losses(best.method, out_dir)
+    sentences = []
+    for outcome in outcomes:
+        losses = last_losses(outcome.method, out_dir)
+        if outcome is best:
+            sentences.append("the best")
+        elif losses is None or of_best is None:
+            sentences.append("")
+        else:
+            sentences.append(in_words(paired_difference(of_best, losses), "it"))
+    return sentences
+
+
+def last_losses(name: str, out_dir: Path) -> RecordScores | None:
+    """The losses of a run's last validation. None of a run of November 2026, which did not keep them."""
+    file = folder_of(name, out_dir) / VAL_LOSSES
+    if not file.is_file():
+        return None
+    return next(scores for scores in read_scores(file) if scores.measure == LAST)
+
+
+def outcomes_table(outcomes: Sequence[Outcome], first: float, against_best: Sequence[str]) -> str:
+    """A Markdown table, a row for each outcome.
+
+    `first` is the validation loss before training, `against_best` says how each outcome compares with the best.
+    """
     heads = (
         "method",
         "trained parameters",
@@ -405,12 +437,13 @@ def outcomes_table(outcomes: Sequence[Outcome], first: float) -> str:
         "training",
         "tokens/s",
         "validation loss",
+        "against the best",
         "on disk",
         "forgotten",
         "KL to the base",
     )
     rows = []
-    for outcome in outcomes:
+    for outcome, sentence in zip(outcomes, against_best, strict=True):
         row = (
             outcome.method,
             f"{outcome.trained:,}",
@@ -418,13 +451,14 @@ def outcomes_table(outcomes: Sequence[Outcome], first: float) -> str:
             f"{outcome.minutes:.1f} min",
             f"{outcome.tokens_per_second:,.0f}",
             f"{outcome.val_loss:.3f}",
+            sentence,
             f"{outcome.size_mb:,.1f} MB",
             f"{outcome.forgotten:+.3f}",
             "" if outcome.kl is None else f"{outcome.kl:.3f}",
         )
         rows.append(row)
-    lines = markdown_table(heads, rows, right=range(1, len(heads)))
-    return f"{lines}\n\nValidation loss before training: {first:.3f}."
+    lines = markdown_table(heads, rows, right=[i for i in range(1, len(heads)) if heads[i] != "against the best"])
+    return f"{lines}\n\nValidation loss before training: {first:.3f}. In brackets are 95 % intervals over records."
 
 
 def outcomes_figure(outcomes: Sequence[Outcome], first: float) -> "Figure":

@@ -9,6 +9,7 @@ Interrupted, the same command goes on.
 """
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from lit_gpt.attribution.gradients import RecordGradients, Sketch
 from lit_gpt.attribution.influence import alike, influences
 from lit_gpt.attribution.report import Attribution, write_attribution
 from lit_gpt.attribution.store import GRADIENTS, GradientStore, claim_attribution, key_of
-from lit_gpt.attribution.subset import most_helpful, without_misfits, write_subset
+from lit_gpt.attribution.subset import most_helpful, without_most, write_subset
 from lit_gpt.attribution.target import answer_record, given_answer, target_of, validation_records
 from lit_gpt.cli import command, run
 from lit_gpt.data.dataset import OTHER, open_splits
@@ -43,6 +44,7 @@ def main(
     n_records: int = 64,
     select: float | None = None,
     drop: float | None = None,
+    drop_by: Literal["misfit", "influence"] = "misfit",
     n_questions: int = 2,
     n_shown: int = 10,
     sketch_size: int = 8192,
@@ -65,8 +67,9 @@ def main(
         n_records: How many validation records to ask about: always the first ones.
         select: Write this share of the training records, the most helpful ones, to out_dir/selected: a folder of
             prepared data to train on.
-        drop: Write the training records without this share of them, those whose answers belong to their questions the
-            least, to out_dir/without_misfits.
+        drop: Write the training records without this share of them, the most suspicious ones, to out_dir/rest.
+        drop_by: Which are suspicious: misfit finds answers of other questions, influence wrong labels where there are
+            few to choose from.
         n_questions: Behind how many other questions each answer is tried, to find those that do not belong to their
             own. The first asks nothing, the others are those of records. Each takes about a fifth of an epoch's time;
             0 leaves it out.
@@ -103,14 +106,16 @@ def main(
         asked = validation_records(val_data, n_records)
     style = train_data.meta["prompt_style"]
     has_answers = OTHER not in train_data.trained  # prompts and texts that are trained are in the losses
-    if drop is not None and not (n_questions and has_answers):
-        what = "there are none in these data alone" if n_questions else "--n_questions is 0"
-        raise InputError(f"--drop leaves out answers that do not belong to their questions, but {what}. Leave it out.")
+    if drop is not None and drop_by == "misfit" and not (n_questions and has_answers):
+        what = "these data have prompts or texts that are trained" if n_questions else "--n_questions is 0"
+        raise InputError(
+            f"--drop leaves out what has a large misfit, and there is none: {what}. Add --drop_by influence."
+        )
 
     # the folder, which may hold the gradients already
     out_dir = out_dir or Path("out/attribute") / model_names([finetuned])[0].replace("/", "-")
     claim_attribution(out_dir)
-    folders = {"selected": select, "without_misfits": drop}
+    folders = {"selected": select, "rest": drop}
     for name, share in folders.items():
         if share is not None:
             must_be_empty(out_dir / name)
@@ -148,10 +153,11 @@ def main(
         chosen = most_helpful(influence, select)
         write_subset(train_data, chosen, out_dir / "selected", f"the most helpful {select:g} of {data_dir}")
         print(f"Data: {out_dir / 'selected'}, {len(chosen):,} training records")
-    if drop is not None and misfit is not None:
-        chosen = without_misfits(misfit, drop)
-        write_subset(train_data, chosen, out_dir / "without_misfits", f"{data_dir} without the {drop:g} that fit least")
-        print(f"Data: {out_dir / 'without_misfits'}, {len(chosen):,} training records")
+    if drop is not None:
+        suspicion = misfit if drop_by == "misfit" and misfit is not None else -influence
+        chosen = without_most(suspicion, drop)
+        write_subset(train_data, chosen, out_dir / "rest", f"{data_dir} without the worst {drop:g} by {drop_by}")
+        print(f"Data: {out_dir / 'rest'}, {len(chosen):,} training records")
 
 
 if __name__ == "__main__":

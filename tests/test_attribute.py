@@ -246,7 +246,7 @@ def test_gradients_are_made_once(run_dir, tmp_path, monkeypatch) -> None:
     assert made[4:] == [16, 16, 8, 7]
 
 
-def test_data_of_the_helpful_and_without_misfits(run_dir, tmp_path, tiny_dir) -> None:
+def test_data_of_the_helpful_and_without_the_suspicious(run_dir, tmp_path, tiny_dir) -> None:
     data = Dataset(run_dir / "data", "train")
 
     def in_order(column: str) -> list[int]:
@@ -255,8 +255,12 @@ def test_data_of_the_helpful_and_without_misfits(run_dir, tmp_path, tiny_dir) ->
 
     helpful = Dataset(run_dir / "found/selected", "train")
     assert set(helpful.records.tolist()) == set(in_order("influence")[-8:])
-    rest = Dataset(run_dir / "found/without_misfits", "train")
+    rest = Dataset(run_dir / "found/rest", "train")
     assert set(rest.records.tolist()) == set(in_order("misfit")[:-4])
+    shutil.copytree(run_dir / "found/gradients", tmp_path / "out/gradients")
+    attribute(run_dir, tmp_path / "out", drop=0.1, drop_by="influence", n_questions=0)
+    rest = Dataset(tmp_path / "out/rest", "train")
+    assert set(rest.records.tolist()) == set(in_order("influence")[4:])
     val = Dataset(run_dir / "found/selected", "val")
     assert val.records.tolist() == Dataset(run_dir / "data", "val").records.tolist()
     torch.testing.assert_close(helpful[0], data[int(np.flatnonzero(data.records == helpful.records[0])[0])])

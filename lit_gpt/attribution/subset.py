@@ -17,10 +17,10 @@ def most_helpful(influence: np.ndarray, share: float) -> np.ndarray:
     return np.sort(np.argsort(-influence, kind="stable")[:n])
 
 
-def without_misfits(misfit: np.ndarray, share: float) -> np.ndarray:
-    """The numbers of the records that are left without this share of them, whose answers belong the least."""
-    n = min(len(misfit) - 1, round(share * len(misfit)))
-    return np.sort(np.argsort(-misfit, kind="stable")[n:])
+def without_most(suspicion: np.ndarray, share: float) -> np.ndarray:
+    """The numbers of the records that are left without this share of them, those with the highest scores."""
+    n = min(len(suspicion) - 1, round(share * len(suspicion)))
+    return np.sort(np.argsort(-suspicion, kind="stable")[n:])
 
 
 def write_subset(dataset: Dataset, keep: Collection[int], folder: Path, why: str) -> None:

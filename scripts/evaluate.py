@@ -29,7 +29,6 @@ from lit_gpt.evaluation.folder import (
     identity_of,
 )
 from lit_gpt.evaluation.forgetting import forgetting, general_records, read_general_text, remember_base
-from lit_gpt.evaluation.harness import TaskArgs, load_tasks, run_tasks, tasks_section
 from lit_gpt.evaluation.measure import answers_of, choice_scores, loss_scores, metric_scores, summed_losses
 from lit_gpt.evaluation.metrics import file_of_metric, read_metric
 from lit_gpt.evaluation.questions import Question, questions_of_data, questions_of_file
@@ -37,6 +36,7 @@ from lit_gpt.evaluation.report import write_report
 from lit_gpt.evaluation.stored_scores import comparable
 from lit_gpt.evaluation.texts import scores_of_texts, windows_of_file
 from lit_gpt.generate.engine import Engine
+from lit_gpt.harness.tasks import TaskArgs, load_tasks, run_tasks, tasks_section
 from lit_gpt.ranges import check_range
 from lit_gpt.runs.load_finetuned import UseArgs, read_for_use
 from lit_gpt.runs.side_by_side import BASE, load_models_for_use
@@ -89,7 +89,7 @@ def main(
         n_worst: How many records the report shows with the answers of both models: those that got worse most.
         batch_size: How many answers are made at once. What they say does not depend on it.
         overwrite: Replace what is in out_dir.
-        harness: Tasks of lm-evaluation-harness, and how they are asked; see lit_gpt/evaluation/harness.py.
+        harness: Tasks of lm-evaluation-harness, and how they are asked; see lit_gpt/harness/tasks.py.
         keys: The names that --records have for their parts, as for training; see lit_gpt/data/records.py.
         args: With which model, and how; see lit_gpt/runs/load_finetuned.py.
     """

@@ -243,7 +243,7 @@ def test_the_script_does_not_hide_the_package_of_its_name(tmp_path: Path) -> Non
     """Metrics of some tasks say `import evaluate`, and Python looks into the folder of the script first."""
     code = (
         f"import sys; sys.argv[0] = '{ROOT}/scripts/evaluate.py'; sys.path[0] = '{ROOT}/scripts'\n"
-        "from lit_gpt.evaluation.harness import import_evaluate\n"
+        "from lit_gpt.harness.tasks import import_evaluate\n"
         "import_evaluate()\nimport evaluate\nassert evaluate.load and '/scripts/' not in evaluate.__file__"
     )
     (tmp_path / "code.py").write_text(code)

@@ -17,9 +17,9 @@ from helpers.tiny_tokenizers import SPECIAL, byte_level, write
 
 from lit_gpt import GPT, InputError, Tokenizer
 from lit_gpt.checkpoint.load import load_model
-from lit_gpt.evaluation import harness
-from lit_gpt.evaluation.harness import LoadedTasks, TaskArgs, load_tasks, run_tasks, shown
-from lit_gpt.evaluation.kept_answers import KeptAnswers, probe_fingerprint
+from lit_gpt.evaluation.kept import Kept
+from lit_gpt.harness import tasks as harness
+from lit_gpt.harness.tasks import LoadedTasks, TaskArgs, load_tasks, run_tasks, shown
 from lit_gpt.lora import LoRA, LoRALinear, apply_lora
 from lit_gpt.scores.paired import paired_difference
 
@@ -61,10 +61,10 @@ def checkpoint(request) -> Path:
 
 
 def ours(checkpoint: Path):
-    from lit_gpt.evaluation.harness_model import HarnessModel
+    from lit_gpt.harness.harness_model import HarnessModel
 
     return HarnessModel(
-        load_model(checkpoint, torch.float32), Tokenizer(checkpoint), KeptAnswers(None), partial(shown, "model")
+        load_model(checkpoint, torch.float32), Tokenizer(checkpoint), Kept(None), partial(shown, "model")
     )
 
 
@@ -225,7 +225,7 @@ class Stopped(Exception):
 
 
 def test_an_interrupted_evaluation_asks_what_is_missing(tiny_dir: Path, tmp_path: Path) -> None:
-    from lit_gpt.evaluation.harness_model import HarnessModel
+    from lit_gpt.harness.harness_model import HarnessModel
 
     n_asked = []
 
@@ -256,10 +256,9 @@ def test_an_interrupted_evaluation_asks_what_is_missing(tiny_dir: Path, tmp_path
 
     def ask(n_most: int | None, model: GPT | None = None) -> tuple[list, list]:
         model = model or load_model(tiny_dir, torch.float32)
-        with KeptAnswers(path) as kept:
-            progress = interrupted_by(n_most)
-            it = HarnessModel(model, Tokenizer(tiny_dir), kept, progress, batch_tokens=1)
-            return it.loglikelihood(likelihoods), it.generate_until(texts)
+        progress = interrupted_by(n_most)
+        it = HarnessModel(model, Tokenizer(tiny_dir), Kept(path), progress, batch_tokens=1)
+        return it.loglikelihood(likelihoods), it.generate_until(texts)
 
     with pytest.raises(Stopped):
         ask(3)
@@ -289,6 +288,8 @@ def test_a_model_is_known_by_what_it_says(tiny_dir: Path) -> None:
         with_lora(tiny_dir, alpha=16),
         with_lora(tiny_dir, alpha=8),
     ]
+    from lit_gpt.harness.harness_model import probe_fingerprint
+
     assert len({probe_fingerprint(model) for model in models}) == len(models)
     assert probe_fingerprint(load_model(tiny_dir, torch.float32)) == probe_fingerprint(models[0])
 

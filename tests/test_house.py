@@ -128,6 +128,7 @@ MAY_KNOW = {
     " display.words interruption watch failures out_of_memory errors ranges",
     "evaluation": "scores runs generate checkpoint data model lora config device sharding display cli ranges errors"
     " files packages lock",
+    "harness": "evaluation scores runs generate data model display errors files packages ranges",
     "attribution": "scores evaluation runs generate data model lora display files lock errors",
     "recipe": "make_optimizer optimizer_in_backward runs data model quantize stream_blocks config device sharding"
     " distributed ranges errors",
@@ -412,7 +413,7 @@ print(json.dumps([key for key in before if before[key] != after[key]]))
 
 def test_importing_the_package_changes_three_variables_and_nothing_else(tmp_path: Path) -> None:
     # a subclass of lm-evaluation-harness', imported where a task is asked: it imports requests, which filters warnings
-    modules = sorted(MODULES - {"lit_gpt.evaluation.harness_model"})
+    modules = sorted(MODULES - {"lit_gpt.harness.harness_model"})
     command = [sys.executable, "-c", IMPORTING, *modules]
     users = {"OMP_WAIT_POLICY": "ACTIVE", "PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}
     for variables, changed in (({}, ["environment"]), (users, [])):  # what the user has set stays
@@ -579,7 +580,7 @@ def test_no_script_hides_a_package() -> None:
     taken = set(importlib.metadata.packages_distributions()) | set(sys.stdlib_module_names)
     assert {"torch", "lightning_fabric", "json"} <= taken
     hidden = taken & {path.stem for path in SCRIPTS}
-    assert hidden <= {"evaluate"}  # which `import_evaluate` of evaluation/harness.py finds all the same
+    assert hidden <= {"evaluate"}  # which `import_evaluate` of harness/tasks.py finds all the same
 
 
 def test_there_are_recipes() -> None:

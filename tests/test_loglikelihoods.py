@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_gpt import GPT, Config
-from lit_gpt.evaluation import loglikelihoods
-from lit_gpt.evaluation.loglikelihoods import Continuation, TokenTree, batches, likelihoods
+from lit_gpt.harness import loglikelihoods
+from lit_gpt.harness.loglikelihoods import Continuation, TokenTree, batches, likelihoods
 from lit_gpt.model.attention import attend_by_segment, attend_in_one_call
 from lit_gpt.model.rope import rotates_by_length
 

@@ -34,7 +34,7 @@ class GradientStore:
         Args:
             folder: It is made if it is not there.
             key: Says whose gradients they are, see `key_of`.
-            n_records: Of the training data.
+            n_records: How many the training data have.
             size: Numbers of a sketch.
         """
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ class GradientStore:
         self.losses = np.memmap(folder / "losses.bin", np.float32, mode, shape=(n_records,))
 
     def stored(self) -> int:
-        """Of how many records the gradients are there already."""
+        """The number of records whose gradients are there already."""
         file = self.folder / STATE
         gradients = self.folder / "gradients.bin"
         if not file.is_file() or not gradients.is_file():

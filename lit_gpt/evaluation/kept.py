@@ -14,8 +14,8 @@ from lit_gpt.errors import InputError
 class Kept:
     """Results by their keys, each of which is in the file before the next one is found."""
 
-    def __init__(self, path: Path) -> None:
-        """Reads what is there; the last line of a process that was killed may be torn.
+    def __init__(self, path: Path | None) -> None:
+        """Reads what is there; the last line of a process that was killed may be torn. With None nothing is written.
 
         Raises:
             InputError: something else is in the file.
@@ -24,7 +24,7 @@ class Kept:
         self.values: dict[str, Any] = {}
         self.file: BinaryIO | None = None
         self.n_bytes = 0  # of whole lines
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        lines = path.read_bytes().splitlines(keepends=True) if path is not None and path.exists() else []
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
                 break
@@ -37,6 +37,9 @@ class Kept:
                 ) from None
             self.n_bytes += len(line)
 
+    def __len__(self) -> int:
+        return len(self.values)
+
     def __contains__(self, key: str) -> bool:
         return key in self.values
 
@@ -45,11 +48,13 @@ class Kept:
 
     def add(self, key: str, value: Any) -> None:
         """Keeps a result, which is JSON."""
+        self.values[key] = value
+        if self.path is None:
+            return
         if self.file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = self.path.open("r+b" if self.path.exists() else "wb")
             self.file.truncate(self.n_bytes)
             self.file.seek(self.n_bytes)
-        self.values[key] = value
         self.file.write(json.dumps({"key": key, "value": value}, ensure_ascii=False).encode() + b"\n")
         self.file.flush()

@@ -26,9 +26,9 @@ from worker import check_quiet, machine, print_table, spread
 from lit_gpt import Tokenizer
 from lit_gpt.checkpoint.load import load_model
 from lit_gpt.config import SAMPLE
-from lit_gpt.evaluation.harness import TaskArgs, load_tasks
-from lit_gpt.evaluation.harness_model import HarnessModel
-from lit_gpt.evaluation.kept_answers import KeptAnswers
+from lit_gpt.evaluation.kept import Kept
+from lit_gpt.harness.harness_model import HarnessModel
+from lit_gpt.harness.tasks import TaskArgs, load_tasks
 
 TASKS = {
     "docstring_choices": "loglikelihood",
@@ -43,7 +43,7 @@ def ours(checkpoint_dir: Path, batch_tokens: int) -> HarnessModel:
     return HarnessModel(
         model,
         Tokenizer(checkpoint_dir),
-        KeptAnswers(None),
+        Kept(None),
         lambda what, n: nullcontext(lambda n_done: None),
         batch_tokens=batch_tokens,
     )
@@ -126,7 +126,7 @@ def one_round(
 ) -> dict[int, tuple[float, float]]:
     """(seconds, seconds of all cores) by the batch size of transformers; 0 is ours. They have to agree."""
     requests = [request for question in asked for request in question]
-    our_model.kept.answers.clear()
+    our_model.kept.values.clear()
     answers, *seconds = timed(our_model, kind, requests)
     found = {0: tuple(seconds)}
     for size in batch_sizes:

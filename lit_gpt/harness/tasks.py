@@ -11,6 +11,7 @@ your own is a YAML file in `include_path`, over files of your own, and needs no 
 
 import contextlib
 import difflib
+import importlib.metadata
 import importlib.util
 import io
 import logging
@@ -33,9 +34,9 @@ from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.display.tables import markdown_table
 from lit_gpt.display.words import counted, duration, shortened
 from lit_gpt.errors import InputError
-from lit_gpt.evaluation.kept_answers import KeptAnswers
-from lit_gpt.evaluation.loglikelihoods import BATCH_TOKENS
+from lit_gpt.evaluation.kept import Kept
 from lit_gpt.files import not_there, some_of
+from lit_gpt.harness.loglikelihoods import BATCH_TOKENS
 from lit_gpt.model.gpt import GPT
 from lit_gpt.packages import require
 from lit_gpt.ranges import check_range, check_seed
@@ -88,7 +89,7 @@ class LoadedTasks:
         """Raises InputError if a task cannot be asked of a model that reads `block_size` tokens."""
         from lm_eval.models.utils import normalize_gen_kwargs
 
-        from lit_gpt.evaluation.harness_model import MAX_GEN_TOKS, check_room
+        from lit_gpt.harness.harness_model import MAX_GEN_TOKS, check_room
 
         if self.args.chat:
             choose_template(tokenizer.chat_templates, None)
@@ -165,9 +166,8 @@ def import_evaluate() -> None:
     """
     if hasattr(sys.modules.get("evaluate"), "__path__"):  # a package, and no script
         return
-    of_script = Path(sys.argv[0]).absolute().parent
-    elsewhere = [folder for folder in sys.path if Path(folder).absolute() != of_script]
-    spec = PathFinder.find_spec("evaluate", elsewhere)
+    installed = importlib.metadata.distribution("evaluate").locate_file("")
+    spec = PathFinder.find_spec("evaluate", [str(installed)])
     assert spec is not None and spec.loader is not None, "lm_eval depends on it"
     package = importlib.util.module_from_spec(spec)
     sys.modules["evaluate"] = package
@@ -298,7 +298,7 @@ def run_tasks(
         limit: Ask the first so many documents of each task only.
         batch_tokens: The most tokens of a pass that computes log-likelihoods.
         max_batch: The most answers of a model that are generated at once.
-        keep_in: The file of `KeptAnswers`, from which an interrupted evaluation goes on. None keeps nothing.
+        keep_in: The file of `Kept`, from which an interrupted evaluation goes on. None keeps nothing.
 
     Raises:
         InputError: see `LoadedTasks.check_model` and `HarnessModel`.
@@ -306,53 +306,51 @@ def run_tasks(
     from jinja2 import TemplateError
     from lm_eval.evaluator import evaluate
 
-    from lit_gpt.evaluation.harness_model import HarnessModel
+    from lit_gpt.harness.harness_model import HarnessModel
 
     os.environ["DISABLE_MULTIPROC"] = "1"  # its bootstrap would copy this process, and the model with it
     args = loaded.args
     results = TaskResults()
     for model in models.values():
         loaded.check_model(tokenizer, model.config.block_size)
-    with KeptAnswers(keep_in) as kept:
-        if len(kept):
-            print(
-                f"{keep_in}: {counted(len(kept), 'answer')} of before. What is there is not computed again.",
-                file=sys.stderr,
-            )
-        for name, model in models.items():
-            asked = HarnessModel(
-                model,
-                tokenizer,
-                kept,
-                progress=partial(shown, name),
-                batch_tokens=batch_tokens,
-                max_batch=max_batch,
-                seed=args.shots_seed,
-            )
-            seed_everything(args.shots_seed)
-            for task in loaded.tasks.values():
-                task.set_fewshot_seed(args.shots_seed)  # all models see the same examples
-            with quiet(), silent():
-                try:
-                    found = evaluate(
-                        asked,
-                        {"tasks": loaded.tasks, "groups": loaded.groups},
-                        limit=limit,
-                        bootstrap_iters=BOOTSTRAPS,
-                        apply_chat_template=args.chat,
-                        fewshot_as_multiturn=args.chat,
-                    )
-                except TemplateError as error:
-                    raise InputError(
-                        f"A document does not fit the templates of its task: {one_line(error)}."
-                    ) from error
-            results.scores[name] = scores_of(found["samples"], loaded)
-            results.totals[name] = totals_of(found)
-            if asked.n_cut:
-                results.notes.append(
-                    f"{name}: {counted(asked.n_cut, 'prompt')} had more tokens than the {asked.max_length:,} that the"
-                    " model reads, and lost their beginnings."
+    kept = Kept(keep_in)
+    if len(kept):
+        print(
+            f"{keep_in}: {counted(len(kept), 'answer')} of before. What is there is not computed again.",
+            file=sys.stderr,
+        )
+    for name, model in models.items():
+        asked = HarnessModel(
+            model,
+            tokenizer,
+            kept,
+            progress=partial(shown, name),
+            batch_tokens=batch_tokens,
+            max_batch=max_batch,
+            seed=args.shots_seed,
+        )
+        seed_everything(args.shots_seed)
+        for task in loaded.tasks.values():
+            task.set_fewshot_seed(args.shots_seed)  # all models see the same examples
+        with quiet(), silent():
+            try:
+                found = evaluate(
+                    asked,
+                    {"tasks": loaded.tasks, "groups": loaded.groups},
+                    limit=limit,
+                    bootstrap_iters=BOOTSTRAPS,
+                    apply_chat_template=args.chat,
+                    fewshot_as_multiturn=args.chat,
                 )
+            except TemplateError as error:
+                raise InputError(f"A document does not fit the templates of its task: {one_line(error)}.") from error
+        results.scores[name] = scores_of(found["samples"], loaded)
+        results.totals[name] = totals_of(found)
+        if asked.n_cut:
+            results.notes.append(
+                f"{name}: {counted(asked.n_cut, 'prompt')} had more tokens than the {asked.max_length:,} that the"
+                " model reads, and lost their beginnings."
+            )
     return results
 
 

@@ -4,11 +4,14 @@ What it says is what the harness' own backend for transformers says, item by ite
 the tokenizer adds one), the same windows of a long text, prompts cut from the left alike.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
@@ -18,16 +21,17 @@ from lit_gpt.data.chat_template import choose_template, fill_template
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.display.words import counted, shortened
 from lit_gpt.errors import InputError
-from lit_gpt.evaluation.kept_answers import KeptAnswers, key_of, probe_fingerprint
-from lit_gpt.evaluation.loglikelihoods import BATCH_TOKENS, Continuation, likelihoods
+from lit_gpt.evaluation.kept import Kept
 from lit_gpt.evaluation.record_losses import eval_mode
 from lit_gpt.generate.engine import Engine, Request
 from lit_gpt.generate.sampling import Sampling
+from lit_gpt.harness.loglikelihoods import BATCH_TOKENS, Continuation, likelihoods
 from lit_gpt.model.gpt import GPT
 from lit_gpt.ranges import LARGEST_SEED
 
 MAX_GEN_TOKS = 256  # the harness' default for a task that does not say how long an answer may be
 TEXTS_AT_ONCE = 1024  # that are encoded: the places of all their tokens are in memory meanwhile
+N_PROBED = 64  # tokens of the text by which a model is known
 END_OF_PREFILL = "\N{END OF TEXT} "
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -41,7 +45,7 @@ class HarnessModel(TemplateLM):
         self,
         model: GPT,
         tokenizer: Tokenizer,
-        kept: KeptAnswers,
+        kept: Kept,
         progress: Progress,
         *,
         batch_tokens: int = BATCH_TOKENS,
@@ -186,7 +190,8 @@ class HarnessModel(TemplateLM):
         new_keys = list(new)
         with self.progress("log-likelihoods", len(new)) as done:
             for part in likelihoods(self.model, list(new.values()), self.batch_tokens):
-                self.kept.add({new_keys[i]: [found.logprob, found.is_greedy] for i, found in part.items()})
+                for i, found in part.items():
+                    self.kept.add(new_keys[i], [found.logprob, found.is_greedy])
                 done(len(part))
         return [tuple(self.kept[key]) for key in keys]
 
@@ -220,7 +225,7 @@ class HarnessModel(TemplateLM):
             answers = engine.run(request for _, (request, _) in in_order)
             for (key, (_, until)), answer in zip(in_order, answers, strict=True):
                 text = self.tokenizer.decode(answer.tokens)
-                self.kept.add({key: postprocess_generated_text(text, until, think_end_token=None)})
+                self.kept.add(key, postprocess_generated_text(text, until, think_end_token=None))
                 done(1)
         return [self.kept[key] for key in keys]
 
@@ -295,3 +300,26 @@ def question_of(request: Request) -> list[Any]:
         [sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, sampling.repetition_penalty],
         sampling.seed,
     ]
+
+
+# ---- which model it is, and which question
+
+
+def key_of(model: str, question: Any) -> str:
+    """The key of the answer of a model, given by its `probe_fingerprint`, to a question, which JSON can hold."""
+    return hashlib.sha256(json.dumps([model, question]).encode()).hexdigest()[:32]
+
+
+def probe_fingerprint(model: GPT) -> str:
+    """A sha256 over how much text a model reads, and what it says about a fixed one, bit by bit.
+
+    On a CPU another number of threads may round otherwise, so that it counts as another model.
+    """
+    n = min(N_PROBED, model.config.block_size)
+    step = max(1, model.config.vocab_size // n)
+    device = next(model.parameters()).device
+    idx = torch.arange(n, device=device) * step % model.config.vocab_size
+    with eval_mode(model), torch.inference_mode():
+        logits = model(idx[None])
+    said = logits.float().cpu().numpy().tobytes()
+    return hashlib.sha256(str(model.config.block_size).encode() + said).hexdigest()

@@ -1,4 +1,4 @@
-"""Which training records did what: `pytest tests/test_attribute.py`, about 10 s"""
+"""Which training records did what: `pytest tests/test_attribute.py`, about 15 s"""
 
 import csv
 import json

@@ -20,12 +20,13 @@ from torch import nn
 
 from lit_gpt.config import Config
 from lit_gpt.data.tokenizer import Tokenizer
+from lit_gpt.errors import InputError
 from lit_gpt.evaluation.forgetting import general_records, kl_divergence, log_probabilities, read_general_text
 from lit_gpt.evaluation.record_losses import Record, eval_mode
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.packing import Layout
 from lit_gpt.runs.methods import Method
-from lit_gpt.sharding import let_go_of_wholes, sum_over_devices
+from lit_gpt.sharding import SPLIT_FLAG, is_sharded, let_go_of_wholes, sum_over_devices
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -66,12 +67,23 @@ class GeneralText:
 
     @torch.no_grad()
     def remember_base(self, fabric: "Fabric", model: nn.Module) -> None:
-        """Keeps what a model says to the text, before anything has been trained."""
+        """Keeps what a model says to the text, before anything has been trained.
+
+        Raises:
+            InputError: the budget would scale norms, and they are split among devices.
+        """
+        trains_norms = self.method.filter("transformer.ln_f.weight", None)
+        if self.budget is not None and self.method.scale is not None and trains_norms and is_sharded(fabric):
+            raise InputError(
+                f"train.max_forgetting cannot scale norms that are split among devices, and {self.method.title} trains"
+                f" them. Leave out {SPLIT_FLAG}."
+            )
         self.rows = share_of_rows(self.records, fabric.global_rank, fabric.world_size)
         with eval_mode(model):
             for row in self.rows:
                 idx, layout = row.idx.to(fabric.device), row.layout.to(fabric.device)
                 row.base = model(idx, layout=layout, judge=half_log_probabilities).cpu()
+        let_go_of_wholes(model)  # weights that a run goes on with may be loaded next
 
     @torch.no_grad()
     def measure(self, fabric: "Fabric", model: nn.Module) -> tuple[float, float]:

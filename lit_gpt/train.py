@@ -111,9 +111,11 @@ class TrainArgs:
     """A text file to watch forgetting by, paragraphs apart by empty lines; its first 2,048 tokens are read. null is
     lit_gpt/evaluation/general_text.txt."""
     max_forgetting: float | None = None
-    """Hold forgetting within this budget, in nats per token of KL to the base, such as 0.02: each validation scales
-    down what LoRA or an adapter has changed until it is within, and measures that; `best` has these weights, and
-    training goes on with its own. Full fine-tuning is not scaled: there `best` is the best validation within."""
+    """Hold forgetting within this budget, in nats per token of KL to the base, such as 0.02. Each step adds the KL on
+    two paragraphs of the general text to the loss, with a weight that follows; every other one measures. A validation
+    beyond the budget scales down what LoRA or an adapter has changed until it is within, and measures that; `best` has
+    these weights, and training goes on with its own. Full fine-tuning is not scaled: there `best` is the best
+    validation within."""
     patience: int | None = None
     """Stop after this many validations in a row that were no better than the best."""
     save_minutes: float | None = 10.0
@@ -150,6 +152,11 @@ class TrainArgs:
             )
         if self.keep_steps and self.save_interval is None:
             raise InputError("train.keep_steps keeps what train.save_interval saves, and there is none. Set it, too.")
+        if self.optimizer_in_backward and self.max_forgetting is not None:
+            raise InputError(
+                "train.optimizer_in_backward cannot add the gradient of a second term, which train.max_forgetting"
+                " brings. Leave one of them out."
+            )
         if self.general_text is not None and not self.watches_forgetting:
             raise InputError("train.general_text is for train.watch_forgetting, which is off. Set it, too.")
 
@@ -342,11 +349,17 @@ def fit(
             # forward and backward: the records of a micro-batch lie end to end in one row of tokens, and its layout
             # says where each begins and which tokens are targets. The sum of their losses is divided by the number of
             # targets that all devices together have in this step; devices exchange gradients once, with the last
-            # micro-batch
+            # micro-batch. With a budget of forgetting the KL to the base on two paragraphs comes first
             records, batches = upcoming
             n_targets = sum(train_data.n_targets(i) for i in records)
             total = torch.zeros((), device=fabric.device)
+            forgotten = torch.zeros((), device=fabric.device)
             try:
+                if general_text is not None and args.max_forgetting is not None:
+                    with fabric.no_backward_sync(model):
+                        term = general_text.term(fabric, model, progress.step)
+                        fabric.backward(progress.kl_weight * term * fabric.world_size)
+                    forgotten += term.detach()
                 for i, (idx, layout) in enumerate(batches):
                     is_last = i == len(batches) - 1
                     with fabric.no_backward_sync(model, enabled=not is_last):
@@ -367,8 +380,8 @@ def fit(
                 norm = clip_gradient(fabric, model, optimizer, args.max_norm)
             else:
                 norm = in_backward.norm()
-            total = sum_over_devices(fabric, total)
-            loss, grad_norm = torch.stack((total, norm.to(total.dtype))).tolist()
+            sums = sum_over_devices(fabric, torch.stack((total, forgotten)))
+            loss, kl, grad_norm = torch.cat((sums, norm.to(sums.dtype)[None])).tolist()
             check_finite(loss, f"The loss of step {progress.step + 1}")
 
             # step; backward has taken it if the optimizer is there, or takes it now, with the gradient clipped
@@ -381,6 +394,8 @@ def fit(
                 torch.manual_seed(dropout_seed)
                 in_backward.step(fabric, model, batches[0], n_targets)
             progress.step += 1
+            if general_text is not None:
+                progress.kl_weight = general_text.next_weight(progress.kl_weight, kl)
 
             # log
             log.step(

@@ -392,7 +392,7 @@ FLIPS: dict[str, tuple[Any, set[str]]] = {  # field -> another value, and all th
     "metric_records": (1, {"metric"}),
     "watch_forgetting": (True, FORGETTING),
     "general_text": (ROOT / "LICENSE", FORGETTING),
-    "max_forgetting": (1e-3, FORGETTING | {"val_loss", "scale"}),
+    "max_forgetting": (1e-3, LEARNED | FORGETTING | {"scale", "passes", "computed"}),
     "patience": (1, LENGTH - {"weights"} | {"saves"}),
     "save_minutes": (1e-9, {"saves"}),
     "save_interval": (3, {"files"}),

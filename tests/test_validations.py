@@ -91,21 +91,32 @@ def test_forgetting_is_that_of_the_definition(name: str, tiny_dir, data_dir, tmp
 
 
 @pytest.mark.parametrize("name", ["lora", "adapter_v2"])
-def test_a_budget_is_held_by_the_scale(name: str, tiny_dir, data_dir, tmp_path) -> None:
-    """Weights are saved with it, as `best`. They are what they were afterwards: training knows nothing of it."""
-    finetune(name, tiny_dir, data_dir, tmp_path / "free", WATCH)
-    finetune(name, tiny_dir, data_dir, tmp_path / "held", replace(TRAIN, max_forgetting=0.05))
-    free, held = rows_of(tmp_path / "free")[-1], rows_of(tmp_path / "held")[-1]
-    assert 0.04 < held["general_kl"] <= 0.05 < free["general_kl"] and 0 < held["scale"] < 1
-    assert free["val_loss"] < held["val_loss"] < rows_of(tmp_path / "held")[0]["val_loss"]
-    weights = [load_file(tmp_path / run / f"last/{name}.safetensors") for run in ("free", "held")]
-    assert equal(*weights)
+def test_a_budget_is_held_by_term_and_scale(name: str, tiny_dir, data_dir, tmp_path) -> None:
+    """The term keeps the trained weights nearer to the base; `best` has a scale with which the rest is kept, too. The
+    weights are what they were afterwards, and a run that is stopped goes on as if it had not been.
+    """
+    args = replace(WATCH, max_steps=10)
+    held = replace(args, max_forgetting=0.05)
+    finetune(name, tiny_dir, data_dir, tmp_path / "free", args)
+    finetune(name, tiny_dir, data_dir, tmp_path / "held", held)
+    after_free, after = rows_of(tmp_path / "free")[-1], rows_of(tmp_path / "held")[-1]
+    assert 0.04 < after["general_kl"] <= 0.05 < after_free["general_kl"] and 0 < after["scale"] < 1
+    assert after_free["val_loss"] < after["val_loss"] < rows_of(tmp_path / "held")[0]["val_loss"]
 
     best = load_finetuned(None, tmp_path / "held/best")[0]
-    scaled = load_finetuned(None, tmp_path / "free/last", scale=held["scale"])[0]
+    scaled = load_finetuned(None, tmp_path / "held/last", scale=after["scale"])[0]
+    free = load_finetuned(None, tmp_path / "free/last")[0]
     ids = Dataset(data_dir, "val")[0][0][None]
     with torch.no_grad():
         torch.testing.assert_close(best(ids), scaled(ids), rtol=0, atol=1e-4)
+    unscaled = load_finetuned(None, tmp_path / "held/last")[0]
+    base, tokenizer = unmoved(name, tiny_dir), Tokenizer(tiny_dir)
+    assert by_hand(base, unscaled, tokenizer)[1] < 0.8 * by_hand(base, free, tokenizer)[1]
+
+    for resume in (False, *9 * [True]):
+        finetune(name, tiny_dir, data_dir, tmp_path / "parts", replace(held, max_hours=1e-9), resume=resume)
+    weights = [load_file(tmp_path / run / f"last/{name}.safetensors") for run in ("held", "parts")]
+    assert equal(*weights)
 
 
 def test_full_fine_tuning_is_not_scaled(tiny_dir, data_dir, tmp_path, capsys) -> None:

@@ -5,11 +5,14 @@ trained weights are loaded, and kept in the host's memory: 2 bytes for each toke
 vocabulary, 125 MB for 1,270 tokens of the sample model. Log-probabilities, and not the states that `forgetting.py`
 keeps, since a model whose weights are split gives nothing else. So there is no second model, whatever the method.
 
-A budget is held by the scale of the change: each validation of a model that is beyond it looks for the largest scale
-that is within, and measures the model at that scale. Training knows nothing of it. To stop at the budget would be much
-worse: tutorials/lora.md has figures.
+A budget is held twice. Each step adds the KL on two paragraphs to the loss, with a weight that rises slowly while it is
+beyond the budget, and falls while it is within (dual ascent): a weight that followed fast made steps so rough that more
+was forgotten, see tutorials/lora.md. What the term has seen says little about other texts: every other paragraph is
+for the term, and the rest measure. And each validation of a model that is beyond the budget looks for the largest scale
+of the change that is within, and measures the model at that scale; training knows nothing of that.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ import torch
 from torch import nn
 
 from lit_gpt.config import Config
+from lit_gpt.data.dataset import empty_record
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.errors import InputError
 from lit_gpt.evaluation.forgetting import general_records, kl_divergence, log_probabilities, read_general_text
@@ -36,6 +40,10 @@ if TYPE_CHECKING:
 TOKENS_OF_TEXT = 2048  # of a text are read; with 128,000 tokens in the vocabulary what is kept takes 524 MB
 TOKENS_AT_ONCE = 512  # in a forward pass, or a longer paragraph alone
 HALVINGS = 6  # of the scales between 0 and 1: the last two are 1/64 apart
+PER_STEP = 2  # paragraphs of the term
+RATE = 0.05  # by which the logarithm of the weight follows, in each step
+LEAST_EXCESS = -0.5  # of the KL over the budget, as a share of it, that the weight follows
+MOST_EXCESS = 1.0
 
 
 @dataclass
@@ -56,14 +64,16 @@ class GeneralText:
     def __init__(self, records: list[Record], method: Method, budget: float | None = None) -> None:
         """
         Args:
-            records: The paragraphs.
+            records: The paragraphs. With a budget every other one is for the term, and is not measured on.
             method: Says how the change is scaled, if it can be.
             budget: The most that may be forgotten, in nats per token of KL.
         """
-        self.records = records
+        self.records = records if budget is None else records[1::2]
+        self.records_of_term = [] if budget is None else records[0::2]
         self.method = method
         self.budget = budget
         self.rows: list[Row] = []  # this device's
+        self.rows_of_term: list[Row] = []  # one for each paragraph of the term, empty if another device has it
 
     @torch.no_grad()
     def remember_base(self, fabric: "Fabric", model: nn.Module) -> None:
@@ -78,9 +88,13 @@ class GeneralText:
                 f"train.max_forgetting cannot scale norms that are split among devices, and {self.method.title} trains"
                 f" them. Leave out {SPLIT_FLAG}."
             )
-        self.rows = share_of_rows(self.records, fabric.global_rank, fabric.world_size)
+        rank, world_size = fabric.global_rank, fabric.world_size
+        self.rows = share_of_rows(groups_of(self.records), rank, world_size)
+        for i, record in enumerate(self.records_of_term):
+            own = record if i % world_size == rank else empty_record()
+            self.rows_of_term.append(Row(*Layout.end_to_end([own])))
         with eval_mode(model):
-            for row in self.rows:
+            for row in (*self.rows, *self.rows_of_term):
                 idx, layout = row.idx.to(fabric.device), row.layout.to(fabric.device)
                 row.base = model(idx, layout=layout, judge=half_log_probabilities).cpu()
         let_go_of_wholes(model)  # weights that a run goes on with may be loaded next
@@ -97,6 +111,29 @@ class GeneralText:
                 total[2] += layout.n_targets
         loss, kl, n_targets = sum_over_devices(fabric, total).tolist()
         return loss / n_targets, kl / n_targets
+
+    def term(self, fabric: "Fabric", model: nn.Module, step: int) -> torch.Tensor:
+        """The mean KL on the next paragraphs, a scalar with its gradient: this device's part of it.
+
+        The paragraphs take turns, by the step alone, and the parts of all devices add up.
+        """
+        n = len(self.rows_of_term)
+        chosen = sorted({(PER_STEP * step + i) % n for i in range(PER_STEP)})
+        n_targets = sum(len(self.records_of_term[i][0]) - 1 for i in chosen)
+        total = torch.zeros((), device=fabric.device)
+        for i in chosen:
+            row = self.rows_of_term[i]
+            assert row.base is not None, "`remember_base` comes first"
+            idx, layout = row.idx.to(fabric.device), row.layout.to(fabric.device)
+            total = total + model(idx, layout=layout, judge=AgainstBase(row.base))[:, 1].sum()
+        return total / n_targets
+
+    def next_weight(self, weight: float, kl: float) -> float:
+        """The weight of the term in the next step, after one in which the KL was `kl`; as it is without a budget."""
+        if self.budget is None:
+            return weight
+        excess = kl / self.budget - 1
+        return weight * math.exp(RATE * max(LEAST_EXCESS, min(MOST_EXCESS, excess)))
 
     @contextmanager
     def within_budget(self, fabric: "Fabric", model: nn.Module, unwrapped: nn.Module) -> Iterator[dict[str, float]]:
@@ -171,11 +208,8 @@ def half_log_probabilities(logits: torch.Tensor, target: torch.Tensor) -> torch.
     return log_probabilities(logits).half()
 
 
-def share_of_rows(records: list[Record], rank: int, world_size: int) -> list[Row]:
-    """This rank's paragraphs in rows of at most 512 tokens, or of one longer paragraph.
-
-    Each rank has as many rows, since unequal numbers would deadlock; the last ones may be without a target.
-    """
+def groups_of(records: list[Record]) -> list[list[Record]]:
+    """Paragraphs in groups of at most 512 tokens, in order; a longer one is alone."""
     groups: list[list[Record]] = []
     room = 0
     for record in records:
@@ -185,8 +219,15 @@ def share_of_rows(records: list[Record], rank: int, world_size: int) -> list[Row
             room = TOKENS_AT_ONCE
         groups[-1].append(record)
         room -= n_tokens
-    no_target = (torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool))
-    groups += (-len(groups) % world_size) * [[no_target]]
+    return groups
+
+
+def share_of_rows(groups: list[list[Record]], rank: int, world_size: int) -> list[Row]:
+    """This rank's groups, each in a row of tokens.
+
+    Each rank has as many rows, since unequal numbers would deadlock; the last ones may be without a target.
+    """
+    groups = groups + (-len(groups) % world_size) * [[empty_record()]]
     return [Row(*Layout.end_to_end(group)) for group in groups[rank::world_size]]
 
 
@@ -204,4 +245,9 @@ def general_text_of(train: "TrainArgs", tokenizer: Tokenizer, config: Config, me
         if room > 1:
             chosen.append((ids[:room], trained[:room]))
             room -= len(ids)
+    if train.max_forgetting is not None and len(chosen) == 1:
+        raise InputError(
+            "The general text has one paragraph, but train.max_forgetting needs two: one to hold, and one to measure."
+            " Part it by an empty line."
+        )
     return GeneralText(chosen, method, train.max_forgetting)

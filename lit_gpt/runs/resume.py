@@ -46,6 +46,8 @@ class Progress:
     """Its metric."""
     evals_without_gain: int = 0
     """How many of those came after it."""
+    kl_weight: float = 3.0
+    """The weight of the KL to the base in the loss, with --train.max_forgetting."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """The scale of the loss under 16-true and 16-mixed; empty under the others."""
 

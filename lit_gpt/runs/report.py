@@ -67,7 +67,8 @@ def loss_figure(rows: list[Row]) -> "Figure":
         right = axes.twinx()
         right.plot(kl_steps, kls, color="black", linestyle="--", marker="s", markersize=4, linewidth=1)
         right.set(ylabel="KL to the base on the general text (nats per token)")
-        right.set_ylim(bottom=0)
+        finite_kls = kls[np.isfinite(kls)]
+        right.set_ylim(0, 1.4 * finite_kls.max(initial=1e-3))  # below the legend
         axes.plot([], [], color="black", linestyle="--", marker="s", markersize=4, label="forgetting (right axis)")
 
     # how much of it is shown, and a note of what is not

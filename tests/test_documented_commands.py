@@ -31,6 +31,8 @@ SMALLER = [  # what is printed -> what is typed here, where the printed one woul
     (r"\[8, 64, 512\]", "[4, 8]"),
     (r"--config finetune/recipes/quickstart.yaml", r"\g<0> --train.max_steps 3 --train.eval_interval 3 --n_answers 1"),
     (r"--max_new_tokens \d+", "--max_new_tokens 8"),
+    (r"scripts/evaluate\.py", r"\g<0> --max_new_tokens 8"),
+    (r"--limit 50", "--limit 4"),
     # a model of 4 blocks
     (r"transformer\.h\.2\[0-9\]", "transformer.h.[23]"),
     (r"start_layer 8", "start_layer 2"),
@@ -62,7 +64,7 @@ NOT_RUN = [  # pages, commands, why not
         "sets up .venv, or is the tests",
     ),
     (".*", r"download\.py --repo_id|prepare_(alpaca|dolly|lima|longform)\.py|org/name|ORG/NAME", "needs the hub"),
-    (".*", r"checkpoints/bigcode", "needs the hub"),
+    (".*", r"checkpoints/bigcode|arc_easy", "needs the hub"),
     (".*", r"download_spam\.py", "needs npm: the fixture writes the file"),
     (".*", r"generate/serve\.py", "goes on until it is ended; test_serve.py"),
     (".*", r"scripts/check_server\.py", "needs a server that runs; test_check_server.py"),

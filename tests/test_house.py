@@ -129,7 +129,6 @@ MAY_KNOW = {
     "evaluation": "scores runs generate checkpoint data model lora config device sharding display cli ranges errors"
     " files packages lock",
     "harness": "evaluation scores runs generate data model display errors files packages ranges",
-    "attribution": "scores evaluation runs generate data model lora display files lock errors",
     "recipe": "make_optimizer optimizer_in_backward runs data model quantize stream_blocks config device sharding"
     " distributed ranges errors",
     "adapter_recipe": "recipe train evaluation runs generate checkpoint data quantize config device sharding",
@@ -262,9 +261,9 @@ def test_one_home_each() -> None:
     surgeons = {module(path) for path in LIBRARY if wing(module(path)) != "model" and defines(path, "apply_")}
     assert surgeons == {"lit_gpt.lora", "lit_gpt.adapter"}
     assert [m for m in sorted(MODULES) if "lit_gpt.adapter" in ARROWS[m]] == ["lit_gpt.runs.methods"]
-    # LoRA alone is known to those who store it as peft does, merge it, look at its gradients, or put a head on it, too
+    # LoRA alone is known to those who store it as peft does, merge it, or put a head on it, too
     wings = {wing(m) for m in MODULES if "lit_gpt.lora" in ARROWS[m]}
-    assert wings == {"attribution", "checkpoint", "classifier", "formats", "runs", "studies"}
+    assert wings == {"checkpoint", "classifier", "formats", "runs", "studies"}
     word = re.compile(r"\b(cuda|mps|ddp|fsdp|nccl|gloo)\b")
     says = {name(path) for path in CODE for text in literals(path) if word.search(text)}
     assert says <= {f"lit_gpt/{file}.py" for file in ("device", "sharding", "distributed")}, says

@@ -101,12 +101,6 @@ OUT_OF_RANGE = {
     "--max_forgetting": "-0.1 .nan .inf",
     "--n_records": NOT_A_COUNT,
     "--n_mails": "1 -5",
-    "--select": "0 1 -0.1 .nan",
-    "--drop": "0 1 -0.1 .nan",
-    "--n_questions": "-1",
-    "--n_shown": NOT_A_COUNT,
-    "--sketch_size": NOT_A_COUNT,
-    "--micro_batch_size": NOT_A_COUNT,
 }
 TOGETHER = {"--sweep_seeds": ["--sweep"]}  # a flag that is read only beside another one
 ELSEWHERE = ("--sources",)  # weights of data, which data are read with: tests/test_sources.py

@@ -183,9 +183,7 @@ class PackedLayer(NamedTuple):
 
     def stored(self, tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         # indices on both sides of a slice: the dimension of the tokens comes first
-        # what is kept is held constant: a gradient goes to these tokens, and to none before them
-        kept = new[0].detach().transpose(0, 1)
-        tensor[self.new.rows, :, self.new.positions] = kept.to(tensor.dtype)
+        tensor[self.new.rows, :, self.new.positions] = new[0].transpose(0, 1).to(tensor.dtype)
         if self.before is None:
             return new
         before = tensor[self.before.rows, :, self.before.positions].to(new.dtype)  # (P, ng, hs)

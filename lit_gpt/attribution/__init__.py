@@ -1,1 +1,0 @@
-"""Attribution: which training records made a fine-tuned model what it is."""

@@ -95,10 +95,22 @@ def test_models_that_answer_alike() -> None:
     assert in_words(paired_difference(same, same), "LoRA", of="answers") == "no difference: all 7 answers are alike"
 
 
+def test_answers_that_are_all_right_may_be_wrong_elsewhere() -> None:
+    """As scipy's exact interval of a share has it."""
+    for n, value in ((4, 1.0), (30, 0.0)):
+        found = interval_of(shares("exact match", [value] * n, [str(i) for i in range(n)]))
+        exact = stats.binomtest(round(value * n), n).proportion_ci(method="exact")
+        assert (found.low, found.high) == pytest.approx((exact.low, exact.high))
+    none_forgotten = RecordScores("KL to the base", np.zeros(3), np.ones(3), ["a", "b", "c"], True, "nats per token")
+    assert interval_of(none_forgotten).high == 0
+
+
 def test_records_in_common_are_needed() -> None:
     first, second = shares("x", [0, 1], ["a", "b"]), shares("x", [0, 1], ["b", "c"])
-    with pytest.raises(InputError, match="1 record in common of 2 and 2 with a x, expected two or more"):
-        paired_difference(first, second)
+    one = paired_difference(first, second)
+    assert one.mean == -1 and not one.is_seen and in_words(one, "LoRA") == "-1.000, of one of the records alone"
+    with pytest.raises(InputError, match="no record in common, of 2 and 1 with a x"):
+        paired_difference(first, shares("x", [0], ["d"]))
 
 
 def test_a_file_of_scores(tmp_path: Path) -> None:

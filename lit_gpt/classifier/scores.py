@@ -8,7 +8,7 @@ import numpy as np
 
 from lit_gpt.classifier.calibration import Calibration
 from lit_gpt.scores.over_seeds import interval_over_seeds
-from lit_gpt.scores.paired import DRAWS, Interval
+from lit_gpt.scores.paired import DRAWS, Interval, bounds_of_all_alike
 from lit_gpt.scores.record_scores import RecordScores, shares
 
 ACCURACY = "accuracy"
@@ -79,17 +79,11 @@ def f1_of(hits: np.ndarray, predicted_or_true: np.ndarray) -> np.ndarray:
 
 
 def accuracy_interval(hits: Sequence[RecordScores]) -> Interval:
-    """The 95 % interval of an accuracy, from the hits of each seed.
-
-    Where all texts are right, or all wrong, no draw of them is another one. The interval is then that of Clopper and
-    Pearson (1934), for as many trials that all end alike: its far end is 0.025^(1/n) from there.
-    """
+    """The 95 % interval of an accuracy, from the hits of each seed."""
     interval = interval_over_seeds(hits)
-    farthest = 1 - 0.025 ** (1 / interval.n)
-    if all(one.values.all() for one in hits):
-        return Interval(1.0, 1 - farthest, 1.0, interval.n)
-    if not any(one.values.any() for one in hits):
-        return Interval(0.0, 0.0, farthest, interval.n)
+    if interval.mean in (0, 1):
+        low, high = bounds_of_all_alike(interval.mean, interval.n)
+        return Interval(interval.mean, low, high, interval.n)
     # what is added for the other seeds may go beyond what an accuracy can be
     return replace(interval, low=max(0.0, interval.low), high=min(1.0, interval.high))
 

@@ -50,7 +50,7 @@ def difference_over_seeds(scores: Sequence[RecordScores], others: Sequence[Recor
     With one seed it is `paired_difference`, which knows of no other training.
 
     Raises:
-        InputError: the scores of a seed have no two records in common.
+        InputError: the scores of a seed have no record in common.
     """
     if len(scores) == 1:
         return paired_difference(scores[0], others[0])

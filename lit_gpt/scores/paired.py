@@ -16,7 +16,6 @@ from statistics import NormalDist
 
 import numpy as np
 
-from lit_gpt.display.words import counted
 from lit_gpt.errors import InputError
 from lit_gpt.scores.record_scores import RecordScores
 
@@ -47,8 +46,8 @@ class Difference(Interval):
 
     @property
     def is_seen(self) -> bool:
-        """Whether zero is outside of the interval."""
-        return self.low > 0 or self.high < 0
+        """Whether zero is outside of the interval. One record has none."""
+        return self.n > 1 and (self.low > 0 or self.high < 0)
 
     @property
     def gain(self) -> float:
@@ -61,8 +60,23 @@ def interval_of(scores: RecordScores, seed: int = 0) -> Interval:
 
     `seed` is that of the draws, so that the same scores have the same interval.
     """
-    low, high = bootstrap(scores.values, scores.weights, seed)
+    first = scores.values[0]
+    is_share = not scores.unit and first in (0, 1)
+    if is_share and (scores.values == first).all():
+        low, high = bounds_of_all_alike(first, len(scores))
+    else:
+        low, high = bootstrap(scores.values, scores.weights, seed)
     return Interval(scores.mean, low, high, len(scores))
+
+
+def bounds_of_all_alike(value: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share, where all of n records are right, `value` 1, or all wrong, 0.
+
+    No draw of such records is another one. The interval is that of Clopper and Pearson (1934): n records are all right
+    in 2.5 of 100 cases if the share of right ones is 0.025^(1/n).
+    """
+    farthest = 1 - ((1 - LEVEL) / 2) ** (1 / n)
+    return (1 - farthest, 1.0) if value else (0.0, farthest)
 
 
 def paired_difference(scores: RecordScores, other: RecordScores, seed: int = 0) -> Difference:
@@ -71,7 +85,7 @@ def paired_difference(scores: RecordScores, other: RecordScores, seed: int = 0) 
     Each record weighs as much as it does in `scores`; `seed` is that of the draws.
 
     Raises:
-        InputError: they have no two records in common.
+        InputError: they have no record in common.
     """
     scores, other = in_common(scores, other)
     differences = other.values - scores.values
@@ -84,10 +98,10 @@ def in_common(scores: RecordScores, other: RecordScores) -> tuple[RecordScores, 
     """Both, with the records alone that both have, in one order."""
     theirs = set(other.ids)
     ids = [name for name in scores.ids if name in theirs]
-    if len(ids) < 2:
+    if not ids:
         raise InputError(
-            f"The two have {counted(len(ids), 'record')} in common of {len(scores):,} and {len(other):,} with a"
-            f" {scores.measure}, expected two or more. Compare scores of the same records."
+            f"The two have no record in common, of {len(scores):,} and {len(other):,} with a {scores.measure}. Compare"
+            " scores of the same records."
         )
     return scores.choose(ids), other.choose(ids)
 
@@ -133,6 +147,8 @@ def records_needed(differences: np.ndarray, weights: np.ndarray) -> int | None:
 
     n = (z_0.975 + z_0.8)^2 (standard deviation / mean)^2, of two digits. None if there is nothing to tell it by.
     """
+    if len(differences) < 2:
+        return None
     mean = (weights * differences).sum() / weights.sum()
     # of one record in a weighted mean, by its linear approximation
     deviation = (weights * (differences - mean)).std(ddof=1) / weights.mean()
@@ -150,6 +166,8 @@ def interval_text(interval: Interval, sign: bool = False) -> str:
     """A mean and its interval, such as `0.432 [0.401, 0.463]`, with as many digits as the interval is sure of."""
     digits = digits_of(interval.high - interval.low, interval.mean)
     plus = "+" if sign else ""
+    if interval.n == 1:
+        return f"{interval.mean:{plus}.{digits}f}"
     return f"{interval.mean:{plus}.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
 
 
@@ -169,6 +187,8 @@ def in_words(difference: Difference, name: str, of: str = "records") -> str:
     n = f"{difference.n:,}"
     if not difference.mean and difference.low == difference.high:
         return f"no difference: all {n} {of} are alike"
+    if difference.n == 1:
+        return f"{interval_text(difference, sign=True)}, of one of the {of} alone"
     if not difference.is_seen:
         needed = difference.needed
         if needed is None or needed > 1_000_000:

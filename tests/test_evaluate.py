@@ -37,7 +37,7 @@ RECORDS = [
     {"instruction": "Is it a bird?", "output": "Yes", "id": 7},
     {"instruction": "Is it a plane?", "input": "far", "output": "No"},
     {"messages": [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Yes"}]},
-    {"instruction": "Which one?", "choices": ["a", "b b", "c"], "output": "2"},
+    {"instruction": "Which one?", "choices": ["a", "b b", "c"], "output": 2},
 ]
 
 

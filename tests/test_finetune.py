@@ -67,7 +67,7 @@ def test_loss_falls_and_files_are_there(out_dir: Path) -> None:
     assert len(losses) == 30 and losses[-1] < losses[0] - 3 and val_losses[-1] < val_losses[0] - 1.5
     names = {path.relative_to(out_dir).as_posix() for path in out_dir.rglob("*") if path.is_file()}
     weights = {"best/lora.safetensors", "last/lora.safetensors", "last/state.safetensors"}
-    assert names == weights | {"hyperparameters.yaml", "metrics.csv", "report.md", "loss.png"}
+    assert names == weights | {"hyperparameters.yaml", "metrics.csv", "val_losses.csv", "report.md", "loss.png"}
     report = (out_dir / "report.md").read_text()
     assert "| Optimizer steps | 30 |" in report and "What does str.strip do?" in report and "warmup_steps: 3" in report
     assert (out_dir / "loss.png").read_bytes().startswith(b"\x89PNG")

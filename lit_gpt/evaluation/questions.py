@@ -179,7 +179,10 @@ def answered_messages(
     Raises:
         InputError: it asks or expects nothing, or expects what is none of the choices.
     """
-    record = in_our_form({key: value for key, value in values.items() if key != CHOICES}, where, keys)
+    values = {key: value for key, value in values.items() if key != CHOICES}
+    if choices is not None and isinstance(values.get(keys.output_key), int):
+        values[keys.output_key] = str(values[keys.output_key])
+    record = in_our_form(values, where, keys)
     messages = record.get("messages")
     if messages is None:
         raise InputError(f"{where} is a text, and asks nothing: --texts measures texts.")

@@ -19,7 +19,6 @@ import math
 import os
 import random
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,8 +30,9 @@ import numpy as np
 
 from lit_gpt.data.chat_template import choose_template
 from lit_gpt.data.tokenizer import Tokenizer
+from lit_gpt.display.progress import progress_bar
 from lit_gpt.display.tables import markdown_table
-from lit_gpt.display.words import counted, duration, shortened
+from lit_gpt.display.words import counted, shortened
 from lit_gpt.errors import InputError
 from lit_gpt.evaluation.kept import Kept
 from lit_gpt.files import not_there, some_of
@@ -44,7 +44,6 @@ from lit_gpt.runs.report import escape_cell
 from lit_gpt.scores.record_scores import RecordScores
 
 BOOTSTRAPS = 300  # draws for the standard error of a metric that has no formula for it
-SECONDS_BETWEEN_LINES = 30
 HUB = "Its data come from the Hugging Face hub: check their name, the network, and HF_HUB_OFFLINE."
 
 
@@ -522,36 +521,12 @@ def silent() -> Iterator[None]:
 
 @contextlib.contextmanager
 def shown(name: str, what: str, n: int) -> Iterator[Callable[[int], None]]:
-    """Gives a function that is told how many of n parts of a model's work have just been done, and draws a bar.
-
-    Where there is no terminal, a line says what begins, and one each half minute how far it is.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+    """Gives a function that is told how many of n parts of a model's work have just been done, and shows it."""
     assert sys.__stderr__ is not None
-    console = Console(file=sys.__stderr__)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    since = said = time.monotonic()
-    n_done = 0
-    if not console.is_terminal:
-        console.print(f"{name}: {n:,} {what} to compute", soft_wrap=True)
-    with (
-        contextlib.redirect_stderr(sys.__stderr__),
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
-    ):
-        bar = progress.add_task(f"{name}: {what}", total=n)
-
-        def show(n_new: int) -> None:
-            nonlocal n_done, said
-            n_done += n_new
-            progress.update(bar, completed=n_done)
-            now = time.monotonic()
-            if not console.is_terminal and now > said + SECONDS_BETWEEN_LINES:
-                said = now
-                console.print(f"{name}: {n_done:,} of {n:,} {what} after {duration(now - since)}", soft_wrap=True)
-
-        yield show
+    with contextlib.redirect_stderr(sys.__stderr__):  # `silent` is around the harness
+        print(f"{name}: {n:,} {what} to compute", file=sys.stderr, flush=True)
+        with progress_bar(f"{name}: {what}", n) as show:
+            yield show
 
 
 def seed_everything(seed: int) -> None:

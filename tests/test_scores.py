@@ -8,7 +8,15 @@ import pytest
 from scipy import stats
 
 from lit_gpt import InputError
-from lit_gpt.scores.paired import bootstrap, in_words, interval_of, paired_difference, t_quantile
+from lit_gpt.scores.paired import (
+    Interval,
+    bootstrap,
+    in_words,
+    interval_of,
+    interval_text,
+    paired_difference,
+    t_quantile,
+)
 from lit_gpt.scores.record_scores import RecordScores, ids_of_texts, losses, read_scores, shares, write_scores
 
 Generator = np.random.Generator
@@ -87,6 +95,11 @@ def test_too_few_records_say_how_many_are_needed() -> None:
         shares("x", rng.normal(0.1, 1, 5000), [str(i) for i in range(5000)]),
     ).needed
     assert 600 <= needed <= 1000 and 0.7 <= np.mean(seen) <= 0.9
+
+
+def test_an_end_beside_zero_is_not_written_as_zero() -> None:
+    assert interval_text(Interval(0.0272, 0.0003, 0.0604, 64)) == "0.0272 [0.0003, 0.0604]"
+    assert interval_text(Interval(0.432, 0.401, 0.463, 64)) == "0.432 [0.401, 0.463]"
 
 
 def test_models_that_answer_alike() -> None:

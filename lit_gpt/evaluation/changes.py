@@ -49,11 +49,12 @@ def worst_section(
     base_name, tuned_name = names
     base, tuned = losses
     n_worse = int((gains(base, tuned) < 0).sum())
-    parts = [
-        f"## What got worse with {escape_markdown(tuned_name)}",
-        f"{n_worse:,} of {len(base):,} records have a higher loss than with {escape_markdown(base_name)}. It rose most,"
-        " or fell least, in these:",
-    ]
+    of_base = f"a higher loss than with {escape_markdown(base_name)}"
+    if n_worse:
+        summary = f"{n_worse:,} of {len(base):,} records have {of_base}. It rose most, or fell least, in these:"
+    else:
+        summary = f"None of {len(base):,} records has {of_base}. It fell least in these:"
+    parts = [f"## What got worse with {escape_markdown(tuned_name)}", summary]
     places = worst_records(base, tuned, n)
     worst = [questions[i] for i in places]
     base_answers = answers_of(base_name, worst)

@@ -26,7 +26,7 @@ TEXTS = (  # prose, a question, code, figures, another script
 # to a dtype.
 EXACT = 1e-4
 ROUNDING = {"float64": 1e-4, "float32": 1e-4, "float16": 0.03, "bfloat16": 0.15, "q8_0": 0.15}
-SAME_LOSS = 5e-7  # nats per token: less does not show in six digits
+SAME_LOSS = 5e-6  # nats per token: less does not show in six digits of a loss from 1 to 10
 
 
 class TextLogits(NamedTuple):

@@ -23,6 +23,7 @@ LEVEL = 0.95
 POWER = 0.8  # `needed` records show a difference of this size in four of five tries
 DRAWS = 4000
 MOST_NUMBERS = 2**22  # that are drawn at a time
+MOST_DIGITS = 8  # after the point
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,9 @@ def records_needed(differences: np.ndarray, weights: np.ndarray) -> int | None:
 def interval_text(interval: Interval, sign: bool = False) -> str:
     """A mean and its interval, such as `0.432 [0.401, 0.463]`, with as many digits as the interval is sure of."""
     digits = digits_of(interval.high - interval.low, interval.mean)
+    nearest = min(abs(interval.low), abs(interval.high))
+    while nearest and digits < MOST_DIGITS and round(nearest, digits) == 0:
+        digits += 1  # an end beside zero is not zero
     plus = "+" if sign else ""
     if interval.n == 1:
         return f"{interval.mean:{plus}.{digits}f}"
@@ -176,7 +180,7 @@ def digits_of(width: float, value: float) -> int:
     size = width or abs(value)
     if not size:
         return 3
-    return min(8, max(3, 1 - math.floor(math.log10(size))))
+    return min(MOST_DIGITS, max(3, 1 - math.floor(math.log10(size))))
 
 
 def in_words(difference: Difference, name: str, of: str = "records") -> str:

@@ -142,7 +142,7 @@ def read_metric(text: str) -> Metric:
         raise InputError(
             f"There is no metric {text}, expected one of {known}, or a function of yours: my_file.py:judge."
         )
-    path = file_of_metric(text)
+    path = Path(file).expanduser()
     if not path.is_file():
         raise not_there(path, path.parent.glob("*.py"), "Name the file of the metric.")
     function = getattr(load_file(path), name, None)

@@ -283,7 +283,7 @@ def sampling_of(kwargs: Mapping[str, Any], seed: int) -> Sampling:
     sampling = Sampling(repetition_penalty=kwargs.get("repetition_penalty", 1.0))
     temperature = float(kwargs.get("temperature", 1.0))
     if kwargs["do_sample"] and temperature > 0:
-        filters = {name: kwargs.get(name) for name in ("top_k", "top_p", "min_p")}
+        filters: dict[str, Any] = {name: kwargs.get(name) for name in ("top_k", "top_p", "min_p")}
         sampling = replace(sampling, temperature=temperature, seed=seed, **filters)
     sampling.check()
     return sampling

@@ -150,8 +150,10 @@ class TokenTree:
 
             # the first text may end here
             if len(texts[first]) == n_shared:
-                is_read = parent is not None and n_read == n_shared
-                self.leaves[first] = parent if is_read else self.grow(texts[first][n_read:], parent)
+                if parent is None or n_read < n_shared:
+                    self.leaves[first] = self.grow(texts[first][n_read:], parent)
+                else:
+                    self.leaves[first] = parent
                 first += 1
 
             # the others part by their next token

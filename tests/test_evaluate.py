@@ -23,6 +23,7 @@ from lit_gpt.data.conversation_tokens import encode_question
 from lit_gpt.data.dataset import Dataset
 from lit_gpt.data.prompts import render
 from lit_gpt.evaluation.changes import worst_records
+from lit_gpt.evaluation.folder import without_overwrite
 from lit_gpt.evaluation.kept import Kept
 from lit_gpt.evaluation.questions import questions_of_data
 from lit_gpt.evaluation.texts import windows_of_text
@@ -221,6 +222,10 @@ def test_it_goes_on_where_it_was_interrupted(tuned: Path, data_dir: Path, tmp_pa
     assert len(asked) == 4 * len(Dataset(data_dir, "val")) - 7
     asked.clear()
     assert evaluate(tmp_path / "out", **flags) == whole and asked == []
+
+    # what Ctrl-C would say begins nothing anew
+    assert without_overwrite(["--limit", "4", "--overwrite", "true", "--stop=x"]) == ["--limit", "4", "--stop=x"]
+    assert without_overwrite(["--overwrite", "--limit", "4", "--overwrite=true"]) == ["--limit", "4"]
 
     # another evaluation does not take its place unasked, and finds nothing of it
     with pytest.raises(InputError, match="holds an evaluation with another --max_new_tokens. Name another --out_dir"):

@@ -126,8 +126,8 @@ MAY_KNOW = {
     "train": "scores evaluation.record_losses data.dataset make_optimizer optimizer_in_backward model.loss"
     " model.packing model.rope stream_blocks device sharding runs.best runs.log runs.resume runs.val_losses"
     " display.words interruption watch failures out_of_memory errors ranges",
-    "evaluation": "scores runs generate checkpoint data model lora config device sharding display cli ranges errors"
-    " files packages lock",
+    "evaluation": "scores runs generate checkpoint data model lora config device sharding display cli failures ranges"
+    " errors files packages lock",
     "harness": "evaluation scores runs generate data model display errors files packages ranges",
     "recipe": "make_optimizer optimizer_in_backward runs data model quantize stream_blocks config device sharding"
     " distributed ranges errors",

@@ -6,11 +6,13 @@ out/evaluate/lora-docstrings/found-base.jsonl       see kept.py
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_gpt.cli import plain, read_hyperparameters
+from lit_gpt import failures
+from lit_gpt.cli import command, plain, read_hyperparameters
 from lit_gpt.config import SAMPLE
 from lit_gpt.errors import InputError
 from lit_gpt.evaluation.kept import Kept
@@ -92,6 +94,7 @@ def claim_evaluation(out_dir: Path, identity: dict[str, Any], overwrite: bool) -
     if has_content(out_dir) and not file.is_file():
         raise InputError(f"{out_dir} is not empty, and holds no evaluation. Name another --out_dir.")
     hold(out_dir)
+    failures.HOW_TO_GO_ON[:] = [command(without_overwrite(sys.argv[1:]))]  # for who presses Ctrl-C
     if file.is_file() and not overwrite:
         there = json.loads(file.read_text(encoding="utf-8"))
         changed = changes(there, identity)
@@ -104,6 +107,18 @@ def claim_evaluation(out_dir: Path, identity: dict[str, Any], overwrite: bool) -
     for old in (*out_dir.glob(f"{FOUND}*.jsonl"), *out_dir.glob("scores-*.csv")):
         old.unlink()
     write_whole(file, json.dumps(identity, indent=2) + "\n")
+
+
+def without_overwrite(words: Sequence[str]) -> list[str]:
+    """The words of a command line that begins nothing anew."""
+    others: list[str] = []
+    before = ""
+    for word in words:
+        is_value = before == "--overwrite" and not word.startswith("--")
+        if not is_value and word.partition("=")[0] != "--overwrite":
+            others.append(word)
+        before = word
+    return others
 
 
 def changes(there: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:

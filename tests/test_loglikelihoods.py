@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_gpt import GPT, Config
+from lit_gpt.evaluation.record_losses import groups_with_like_beginnings
 from lit_gpt.harness import loglikelihoods
-from lit_gpt.harness.loglikelihoods import Continuation, TokenTree, batches, likelihoods
+from lit_gpt.harness.loglikelihoods import Continuation, TokenTree, likelihoods
 from lit_gpt.model.attention import attend_by_segment, attend_in_one_call
 from lit_gpt.model.rope import rotates_by_length
 
@@ -103,7 +104,7 @@ def test_a_tree_has_each_text_on_the_way_to_its_leaf(worth, texts) -> None:
         assert len(tree.tokens) == len({ids[: n + 1] for ids in texts for n in range(len(ids))})
     assert len(tree.tokens) <= sum(map(len, texts))
     assert [branch.segment.length > 0 for branch in tree.branches] == [True] * len(tree.branches)
-    assert sum(map(len, batches(texts, 5))) == len(texts)
+    assert sum(map(len, groups_with_like_beginnings(texts, 5))) == len(texts)
 
 
 @settings(max_examples=40, deadline=None)

@@ -11,9 +11,9 @@ are:
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ NEITHER = 2
 ANSWER = 1
 OTHER = 2
 PART = 2**22  # tokens that are read together, where all are read
+Item = TypeVar("Item")  # a record in any form, such as its number
 
 
 class Dataset:
@@ -366,7 +367,7 @@ def micro_batch_groups(
         n_micro_batches = math.ceil(len(shares[0]) / micro_batch_size)
         return [share[k::n_micro_batches] for k in range(n_micro_batches)]
     prefix = length_of_common_prefix(dataset, records) if share_prefixes else 0
-    groups_of_ranks = [group_by_tokens(share, dataset, micro_batch_tokens, prefix) for share in shares]
+    groups_of_ranks = [group_by_tokens(share, dataset.length, micro_batch_tokens, prefix) for share in shares]
     n_micro_batches = max(len(groups) for groups in groups_of_ranks)
     groups = groups_of_ranks[rank]
     return groups + [[]] * (n_micro_batches - len(groups))
@@ -387,19 +388,21 @@ def empty_record() -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, trained
 
 
-def group_by_tokens(share: Sequence[int], dataset: Dataset, limit: int, prefix: int) -> list[list[int]]:
+def group_by_tokens(
+    records: Iterable[Item], length_of: Callable[[Item], int], limit: int, prefix: int = 0
+) -> list[list[Item]]:
     """Records in groups of at most `limit` tokens, in order. A record that has more is alone.
 
-    All records begin with the same `prefix` tokens, which count once in a group.
+    `length_of` says how many tokens a record has. All begin with the same `prefix` tokens, which count once in a group.
     """
-    groups: list[list[int]] = []
+    groups: list[list[Item]] = []
     room = 0
-    for i in share:
-        n_tokens = dataset.length(i) - prefix
+    for record in records:
+        n_tokens = length_of(record) - prefix
         if n_tokens > room:
             groups.append([])
             room = limit - prefix
-        groups[-1].append(i)
+        groups[-1].append(record)
         room -= n_tokens
     return groups
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lit_gpt.evaluation.questions import Question
-from lit_gpt.runs.report import escape_markdown, html_cell
+from lit_gpt.runs.report import answers_table, escape_markdown
 from lit_gpt.scores.record_scores import RecordScores
 
 AnswersOf = Callable[[str, Sequence[Question]], Sequence[str]]
@@ -60,12 +60,8 @@ def worst_section(
     base_answers = answers_of(base_name, worst)
     tuned_answers = answers_of(tuned_name, worst)
     for i, question, base_answer, tuned_answer in zip(places, worst, base_answers, tuned_answers, strict=True):
-        base_label = f"{base_name}, loss {base.values[i]:.3f}"
-        tuned_label = f"{tuned_name}, loss {tuned.values[i]:.3f}"
-        parts.append(
-            f'<table>\n<tr><td colspan="2">{html_cell(f"Prompt of {question.where}", question.text)}</td></tr>\n'
-            f'<tr><td colspan="2">{html_cell("Expected", question.expected)}</td></tr>\n'
-            f'<tr valign="top"><td width="50%">{html_cell(base_label, base_answer)}</td>\n'
-            f'<td width="50%">{html_cell(tuned_label, tuned_answer)}</td></tr>\n</table>'
-        )
+        prompt = (f"Prompt of {question.where}", question.text)
+        left = (f"{base_name}, loss {base.values[i]:.3f}", base_answer)
+        right = (f"{tuned_name}, loss {tuned.values[i]:.3f}", tuned_answer)
+        parts.append(answers_table(prompt, question.expected, left, right))
     return "\n\n".join(parts)

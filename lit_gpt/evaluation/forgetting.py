@@ -25,10 +25,11 @@ from typing import NamedTuple
 
 import torch
 
+from lit_gpt.data.dataset import group_by_tokens
 from lit_gpt.data.read_files import open_text
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.errors import InputError
-from lit_gpt.evaluation.record_losses import BATCH_TOKENS, Record, eval_mode, ids_of_records
+from lit_gpt.evaluation.record_losses import BATCH_TOKENS, Record, eval_mode, ids_of_records, length_of
 from lit_gpt.model.fused import at_least_float32
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.loss import chunks, rows_at_once
@@ -157,15 +158,7 @@ def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
 def batches_of(model: GPT, records: Sequence[Record]) -> list[tuple[torch.Tensor, Layout]]:
     """The records in their order, some of them end to end in each row of tokens (1, T), on the model's device."""
     device = next(model.parameters()).device
-    groups: list[list[Record]] = []
-    room = 0
-    for record in records:
-        n_tokens = len(record[0])
-        if not groups or n_tokens > room:
-            groups.append([])
-            room = BATCH_TOKENS
-        groups[-1].append(record)
-        room -= n_tokens
+    groups = group_by_tokens(records, length_of, BATCH_TOKENS)
     batches = [Layout.end_to_end(group) for group in groups]
     return [(idx.to(device), layout.to(device)) for idx, layout in batches]
 

@@ -22,11 +22,11 @@ import torch
 from torch import nn
 
 from lit_gpt.config import Config
-from lit_gpt.data.dataset import empty_record
+from lit_gpt.data.dataset import empty_record, group_by_tokens
 from lit_gpt.data.tokenizer import Tokenizer
 from lit_gpt.errors import InputError
 from lit_gpt.evaluation.forgetting import general_records, kl_divergence, log_probabilities, read_general_text
-from lit_gpt.evaluation.record_losses import Record, eval_mode
+from lit_gpt.evaluation.record_losses import Record, eval_mode, length_of
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.packing import Layout
 from lit_gpt.runs.methods import Method
@@ -89,7 +89,7 @@ class GeneralText:
                 f" them. Leave out {SPLIT_FLAG}."
             )
         rank, world_size = fabric.global_rank, fabric.world_size
-        self.rows = share_of_rows(groups_of(self.records), rank, world_size)
+        self.rows = share_of_rows(group_by_tokens(self.records, length_of, TOKENS_AT_ONCE), rank, world_size)
         for i, record in enumerate(self.records_of_term):
             own = record if i % world_size == rank else empty_record()
             self.rows_of_term.append(Row(*Layout.end_to_end([own])))
@@ -206,20 +206,6 @@ class AgainstBase:
 def half_log_probabilities(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """A `model.loss.Judge`: the log-probabilities of all tokens, float16 (n, V)."""
     return log_probabilities(logits).half()
-
-
-def groups_of(records: list[Record]) -> list[list[Record]]:
-    """Paragraphs in groups of at most 512 tokens, in order; a longer one is alone."""
-    groups: list[list[Record]] = []
-    room = 0
-    for record in records:
-        n_tokens = len(record[0])
-        if n_tokens > room:
-            groups.append([])
-            room = TOKENS_AT_ONCE
-        groups[-1].append(record)
-        room -= n_tokens
-    return groups
 
 
 def share_of_rows(groups: list[list[Record]], rank: int, world_size: int) -> list[Row]:

@@ -58,30 +58,38 @@ def judged_records(
         batch_tokens: The most tokens of a forward pass; a longer record is alone in one.
     """
     device = next(model.parameters()).device
-    for group in groups_with_like_beginnings(records, batch_tokens):
-        idx, layout = Layout.end_to_end([records[i] for i in group], share_prefixes=not rotates_by_length(model))
+    may_share = not rotates_by_length(model)
+    texts = [ids.tolist() for ids, _ in records]
+    for group in groups_with_like_beginnings(texts, batch_tokens, may_share):
+        idx, layout = Layout.end_to_end([records[i] for i in group], share_prefixes=may_share)
         with eval_mode(model), torch.inference_mode():
             values = model(idx.to(device), layout=layout.to(device), judge=judge).cpu()
         for i, part in layout.split_by_record(values).items():
             yield group[i], part
 
 
-def groups_with_like_beginnings(records: Sequence[Record], batch_tokens: int) -> Iterator[list[int]]:
-    """The numbers of records in groups of about `batch_tokens` tokens; what begins alike comes together.
+def length_of(record: Record) -> int:
+    """How many tokens a record has."""
+    return len(record[0])
 
-    What a record shares with the one before it, in its group, is not counted.
+
+def groups_with_like_beginnings(
+    texts: Sequence[Sequence[int]], batch_tokens: int, may_share: bool = True
+) -> Iterator[list[int]]:
+    """The numbers of texts in groups of about `batch_tokens` tokens; what begins alike comes together.
+
+    What a text shares with the one before it, in its group, is not counted if it may share it.
     """
-    tokens = [ids.tolist() for ids, _ in records]
     group: list[int] = []
     n_tokens = 0
-    for i in sorted(range(len(tokens)), key=tokens.__getitem__):
-        shared = common_prefix(tokens[group[-1]], tokens[i]) if group else 0
-        if group and n_tokens + len(tokens[i]) - shared > batch_tokens:
+    for i in sorted(range(len(texts)), key=lambda i: tuple(texts[i])):
+        shared = common_prefix(texts[group[-1]], texts[i]) if group and may_share else 0
+        if group and n_tokens + len(texts[i]) - shared > batch_tokens:
             yield group
             group = []
             n_tokens = shared = 0
         group.append(i)
-        n_tokens += len(tokens[i]) - shared
+        n_tokens += len(texts[i]) - shared
     if group:
         yield group
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from lit_gpt.evaluation.record_losses import eval_mode
+from lit_gpt.evaluation.record_losses import eval_mode, groups_with_like_beginnings
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.loss import loss_of_each
 from lit_gpt.model.packing import Layout, Segment, common_prefix
@@ -66,7 +66,9 @@ def likelihoods(
         askers.setdefault(tuple(continuation.inputs(block_size)), []).append(number)
 
     device = next(model.parameters()).device
-    for inputs in batches(sorted(askers), batch_tokens, may_share):
+    texts = sorted(askers)
+    for group in groups_with_like_beginnings(texts, batch_tokens, may_share):
+        inputs = [texts[i] for i in group]
         tree = TokenTree(inputs, may_share)
         numbers = [number for ids in inputs for number in askers[ids]]
         counts = [len(continuations[number].tokens) for number in numbers]
@@ -92,24 +94,6 @@ def loss_and_likeliest(logits: torch.Tensor, target: torch.Tensor) -> torch.Tens
     is_likeliest = logits.argmax(-1) == target
     losses = loss_of_each(logits, target)
     return torch.stack((losses, is_likeliest.to(losses.dtype)), dim=1)
-
-
-def batches(
-    texts: Sequence[tuple[int, ...]], batch_tokens: int, may_share: bool = True
-) -> Iterator[list[tuple[int, ...]]]:
-    """Sorted texts in groups whose trees have about `batch_tokens` tokens."""
-    group: list[tuple[int, ...]] = []
-    n_tokens = 0
-    for ids in texts:
-        shared = common_prefix(group[-1], ids) if group and may_share else 0
-        if group and n_tokens + len(ids) - shared > batch_tokens:
-            yield group
-            group = []
-            n_tokens = shared = 0
-        group.append(ids)
-        n_tokens += len(ids) - shared
-    if group:
-        yield group
 
 
 class Branch(NamedTuple):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from lit_gpt.checkpoint.load import build_model
-from lit_gpt.data.dataset import Dataset, heaviest_first, step_records
+from lit_gpt.data.dataset import Dataset, group_by_tokens, heaviest_first, step_records
 from lit_gpt.device import host_bytes_taken
 from lit_gpt.errors import InputError
 from lit_gpt.memory.plan import EIGHT_BITS, OUTSIDE_GB, Setup, adapt, plan
@@ -140,16 +140,8 @@ def usable_bytes(card_gb: float) -> float:
 
 
 def groups_of(lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Records in micro-batches of at most `limit` tokens, as `group_by_tokens` of data/dataset.py makes them."""
-    groups: list[list[int]] = []
-    room = 0
-    for length in sorted(lengths, reverse=True):
-        if length > room:
-            groups.append([])
-            room = limit
-        groups[-1].append(length)
-        room -= length
-    return groups
+    """Records, of which nothing but their lengths is known, in micro-batches of at most `limit` tokens."""
+    return group_by_tokens(sorted(lengths, reverse=True), int, limit)
 
 
 def fewest_tokens(lengths: Sequence[int], n_passes: int) -> int:

@@ -165,12 +165,7 @@ def write_report(
     if answers:
         parts.append("## Answers before and after")
     for prompt, expected, before, after in answers:
-        parts.append(
-            f'<table>\n<tr><td colspan="2">{html_cell("Prompt", prompt)}</td></tr>\n'
-            f'<tr><td colspan="2">{html_cell("Expected", expected)}</td></tr>\n'
-            f'<tr valign="top"><td width="50%">{html_cell("Before", before)}</td>\n'
-            f'<td width="50%">{html_cell("After", after)}</td></tr>\n</table>'
-        )
+        parts.append(answers_table(("Prompt", prompt), expected, ("Before", before), ("After", after)))
     parts += [
         "<details>\n<summary>Settings</summary>",
         code_block(as_yaml(settings), "yaml"),
@@ -215,6 +210,16 @@ def code_block(text: str, language: str) -> str:
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.strip()}\n{fence}"
+
+
+def answers_table(prompt: tuple[str, str], expected: str, left: tuple[str, str], right: tuple[str, str]) -> str:
+    """A prompt, the expected answer, and two answers side by side, as HTML; each has a label before its text."""
+    return (
+        f'<table>\n<tr><td colspan="2">{html_cell(*prompt)}</td></tr>\n'
+        f'<tr><td colspan="2">{html_cell("Expected", expected)}</td></tr>\n'
+        f'<tr valign="top"><td width="50%">{html_cell(*left)}</td>\n'
+        f'<td width="50%">{html_cell(*right)}</td></tr>\n</table>'
+    )
 
 
 def html_cell(label: str, text: str) -> str:

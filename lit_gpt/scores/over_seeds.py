@@ -13,21 +13,20 @@ themselves, and a score counts as often as its seed and its record were drawn, t
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
 
 import numpy as np
 
 from lit_gpt.scores.paired import (
     DRAWS,
-    MOST_NUMBERS,
     Difference,
     Interval,
+    ends_of,
     in_common,
     in_words,
     interval_of,
     paired_difference,
     records_needed,
-    t_quantile,
+    some_at_a_time,
 )
 from lit_gpt.scores.record_scores import RecordScores
 
@@ -113,9 +112,7 @@ def bootstrap_two_ways(
     rng = np.random.default_rng(seed)
     weighted = weights * values
     means = []
-    at_once = max(1, MOST_NUMBERS // n_records)
-    for start in range(0, draws, at_once):
-        n_draws = min(at_once, draws - start)
+    for n_draws in some_at_a_time(draws, n_records):
         seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), n_draws)
         records = rng.multinomial(n_records, np.full(n_records, 1 / n_records), n_draws)
         totals = ((seeds @ weights) * records).sum(1)
@@ -123,7 +120,6 @@ def bootstrap_two_ways(
         drawn = totals > 0  # of few records, none may belong to the seeds that were drawn
         means.append(sums[drawn] / totals[drawn])
 
-    tail = NormalDist().cdf(-math.sqrt(n_records / (n_records - 1)) * t_quantile(n_records - 1))
-    ends = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    ends = ends_of(np.concatenate(means), n_records)
     low, high = mean + math.sqrt(n_seeds / (n_seeds - 1)) * (ends - mean)
     return float(low), float(high)

@@ -10,7 +10,7 @@ The interval is about the records, and nothing else: another seed of the trainin
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -121,14 +121,25 @@ def bootstrap(values: np.ndarray, weights: np.ndarray, seed: int = 0, draws: int
     rng = np.random.default_rng(seed)
     weighted = weights * values
     means = []
-    at_once = max(1, MOST_NUMBERS // n)
-    for start in range(0, draws, at_once):
-        drawn = rng.integers(0, n, (min(at_once, draws - start), n))
+    for n_draws in some_at_a_time(draws, n):
+        drawn = rng.integers(0, n, (n_draws, n))
         means.append(weighted[drawn].sum(1) / weights[drawn].sum(1))
 
-    tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * t_quantile(n - 1))
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    low, high = ends_of(np.concatenate(means), n)
     return float(low), float(high)
+
+
+def some_at_a_time(draws: int, n_records: int) -> Iterator[int]:
+    """Parts of all draws, each of as many as there is memory for."""
+    at_once = max(1, MOST_NUMBERS // n_records)
+    for start in range(0, draws, at_once):
+        yield min(at_once, draws - start)
+
+
+def ends_of(means: np.ndarray, n_records: int) -> np.ndarray:
+    """The percentiles of drawn means that are the ends of the interval, (2,); the head of this file says which."""
+    tail = NormalDist().cdf(-math.sqrt(n_records / (n_records - 1)) * t_quantile(n_records - 1))
+    return np.quantile(means, [tail, 1 - tail])
 
 
 def t_quantile(freedom: int) -> float:
@@ -205,24 +216,3 @@ def in_words(difference: Difference, name: str, of: str = "records") -> str:
     low, high = sorted((sign * difference.low, sign * difference.high))
     size = Interval(abs(difference.mean), low, high, difference.n)
     return f"{name} is {'better' if is_better else 'worse'} by {interval_text(size)}"
-
-
-def compared(name: str, scores: Sequence[RecordScores], others: Sequence[RecordScores]) -> dict[str, Difference]:
-    """The differences of all measures that two models have both, by the name of the measure.
-
-    `name` is that of the second model, for the error.
-
-    Raises:
-        InputError: they have no measure in common; or see `paired_difference`.
-    """
-    of_other = {other.measure: other for other in others}
-    differences = {}
-    for one in scores:
-        if one.measure in of_other:
-            differences[one.measure] = paired_difference(one, of_other[one.measure])
-    if not differences:
-        raise InputError(
-            f"{name} has no measure in common with the first: {', '.join(of_other)}, and not"
-            f" {', '.join(one.measure for one in scores)}."
-        )
-    return differences

@@ -8,6 +8,7 @@ scores-base.csv              the scores of a model, for scripts/compare_runs.py
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +35,11 @@ def write_report(
 
     `sections` are Markdown, and come behind the figure.
     """
-    table = scores_table(scores)
+    rows = compare_measures(scores)
+    table = rows_table(rows)
     parts = ["# Evaluation", code_block(command, "sh"), table, explanation(scores)]
     if can_draw():
-        save_figure(scores_figure(scores), out_dir / "evaluation.png")
+        save_figure(rows_figure(rows), out_dir / "evaluation.png")
         parts.append("![Each measure of each model, with its interval](evaluation.png)")
     else:
         parts.append(f"No plot, as matplotlib is missing: `{INSTALL}`")
@@ -51,7 +53,7 @@ def write_report(
         "</details>",
     ]
     write_whole(out_dir / "report.md", "\n\n".join(parts) + "\n")
-    write_whole(out_dir / "report.json", json.dumps(as_json(scores, command), indent=2, ensure_ascii=False) + "\n")
+    write_whole(out_dir / "report.json", json.dumps(as_json(rows, command), indent=2, ensure_ascii=False) + "\n")
     for name, of_model in scores.items():
         write_scores(out_dir / f"scores-{file_name(name)}.csv", of_model)
     return table
@@ -62,26 +64,55 @@ def file_name(model: str) -> str:
     return model.replace("/", "-")
 
 
+# ---- the comparison
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the models got in a measure."""
+
+    measure: RecordScores
+    """The scores of the first model."""
+    intervals: dict[str, Interval]
+    """Of each model, by its name."""
+    differences: dict[str, Difference]
+    """Of each model but the first, to the first."""
+
+
+def compare_measures(scores: Scores) -> list[Row]:
+    """A row for each measure."""
+    rows = []
+    for of_models in zip(*scores.values(), strict=True):
+        by_name = dict(zip(scores, of_models, strict=True))
+        first, *others = by_name
+        intervals = {name: interval_of(one) for name, one in by_name.items()}
+        differences = {name: paired_difference(by_name[first], by_name[name]) for name in others}
+        rows.append(Row(by_name[first], intervals, differences))
+    return rows
+
+
 # ---- the table
 
 
 def scores_table(scores: Scores) -> str:
     """A row for each measure: what each model got, and the difference of each to the first in words."""
-    names = list(scores)
-    first, *others = names
-    differences = differences_to_first(scores)
-    heads = ["measure", "records", *map(escape_cell, names)]
-    if others:
+    return rows_table(compare_measures(scores))
+
+
+def rows_table(rows: Sequence[Row]) -> str:
+    """The same of measures that have been compared."""
+    heads = ["measure", "records", *map(escape_cell, rows[0].intervals)]
+    if rows[0].differences:
         heads.append("difference")
-    rows = []
-    for place, measure in enumerate(scores[first]):
-        row = [label_of(measure), f"{len(measure):,}"]
-        row += [value_text(scores[name][place]) for name in names]
-        if others:
-            sentences = [in_words(differences[name][place], escape_cell(name)) for name in others]
-            row.append("; ".join(sentences))
-        rows.append(row)
-    return markdown_table(heads, rows, right=[1])
+    lines = []
+    for row in rows:
+        cells = [label_of(row.measure), f"{len(row.measure):,}"]
+        cells += [value_text(row.measure, interval) for interval in row.intervals.values()]
+        if row.differences:
+            sentences = [in_words(difference, escape_cell(name)) for name, difference in row.differences.items()]
+            cells.append("; ".join(sentences))
+        lines.append(cells)
+    return markdown_table(heads, lines, right=[1])
 
 
 def explanation(scores: Scores) -> str:
@@ -100,40 +131,29 @@ def label_of(scores: RecordScores) -> str:
     return f"{escape_cell(scores.measure)}{unit} {arrow}"
 
 
-def value_text(scores: RecordScores) -> str:
+def value_text(measure: RecordScores, interval: Interval) -> str:
     """What a model got: `3.512 [3.401, 3.623]`, of a loss also its perplexity."""
-    text = interval_text(interval_of(scores))
-    if scores.unit == NATS and scores.measure.endswith("loss"):
-        text += f", perplexity {math.exp(min(scores.mean, 700)):,.2f}"
+    text = interval_text(interval)
+    if measure.unit == NATS and measure.measure.endswith("loss"):
+        text += f", perplexity {math.exp(min(interval.mean, 700)):,.2f}"
     return text
 
 
-def differences_to_first(scores: Scores) -> dict[str, list[Difference]]:
-    """For each model but the first the difference in each measure."""
-    first, *others = scores
-    differences = {}
-    for name in others:
-        pairs = zip(scores[first], scores[name], strict=True)
-        differences[name] = [paired_difference(one, other) for one, other in pairs]
-    return differences
-
-
-def as_json(scores: Scores, command: str) -> dict[str, Any]:
+def as_json(rows: Sequence[Row], command: str) -> dict[str, Any]:
     """The table for programs."""
-    first = next(iter(scores))
-    differences = differences_to_first(scores)
     measures = []
-    for place, measure in enumerate(scores[first]):
-        entry: dict[str, Any] = {
-            "measure": measure.measure,
-            "unit": measure.unit or "share",
-            "lower_is_better": measure.lower_is_better,
-            "records": len(measure),
-            "models": {name: bounds(interval_of(of_model[place])) for name, of_model in scores.items()},
-        }
-        entry["differences_to_" + first] = {
-            name: bounds(of_model[place]) | {"in_words": in_words(of_model[place], name)}
-            for name, of_model in differences.items()
+    for row in rows:
+        first = next(iter(row.intervals))
+        differences = {}
+        for name, difference in row.differences.items():
+            differences[name] = bounds(difference) | {"in_words": in_words(difference, name)}
+        entry = {
+            "measure": row.measure.measure,
+            "unit": row.measure.unit or "share",
+            "lower_is_better": row.measure.lower_is_better,
+            "records": len(row.measure),
+            "models": {name: bounds(interval) for name, interval in row.intervals.items()},
+            f"differences_to_{first}": differences,
         }
         measures.append(entry)
     return {"command": command, "level": 0.95, "measures": measures}
@@ -146,18 +166,16 @@ def bounds(interval: Interval) -> dict[str, float]:
 # ---- the figure
 
 
-def scores_figure(scores: Scores) -> "Figure":
+def rows_figure(rows: Sequence[Row]) -> "Figure":
     """A strip for each measure, on which each model is a mark of its own form with its interval."""
     from matplotlib.figure import Figure
 
-    names = list(scores)
-    n_measures = len(scores[names[0]])
-    height = 0.6 + n_measures * (0.45 + 0.28 * len(names))
+    names = list(rows[0].intervals)
+    height = 0.6 + len(rows) * (0.45 + 0.28 * len(names))
     figure = Figure(figsize=(9, height), dpi=100, layout="constrained")
-    (strips,) = figure.subplots(nrows=n_measures, ncols=1, squeeze=False).T
-    for place, axes in enumerate(strips):
-        for i, name in enumerate(names):
-            interval = interval_of(scores[name][place])
+    (strips,) = figure.subplots(nrows=len(rows), ncols=1, squeeze=False).T
+    for row, axes in zip(rows, strips, strict=True):
+        for i, (name, interval) in enumerate(row.intervals.items()):
             errors = [[interval.mean - interval.low], [interval.high - interval.mean]]
             axes.errorbar(
                 interval.mean,
@@ -171,9 +189,8 @@ def scores_figure(scores: Scores) -> "Figure":
             )
         axes.set_ylim(0.6 - len(names), 0.6)
         axes.set_yticks([-i for i in range(len(names))], names)
-        measure = scores[names[0]][place]
-        direction = "less" if measure.lower_is_better else "more"
-        axes.set_title(f"{measure.measure} ({direction} is better)", loc="left", fontsize="medium")
+        direction = "less" if row.measure.lower_is_better else "more"
+        axes.set_title(f"{row.measure.measure} ({direction} is better)", loc="left", fontsize="medium")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", alpha=0.3)
     return figure

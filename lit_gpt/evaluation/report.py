@@ -74,9 +74,9 @@ class Row:
     measure: RecordScores
     """The scores of the first model."""
     intervals: dict[str, Interval]
-    """Of each model, by its name."""
+    """The mean of each model and its interval, by the name of the model."""
     differences: dict[str, Difference]
-    """Of each model but the first, to the first."""
+    """By how much each other model is higher than the first, by its name."""
 
 
 def compare_measures(scores: Scores) -> list[Row]:
@@ -100,7 +100,7 @@ def scores_table(scores: Scores) -> str:
 
 
 def rows_table(rows: Sequence[Row]) -> str:
-    """The same of measures that have been compared."""
+    """A row for each measure that has been compared, in the words of `scores_table`."""
     heads = ["measure", "records", *map(escape_cell, rows[0].intervals)]
     if rows[0].differences:
         heads.append("difference")
